@@ -1,0 +1,1 @@
+"""From a file of unwanted outputs to an edited model, with no T5X."""
