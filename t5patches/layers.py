@@ -320,7 +320,8 @@ def _activation(name: str | Activation) -> Activation:
 class MlpBlock(nn.Module):
     r"""T5's feed-forward block, gated where there are several activations.
 
-    :math:`\left(\prod_i a_i(x W_i)\right) W_o`: T5 1.0 has `('relu',)`, T5 1.1 `('gelu', 'linear')`.
+    :math:`\left(\prod_i a_i(x W_i)\right) W_o`, with the activations `('relu',)` in T5 1.0 and
+    `('gelu', 'linear')` in T5 1.1.
 
     Attributes:
       intermediate_dim: width of each `W_i`.

@@ -399,9 +399,15 @@ class Transformer(nn.Module):
           `[batch, length, emb_dim]` that `output_head` turns into them.
 
         Raises:
-          ValueError: for ids that are not `[batch, length]`, and for packing while decoding.
+          ValueError: for ids that are not `[batch, length]`, segment ids on one side only, and
+            packing while decoding.
         """
         _check_ids("decoder_input_tokens", decoder_input_tokens)
+        if (encoder_segment_ids is None) != (decoder_segment_ids is None):
+            raise ValueError(
+                "encoder_segment_ids and decoder_segment_ids come together: a packed row says for "
+                "both sides which example each position belongs to."
+            )
         if decode and encoder_segment_ids is not None:
             raise ValueError(
                 "During decoding, packing should not be used but `encoder_segment_ids` was passed "
@@ -420,7 +426,7 @@ class Transformer(nn.Module):
             ),
             encoder_decoder_mask=self._cross_mask(
                 encoder_input_tokens > 0,
-                jnp.ones_like(decoder_target_tokens) if decode else decoder_target_tokens > 0,
+                (decoder_target_tokens > 0) | decode,
                 encoder_segment_ids,
                 decoder_segment_ids,
             ),
@@ -442,7 +448,7 @@ class Transformer(nn.Module):
             packing = layers.make_attention_mask(
                 decoder_segment_ids, encoder_segment_ids, jnp.equal
             )
-        real = layers.make_attention_mask(decoder_real > 0, encoder_real)
+        real = layers.make_attention_mask(decoder_real, encoder_real)
         return layers.combine_masks(real, packing, dtype=self.config.dtype)
 
     def __call__(
@@ -479,7 +485,8 @@ class Transformer(nn.Module):
           `[batch, length, emb_dim]` that `output_head` turns into them.
 
         Raises:
-          ValueError: for ids that are not `[batch, length]`, and for packing while decoding.
+          ValueError: for ids that are not `[batch, length]`, segment ids on one side only, and
+            packing while decoding.
 
         Example:
           >>> import jax, jax.numpy as jnp
