@@ -216,15 +216,17 @@ class MultiHeadDotProductAttention(nn.Module):
             # updates are relative to the weights, that is the same as dividing the logits.
             return self.kernel_init(*args) / math.sqrt(self.head_dim)
 
+        def constrain(x: Array) -> Array:
+            return with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+
         query = projection(kernel_init=query_init, name="query")(inputs_q)
         if self.has_variable("projected", "key"):
-            key = self.get_variable("projected", "key")
-            value = self.get_variable("projected", "value")
+            key: Array = self.get_variable("projected", "key")
+            value: Array = self.get_variable("projected", "value")
         else:
             key = projection(kernel_init=self.kernel_init, name="key")(inputs_kv)
             value = projection(kernel_init=self.kernel_init, name="value")(inputs_kv)
-        axes = ("batch", "length", "heads", "kv")
-        return tuple(with_sharding_constraint(x, axes) for x in (query, key, value))
+        return constrain(query), constrain(key), constrain(value)
 
     def _cache_exists(self, key: Array, value: Array) -> bool:
         """Whether there is a cache; where there is none, allocates it as large as `key`."""
@@ -239,7 +241,8 @@ class MultiHeadDotProductAttention(nn.Module):
         self, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
     ) -> tuple[Array, Array, Array, Array, Array | None]:
         """Writes one position a row; returns the query a row and all that it may look at."""
-        rows, heads, depth, length = self.get_variable("cache", "cached_key").shape
+        old_key: Array = self.get_variable("cache", "cached_key")
+        rows, heads, depth, length = old_key.shape
         index = jnp.asarray(self.get_variable("cache", "cache_index"))
         if query.shape[0] * query.shape[1] != rows or query.shape[-2:] != (heads, depth):
             raise ValueError(

@@ -444,7 +444,7 @@ class Transformer(nn.Module):
         decoder_segment_ids: Array | None,
     ) -> Array:
         packing = None
-        if encoder_segment_ids is not None:
+        if encoder_segment_ids is not None and decoder_segment_ids is not None:
             packing = layers.make_attention_mask(
                 decoder_segment_ids, encoder_segment_ids, jnp.equal
             )

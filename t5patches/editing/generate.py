@@ -108,7 +108,7 @@ def generate(
         shared = np.int32(common[index].min())
         batch = _Batch(tokens[index], forced[index], lengths[index], shared, index)
         out[real] = _decode(plan, params, batch, temperature, rng)[: len(real)]
-    return out if np.ndim(prefixes) == 3 else out[:, 0]
+    return out[:, 0] if prefixes is None or np.ndim(prefixes) == 2 else out
 
 
 class _Plan(NamedTuple):
@@ -181,7 +181,9 @@ def _common_length(forced: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Array) -> Array:
     """The tokens of a batch, `[rows, streams, max_length]`."""
     module = Transformer(plan.config)
-    encoded = module.apply({"params": params}, batch.tokens, enable_dropout=False, method="encode")
+    encoded: Any = module.apply(
+        {"params": params}, batch.tokens, enable_dropout=False, method="encode"
+    )
     held, cache = _prefill(module, params, encoded, batch, plan.max_length)
     rows, streams, forced = batch.forced.shape
     # What each stream was told or has said, after the token that the decoder begins with.
