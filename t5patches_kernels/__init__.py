@@ -1,0 +1,42 @@
+"""Losses for targeted negative training, fused: one look at each row of logits.
+
+See `losses` for what all functions share, and the README for the table of objectives.
+"""
+
+from t5patches_kernels.calls import Edits
+from t5patches_kernels.dispatch import IMPLEMENTATIONS
+from t5patches_kernels.linear_losses import (
+    linear_cross_entropy_loss,
+    linear_negative_likelihood_loss,
+    linear_targeted_negative_loss,
+    linear_token_statistics,
+    linear_unlikelihood_loss,
+)
+from t5patches_kernels.losses import (
+    TokenLoss,
+    TokenStatistics,
+    cross_entropy_loss,
+    kl_divergence,
+    negative_likelihood_loss,
+    targeted_negative_loss,
+    token_statistics,
+    unlikelihood_loss,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Edits",
+    "TokenLoss",
+    "TokenStatistics",
+    "cross_entropy_loss",
+    "kl_divergence",
+    "linear_cross_entropy_loss",
+    "linear_negative_likelihood_loss",
+    "linear_targeted_negative_loss",
+    "linear_token_statistics",
+    "linear_unlikelihood_loss",
+    "negative_likelihood_loss",
+    "targeted_negative_loss",
+    "token_statistics",
+    "unlikelihood_loss",
+]

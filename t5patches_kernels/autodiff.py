@@ -1,0 +1,152 @@
+"""Gradients: the only place with a custom derivative.
+
+Two rules. `_visit` is for logits whose rows a driver sees whole: the forward pass computes the loss
+and, because it is looking at the row anyway, its gradient for a cotangent of 1; the backward pass
+multiplies each row by its own cotangent, which XLA fuses into whatever follows. `_read` is for
+everything else (the other outputs, a split vocabulary, hidden states): the row's numbers are kept
+and the backward pass makes the gradient from them, the operands and the cotangents.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels import sharding
+from t5patches_kernels.operation import Driver, Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.spec import objectives
+from t5patches_kernels.spec.statistics import Numbers
+
+SECOND_ORDER = (
+    "second derivatives of the fused losses are not implemented: the gradient is computed by a "
+    'kernel that has no derivative. Pass implementation="reference" for a loss that can be '
+    "differentiated any number of times."
+)
+FORWARD_MODE = (
+    "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) of the fused losses is not "
+    'implemented. Use reverse mode (jax.grad, jax.vjp), or pass implementation="reference".'
+)
+
+
+def _first_order_only(fn):
+    """`fn`, raising with the remedy where JAX would differentiate through it."""
+    guarded = jax.custom_jvp(fn)
+
+    @guarded.defjvp
+    def rule(primals, tangents):
+        raise NotImplementedError(SECOND_ORDER)
+
+    return guarded
+
+
+def _numbers(
+    driver: Driver, op: Operation, operands: Operands, tokens: Tokens
+) -> Numbers:
+    """The finished numbers of every row, merged over the shards of a split vocabulary."""
+    if op.vocab_axis is None:
+        return driver(op, Stage.NUMBERS, operands, tokens).numbers
+    numbers = sharding.merge(driver(op, Stage.FIRST, operands, tokens).numbers, op.vocab_axis)
+    numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
+    if not objectives.looks_twice(op.settings):
+        return numbers
+    more = driver(op, Stage.SECOND, operands, tokens, numbers).numbers
+    return numbers | sharding.add(more, op.vocab_axis)
+
+
+# --- The visit ------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _visit(
+    driver: Driver, op: Operation, model: tuple, reference: tuple, tokens: Tokens
+) -> tuple[jax.Array, Numbers]:
+    numbers = _numbers(driver, op, Operands(model, reference), tokens)
+    return objectives.evaluate(numbers, op.settings, "loss"), numbers
+
+
+def _visit_forward(driver, op, model, reference, tokens):
+    def visit(model, reference, tokens) -> Result:
+        return driver(op, Stage.VISIT, Operands(model, reference), tokens)
+
+    numbers, dz = _first_order_only(visit)(model, reference, tokens)
+    return (objectives.evaluate(numbers, op.settings, "loss"), numbers), dz
+
+
+def _visit_backward(driver, op, dz, cotangents):
+    ct, _ = cotangents  # the numbers leave through stop_gradient
+    return tuple((x.astype(ct.dtype) * ct).astype(x.dtype) for x in dz), None, None
+
+
+_visit.defvjp(_visit_forward, _visit_backward)
+
+
+# --- The reading ----------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _read(
+    driver: Driver,
+    op: Operation,
+    output: str,
+    model: tuple,
+    reference: tuple,
+    tokens: Tokens,
+    numbers: Numbers,
+) -> jax.Array:
+    return objectives.evaluate(numbers, op.settings, output)
+
+
+def _read_forward(driver, op, output, model, reference, tokens, numbers):
+    out = objectives.evaluate(numbers, op.settings, output)
+    return out, (model, reference, tokens, numbers)
+
+
+def _read_backward(driver, op, output, residuals, ct):
+    def pull(model, reference, tokens, numbers, ct):
+        ct = sharding.cotangent(ct, model[-1], op.vocab_axis)
+        by = objectives.derivatives(numbers, op.settings, {output: ct})
+        operands = Operands(model, reference)
+        return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient
+
+    return _first_order_only(pull)(*residuals, ct), None, None, None
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def apply(
+    driver: Driver, op: Operation, operands: Operands, tokens: Tokens
+) -> tuple[dict[str, jax.Array], Numbers]:
+    """Runs an operation on rows.
+
+    Args:
+      driver: what brings the rows.
+      op: the operation.
+      operands: differentiable in `operands.model`.
+      tokens: what belongs to each row.
+
+    Returns:
+      Every output of the operation ``[T]``, differentiable, and the rows' numbers ``[T, 1]``, not.
+    """
+    reference, tokens = jax.lax.stop_gradient((operands.reference, tokens))
+    names = list(objectives.lines_of(op.settings))
+    outputs: dict[str, Any] = {}
+    try:
+        if "loss" in names and op.vocab_axis is None and op.head is None:
+            loss, numbers = _visit(driver, op, operands.model, reference, tokens)
+            outputs["loss"] = loss
+        else:
+            fixed = jax.lax.stop_gradient(operands.model)
+            numbers = _numbers(driver, op, Operands(fixed, reference), tokens)
+        numbers = jax.lax.stop_gradient(numbers)
+        for name in names:
+            if name not in outputs:
+                outputs[name] = _read(driver, op, name, operands.model, reference, tokens, numbers)
+    except TypeError as error:
+        if "forward-mode differentiation" in str(error):
+            raise NotImplementedError(FORWARD_MODE) from error
+        raise
+    return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, numbers

@@ -1,0 +1,1 @@
+"""Drivers: each brings rows of logits to the specification in its own way."""

@@ -1,0 +1,91 @@
+"""Fused linear: logits are made a chunk of tokens at a time and never all at once.
+
+The chunk's matrix products are the compiler's own; what happens to its logits is whatever driver
+the caller chose. The gradient makes the chunk's logits again, weighs each row by its own cotangent
+and multiplies straight on into ``hidden`` and ``kernel``: right for any per-token cotangent.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels import sharding, tiling
+from t5patches_kernels.operation import (
+    Driver,
+    Head,
+    Operands,
+    Operation,
+    Result,
+    Stage,
+    Tokens,
+    columns_of,
+)
+from t5patches_kernels.spec.statistics import Array, Numbers
+
+# A float32 chunk of one logits array.
+_CHUNK_BYTES = 16 << 20
+
+
+def chunk_rows(rows: int, columns: int) -> int:
+    """Tokens a chunk."""
+    return min(rows, max(8, _CHUNK_BYTES // (4 * columns)))
+
+
+def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
+    """``scale * hidden @ kernel`` in float32; the product runs in the dtype of `hidden`."""
+    dims = (((1,), (1 if head.transposed else 0,)), ((), ()))
+    product = jax.lax.dot_general(
+        hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
+    )
+    return product * head.scale
+
+
+def _pull(dz: Array, hidden: Array, kernel: Array, head: Head) -> tuple[Array, Array]:
+    """The gradients to a chunk's hidden states and, summed over it, to the kernel (float32)."""
+    dz = (dz * head.scale).astype(hidden.dtype)
+    over_v = (((1,), (0 if head.transposed else 1,)), ((), ()))
+    dh = jax.lax.dot_general(
+        dz, kernel.astype(hidden.dtype), over_v, preferred_element_type=jnp.float32
+    )
+    pair = (dz, hidden) if head.transposed else (hidden, dz)
+    dw = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return dh, dw
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def run(
+    driver: Driver,
+    op: Operation,
+    stage: Stage,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None = None,
+    by: Numbers | None = None,
+) -> Result:
+    """The driver (`operation.Driver`) of operands that are hidden states and kernels."""
+    hidden, kernel = operands.model
+    assert op.head is not None
+    head = op.head
+
+    def body(block, fresh):
+        hidden, ref_hidden, tokens, numbers, by = block
+        reference = [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
+        logits = Operands((logits_of(hidden, kernel, head),), tuple(reference))
+        out = driver(op, stage, logits, tokens, numbers, by)
+        if out.gradient is None:
+            return out, None
+        dz = jnp.where(fresh[:, None], out.gradient[0], 0.0)
+        dh, dw = _pull(dz, hidden, kernel, head)
+        return Result(out.numbers, (dh,)), dw
+
+    ref_hidden = operands.reference[0] if operands.reference else None
+    rows, columns = hidden.shape[0], columns_of(op, operands)
+    inputs = (hidden, ref_hidden, tokens, numbers, by)
+    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(rows, columns))
+    if out.gradient is None:
+        return out
+    dh = sharding.add_replicated(out.gradient[0], hidden, kernel, op.vocab_axis)
+    return Result(out.numbers, (dh.astype(hidden.dtype), dw.astype(kernel.dtype)))

@@ -1,0 +1,228 @@
+"""From a user's arrays to rows and back: what all public functions share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels import autodiff, checks, dispatch, reference, sharding
+from t5patches_kernels.operation import Head, Operands, Operation, Tokens, columns_of
+from t5patches_kernels.spec import objectives
+from t5patches_kernels.spec.objectives import Settings
+
+Array = jax.Array
+
+
+class Edits(NamedTuple):
+    """Which ids' mass the target distribution changes, per token.
+
+    Attributes:
+      ids: ``[..., K]`` integers in ``[0, V)``, or -1 for none. An id that is listed twice has both
+        factors.
+      factors: ``[..., K]`` floats ``>= 0``: what multiplies the id's probability under the reference
+        before it is renormalised. 0 removes the id, 0.5 halves it, 3 triples it.
+    """
+
+    ids: Array
+    factors: Array
+
+
+class Inputs(NamedTuple):
+    """What rows are made of, as the user gave it, checked; leading dimensions still free."""
+
+    name: str  # of the operand whose leading dimensions are the tokens'
+    model: tuple[Array, ...]
+    reference: tuple[Array, ...]
+    head: Head | None
+
+
+def logits_inputs(logits: Array, ref_logits: Array | None, implementation: str | None) -> Inputs:
+    """Checks logits given whole."""
+    float64 = implementation == "reference"
+    checks.floats("logits", logits, float64=float64)
+    checks.rows("logits", logits, last="V")
+    if ref_logits is None:
+        return Inputs("logits", (logits,), (), None)
+    checks.floats("ref_logits", ref_logits, float64=float64)
+    checks.same_shape("ref_logits", ref_logits, "logits", logits)
+    return Inputs("logits", (logits,), (ref_logits,), None)
+
+
+def linear_inputs(
+    hidden: Array,
+    kernel: Array,
+    ref: tuple[Array, Array] | None,
+    logit_scale: float,
+    transposed: bool,
+    implementation: str | None,
+) -> Inputs:
+    """Checks hidden states and the head that makes logits of them."""
+    pairs = [("hidden", hidden, "kernel", kernel)]
+    if ref is not None:
+        pairs.append(("ref_hidden", ref[0], "ref_kernel", ref[1]))
+    for hidden_name, h, kernel_name, k in pairs:
+        checks.floats(hidden_name, h, float64=implementation == "reference")
+        checks.floats(kernel_name, k, float64=implementation == "reference")
+        checks.head(hidden_name, h, kernel_name, k, transposed)
+    head = Head(checks.number("logit_scale", logit_scale), bool(transposed))
+    if ref is None:
+        return Inputs("hidden", (hidden, kernel), (), head)
+    checks.same_vocabulary(kernel, ref[1], transposed)
+    if jnp.shape(ref[0])[:-1] != jnp.shape(hidden)[:-1]:
+        raise ValueError(
+            "ref_hidden and hidden must have the same leading dimensions, got shapes "
+            f"{jnp.shape(ref[0])} and {jnp.shape(hidden)}."
+        )
+    return Inputs("hidden", (hidden, kernel), ref, head)
+
+
+def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
+    """The entries of a whole row, over all shards."""
+    op = Operation(Settings("ce", 1), None, inputs.head)
+    columns = columns_of(op, Operands(inputs.model, inputs.reference))
+    try:
+        return columns * sharding.axis_size(vocab_axis)
+    except NameError:
+        raise ValueError(
+            f"vocab_axis={vocab_axis!r} is not an axis of an enclosing jax.shard_map: call the loss "
+            "inside jax.shard_map over a mesh with that axis, or leave vocab_axis out."
+        ) from None
+
+
+class _Tokens(NamedTuple):
+    """What belongs to the tokens, flat, ids still global."""
+
+    targets: Array
+    weights: Array
+    bad: Array
+    edits: Edits | None
+
+
+def _flat_tokens(
+    inputs: Inputs, c: Settings, targets: Array | None, weights: Array | None, edits: Edits | None
+) -> _Tokens:
+    like = inputs.model[0]
+    lead = jnp.shape(like)[:-1]
+    dtype = jnp.promote_types(jnp.float32, like.dtype)
+    if targets is None:
+        targets = jnp.zeros(lead, jnp.int32)
+    if weights is None:
+        weights = jnp.ones(lead, dtype)
+    checks.integers("targets", targets)
+    checks.per_token("targets", targets, inputs.name, like)
+    checks.weights(weights)
+    checks.per_token("weights", weights, inputs.name, like)
+    y = jnp.reshape(jnp.asarray(targets), -1)
+    w = jnp.reshape(jnp.asarray(weights).astype(dtype), -1)
+    bad = (y < 0) | (y >= c.vocab_size)
+    y = y.astype(jnp.int32)
+    if edits is not None:
+        checks.edits(edits, inputs.name, like)
+        k = jnp.shape(edits.ids)[-1]
+        ids = jnp.reshape(jnp.asarray(edits.ids), (-1, k)) if k else None
+        if ids is None:
+            return _Tokens(y, w, bad, None)
+        factors = jnp.reshape(jnp.asarray(edits.factors).astype(dtype), (-1, k))
+        wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
+        bad = bad | jnp.any(wrong, axis=-1)
+        if c.objective == "ul":
+            factors = jnp.where(factors == 0, 0.0, 1.0)
+        return _Tokens(y, w, bad, Edits(ids.astype(jnp.int32), factors))
+    if c.objective not in (*objectives.TARGETED_NEGATIVE, "ul"):
+        return _Tokens(y, w, bad, None)
+    # The edit that the weights imply: the target of a pushed-down token.
+    left = jnp.zeros_like(w) if c.objective == "ul" else jnp.maximum(0.0, 1.0 + w)
+    factors = jnp.where(w < 0, left, 1.0)
+    return _Tokens(y, w, bad, Edits(y[:, None], factors[:, None]))
+
+
+def _run_reference(
+    op: Operation, operands: Operands, tokens: _Tokens
+) -> tuple[dict[str, Array], Array]:
+    arrays = [operands.model] + ([operands.reference] if operands.reference else [])
+    if op.head is not None:
+        logits = [
+            reference.linear_logits(h, k, op.head.scale, op.head.transposed) for h, k in arrays
+        ]
+    else:
+        logits = [x for (x,) in arrays]
+    logits = [x.astype(jnp.promote_types(jnp.float32, x.dtype)) for x in logits]
+    z, r = logits[0], logits[1] if operands.reference else None
+    c, e = op.settings, tokens.edits
+    statistics = reference.token_statistics(z, r, tokens.targets)
+    if c.objective in ("statistics", "pair_statistics"):
+        outputs = statistics
+    else:
+        factor = None if e is None else reference.edit_factors(z.shape[-1], e.ids, e.factors)
+        options = {k: v for k, v in dataclasses.asdict(c).items() if k != "objective"}
+        total, z_part = reference.loss(
+            c.objective, z, r, tokens.targets, tokens.weights, factor, **options
+        )
+        outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
+    peak = jnp.max(z, axis=-1)
+    bad = tokens.bad | (peak <= reference.MASKED)
+    counts = tokens.weights != 0
+    for name in ("loss", "z_loss", "log_prob", "ref_log_prob"):
+        if name in outputs:
+            x = jnp.where(bad & counts, math.nan, outputs[name])
+            outputs[name] = jnp.where(counts | jnp.isfinite(x) & ~bad, x, 0.0)
+    own = jnp.take_along_axis(z, jnp.clip(tokens.targets, 0, z.shape[-1] - 1)[:, None], -1)[:, 0]
+    return outputs, (own >= peak) & ~bad
+
+
+def _run_driver(
+    implementation: str, op: Operation, operands: Operands, tokens: _Tokens
+) -> tuple[dict[str, Array], Array]:
+    columns = columns_of(op, operands)
+
+    def local(ids: Array) -> Array:
+        return sharding.local_ids(ids, columns, op.vocab_axis)
+
+    e = tokens.edits
+    flat = Tokens(
+        local(tokens.targets),
+        tokens.weights,
+        tokens.bad,
+        None if e is None else local(e.ids),
+        None if e is None else jnp.log(e.factors),
+    )
+    outputs, numbers = autodiff.apply(dispatch.driver(implementation, op), op, operands, flat)
+    return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
+
+
+def call(
+    c: Settings,
+    inputs: Inputs,
+    targets: Array | None,
+    weights: Array | None,
+    edits: Edits | None,
+    vocab_axis: str | None,
+    implementation: str | None,
+) -> tuple[dict[str, Array], Array]:
+    """Runs an operation on checked inputs.
+
+    Returns:
+      Its outputs by name and whether the target holds the largest logit, with the tokens' leading
+      dimensions.
+    """
+    op = Operation(c, vocab_axis, inputs.head)
+    implementation = dispatch.choose(implementation, op)
+    lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
+
+    def flat(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        first, *kernel = map(jnp.asarray, arrays)
+        return (jnp.reshape(first, (-1, first.shape[-1])), *kernel)
+
+    reference = jax.lax.stop_gradient(flat(inputs.reference)) if inputs.reference else ()
+    operands = Operands(flat(inputs.model), reference)
+    tokens = jax.lax.stop_gradient(_flat_tokens(inputs, c, targets, weights, edits))
+    if implementation == "reference":
+        outputs, correct = _run_reference(op, operands, tokens)
+    else:
+        outputs, correct = _run_driver(implementation, op, operands, tokens)
+    return {k: jnp.reshape(x, lead) for k, x in outputs.items()}, jnp.reshape(correct, lead)

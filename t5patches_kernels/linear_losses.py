@@ -1,0 +1,209 @@
+r"""Losses on hidden states: the logits are never whole in memory.
+
+The same losses as in `losses`, with ``logits = logit_scale * hidden @ kernel`` (``kernel.T`` with
+``transposed=True``: a tied embedding table) made a chunk of tokens at a time. Value and gradients
+hold no ``[..., V]`` array. Differentiable in ``hidden`` and ``kernel``; nothing flows to the
+reference's. The products run in the dtype of ``hidden``, to which ``kernel`` is cast, and sum in
+float32. The model and the reference may have different hidden sizes.
+
+Every argument not described here means what it does in `losses`; with ``vocab_axis`` it is the
+kernels' vocabulary dimension that is split.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from t5patches_kernels import calls, losses
+from t5patches_kernels.calls import Edits
+from t5patches_kernels.losses import TokenLoss, TokenStatistics
+
+Array = jax.Array
+
+
+def linear_targeted_negative_loss(
+    hidden: Array,
+    kernel: Array,
+    ref_hidden: Array,
+    ref_kernel: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    logit_scale: float = 1.0,
+    transposed: bool = False,
+    objective: str = "tnff",
+    alpha: float = 1e4,
+    smoothing: float = 1e-6,
+    z_loss: float = 0.0,
+    divergence: bool = False,
+    edits: Edits | None = None,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    """`targeted_negative_loss` of two models' hidden states.
+
+    Args:
+      hidden: ``[..., D]`` float32 or bfloat16, of the model being trained.
+      kernel: ``[D, V]``, or ``[V, D]`` with `transposed`.
+      ref_hidden: ``[..., D']`` of the frozen original model.
+      ref_kernel: ``[D', V]``, or ``[V, D']`` with `transposed`.
+      targets: ``[...]`` integer ids.
+      weights: ``[...]``; the sign says kept, pushed down or ignored.
+      logit_scale: multiplies both models' logits (T5's tied head: ``D ** -0.5``).
+      transposed: whether the kernels are embedding tables.
+      objective: see `targeted_negative_loss`, as for what follows.
+      alpha: see there.
+      smoothing: see there.
+      z_loss: see there.
+      divergence: see there.
+      edits: see there.
+      vocab_axis: see there.
+      implementation: see there.
+
+    Returns:
+      A `TokenLoss`, differentiable in `hidden` and `kernel`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from t5patches_kernels import linear_targeted_negative_loss, targeted_negative_loss
+      >>> h, w = jnp.ones((2, 3)), jnp.arange(12.0).reshape(3, 4) / 8
+      >>> targets, weights = jnp.array([3, 3]), jnp.array([1.0, -1.0])
+      >>> fused = linear_targeted_negative_loss(h, w, h, w, targets, weights, alpha=1.0)
+      >>> whole = targeted_negative_loss(h @ w, h @ w, targets, weights, alpha=1.0)
+      >>> print(jnp.allclose(fused.loss, whole.loss))
+      True
+    """
+    ref = (ref_hidden, ref_kernel)
+    inputs = calls.linear_inputs(hidden, kernel, ref, logit_scale, transposed, implementation)
+    c = losses.targeted_negative_settings(
+        calls.vocab_size(inputs, vocab_axis), objective, alpha, smoothing, z_loss, divergence
+    )
+    return losses.run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+
+
+def linear_unlikelihood_loss(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    logit_scale: float = 1.0,
+    transposed: bool = False,
+    alpha: float = 1e4,
+    z_loss: float = 0.0,
+    edits: Edits | None = None,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    """`unlikelihood_loss` of hidden states.
+
+    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import linear_unlikelihood_loss
+      >>> out = linear_unlikelihood_loss(
+      ...     jnp.zeros((1, 2)), jnp.ones((2, 4)), jnp.array([0]), jnp.array([-1.0]), alpha=1.0)
+      >>> print(out.loss.round(4))
+      [0.2877]
+    """
+    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    c = losses.unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
+    return losses.run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+
+
+def linear_negative_likelihood_loss(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    logit_scale: float = 1.0,
+    transposed: bool = False,
+    alpha: float = 1e4,
+    threshold: float = -10.3,
+    z_loss: float = 0.0,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    """`negative_likelihood_loss` of hidden states.
+
+    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import linear_negative_likelihood_loss
+      >>> out = linear_negative_likelihood_loss(
+      ...     jnp.zeros((1, 2)), jnp.ones((2, 4)), jnp.array([0]), jnp.array([-1.0]), alpha=1.0)
+      >>> print(out.loss.round(4))
+      [-1.3863]
+    """
+    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    size = calls.vocab_size(inputs, vocab_axis)
+    c = losses.negative_likelihood_settings(size, alpha, threshold, z_loss)
+    return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+
+
+def linear_cross_entropy_loss(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    transposed: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    """`cross_entropy_loss` of hidden states.
+
+    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import linear_cross_entropy_loss
+      >>> print(linear_cross_entropy_loss(
+      ...     jnp.zeros((1, 2)), jnp.ones((2, 4)), jnp.array([0])).loss.round(4))
+      [1.3863]
+    """
+    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    size = calls.vocab_size(inputs, vocab_axis)
+    c = losses.cross_entropy_settings(size, label_smoothing, z_loss)
+    return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+
+
+def linear_token_statistics(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    ref_hidden: Array | None = None,
+    ref_kernel: Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    transposed: bool = False,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenStatistics:
+    """`token_statistics` of hidden states.
+
+    Args and returns: as for `linear_targeted_negative_loss` and `token_statistics`; the reference is
+    given whole or not at all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import linear_token_statistics
+      >>> out = linear_token_statistics(jnp.zeros((1, 2)), jnp.ones((2, 4)), jnp.array([0]))
+      >>> print(out.entropy.round(4))
+      [1.3863]
+    """
+    if (ref_hidden is None) != (ref_kernel is None):
+        missing = "ref_hidden" if ref_hidden is None else "ref_kernel"
+        raise ValueError(f"{missing} is missing: give both ref_hidden and ref_kernel, or neither.")
+    ref = None if ref_hidden is None or ref_kernel is None else (ref_hidden, ref_kernel)
+    inputs = calls.linear_inputs(hidden, kernel, ref, logit_scale, transposed, implementation)
+    return losses.run_token_statistics(inputs, targets, vocab_axis, implementation)

@@ -1,0 +1,463 @@
+r"""Losses on logits.
+
+Leading dimensions are free, the vocabulary is last. Logits are float32 or bfloat16; every sum is
+float32. A token is *kept* where its weight is positive, *pushed down* where it is negative, *ignored*
+where it is 0; an ignored token contributes exactly 0 to loss and gradient, whatever its logits hold.
+Losses are per token: reduce them as you like, with any per-token factor.
+
+All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
+the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,
+`jax.checkpoint` and `jax.shard_map`.
+
+Arguments that they share:
+
+* ``implementation``: None for the best proven on this device, or ``"xla"`` (streaming, anywhere) or
+  ``"reference"`` (dense, also float64, differentiable any number of times). One that is asked for by
+  name and cannot run raises.
+* ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
+  equal parts. Ids are global.
+* ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from t5patches_kernels import calls, checks
+from t5patches_kernels.calls import Edits, Inputs
+from t5patches_kernels.spec import objectives
+from t5patches_kernels.spec.objectives import Settings
+
+Array = jax.Array
+
+
+class TokenLoss(NamedTuple):
+    """What a loss returns, per token.
+
+    Attributes:
+      loss: ``[...]`` float32; exactly 0 where the token is ignored; includes the z-loss part.
+      z_loss: ``[...]`` float32; the z-loss part alone, for logging.
+      log_prob: ``[...]`` float32; ``log p[target]`` of every token (0 for an ignored token that has
+        none: a target out of range, or NaN logits).
+      correct: ``[...]`` bool; whether the target holds the largest logit: accuracy without another
+        pass over the logits.
+    """
+
+    loss: Array
+    z_loss: Array
+    log_prob: Array
+    correct: Array
+
+
+class TokenStatistics(NamedTuple):
+    """What `token_statistics` returns, per token.
+
+    Attributes:
+      log_prob: ``[...]`` float32, ``log p[target]``.
+      ref_log_prob: ``[...]`` float32, ``log q[target]`` of the reference, or None without one.
+      entropy: ``[...]`` float32, of the model's distribution, in nats.
+      kl: ``[...]`` float32, ``KL(p, q)`` of the model from the reference, or None without one.
+      correct: ``[...]`` bool, whether the target holds the largest logit.
+    """
+
+    log_prob: Array
+    ref_log_prob: Array | None
+    entropy: Array
+    kl: Array | None
+    correct: Array
+
+
+# --- What the functions on logits and those on hidden states share ---------------------------------
+
+
+def run_loss(
+    c: Settings,
+    inputs: Inputs,
+    targets: Array | None,
+    weights: Array | None,
+    edits: Edits | None,
+    vocab_axis: str | None,
+    implementation: str | None,
+) -> TokenLoss:
+    """Runs an operation whose outputs are those of a loss."""
+    outputs, correct = calls.call(c, inputs, targets, weights, edits, vocab_axis, implementation)
+    return TokenLoss(correct=correct, **outputs)
+
+
+def targeted_negative_settings(
+    size: int, objective: str, alpha: float, smoothing: float, z_loss: float, divergence: bool
+) -> Settings:
+    """Checks the options of `targeted_negative_loss`."""
+    checks.one_of("objective", objective, objectives.TARGETED_NEGATIVE)
+    smoothing = checks.number("smoothing", smoothing, least=0.0)
+    entry = objectives.OBJECTIVES[objective]
+    if objectives.reverse in (entry.kept, entry.pushed):
+        checks.smoothing_for_reverse(smoothing, f"objective={objective!r}")
+    return Settings(
+        objective=objective,
+        vocab_size=size,
+        alpha=checks.number("alpha", alpha, least=0.0),
+        smoothing=smoothing,
+        z_loss=checks.number("z_loss", z_loss, least=0.0),
+        divergence=bool(divergence),
+    )
+
+
+def unlikelihood_settings(size: int, alpha: float, z_loss: float) -> Settings:
+    """Checks the options of `unlikelihood_loss`."""
+    return Settings(
+        objective="ul",
+        vocab_size=size,
+        alpha=checks.number("alpha", alpha, least=0.0),
+        z_loss=checks.number("z_loss", z_loss, least=0.0),
+    )
+
+
+def negative_likelihood_settings(
+    size: int, alpha: float, threshold: float, z_loss: float
+) -> Settings:
+    """Checks the options of `negative_likelihood_loss`."""
+    return Settings(
+        objective="nl",
+        vocab_size=size,
+        alpha=checks.number("alpha", alpha, least=0.0),
+        threshold=checks.number("threshold", threshold),
+        z_loss=checks.number("z_loss", z_loss, least=0.0),
+    )
+
+
+def cross_entropy_settings(size: int, label_smoothing: float, z_loss: float) -> Settings:
+    """Checks the options of `cross_entropy_loss`."""
+    return Settings(
+        objective="ce",
+        vocab_size=size,
+        label_smoothing=checks.label_smoothing(label_smoothing, size),
+        z_loss=checks.number("z_loss", z_loss, least=0.0),
+    )
+
+
+def run_token_statistics(
+    inputs: Inputs, targets: Array, vocab_axis: str | None, implementation: str | None
+) -> TokenStatistics:
+    """`token_statistics` on checked inputs."""
+    name = "pair_statistics" if inputs.reference else "statistics"
+    c = Settings(name, calls.vocab_size(inputs, vocab_axis))
+    outputs, correct = calls.call(c, inputs, targets, None, None, vocab_axis, implementation)
+    without = {"ref_log_prob": None, "kl": None}
+    return TokenStatistics(correct=correct, **(without | outputs))
+
+
+# --- Public functions ---------------------------------------------------------------------------
+
+
+def targeted_negative_loss(
+    logits: Array,
+    ref_logits: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    objective: str = "tnff",
+    alpha: float = 1e4,
+    smoothing: float = 1e-6,
+    z_loss: float = 0.0,
+    divergence: bool = False,
+    edits: Edits | None = None,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    r"""Targeted negative training: towards the reference with unwanted tokens removed.
+
+    With ``p = softmax(logits)``, ``q`` proportional to ``softmax(ref_logits)`` with the target's mass
+    multiplied by ``max(0, 1 + w)`` where it is pushed down, and ``s(q) = (q + eps) / (1 + V eps)``:
+
+    =========== ======================== ==================================
+    objective   kept token               pushed-down token, times ``alpha``
+    =========== ======================== ==================================
+    ``tnff``    CE(q, p)                 CE(q, p)
+    ``tnrr``    KL(p, s(q))              KL(p, s(q))
+    ``tnrf``    CE(s(q), p)              KL(p, s(q))
+    ``tnfll``   -log p[y]                CE(q, p)
+    ``tnrll``   CE(s(onehot y), p)       KL(p, s(q))
+    =========== ======================== ==================================
+
+    A token all of whose target mass has been removed has nothing to move towards: its term is 0,
+    with gradient 0.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16, of the model being trained.
+      ref_logits: ``[..., V]`` float32 or bfloat16, of the frozen original model.
+      targets: ``[...]`` integer ids.
+      weights: ``[...]``; the sign says kept, pushed down or ignored; -1 removes the target, -0.5
+        halves its probability, values below -1 remove it too.
+      objective: one of ``tnff tnrr tnrf tnfll tnrll``.
+      alpha: the factor on pushed-down tokens, ``>= 0``.
+      smoothing: eps, ``>= 0``; ``> 0`` where the objective has a reverse divergence.
+      z_loss: see the module.
+      divergence: report ``KL(q, p)``, which reaches 0, where the default reports T5Patches'
+        ``CE(q, p)``. The gradients are the same.
+      edits: replaces the one edit that a weight implies by K ids a token, each with its factor; the
+        weights still say kept, pushed down or ignored.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `TokenLoss`. A target or edited id out of range gives NaN for its token if it counts.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown objective, an option out of range.
+      TypeError: dtypes that do not fit, a traced option.
+      NotImplementedError: `implementation` cannot run this, or a derivative that there is none of.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from t5patches_kernels import targeted_negative_loss
+      >>> logits = jnp.array([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+      >>> targets, weights = jnp.array([0, 0]), jnp.array([1.0, -1.0])
+      >>> out = targeted_negative_loss(logits, logits, targets, weights, alpha=1.0, divergence=True)
+      >>> print(out.loss.round(4))  # the kept token is where it should be, the other is not
+      [0.     1.0986]
+      >>> loss = lambda z: targeted_negative_loss(z, logits, targets, weights, alpha=1.0).loss.sum()
+      >>> print(jax.grad(loss)(logits).round(3))
+      [[ 0.     0.     0.   ]
+       [ 0.665 -0.486 -0.179]]
+
+    References:
+      Eq. 2 and the losses of "Towards Minimal Targeted Updates of Language Models with
+      Targeted Negative Training" (Zhang et al., 2024); T5Patches' ``TNFFModel``, ``TNRRModel``, ``TNRFModel``, ``TNFLLModel``,
+      ``TNRLLModel``. Differs on purpose: see the README.
+    """
+    inputs = calls.logits_inputs(logits, ref_logits, implementation)
+    size = calls.vocab_size(inputs, vocab_axis)
+    c = targeted_negative_settings(size, objective, alpha, smoothing, z_loss, divergence)
+    return run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+
+
+def unlikelihood_loss(
+    logits: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    alpha: float = 1e4,
+    z_loss: float = 0.0,
+    edits: Edits | None = None,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    r"""Unlikelihood: ``-log p[y]`` for kept tokens, ``-alpha log(1 - p[N])`` for pushed-down ones.
+
+    N is the target, or with `edits` the set of a token's ids whose factor is 0. Computed as
+    ``lse(z) - lse(z without N)``, whose gradient ``p - softmax(z without N)`` stays right however
+    sure the model is; T5Patches clips at ``1 - 1e-7``, where it vanishes.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16.
+      targets: ``[...]`` integer ids.
+      weights: ``[...]``; the sign says kept, pushed down or ignored.
+      alpha: the factor on pushed-down tokens, ``>= 0``.
+      z_loss: see the module.
+      edits: the set N of each token; ids with another factor than 0 are not in it.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `TokenLoss`. Where N holds all of the mass there is nothing else to say: the term is 0.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import unlikelihood_loss
+      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> out = unlikelihood_loss(logits, jnp.array([0]), jnp.array([-1.0]), alpha=1.0)
+      >>> print(out.loss.round(4))
+      [0.6931]
+
+    References:
+      "Neural Text Generation With Unlikelihood Training" (Welleck et al., 2020); T5Patches'
+      ``ULModel``.
+    """
+    inputs = calls.logits_inputs(logits, None, implementation)
+    c = unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
+    return run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+
+
+def negative_likelihood_loss(
+    logits: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    alpha: float = 1e4,
+    threshold: float = -10.3,
+    z_loss: float = 0.0,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    r"""Negative likelihood: ``-w log p[y]``, held once a pushed-down token is unlikely enough.
+
+    For a pushed-down token, ``alpha |w| max(log p[y], threshold)``: no gradient once ``log p[y]`` is
+    below the threshold. (T5Patches' threshold, as written, stops confident *kept* tokens instead.)
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16.
+      targets: ``[...]`` integer ids.
+      weights: ``[...]``; the sign says kept, pushed down or ignored; the size multiplies the loss.
+      alpha: the factor on pushed-down tokens, ``>= 0``.
+      threshold: the log-probability below which a token is left alone, in nats.
+      z_loss: see the module; times ``|w|`` too.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `TokenLoss`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import negative_likelihood_loss
+      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]] * 2))
+      >>> out = negative_likelihood_loss(
+      ...     logits, jnp.array([0, 0]), jnp.array([1.0, -1.0]), alpha=1.0)
+      >>> print(out.loss.round(4))
+      [ 0.6931 -0.6931]
+
+    References:
+      T5Patches' ``NLModel``.
+    """
+    inputs = calls.logits_inputs(logits, None, implementation)
+    size = calls.vocab_size(inputs, vocab_axis)
+    c = negative_likelihood_settings(size, alpha, threshold, z_loss)
+    return run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+
+
+def cross_entropy_loss(
+    logits: Array,
+    targets: Array,
+    weights: Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenLoss:
+    r"""Cross-entropy ``-w log p[y]``, with label smoothing and z-loss as T5X has them.
+
+    With smoothing l the target is ``1 - l`` at y and ``l / (V - 1)`` elsewhere, and the entropy of
+    that target is taken off, so that the least loss is 0. The weight multiplies everything.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16.
+      targets: ``[...]`` integer ids.
+      weights: ``[...]`` factors, or None for all 1.
+      label_smoothing: l, in [0, 1).
+      z_loss: see the module.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `TokenLoss`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import cross_entropy_loss
+      >>> out = cross_entropy_loss(jnp.zeros((2, 8)), jnp.array([3, 5]), jnp.array([1.0, 0.0]))
+      >>> print(out.loss.round(4), out.correct)
+      [2.0794 0.    ] [ True  True]
+
+    References:
+      T5X's ``losses.compute_weighted_cross_entropy``; the z-loss of "PaLM" (Chowdhery et al., 2022).
+    """
+    inputs = calls.logits_inputs(logits, None, implementation)
+    c = cross_entropy_settings(calls.vocab_size(inputs, vocab_axis), label_smoothing, z_loss)
+    return run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+
+
+def kl_divergence(
+    logits: Array,
+    ref_logits: Array,
+    *,
+    direction: str = "forward",
+    edits: Edits | None = None,
+    smoothing: float = 0.0,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""``KL(s(q), p)`` (forward) or ``KL(p, s(q))`` (reverse) of two rows of raw logits.
+
+    ``p = softmax(logits)``, ``q`` proportional to ``softmax(ref_logits)`` times the edits' factors,
+    ``s(q) = (q + eps) / (1 + V eps)``.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16, of the model.
+      ref_logits: ``[..., V]`` float32 or bfloat16, of the reference.
+      direction: ``"forward"`` or ``"reverse"``.
+      edits: changes to q, K ids a token.
+      smoothing: eps, ``>= 0``; ``> 0`` for the reverse direction with edits.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      ``[...]`` float32, in nats; differentiable in `logits`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import kl_divergence
+      >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+      >>> print(kl_divergence(p, q).round(4), kl_divergence(p, q, direction="reverse").round(4))
+      0.3681 0.5108
+    """
+    inputs = calls.logits_inputs(logits, ref_logits, implementation)
+    checks.one_of("direction", direction, checks.DIRECTIONS)
+    smoothing = checks.number("smoothing", smoothing, least=0.0)
+    if direction == "reverse" and edits is not None:
+        checks.smoothing_for_reverse(smoothing, 'direction="reverse" with edits')
+    size = calls.vocab_size(inputs, vocab_axis)
+    c = Settings(f"kl_{direction}", size, smoothing=smoothing, divergence=True)
+    return run_loss(c, inputs, None, None, edits, vocab_axis, implementation).loss
+
+
+def token_statistics(
+    logits: Array,
+    targets: Array,
+    ref_logits: Array | None = None,
+    *,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenStatistics:
+    r"""Log-probabilities, entropy and ``KL(p, q)`` from the reference, in one pass.
+
+    What a policy-gradient trainer with a KL penalty needs of its logits.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16, of the model.
+      targets: ``[...]`` integer ids.
+      ref_logits: ``[..., V]`` of the reference, or None.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `TokenStatistics`; ``log_prob``, ``entropy`` and ``kl`` are differentiable in `logits`. A
+      target out of range gives NaN log-probabilities.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import token_statistics
+      >>> out = token_statistics(jnp.zeros((1, 4)), jnp.array([2]))
+      >>> print(out.log_prob.round(4), out.entropy.round(4), out.kl)
+      [-1.3863] [1.3863] None
+    """
+    inputs = calls.logits_inputs(logits, ref_logits, implementation)
+    return run_token_statistics(inputs, targets, vocab_axis, implementation)

@@ -1,0 +1,90 @@
+"""What every driver is given: one operation on rows, and the stages in which it can be run."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.spec.statistics import Numbers
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How logits come from hidden states: ``logits = scale * hidden @ kernel``."""
+
+    scale: float
+    transposed: bool  # the kernel is [V, D], an embedding table
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Everything static about a call; hashable."""
+
+    settings: Settings
+    vocab_axis: str | None = None
+    head: Head | None = None  # None: the operands are logits
+
+
+class Tokens(NamedTuple):
+    """What belongs to each of the T tokens. Ids are columns of this shard, or V for none."""
+
+    targets: Array  # [T] int32
+    weights: Array  # [T] float32
+    bad: Array  # [T] bool: an id is out of range
+    edit_ids: Array | None = None  # [T, K] int32
+    log_factors: Array | None = None  # [T, K] float32
+
+
+class Operands(NamedTuple):
+    """The arrays that rows are made of.
+
+    Logits ``[T, V]``, or hidden states ``[T, D]`` and a head's kernel; the same for the reference,
+    where the operation has one.
+    """
+
+    model: tuple[Array, ...]
+    reference: tuple[Array, ...]
+
+
+class Stage(enum.Enum):
+    """How far a driver takes the rows."""
+
+    FIRST = "first"  # the sums of the first look, of this shard's columns
+    SECOND = "second"  # the sums of the second look, given finished numbers
+    NUMBERS = "numbers"  # both, and finished
+    VISIT = "visit"  # NUMBERS, and the gradient of the loss in the same visit
+    GRADIENT = "gradient"  # the gradient, given finished numbers and the derivatives by them
+
+
+class Result(NamedTuple):
+    """What a stage returns."""
+
+    numbers: Numbers  # [T, 1] each
+    gradient: tuple[Array, ...] | None = None  # one per model operand, in its dtype
+
+
+class Driver(Protocol):
+    """One way to bring rows to the specification."""
+
+    def __call__(
+        self,
+        op: Operation,
+        stage: Stage,
+        operands: Operands,
+        tokens: Tokens,
+        numbers: Numbers | None = None,
+        by: Numbers | None = None,
+    ) -> Result:
+        """Runs one stage over all rows."""
+
+
+def columns_of(op: Operation, operands: Operands) -> int:
+    """How many vocabulary entries the operands hold (of this shard)."""
+    last: Any = operands.model[-1]
+    return last.shape[0] if op.head and op.head.transposed else last.shape[-1]

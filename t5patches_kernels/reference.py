@@ -1,0 +1,217 @@
+r"""The oracle: every loss in dense, textbook form, with gradients by autodiff.
+
+Written to be checked by eye and shared with nothing: no statistic, tile or kernel of the other
+implementations is used here. Computes in float64 where the inputs are float64, in float32
+otherwise. Holds several ``[T, V]`` arrays; differentiable any number of times, in either mode.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# A logit at or below this is masked: probability 0, contributes 0.
+MASKED = -1e30
+
+
+def linear_logits(hidden: Array, kernel: Array, scale: float, transposed: bool) -> Array:
+    """``scale * hidden @ kernel``, exact products of the values as `hidden`'s dtype holds them."""
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    matrix = kernel.astype(hidden.dtype).astype(dtype)
+    equation = "td,vd->tv" if transposed else "td,dv->tv"
+    product = jnp.einsum(
+        equation, hidden.astype(dtype), matrix, precision=jax.lax.Precision.HIGHEST
+    )
+    return scale * product
+
+
+class Distributions(NamedTuple):
+    """A row's distributions written out, ``[T, V]`` each."""
+
+    log_p: Array  # the model
+    p: Array
+    log_q: Array  # the reference with its edits
+    q: Array
+    onehot: Array  # the target
+    present: Array  # 1 where the model does not mask the entry
+
+
+def log_distribution(logits: Array) -> Array:
+    """``log softmax`` with masked entries at a large negative number instead of ``-inf``."""
+    return jax.nn.log_softmax(jnp.maximum(logits, MASKED), axis=-1)
+
+
+def edit_factors(vocab_size: int, ids: Array, factors: Array) -> Array:
+    """What multiplies each entry's mass ``[T, V]``: 1 but for the K edited ids (-1: none)."""
+    factor = jnp.ones((ids.shape[0], vocab_size), factors.dtype)
+    for k in range(ids.shape[1]):
+        chosen = jax.nn.one_hot(ids[:, k], vocab_size, dtype=jnp.bool_)
+        factor = jnp.where(chosen, factor * factors[:, k : k + 1], factor)
+    return factor
+
+
+def edited_distribution(logits: Array, factor: Array) -> Array:
+    """``log q`` with q proportional to ``softmax(logits) * factor``."""
+    log_factor = jnp.where(factor > 0, jnp.log(jnp.where(factor > 0, factor, 1.0)), -jnp.inf)
+    return log_distribution(logits + log_factor)
+
+
+def smoothed(q: Array, eps: float, vocab_size: int) -> Array:
+    """``(q + eps) / (1 + V eps)``."""
+    return (q + eps) / (1 + vocab_size * eps)
+
+
+def cross_entropy(t: Array, d: Distributions) -> Array:
+    """``-sum t log p`` over the entries that the model does not mask."""
+    return -jnp.sum(jnp.where(t * d.present > 0, t * d.log_p, 0.0), axis=-1)
+
+
+def entropy(t: Array) -> Array:
+    """``-sum t log t``."""
+    return -jnp.sum(jnp.where(t > 0, t * jnp.log(jnp.where(t > 0, t, 1.0)), 0.0), axis=-1)
+
+
+def forward(t: Array, d: Distributions, divergence: bool) -> Array:
+    """``CE(t, p)``, or ``KL(t, p)`` with `divergence`."""
+    return cross_entropy(t, d) - entropy(t * d.present) * divergence
+
+
+def reverse(d: Distributions, eps: float, vocab_size: int) -> Array:
+    """``KL(p, s(q))``."""
+    log_s = jnp.log(smoothed(d.q, eps, vocab_size)) if eps else d.log_q
+    return jnp.sum(jnp.where(d.present > 0, d.p * (d.log_p - log_s), 0.0), axis=-1)
+
+
+def likelihood(d: Distributions) -> Array:
+    """``-log p[y]``."""
+    return -jnp.sum(jnp.where(d.onehot > 0, d.log_p, 0.0), axis=-1)
+
+
+def distributions(
+    logits: Array, ref_logits: Array, targets: Array, factor: Array
+) -> Distributions:
+    """Writes a row's distributions out."""
+    log_p = log_distribution(logits)
+    log_q = edited_distribution(ref_logits, factor)
+    return Distributions(
+        log_p=log_p,
+        p=jnp.exp(log_p),
+        log_q=log_q,
+        q=jnp.exp(log_q),
+        onehot=jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype),
+        present=(logits > MASKED).astype(logits.dtype),
+    )
+
+
+def tn_terms(
+    name: str, d: Distributions, eps: float, divergence: bool
+) -> tuple[Array, Array]:
+    """What a kept and a pushed-down token contribute, before alpha."""
+    size = d.p.shape[-1]
+    if name == "tnff":
+        return forward(d.q, d, divergence), forward(d.q, d, divergence)
+    if name == "tnrr":
+        return reverse(d, eps, size), reverse(d, eps, size)
+    if name == "tnrf":
+        return forward(smoothed(d.q, eps, size), d, divergence), reverse(d, eps, size)
+    if name == "tnfll":
+        return likelihood(d), forward(d.q, d, divergence)
+    if name == "tnrll":
+        target = smoothed(d.onehot, eps, size)
+        return forward(target, d, divergence), reverse(d, eps, size)
+    raise ValueError(name)
+
+
+def unlikelihood(logits: Array, factor: Array) -> Array:
+    """``-log(1 - p[N])``, as the normaliser less the normaliser without N."""
+    rest = jnp.where(factor > 0, jnp.maximum(logits, MASKED), -jnp.inf)
+    return jax.nn.logsumexp(jnp.maximum(logits, MASKED), -1) - jax.nn.logsumexp(rest, -1)
+
+
+def log_normaliser(logits: Array) -> Array:
+    """``log sum exp`` of the logits."""
+    return jax.nn.logsumexp(jnp.maximum(logits, MASKED), axis=-1)
+
+
+def label_smoothed_cross_entropy(d: Distributions, label_smoothing: float) -> Array:
+    """T5X's cross-entropy: to the smoothed target, less that target's entropy."""
+    size = d.p.shape[-1]
+    if label_smoothing == 0.0:
+        return likelihood(d)
+    off = label_smoothing / (size - 1)
+    on = 1.0 - label_smoothing
+    target = jnp.where(d.onehot > 0, on, off).astype(d.p.dtype)
+    constant = -(on * jnp.log(on) + (size - 1) * off * jnp.log(off + 1e-20))
+    return cross_entropy(target, d) - constant.astype(d.p.dtype)
+
+
+def loss(
+    objective: str,
+    logits: Array,
+    ref_logits: Array | None,
+    targets: Array,
+    weights: Array,
+    factor: Array | None,
+    *,
+    vocab_size: int,
+    alpha: float,
+    smoothing: float,
+    z_loss: float,
+    divergence: bool,
+    label_smoothing: float,
+    threshold: float,
+) -> tuple[Array, Array]:
+    """The loss and its z-loss part ``[T]`` of any objective, before bad ids are marked."""
+    no_factor = jnp.ones_like(logits) if factor is None else factor
+    d = distributions(logits, logits if ref_logits is None else ref_logits, targets, no_factor)
+    scale = jnp.ones_like(weights)
+    reads_q = (False, False)
+    if objective == "ul":
+        kept, pushed = likelihood(d), unlikelihood(logits, no_factor)
+        reads_q = (False, True)
+    elif objective == "nl":
+        kept, pushed = likelihood(d), jnp.maximum(-likelihood(d), threshold)
+        scale = jnp.abs(weights)
+    elif objective == "ce":
+        kept = pushed = label_smoothed_cross_entropy(d, label_smoothing)
+        scale = weights
+    elif objective == "kl_forward":
+        target = smoothed(d.q, smoothing, vocab_size) if smoothing else d.q
+        kept = pushed = forward(target, d, divergence)
+        reads_q = (True, True)
+    elif objective == "kl_reverse":
+        kept = pushed = reverse(d, smoothing, vocab_size)
+        reads_q = (True, True)
+    else:
+        kept, pushed = tn_terms(objective, d, smoothing, divergence)
+        reads_q = (objective not in ("tnfll", "tnrll"), True)
+    # With all of q's mass removed there is nothing to move towards.
+    base = logits if ref_logits is None else ref_logits
+    empty = jnp.all((no_factor == 0) | (base <= MASKED), axis=-1)
+    kept = jnp.where(empty & reads_q[0], 0.0, kept)
+    pushed = jnp.where(empty & reads_q[1], 0.0, pushed)
+    z_part = z_loss * jnp.square(log_normaliser(logits))
+    total = jnp.where(weights < 0, alpha * pushed, kept) + z_part
+    return jnp.where(weights == 0, 0.0, scale * total), jnp.where(
+        weights == 0, 0.0, scale * z_part
+    )
+
+
+def token_statistics(
+    logits: Array, ref_logits: Array | None, targets: Array
+) -> dict[str, Array]:
+    """``log_prob`` and ``entropy``; with a reference ``ref_log_prob`` and ``kl`` too, ``[T]``."""
+    ones = jnp.ones_like(logits)
+    d = distributions(logits, logits if ref_logits is None else ref_logits, targets, ones)
+    out = {
+        "log_prob": -likelihood(d),
+        "entropy": -jnp.sum(jnp.where(d.present > 0, d.p * d.log_p, 0.0), axis=-1),
+    }
+    if ref_logits is not None:
+        out["ref_log_prob"] = jnp.sum(jnp.where(d.onehot > 0, d.log_q, 0.0), axis=-1)
+        out["kl"] = reverse(d, 0.0, logits.shape[-1])
+    return out

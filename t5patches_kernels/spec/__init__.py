@@ -1,0 +1,1 @@
+"""The losses, written once: row statistics and one line per objective."""

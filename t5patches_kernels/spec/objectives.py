@@ -1,0 +1,326 @@
+r"""Every objective as one line over a row's statistics. The only place that knows `tnrf` from `tnff`.
+
+A *term* is a function ``(row, settings) -> [R, 1]`` of the numbers of a row (`statistics.py`); an
+objective says which term a kept token gets and which a pushed-down one. Nothing else is written per
+objective: which statistics it needs is read off by running its line once (`needs`), and its gradient
+follows from differentiating the line on per-row numbers (`derivatives`) and the derivative table of
+the statistics. To add an objective, add an entry to `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels.spec import statistics
+from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a user chose, hashable: one compiled program per value."""
+
+    objective: str
+    vocab_size: int  # of the whole row, over all shards
+    alpha: float = 1.0
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    divergence: bool = False
+    label_smoothing: float = 0.0
+    threshold: float = 0.0
+
+
+class Row:
+    """The numbers of a row by name, and what every term builds from them."""
+
+    def __init__(self, numbers: Mapping[str, Array]):
+        self._numbers = numbers
+
+    def __getattr__(self, name: str) -> Array:
+        return self._numbers[name]
+
+    @property
+    def log_s(self) -> Array:
+        return jnp.log(self.s)
+
+    @property
+    def log_prob(self) -> Array:
+        return self.zy - self.log_s
+
+    @property
+    def entropy_of_q(self) -> Array:
+        return jnp.log(self.rs) - self.qr / self.rs
+
+
+Term = Callable[[Row, Settings], Array]
+
+
+# --- Terms --------------------------------------------------------------------------------------
+
+
+def of_q(term: Term) -> Term:
+    """A term over the target distribution q: 0 where all of q's mass has been removed."""
+
+    def guarded(row: Row, c: Settings) -> Array:
+        return jnp.where(row.rm > FLOOR, term(row, c), 0.0)
+
+    return guarded
+
+
+def likelihood(row: Row, c: Settings) -> Array:
+    """LL = -log p[y]."""
+    return -row.log_prob
+
+
+def _smoothed(cross_entropy: Array, row: Row, eps: float, size: int) -> Array:
+    """CE(s(q), p) from CE(q, p): the uniform part adds sum -log p over the unmasked entries."""
+    return (cross_entropy + eps * (row.n * row.log_s - row.sum_z)) / (1 + size * eps)
+
+
+@of_q
+def forward(row: Row, c: Settings) -> Array:
+    """CE(q, p), or KL(q, p) with `divergence`."""
+    cross_entropy = row.log_s - row.qz / row.rs
+    return cross_entropy - row.entropy_of_q if c.divergence else cross_entropy
+
+
+@of_q
+def smoothed_forward(row: Row, c: Settings) -> Array:
+    """CE(s(q), p), or KL(s(q), p) with `divergence`."""
+    if c.smoothing == 0.0:
+        return forward(row, c)
+    out = _smoothed(row.log_s - row.qz / row.rs, row, c.smoothing, c.vocab_size)
+    return out + row.sls if c.divergence else out
+
+
+@of_q
+def reverse(row: Row, c: Settings) -> Array:
+    """KL(p, s(q)): a divergence already. Unsmoothed, it streams in one look."""
+    if c.smoothing == 0.0:
+        return (row.pz - row.pr) / row.s - row.log_s + jnp.log(row.rs)
+    return row.rkl
+
+
+def smoothed_likelihood(row: Row, c: Settings) -> Array:
+    """CE(s(onehot y), p), or its divergence."""
+    out = _smoothed(-row.log_prob, row, c.smoothing, c.vocab_size)
+    if not c.divergence:
+        return out
+    total = 1 + c.vocab_size * c.smoothing
+    on, off = (1 + c.smoothing) / total, c.smoothing / total
+    return out + on * math.log(on) + (row.n - 1) * (off * math.log(off) if off else 0.0)
+
+
+@of_q
+def unlikelihood(row: Row, c: Settings) -> Array:
+    """-log(1 - p[N]) = lse(z) - lse(z without N): the reference is z itself with N removed."""
+    return (row.m - row.rm) + jnp.log(row.s / row.rs)
+
+
+def negated_likelihood(row: Row, c: Settings) -> Array:
+    """log p[y], held at the threshold: no gradient once the token is that unlikely."""
+    return jnp.maximum(row.log_prob, c.threshold)
+
+
+def label_smoothed(row: Row, c: Settings) -> Array:
+    """T5X's cross-entropy: label smoothing less the entropy of the smoothed target."""
+    if c.label_smoothing == 0.0:
+        return likelihood(row, c)
+    off = c.label_smoothing / (c.vocab_size - 1)
+    on = 1 - c.label_smoothing
+    entropy = -(on * math.log(on) + (c.vocab_size - 1) * off * math.log(off + 1e-20))
+    uniform = row.n * row.log_s - row.sum_z
+    return (on - off) * -row.log_prob + off * uniform - entropy
+
+
+# --- Objectives -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One objective: its terms and what its reference row is."""
+
+    kept: Term
+    pushed: Term
+    # "given": the frozen model's logits. "self": the model's own logits with entries removed, whose
+    # normaliser therefore carries a gradient too. None: no second row.
+    reference: str | None
+    # What multiplies a token's loss, by its weight.
+    weigh: Callable[[Array], Array] = jnp.ones_like
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "tnff": Objective(forward, forward, "given"),
+    "tnrr": Objective(reverse, reverse, "given"),
+    "tnrf": Objective(smoothed_forward, reverse, "given"),
+    "tnfll": Objective(likelihood, forward, "given"),
+    "tnrll": Objective(smoothed_likelihood, reverse, "given"),
+    "ul": Objective(likelihood, unlikelihood, "self"),
+    "nl": Objective(likelihood, negated_likelihood, None, weigh=jnp.abs),
+    "ce": Objective(label_smoothed, label_smoothed, None, weigh=lambda w: w),
+    "kl_forward": Objective(smoothed_forward, smoothed_forward, "given"),
+    "kl_reverse": Objective(reverse, reverse, "given"),
+}
+TARGETED_NEGATIVE = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+
+
+def _scale(row: Row, c: Settings) -> Array:
+    # A bad id in a token that counts must not pass for a number, in the value or in the gradient.
+    return jnp.where(row.bad, math.nan, OBJECTIVES[c.objective].weigh(row.w))
+
+
+def _z_part(row: Row, c: Settings) -> Array:
+    return c.z_loss * jnp.square(row.m + row.log_s) if c.z_loss else jnp.zeros_like(row.s)
+
+
+def _loss(row: Row, c: Settings) -> Array:
+    objective = OBJECTIVES[c.objective]
+    kept, pushed = objective.kept(row, c), objective.pushed(row, c)
+    term = jnp.where(row.w < 0, c.alpha * pushed, kept)
+    return jnp.where(row.w != 0, _scale(row, c) * (term + _z_part(row, c)), 0.0)
+
+
+def _z_loss(row: Row, c: Settings) -> Array:
+    return jnp.where(row.w != 0, _scale(row, c) * _z_part(row, c), 0.0)
+
+
+def _log_prob(row: Row, c: Settings) -> Array:
+    log_prob = jnp.where(row.bad, math.nan, row.log_prob)
+    # An ignored token may have no target and no logits: 0, not NaN.
+    return jnp.where((row.w != 0) | jnp.isfinite(log_prob), log_prob, 0.0)
+
+
+def _ref_log_prob(row: Row, c: Settings) -> Array:
+    return jnp.where(row.bad, math.nan, row.ry - jnp.log(row.rs))
+
+
+def _entropy(row: Row, c: Settings) -> Array:
+    return row.log_s - row.pz / row.s
+
+
+_LOSS_LINES: Mapping[str, Term] = {"loss": _loss, "z_loss": _z_loss, "log_prob": _log_prob}
+_STATISTICS_LINES: Mapping[str, Mapping[str, Term]] = {
+    "statistics": {"log_prob": _log_prob, "entropy": _entropy},
+    "pair_statistics": {
+        "log_prob": _log_prob,
+        "entropy": _entropy,
+        "ref_log_prob": _ref_log_prob,
+        "kl": reverse,
+    },
+}
+
+
+def lines_of(c: Settings) -> Mapping[str, Term]:
+    """What an operation returns for a row: its lines by name."""
+    return _STATISTICS_LINES.get(c.objective, _LOSS_LINES)
+
+
+def reference_of(c: Settings) -> str | None:
+    """What the second row is: "given", "self" or None."""
+    if c.objective in _STATISTICS_LINES:
+        return "given" if c.objective == "pair_statistics" else None
+    return OBJECTIVES[c.objective].reference
+
+
+# --- What follows from the lines --------------------------------------------------------------------
+
+
+class _Recorder(dict):
+    """Numbers that note which of them a line reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Array:
+        self.read.add(name)
+        return jnp.ones((1, 1), jnp.bool_ if name == "bad" else jnp.float32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
+    recorder = _Recorder()
+    jax.eval_shape(lambda: [lines_of(c)[name](Row(recorder), c) for name in outputs])
+    return frozenset(recorder.read)
+
+
+@functools.lru_cache(maxsize=1024)
+def needs(c: Settings) -> frozenset[str]:
+    """The statistics that the lines of an operation read, with what those rely on."""
+    summed = frozenset(statistics.SUMS) | frozenset(statistics.SECOND_LOOK)
+    return statistics.with_normalisers(_read_by(c, tuple(lines_of(c))) & summed)
+
+
+def looks_twice(c: Settings) -> bool:
+    """Whether an operation needs the row's normalisers before it can finish its sums."""
+    return bool(needs(c) & set(statistics.SECOND_LOOK))
+
+
+def _differentiable(c: Settings) -> frozenset[str]:
+    """The numbers that depend on the model's logits: q and the shape of the row do not."""
+    of_model = {name for name, sum_ in statistics.SUMS.items() if "z" in sum_}
+    own = {"rs"} if reference_of(c) == "self" else set()
+    return frozenset(of_model | own | {"zy", "rkl"})
+
+
+def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
+    """One output of an operation, from the finished numbers of its rows."""
+    return lines_of(c)[output](Row(numbers), c)
+
+
+def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) -> Numbers:
+    """The derivative of the outputs, weighed by their cotangents, by each number they read.
+
+    Args:
+      numbers: the finished numbers of the rows.
+      c: the settings.
+      cotangents: by output, ``[R, 1]``; outputs left out have none.
+
+    Returns:
+      By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for a
+      row that no cotangent asks about, whatever its logits hold.
+    """
+    names = _read_by(c, tuple(sorted(cotangents))) & _differentiable(c)
+    inside = {name: numbers[name] for name in sorted(names)}
+
+    def outputs(inside: Numbers) -> Numbers:
+        return {name: evaluate({**numbers, **inside}, c, name) for name in cotangents}
+
+    (by,) = jax.vjp(outputs, inside)[1](dict(cotangents))
+    # A loss does not ask about an ignored row; the log-probability of one may be asked for.
+    asked = jnp.zeros_like(numbers["bad"])
+    for name, ct in cotangents.items():
+        of_loss = name in ("loss", "z_loss")
+        asked |= (ct != 0) & (numbers["w"] != 0) if of_loss else ct != 0
+    return {name: jnp.where(asked, x, 0.0) for name, x in by.items()}
+
+
+# --- From a tile to finished numbers: what every driver calls -------------------------------------
+
+
+def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
+    """Joins the sums of whole rows with what belongs to their tokens.
+
+    Args:
+      numbers: the sums over the whole row, with ``zy`` (and ``ry`` where there is a reference) the
+        target's own logits as they are; ``[R, 1]`` each.
+      w: weights ``[R, 1]``.
+      bad: whether an id of the token is out of range ``[R, 1]``.
+
+    Returns:
+      The numbers that every line can be evaluated on. A row with nothing unmasked is bad; a
+      reference with no mass left gets a harmless normaliser (`of_q` sees to its terms).
+    """
+    empty = numbers["m"] <= FLOOR
+    out = dict(numbers) | {"w": w, "bad": bad | empty}
+    out["s"] = jnp.where(empty, 1.0, numbers["s"])
+    out["zy"] = jnp.maximum(numbers["zy"] - numbers["m"], FLOOR)
+    if "rm" in numbers:
+        out["rs"] = jnp.where(numbers["rm"] <= FLOOR, 1.0, numbers["rs"])
+        out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
+    return out

@@ -1,0 +1,71 @@
+"""Ragged edges: the only place that knows that a size need not be a multiple of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which `x` varies inside a `jax.shard_map` with ``check_vma=True``."""
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def vary_like(x: Any, example: Any) -> Any:
+    """Gives `x` the mesh axes over which `example` varies: a loop's carry must have both's type."""
+
+    def cast(leaf, like):
+        missing = tuple(varying_axes(like) - varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, x, example)
+
+
+def for_row_blocks(
+    body: Callable[[Any, Array], tuple[Any, Any]], inputs: Any, rows: int, block: int
+) -> tuple[Any, Any]:
+    """Runs `body` on blocks of rows and puts the blocks of its results together.
+
+    The last block of a ragged number of rows is moved back to end with the last row, so that every
+    block has the same shape: it overlaps the one before it.
+
+    Args:
+      body: ``(block of inputs, fresh) -> (rowwise, summed)``. ``fresh`` ``[block]`` is false for the
+        rows that an earlier block has had: they must not enter `summed` again.
+      inputs: arrays whose first dimension is `rows`.
+      rows: the number of rows, at least 1.
+      block: rows a block; at most `rows`.
+
+    Returns:
+      `rowwise` with `rows` rows, `summed` added over the blocks.
+    """
+    count = -(-rows // block)
+    if count == 1:
+        return body(inputs, jnp.ones((rows,), jnp.bool_))
+
+    def at(step):
+        start = jnp.minimum(step * block, rows - block)
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), inputs)
+        return start, body(part, start + jnp.arange(block) >= step * block)
+
+    rowwise, summed = jax.eval_shape(lambda: at(jnp.int32(0))[1])
+    whole = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), rowwise)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
+    carry = vary_like((whole, zero), (rowwise, summed))
+
+    def step(i, carry):
+        whole, total = carry
+        start, (part, more) = at(i)
+        whole = jax.tree.map(
+            lambda x, p: jax.lax.dynamic_update_slice_in_dim(x, p, start, 0), whole, part
+        )
+        return whole, jax.tree.map(jnp.add, total, more)
+
+    return jax.lax.fori_loop(0, count, step, carry)

@@ -1,0 +1,30 @@
+"""What every test runs under: 8 CPU devices, strict promotion, one hypothesis profile per pace."""
+
+import os
+
+# Before jax is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Every annotation with a shape is checked, in tests only.
+_HOOK = jaxtyping.install_import_hook(["t5patches_kernels"], "beartype.beartype")
+
+hypothesis.settings.register_profile(
+    "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("slow", max_examples=400, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _strict_jax():
+    """A silent promotion (of a dtype or a rank) in our code is an error."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
