@@ -42,9 +42,7 @@ def _first_order_only(fn):
     return guarded
 
 
-def _numbers(
-    driver: Driver, op: Operation, operands: Operands, tokens: Tokens
-) -> Numbers:
+def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) -> Numbers:
     """The finished numbers of every row, merged over the shards of a split vocabulary."""
     if op.vocab_axis is None:
         return driver(op, Stage.NUMBERS, operands, tokens).numbers
@@ -150,3 +148,23 @@ def apply(
             raise NotImplementedError(FORWARD_MODE) from error
         raise
     return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, numbers
+
+
+@jax.custom_vjp
+def with_gradient_to_targets(loss: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """A cross-entropy's value, with its gradient ``-log_softmax(logits)`` to its soft targets.
+
+    Dense, as the targets are; nothing is computed where nobody differentiates by them.
+    """
+    return loss
+
+
+def _to_targets_backward(residuals, ct):
+    logits, targets = residuals
+    log_p = jax.nn.log_softmax(logits.astype(ct.dtype), axis=-1)
+    return ct, None, (-ct[..., None] * log_p).astype(targets.dtype)
+
+
+with_gradient_to_targets.defvjp(
+    lambda loss, logits, targets: (loss, (logits, targets)), _to_targets_backward
+)

@@ -22,10 +22,10 @@ class Edits(NamedTuple):
     """Which ids' mass the target distribution changes, per token.
 
     Attributes:
-      ids: ``[..., K]`` integers in ``[0, V)``, or -1 for none. An id that is listed twice has both
+      ids: ``[..., K]`` integers in ``[0, V)``, or -1 for none. An id listed twice has both
         factors.
-      factors: ``[..., K]`` floats ``>= 0``: what multiplies the id's probability under the reference
-        before it is renormalised. 0 removes the id, 0.5 halves it, 3 triples it.
+      factors: ``[..., K]`` floats ``>= 0``: what multiplies the id's probability under the
+        reference before it is renormalised. 0 removes the id, 0.5 halves it, 3 triples it.
     """
 
     ids: Array
@@ -89,8 +89,8 @@ def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
         return columns * sharding.axis_size(vocab_axis)
     except NameError:
         raise ValueError(
-            f"vocab_axis={vocab_axis!r} is not an axis of an enclosing jax.shard_map: call the loss "
-            "inside jax.shard_map over a mesh with that axis, or leave vocab_axis out."
+            f"vocab_axis={vocab_axis!r} is not an axis of an enclosing jax.shard_map: call the "
+            "loss inside jax.shard_map over a mesh with that axis, or leave vocab_axis out."
         ) from None
 
 

@@ -96,7 +96,8 @@ def edits(x: Any, like_name: str, like: Any) -> None:
         raise ValueError(
             "edits needs both ids and factors, each [..., K]: Edits(ids=..., factors=...). Got "
             f"ids={'None' if ids is None else _shape(ids)}, "
-            f"factors={'None' if factors is None else _shape(factors)}. A factor of 0 removes an id."
+            f"factors={'None' if factors is None else _shape(factors)}. "
+            "A factor of 0 removes an id."
         )
     integers("edits.ids", ids)
     same_shape("edits.factors", factors, "edits.ids", ids)

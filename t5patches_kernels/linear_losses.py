@@ -191,8 +191,8 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss` and `token_statistics`; the reference is
-    given whole or not at all.
+    Args and returns: as for `linear_targeted_negative_loss` and `token_statistics`; the reference
+    is given whole or not at all.
 
     Example:
       >>> import jax.numpy as jnp

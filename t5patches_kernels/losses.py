@@ -1,9 +1,9 @@
 r"""Losses on logits.
 
 Leading dimensions are free, the vocabulary is last. Logits are float32 or bfloat16; every sum is
-float32. A token is *kept* where its weight is positive, *pushed down* where it is negative, *ignored*
-where it is 0; an ignored token contributes exactly 0 to loss and gradient, whatever its logits hold.
-Losses are per token: reduce them as you like, with any per-token factor.
+float32. A token is *kept* where its weight is positive, *pushed down* where it is negative,
+*ignored* where it is 0; an ignored token contributes exactly 0 to loss and gradient, whatever its
+logits hold. Losses are per token: reduce them as you like, with any per-token factor.
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
 the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,
@@ -12,8 +12,8 @@ the reference, the targets, the weights or the edits. They work under `jax.jit`,
 Arguments that they share:
 
 * ``implementation``: None for the best proven on this device, or ``"xla"`` (streaming, anywhere) or
-  ``"reference"`` (dense, also float64, differentiable any number of times). One that is asked for by
-  name and cannot run raises.
+  ``"reference"`` (dense, also float64, differentiable any number of times). One that is asked for
+  by name and cannot run raises.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.
@@ -69,7 +69,7 @@ class TokenStatistics(NamedTuple):
     correct: Array
 
 
-# --- What the functions on logits and those on hidden states share ---------------------------------
+# --- What the functions on logits and those on hidden states share --------------------------------
 
 
 def run_loss(
@@ -145,8 +145,13 @@ def run_token_statistics(
     name = "pair_statistics" if inputs.reference else "statistics"
     c = Settings(name, calls.vocab_size(inputs, vocab_axis))
     outputs, correct = calls.call(c, inputs, targets, None, None, vocab_axis, implementation)
-    without = {"ref_log_prob": None, "kl": None}
-    return TokenStatistics(correct=correct, **(without | outputs))
+    return TokenStatistics(
+        log_prob=outputs["log_prob"],
+        ref_log_prob=outputs.get("ref_log_prob"),
+        entropy=outputs["entropy"],
+        kl=outputs.get("kl"),
+        correct=correct,
+    )
 
 
 # --- Public functions ---------------------------------------------------------------------------
@@ -169,8 +174,9 @@ def targeted_negative_loss(
 ) -> TokenLoss:
     r"""Targeted negative training: towards the reference with unwanted tokens removed.
 
-    With ``p = softmax(logits)``, ``q`` proportional to ``softmax(ref_logits)`` with the target's mass
-    multiplied by ``max(0, 1 + w)`` where it is pushed down, and ``s(q) = (q + eps) / (1 + V eps)``:
+    With ``p = softmax(logits)``, ``q`` proportional to ``softmax(ref_logits)`` with the target's
+    mass multiplied by ``max(0, 1 + w)`` where it is pushed down, and
+    ``s(q) = (q + eps) / (1 + V eps)``:
 
     =========== ======================== ==================================
     objective   kept token               pushed-down token, times ``alpha``
@@ -225,8 +231,8 @@ def targeted_negative_loss(
 
     References:
       Eq. 2 and the losses of "Towards Minimal Targeted Updates of Language Models with
-      Targeted Negative Training" (Zhang et al., 2024); T5Patches' ``TNFFModel``, ``TNRRModel``, ``TNRFModel``, ``TNFLLModel``,
-      ``TNRLLModel``. Differs on purpose: see the README.
+      Targeted Negative Training" (Zhang et al., 2024); T5Patches' ``TNFFModel``, ``TNRRModel``,
+      ``TNRFModel``, ``TNFLLModel``, ``TNRLLModel``. Differs on purpose: see the README.
     """
     inputs = calls.logits_inputs(logits, ref_logits, implementation)
     size = calls.vocab_size(inputs, vocab_axis)
@@ -297,8 +303,8 @@ def negative_likelihood_loss(
 ) -> TokenLoss:
     r"""Negative likelihood: ``-w log p[y]``, held once a pushed-down token is unlikely enough.
 
-    For a pushed-down token, ``alpha |w| max(log p[y], threshold)``: no gradient once ``log p[y]`` is
-    below the threshold. (T5Patches' threshold, as written, stops confident *kept* tokens instead.)
+    For a pushed-down token, ``alpha |w| max(log p[y], threshold)``: no gradient once ``log p[y]``
+    is below the threshold. (T5Patches' threshold, as written, stops confident *kept* tokens instead.)
 
     Args:
       logits: ``[..., V]`` float32 or bfloat16.
@@ -372,7 +378,8 @@ def cross_entropy_loss(
       [2.0794 0.    ] [ True  True]
 
     References:
-      T5X's ``losses.compute_weighted_cross_entropy``; the z-loss of "PaLM" (Chowdhery et al., 2022).
+      T5X's ``losses.compute_weighted_cross_entropy``; the z-loss of "PaLM"
+      (Chowdhery et al., 2022).
     """
     inputs = calls.logits_inputs(logits, None, implementation)
     c = cross_entropy_settings(calls.vocab_size(inputs, vocab_axis), label_smoothing, z_loss)

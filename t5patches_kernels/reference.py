@@ -91,9 +91,7 @@ def likelihood(d: Distributions) -> Array:
     return -jnp.sum(jnp.where(d.onehot > 0, d.log_p, 0.0), axis=-1)
 
 
-def distributions(
-    logits: Array, ref_logits: Array, targets: Array, factor: Array
-) -> Distributions:
+def distributions(logits: Array, ref_logits: Array, targets: Array, factor: Array) -> Distributions:
     """Writes a row's distributions out."""
     log_p = log_distribution(logits)
     log_q = edited_distribution(ref_logits, factor)
@@ -107,9 +105,7 @@ def distributions(
     )
 
 
-def tn_terms(
-    name: str, d: Distributions, eps: float, divergence: bool
-) -> tuple[Array, Array]:
+def tn_terms(name: str, d: Distributions, eps: float, divergence: bool) -> tuple[Array, Array]:
     """What a kept and a pushed-down token contribute, before alpha."""
     size = d.p.shape[-1]
     if name == "tnff":
@@ -196,14 +192,10 @@ def loss(
     pushed = jnp.where(empty & reads_q[1], 0.0, pushed)
     z_part = z_loss * jnp.square(log_normaliser(logits))
     total = jnp.where(weights < 0, alpha * pushed, kept) + z_part
-    return jnp.where(weights == 0, 0.0, scale * total), jnp.where(
-        weights == 0, 0.0, scale * z_part
-    )
+    return jnp.where(weights == 0, 0.0, scale * total), jnp.where(weights == 0, 0.0, scale * z_part)
 
 
-def token_statistics(
-    logits: Array, ref_logits: Array | None, targets: Array
-) -> dict[str, Array]:
+def token_statistics(logits: Array, ref_logits: Array | None, targets: Array) -> dict[str, Array]:
     """``log_prob`` and ``entropy``; with a reference ``ref_log_prob`` and ``kl`` too, ``[T]``."""
     ones = jnp.ones_like(logits)
     d = distributions(logits, logits if ref_logits is None else ref_logits, targets, ones)

@@ -23,7 +23,7 @@ def merge(numbers: Numbers, vocab_axis: str | None) -> Numbers:
     """The numbers of whole rows, from those of one shard's columns."""
     if vocab_axis is None:
         return numbers
-    maxima = {m: jax.lax.pmax(numbers[m], vocab_axis) for m in ("m", "rm") if m in numbers}
+    maxima = {m: jax.lax.pmax(numbers[m], vocab_axis) for m in statistics.MAXIMA if m in numbers}
     rebased = statistics.rebase(numbers, maxima)
     sums = {name: x for name, x in rebased.items() if name not in maxima}
     return maxima | add(sums, vocab_axis)

@@ -37,8 +37,8 @@ def for_row_blocks(
     block has the same shape: it overlaps the one before it.
 
     Args:
-      body: ``(block of inputs, fresh) -> (rowwise, summed)``. ``fresh`` ``[block]`` is false for the
-        rows that an earlier block has had: they must not enter `summed` again.
+      body: ``(block of inputs, fresh) -> (rowwise, summed)``. ``fresh`` ``[block]`` is false for
+        the rows that an earlier block has had: they must not enter `summed` again.
       inputs: arrays whose first dimension is `rows`.
       rows: the number of rows, at least 1.
       block: rows a block; at most `rows`.

@@ -72,7 +72,9 @@ def run(
 
     def body(block, fresh):
         hidden, ref_hidden, tokens, numbers, by = block
-        reference = [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
+        reference = (
+            [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
+        )
         logits = Operands((logits_of(hidden, kernel, head),), tuple(reference))
         out = driver(op, stage, logits, tokens, numbers, by)
         if out.gradient is None:

@@ -57,7 +57,7 @@ def _block(
     r = None if plain is None else _edited(plain, tokens)
     names = objectives.needs(c)
 
-    if stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT):
+    if numbers is None:
         numbers = statistics.first_look(z, r, names)
         numbers["zy"] = _own_logit(z, tokens.targets)
         if plain is not None:
@@ -74,7 +74,7 @@ def _block(
     if stage is Stage.NUMBERS:
         return Result(numbers)
 
-    if stage is Stage.VISIT:
+    if by is None:
         by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
     dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, c.vocab_size)

@@ -1,10 +1,10 @@
-r"""Every objective as one line over a row's statistics. The only place that knows `tnrf` from `tnff`.
+r"""Every objective as one line over a row's statistics: only here is `tnrf` known from `tnff`.
 
 A *term* is a function ``(row, settings) -> [R, 1]`` of the numbers of a row (`statistics.py`); an
-objective says which term a kept token gets and which a pushed-down one. Nothing else is written per
-objective: which statistics it needs is read off by running its line once (`needs`), and its gradient
-follows from differentiating the line on per-row numbers (`derivatives`) and the derivative table of
-the statistics. To add an objective, add an entry to `OBJECTIVES`.
+objective says which term a kept token gets and which a pushed-down one. Nothing else is written
+per objective: which statistics it needs is read off by running its line once (`needs`), and its
+gradient follows from differentiating the line on per-row numbers (`derivatives`) and the derivative
+table of the statistics. To add an objective, add an entry to `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ class Row:
 
     @property
     def log_s(self) -> Array:
+        """The model's log-normaliser, relative to m."""
         return jnp.log(self.s)
 
     @property
     def log_prob(self) -> Array:
+        """``log p[y]``."""
         return self.zy - self.log_s
 
     @property
     def entropy_of_q(self) -> Array:
+        """``-sum q log q``."""
         return jnp.log(self.rs) - self.qr / self.rs
 
 
@@ -123,7 +126,7 @@ def unlikelihood(row: Row, c: Settings) -> Array:
 
 
 def negated_likelihood(row: Row, c: Settings) -> Array:
-    """log p[y], held at the threshold: no gradient once the token is that unlikely."""
+    """LL negated, held at the threshold: no gradient once the token is that unlikely."""
     return jnp.maximum(row.log_prob, c.threshold)
 
 
@@ -227,7 +230,7 @@ def reference_of(c: Settings) -> str | None:
     return OBJECTIVES[c.objective].reference
 
 
-# --- What follows from the lines --------------------------------------------------------------------
+# --- What follows from the lines ------------------------------------------------------------------
 
 
 class _Recorder(dict):
@@ -282,8 +285,8 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
       cotangents: by output, ``[R, 1]``; outputs left out have none.
 
     Returns:
-      By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for a
-      row that no cotangent asks about, whatever its logits hold.
+      By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
+      a row that no cotangent asks about, whatever its logits hold.
     """
     names = _read_by(c, tuple(sorted(cotangents))) & _differentiable(c)
     inside = {name: numbers[name] for name in sorted(names)}

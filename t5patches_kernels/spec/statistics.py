@@ -1,8 +1,8 @@
 r"""Row statistics: everything an objective may ask of a row of logits, streamed tile by tile.
 
 A row holds the model's logits ``z`` and, where an objective needs them, the reference's logits
-``r`` (already edited: removed entries are at ``-inf``). Every statistic is a sum of a *weight* times
-a *value* over the row's entries, relative to the row maxima ``m = max z`` and ``rm = max r``:
+``r`` (already edited: removed entries are at ``-inf``). Every statistic is a sum of a *weight*
+times a *value* over the row's entries, relative to the row maxima ``m = max z`` and ``rm = max r``:
 
 ========= =================== ============ ==========================================
 name      weight              value        reads as
@@ -73,6 +73,7 @@ SUMS: Mapping[str, Sum] = {
     "n": Sum(None, None),
 }
 SECOND_LOOK = ("rkl", "sls")
+MAXIMA = ("m", "rm")
 _MAXIMUM = {"z": "m", "r": "rm"}
 _NORMALISER = {"z": "s", "r": "rs", None: "n"}
 
@@ -93,7 +94,7 @@ class _Tile:
     """The weights and values of one tile, each computed at most once."""
 
     def __init__(self, z: Array, r: Array | None, numbers: Mapping[str, Array]):
-        self._logits = {"z": z, "r": r}
+        self._logits = {"z": z} if r is None else {"z": z, "r": r}
         self._numbers = numbers
         self._cache: dict[tuple[str, str | None], Array] = {}
 
@@ -161,7 +162,7 @@ def rebase(numbers: Numbers, maxima: Numbers) -> Numbers:
 
 def merge(a: Numbers, b: Numbers) -> Numbers:
     """The numbers of two tiles of a row taken together: associative and commutative."""
-    maxima = {m: jnp.maximum(a[m], b[m]) for m in _MAXIMUM.values() if m in a}
+    maxima = {m: jnp.maximum(a[m], b[m]) for m in MAXIMA if m in a}
     a, b = rebase(a, maxima), rebase(b, maxima)
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
@@ -180,7 +181,7 @@ def _log_ratio(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: in
 
 
 def second_look(
-    z: Array, r: Array, row: Numbers, names: frozenset[str], smoothing: float, size: int
+    z: Array, r: Array | None, row: Numbers, names: frozenset[str], smoothing: float, size: int
 ) -> Numbers:
     """The sums among `SECOND_LOOK` in `names`, given the numbers of the whole row.
 
