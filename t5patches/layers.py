@@ -409,8 +409,7 @@ class Embed(nn.Module):
     def attend(self, query: Array) -> Array:
         """The product of `query` `[..., features]` with every vector: `[..., num_embeddings]`."""
         dtype = self.dtype if self.attend_dtype is None else self.attend_dtype
-        table = jnp.asarray(self.embedding, dtype)
-        return jnp.dot(query.astype(jnp.promote_types(query.dtype, dtype)), table.T)
+        return jnp.dot(query.astype(dtype), jnp.asarray(self.embedding, dtype).T)
 
 
 class RelativePositionBiases(nn.Module):
@@ -564,7 +563,7 @@ def combine_masks(*masks: Array | None, dtype: DType = jnp.float32) -> Any:
     Raises:
       ValueError: for masks of different rank.
     """
-    given = _of_one_rank(masks)
+    given = [mask.astype(bool) for mask in _of_one_rank(masks)]
     return functools.reduce(jnp.logical_and, given).astype(dtype) if given else None
 
 
@@ -620,7 +619,7 @@ def make_decoder_mask(
     if decoder_causal_attention is not None:
         inputs = decoder_causal_attention
         both = make_attention_mask(inputs, inputs, jnp.logical_and, dtype=dtype)
-        order = jnp.logical_or(order, both)
+        order = jnp.maximum(order, both)
     real = decoder_target_tokens > 0
     packing = None
     if decoder_segment_ids is not None:

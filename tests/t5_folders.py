@@ -1,0 +1,35 @@
+"""The small Hugging Face folders under `data/`, and the oracle that the network tests share."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5patches.editing.checkpoint import load_checkpoint
+from t5patches.network import Transformer
+
+DATA = pathlib.Path(__file__).parent / "data"
+NAMES = ("t5_1_1", "t5_1_0", "mt5")
+
+
+@functools.cache
+def load(name):
+    """Config, parameters, and what the original library computed."""
+    config, params = load_checkpoint(DATA / name)
+    with np.load(DATA / name / "expected.npz") as expected:
+        return config, params, dict(expected)
+
+
+def shift_right(targets):
+    """The decoder's inputs."""
+    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("enable_dropout", "return_hidden"))
+def logits(config, params, inputs, targets, *, enable_dropout=False, **kwargs):
+    """One pass over everything, nothing cached."""
+    kwargs["enable_dropout"] = enable_dropout
+    tokens = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    return Transformer(config).apply({"params": params}, inputs, tokens, targets, **kwargs)

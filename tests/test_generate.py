@@ -1,0 +1,182 @@
+"""Generation against the original library, and against one uncached pass a token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import t5_folders
+
+from t5patches.editing import generate as module
+from t5patches.editing.generate import generate
+
+CONFIG, PARAMS, EXPECTED = t5_folders.load("t5_1_1")
+INPUTS = EXPECTED["inputs"]
+# Of every length, one with the padding id inside, one that ends, one repeated.
+PREFIXES = np.array(
+    [[0, 0, 0, 0], [9, 0, 0, 0], [7, 10, 0, 0], [5, 0, 6, 0], [5, 8, 1, 9], [7, 10, 3, 50]]
+)
+
+
+def one_by_one(prefix, inputs, max_length):
+    """The slow and obvious decoder: the whole network again for every token."""
+    said = [*np.trim_zeros(prefix, "b")]
+    said = said[: said.index(1) + 1] if 1 in said else said
+    while len(said) < max_length and 1 not in said:
+        # The token after the last is not yet known; any id but padding keeps its place unmasked.
+        targets = np.full((1, max_length), 2)
+        targets[0, : len(said)] = np.where(np.array(said) == 0, 2, said)
+        said.append(int(np.argmax(_logits(inputs[None], said, targets)[len(said)])))
+    return said + [0] * (max_length - len(said))
+
+
+def _logits(inputs, said, targets):
+    tokens = np.zeros_like(targets)
+    tokens[0, 1 : len(said) + 1] = said
+    return _apply(inputs, tokens, targets)[0]
+
+
+@jax.jit
+def _apply(inputs, tokens, targets):
+    model = t5_folders.Transformer(CONFIG)
+    return model.apply({"params": PARAMS}, inputs, tokens, targets, enable_dropout=False)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_greedy_outputs_are_those_of_the_original_library(name):
+    config, params, expected = t5_folders.load(name)
+    got = generate(config, params, expected["inputs"], max_length=24, batch_size=6)
+    np.testing.assert_array_equal(got, expected["greedy"])
+    assert got.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_greedy_outputs_from_a_prefix_are_those_of_the_original_library(name):
+    config, params, expected = t5_folders.load(name)
+    prefixes = expected["prefixes"]
+    got = generate(
+        config, params, expected["inputs"], max_length=24, prefixes=prefixes, batch_size=6
+    )
+    np.testing.assert_array_equal(got, expected["prefixed"])
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_prefixes_of_any_length_share_a_batch(batch_size):
+    expected = [one_by_one(p, x, 9) for p, x in zip(PREFIXES, INPUTS, strict=True)]
+    got = generate(CONFIG, PARAMS, INPUTS, max_length=9, prefixes=PREFIXES, batch_size=batch_size)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_the_streams_of_an_input_are_decoded_as_if_alone():
+    streams = np.stack([PREFIXES, np.roll(PREFIXES, 1, axis=0), PREFIXES + (PREFIXES > 0)], 1)
+    # An input all of whose streams share the first tokens, so that the shared part is not empty.
+    streams[5] = [[7, 10, 3, 50], [7, 10, 4, 0], [7, 10, 0, 0]]
+    expected = [
+        [one_by_one(p, x, 9) for p in prefixes] for prefixes, x in zip(streams, INPUTS, strict=True)
+    ]
+    got = generate(CONFIG, PARAMS, INPUTS, max_length=9, prefixes=streams, batch_size=6)
+    np.testing.assert_array_equal(got, expected)
+    alone = generate(CONFIG, PARAMS, INPUTS[5:], max_length=9, prefixes=streams[5:], batch_size=6)
+    np.testing.assert_array_equal(alone, expected[5:])
+
+
+def test_a_last_batch_is_filled_up_and_not_compiled_again():
+    module._decode.clear_cache()
+    call = {"max_length": 5, "batch_size": 4}
+    whole = generate(CONFIG, PARAMS, INPUTS, **call)
+    np.testing.assert_array_equal(generate(CONFIG, PARAMS, INPUTS[:3], **call), whole[:3])
+    assert generate(CONFIG, PARAMS, INPUTS[:0], **call).shape == (0, 5)
+    assert module._decode._cache_size() == 1
+
+
+def test_decoding_stops_when_every_row_has_ended(monkeypatch):
+    steps = []
+
+    def counted(logits):
+        jax.debug.callback(lambda: steps.append(1))
+        return likeliest(logits)
+
+    likeliest = module._likeliest
+    monkeypatch.setattr(module, "_likeliest", counted)
+    module._decode.clear_cache()
+    ending = np.flatnonzero((EXPECTED["greedy"] == 1).any(axis=1))
+    got = generate(CONFIG, PARAMS, INPUTS[ending], max_length=24, batch_size=len(ending))
+    module._decode.clear_cache()
+    jax.effects_barrier()
+    np.testing.assert_array_equal(got, EXPECTED["greedy"][ending])
+    assert len(steps) == max(np.argmax(got == 1, axis=1)) + 1 < 24
+
+
+def test_samples_follow_the_models_distribution():
+    """One input, thousands of streams without a prefix: frequencies against probabilities."""
+    many, temperature = 4000, 2.0
+    got = generate(
+        CONFIG,
+        PARAMS,
+        INPUTS[:1],
+        max_length=1,
+        prefixes=np.zeros((1, many, 0), int),
+        temperature=temperature,
+        rng=jax.random.key(0),
+    )
+    logits = _logits(INPUTS[:1], [], np.full((1, 9), 2))[0]
+    expected = many * np.asarray(jax.nn.softmax(logits / temperature))
+    observed = np.bincount(got[0, :, 0], minlength=len(expected))
+    assert np.all(np.abs(observed - expected) < 5 * np.sqrt(expected) + 1)
+
+
+def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch():
+    call = {"max_length": 8, "temperature": 1.0, "prefixes": PREFIXES}
+    sample = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(3), batch_size=6, **call)
+    again = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(3), batch_size=4, **call)
+    np.testing.assert_array_equal(sample, again)
+    other = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(4), batch_size=6, **call)
+    assert (sample != other).any()
+    np.testing.assert_array_equal(sample[:, :1][PREFIXES[:, :1] > 0], PREFIXES[:, 0][1:])
+
+
+def test_a_low_temperature_is_greedy():
+    got = generate(*(CONFIG, PARAMS, INPUTS), max_length=8, temperature=1e-4, rng=jax.random.key(0))
+    np.testing.assert_array_equal(got, EXPECTED["greedy"][:, :8])
+
+
+def test_other_ids_may_end_and_pad():
+    greedy = generate(CONFIG, PARAMS, INPUTS, max_length=8, eos_id=63, batch_size=6)
+    end = int(greedy[0, 2])
+    got = generate(CONFIG, PARAMS, INPUTS, max_length=8, eos_id=end, pad_id=63, batch_size=6)
+    first = list(greedy[0]).index(end)
+    assert got[0].tolist() == [*greedy[0, : first + 1], *[63] * (7 - first)]
+
+
+def test_bfloat16_and_a_config_with_a_list_decode():
+    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, mlp_activations=["gelu", "linear"])
+    got = generate(config, PARAMS, INPUTS, max_length=4, batch_size=6)
+    assert (got == EXPECTED["greedy"][:, :4]).mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"encoder_tokens": INPUTS * 1.0}, TypeError, "encoder_tokens must hold integer ids"),
+        ({"encoder_tokens": INPUTS[0]}, ValueError, "encoder_tokens must have 2 dimensions"),
+        ({"encoder_tokens": INPUTS + 60}, ValueError, "model has 0 to 63. Is this"),
+        (
+            {"prefixes": PREFIXES[:2]},
+            ValueError,
+            r"must be \[6, length\] or \[6, streams, length\]",
+        ),
+        ({"prefixes": np.zeros((6, 0, 2), int)}, ValueError, "with at least one stream"),
+        ({"prefixes": PREFIXES[0]}, ValueError, "prefixes must have 2 dimensions"),
+        ({"prefixes": PREFIXES - 1}, ValueError, "prefixes holds ids from -1"),
+        ({"prefixes": PREFIXES, "max_length": 3}, ValueError, "4 tokens and max_length.* is 3"),
+        ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+        ({"temperature": 1.0}, ValueError, r"needs rng=jax.random.key\(seed\)"),
+        ({"batch_size": 0}, ValueError, "at least 1"),
+        ({"max_length": 0}, ValueError, "at least 1"),
+    ],
+)
+def test_bad_input_is_told(change, error, message):
+    call = {"encoder_tokens": INPUTS, "max_length": 8} | change
+    with pytest.raises(error, match=message):
+        generate(CONFIG, PARAMS, **call)
