@@ -1,0 +1,320 @@
+"""Folders in the original library's format: what is read, what is written, what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import t5_folders
+from safetensors.numpy import load_file, save_file
+
+from t5patches.editing import checkpoint
+from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
+from t5patches.network import T5Config
+
+SIZES = {
+    "vocab_size": 64,
+    "emb_dim": 16,
+    "num_heads": 3,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 3,
+    "head_dim": 6,
+    "mlp_dim": 24,
+}
+GATED = T5Config(**SIZES, mlp_activations=("gelu", "linear"))
+CONFIGS = {
+    "t5_1_1": GATED,
+    "t5_1_0": T5Config(**SIZES, mlp_activations=("relu",), logits_via_embedding=True),
+    "mt5": GATED,
+}
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a folder under `data/`, to spoil."""
+
+    def copy(name):
+        return shutil.copytree(t5_folders.DATA / name, tmp_path / name)
+
+    return copy
+
+
+def tensors(folder):
+    return {
+        k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
+    }
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, **changes):
+    """Sets tensors of a one-file folder; None removes one."""
+    path = folder / "model.safetensors"
+    found = {k: x for k, x in (load_file(path) | changes).items() if x is not None}
+    save_file(found, path, metadata={"format": "pt"})
+
+
+def moved(params):
+    return jax.tree.map(lambda x: x + np.float32(0.125), params)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_the_config_says_the_same_in_t5xs_words(name):
+    config, params, _ = t5_folders.load(name)
+    assert config == CONFIGS[name]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
+    config, params, _ = t5_folders.load(name)
+    original, out = t5_folders.DATA / name, tmp_path / "deep" / "out"
+    save_checkpoint(out, config, params, like=original)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in original.iterdir())
+    for file in original.iterdir():
+        if file.suffix != ".safetensors":
+            assert (out / file.name).read_bytes() == file.read_bytes()
+            continue
+        got, expected = load_file(out / file.name), load_file(file)
+        assert got.keys() == expected.keys()
+        for key, x in expected.items():
+            assert got[key].dtype == x.dtype
+            np.testing.assert_array_equal(got[key], x)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_an_edited_model_comes_back_and_so_do_all_names_of_its_embedding(name, tmp_path):
+    config, params, _ = t5_folders.load(name)
+    params = moved(params)
+    save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / name)
+    got_config, got = load_checkpoint(tmp_path / "out")
+    assert got_config == config
+    # The folder of mT5 holds bfloat16: half of its spacing, 2**-9 relative.
+    rounding = 2**-8 if name == "mt5" else 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rounding), got, params)
+
+
+@pytest.mark.parametrize("name", ["t5_1_1", "t5_1_0"])
+def test_a_model_from_nowhere_is_written_whole(name, tmp_path):
+    config, params, _ = t5_folders.load(name)
+    save_checkpoint(tmp_path / "out", config, params)
+    got_config, got = load_checkpoint(tmp_path / "out")
+    assert got_config == config
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
+def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
+    config, params, _ = t5_folders.load("t5_1_1")
+    source = folder("t5_1_1")
+    for name in ("spiece.model", "tokenizer.json", "README.md"):
+        (source / name).write_text(name)
+    stale = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
+    for name in (*stale, "flax_model.msgpack", "other.safetensors"):
+        (source / name).write_text(name)
+    (source / "onnx").mkdir()
+    save_checkpoint(tmp_path / "out", config, params, like=source)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("config.json", "generation_config.json", "expected.npz", "model.safetensors"),
+        *("spiece.model", "tokenizer.json", "README.md"),
+    }
+
+
+def test_a_tensor_that_no_version_uses_is_carried_along(folder, tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    source = folder("t5_1_0")
+    unused = np.arange(96, dtype=np.float32).reshape(32, 3)
+    edit_tensors(source, **{UNUSED: unused})
+    load_checkpoint(source)
+    save_checkpoint(tmp_path / "out", config, params, like=source)
+    np.testing.assert_array_equal(tensors(tmp_path / "out")[UNUSED], unused)
+
+
+def test_the_embedding_may_go_by_another_name(folder):
+    source = folder("t5_1_0")
+    edit_tensors(source, **{"shared.weight": None})
+    _, params = load_checkpoint(source)
+    jax.tree.map(np.testing.assert_array_equal, params, t5_folders.load("t5_1_0")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tied"),
+    [
+        # As the library's version 5 writes T5 1.1 and mT5.
+        ("t5_1_1", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ("mt5", {"tie_word_embeddings": False}, False),
+        ("mt5", {"tie_word_embeddings": True}, False),
+        ("t5_1_0", {"tie_word_embeddings": True, "scale_decoder_outputs": True}, True),
+    ],
+)
+def test_both_generations_of_config_files_are_understood(folder, name, changes, tied):
+    source = folder(name)
+    edit_config(source, **changes)
+    assert load_checkpoint(source)[0].logits_via_embedding is tied
+
+
+def test_config_values_are_all_judged_at_once(folder):
+    source = folder("t5_1_1")
+    edit_config(
+        source,
+        model_type="umt5",
+        feed_forward_proj="gated-swish",
+        d_ff=0,
+        d_kv="6",
+        relative_attention_num_buckets=64,
+        layer_norm_epsilon=1e-5,
+        pad_token_id=3,
+        dropout_rate=1,
+        quantization_config={"bits": 4},
+    )
+    with pytest.raises(ValueError, match="describes a model that cannot be read") as error:
+        load_checkpoint(source)
+    for part in (
+        'model_type is \'umt5\'; known are "t5" and "mt5"',
+        "d_ff is 0; a positive whole number is needed",
+        "d_kv is '6'",
+        "relative_attention_num_buckets is 64; only 32 is known",
+        "layer_norm_epsilon is 1e-05",
+        "pad_token_id is 3; only 0",
+        "quantization_config",
+        "feed_forward_proj is 'gated-swish'; known are ['gated-gelu', 'gated-relu',",
+        "dropout_rate is 1",
+    ):
+        assert part in str(error.value)
+
+
+def test_tensors_are_all_judged_at_once(folder):
+    source = folder("t5_1_1")
+    edit_tensors(
+        source,
+        **{"encoder.final_layer_norm.weight": None},
+        **{"decoder.final_layer_norm.weight": np.ones(7, np.float32)},
+        **{"classifier.weight": np.ones(7, np.float32)},
+        **{"lm_head.weight": np.ones((64, 16), np.int8)},
+    )
+    with pytest.raises(ValueError, match=r"do not fit its config.json") as error:
+        load_checkpoint(source)
+    for part in (
+        "encoder.final_layer_norm.weight is missing",
+        "decoder.final_layer_norm.weight has shape (7,), the config says (16,)",
+        "classifier.weight is not part of this model",
+        "lm_head.weight holds I8; known are F32, F16, BF16",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_matrix_of_its_own_under_a_tied_config_is_refused(folder):
+    source = folder("t5_1_1")
+    edit_config(source, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from shared.weight.*config.json"):
+        load_checkpoint(source)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"config.json does not exist: give a Hugging Face"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read: Expecting"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold an object; got list"):
+        load_checkpoint(tmp_path)
+    shutil.copy(t5_folders.DATA / "t5_1_1" / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"it holds \['config.json', 'pytorch_model.bin'\].*save_"):
+        load_checkpoint(tmp_path)
+
+
+def test_spoilt_shards(folder):
+    source = folder("mt5")
+    shard = source / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"00002-of-00002.safetensors is not a whole safetensors"):
+        load_checkpoint(source)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"lacks shards.*model-00002-of-00002.safetensors"):
+        load_checkpoint(source)
+    (source / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_checkpoint(source)
+
+
+def test_params_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    norm = {"scale": np.ones(5, np.float32)}
+    wrong = {**params, "encoder": {**params["encoder"], "encoder_norm": norm}, "extra": norm}
+    del wrong["token_embedder"]
+    with pytest.raises(ValueError, match="params do not fit the config") as error:
+        save_checkpoint(tmp_path / "out", config, wrong)
+    for part in (
+        "token_embedder/embedding is missing",
+        "encoder/encoder_norm/scale has shape (5,), the config says (16,)",
+        "extra/scale is not in this model",
+    ):
+        assert part in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+        save_checkpoint(tmp_path, config, params)
+
+
+def test_a_folder_of_another_model_is_no_template(tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    with pytest.raises(ValueError, match=r"The model is T5Config.*the folder"):
+        save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / "mt5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_too_large_for_its_type_is_told(folder, tmp_path):
+    source = folder("t5_1_0")
+    edit_tensors(source, **{k: x.astype(np.float16) for k, x in tensors(source).items()})
+    config, params = load_checkpoint(source)
+    params["decoder"]["decoder_norm"]["scale"] = np.full(16, 1e6, np.float32)
+    with pytest.raises(
+        ValueError, match=r"decoder.final_layer_norm.weight holds 1e\+06, more than"
+    ):
+        save_checkpoint(tmp_path / "out", config, params, like=source)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    config, params, _ = t5_folders.load("t5_1_0")
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path / "out", config, params)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("like", [True, False], ids=["like", "new"])
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_the_original_library_reads_what_is_written(name, like, tmp_path):
+    reason = "torch and transformers are needed to load the folder with the original library"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    config, params, expected = t5_folders.load(name)
+    params = params if like else moved(params)
+    template = t5_folders.DATA / name if like else None
+    save_checkpoint(tmp_path / "out", config, params, like=template)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
+    inputs, targets = expected["inputs"].astype(int), expected["targets"].astype(int)
+    with torch.no_grad():
+        got = model(
+            input_ids=torch.from_numpy(inputs),
+            attention_mask=torch.from_numpy((inputs > 0).astype(int)),
+            decoder_input_ids=torch.from_numpy(t5_folders.shift_right(targets)),
+        ).logits.numpy()
+    ours = t5_folders.logits(config, params, inputs, targets)
+    np.testing.assert_allclose(got[targets > 0], ours[targets > 0], rtol=0, atol=1e-4)
