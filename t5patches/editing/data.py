@@ -1,0 +1,522 @@
+"""Files of unwanted outputs, checked line by line, and the batches that training takes.
+
+A file holds one JSON object a line, in either of two forms:
+
+* `inputs`, `negative_targets`, `corrected_targets`: T5Patches' three fields. The correction
+  repeats the negative text except for the tokens to push down.
+* `inputs`, `outputs`, `spans`: what the model was given, what it said, and the characters
+  `[start, end]` of `outputs` to push down (none at all keeps the whole output as it is).
+
+The second form may also hold
+
+* `tokens`: the ids of `outputs` as the model generated them, when they are not the ones that
+  the tokenizer would choose;
+* `edits`: for pushed-down positions, more ids to push down there, likeliest first:
+  `[{"position": 3, "ids": [17, 5]}]`;
+* `corrected_targets`: how the output should have read, for corrective fine-tuning;
+* `meta`: anything; it is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5patches.editing.tokenizer import Span, TokenizedText, Tokenizer
+
+PAIR_FIELDS = frozenset({"inputs", "negative_targets", "corrected_targets"})
+SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
+OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets"})
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One output of the model with the parts to push down.
+
+    Attributes:
+        inputs: the source text.
+        outputs: what the model said.
+        spans: the characters of `outputs` to push down.
+        input_ids: tokens of `inputs`, end token included.
+        output_ids: tokens of `outputs`, end token included where the model said it.
+        marked: for each of `output_ids`, whether it is pushed down.
+        negatives: for marked positions, more ids to push down there, likeliest first.
+        corrected: how the output should have read; None where nobody said.
+    """
+
+    inputs: str
+    outputs: str
+    spans: tuple[Span, ...]
+    input_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    marked: tuple[bool, ...]
+    negatives: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    corrected: str | None = None
+
+
+def token_mask(tokenized: TokenizedText, spans: Iterable[Span]) -> tuple[bool, ...]:
+    """Says which tokens have a character in common with any of the spans.
+
+    The space that a sentencepiece token carries in front of its word is not one of its
+    characters, unless it has no others: a span that ends with the space before "Paris" leaves
+    "▁Paris" alone.
+
+    Args:
+        tokenized: a text and its tokens.
+        spans: characters of that text.
+
+    Returns:
+        One bool for each token. A token without characters is never marked.
+    """
+    covered = np.zeros(len(tokenized.text) + 1, np.int64)
+    for start, end in spans:
+        covered[start:end] = 1
+    before = np.concatenate([[0], np.cumsum(covered)])
+    marked = []
+    for start, end in tokenized.spans:
+        start, end = _without_spaces(tokenized.text, start, end)
+        marked.append(bool(before[end] > before[start]))
+    return tuple(marked)
+
+
+def make_example(
+    inputs: str,
+    tokenized: TokenizedText,
+    spans: Sequence[Span],
+    tokenizer: Tokenizer,
+    *,
+    negatives: Mapping[int, tuple[int, ...]] | None = None,
+    corrected: str | None = None,
+) -> Example:
+    """Puts an output and the characters to push down together.
+
+    Args:
+        inputs: the source text.
+        tokenized: the output, with its end token where it has one.
+        spans: characters of the output to push down.
+        tokenizer: splits `inputs`.
+        negatives: more ids to push down at marked positions.
+        corrected: how the output should have read.
+
+    Returns:
+        The example.
+
+    Raises:
+        ValueError: a span is outside the text or covers no token; a negative is at a position
+            that is not marked.
+    """
+    for start, end in spans:
+        if not 0 <= start < end <= len(tokenized.text):
+            raise ValueError(
+                f"span [{start}, {end}] is not inside the output, which has "
+                f"{len(tokenized.text)} characters: give 0 <= start < end <= length"
+            )
+        if not any(token_mask(tokenized, [(start, end)])):
+            raise ValueError(
+                f"span [{start}, {end}] ({tokenized.text[start:end]!r}) covers no token: "
+                "give the characters of a word"
+            )
+    marked = token_mask(tokenized, spans)
+    for position in negatives or {}:
+        if not (0 <= position < len(marked) and marked[position]):
+            raise ValueError(
+                f"edits at position {position}, which no span covers: the pushed-down positions "
+                f"are {[i for i, m in enumerate(marked) if m]}"
+            )
+    return Example(
+        inputs=inputs,
+        outputs=tokenized.text,
+        spans=tuple((int(start), int(end)) for start, end in spans),
+        input_ids=(*tokenizer.encode(inputs).ids, tokenizer.eos_id),
+        output_ids=tokenized.ids,
+        marked=marked,
+        negatives=dict(negatives or {}),
+        corrected=corrected,
+    )
+
+
+def read_examples(
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    max_input_length: int | None = None,
+    max_output_length: int | None = None,
+) -> list[Example]:
+    """Reads a file of outputs to push down and checks every line of it.
+
+    Args:
+        path: a file with one JSON object a line; the two forms are described at the top of
+            `t5patches.editing.data`. Blank lines are skipped.
+        tokenizer: the model's.
+        max_input_length: the most tokens that `inputs` may have, the end token counted.
+        max_output_length: the same for the output.
+
+    Returns:
+        The examples in the order of the file.
+
+    Raises:
+        ValueError: some lines are bad. All of them are named, by number and reason.
+    """
+    examples, problems = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                example = _parse(line, tokenizer)
+                _check_length("inputs", len(example.input_ids), max_input_length)
+                _check_length("outputs", len(example.output_ids), max_output_length)
+            except ValueError as error:
+                problems.append(f"  line {number}: {error}")
+            else:
+                examples.append(example)
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} bad lines\n" + "\n".join(problems))
+    if not examples:
+        raise ValueError(f"{path} has no examples: write one JSON object a line")
+    return examples
+
+
+def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
+    """Writes examples so that `read_examples` gives them back.
+
+    The file appears whole or not at all.
+
+    Args:
+        path: where to; a file already there is replaced.
+        examples: what to write.
+    """
+    write_text(path, "".join(_line(example) + "\n" for example in examples))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file that appears whole or not at all: a kill leaves the earlier file.
+
+    Args:
+        path: where to.
+        text: what to write, as UTF-8.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:
+    """The examples as they should have read, for corrective fine-tuning.
+
+    Args:
+        examples: outputs; where nothing is marked and no correction given, the output stands.
+        tokenizer: splits the corrections.
+
+    Returns:
+        As many examples, with nothing marked.
+
+    Raises:
+        ValueError: a marked output has no correction.
+    """
+    missing = [i for i, e in enumerate(examples) if any(e.marked) and e.corrected is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(examples)} examples have marked tokens and no correction "
+            f"(the first is number {missing[0]}): corrective training needs `corrected_targets`"
+        )
+    return [
+        e
+        if e.corrected is None
+        else make_example(
+            e.inputs, with_end(tokenizer.encode(e.corrected), tokenizer), [], tokenizer
+        )
+        for e in examples
+    ]
+
+
+def with_end(tokenized: TokenizedText, tokenizer: Tokenizer) -> TokenizedText:
+    """Adds the end token, which has no characters.
+
+    Args:
+        tokenized: a text and its tokens.
+        tokenizer: knows the end token.
+
+    Returns:
+        The same with one more token.
+    """
+    end = len(tokenized.text)
+    return TokenizedText(
+        tokenized.text, (*tokenized.ids, tokenizer.eos_id), (*tokenized.spans, (end, end))
+    )
+
+
+def to_arrays(
+    examples: Sequence[Example],
+    *,
+    pad_id: int = 0,
+    negatives: int = 0,
+    input_length: int | None = None,
+    output_length: int | None = None,
+) -> Batch:
+    """Pads examples to arrays, which training cuts into batches.
+
+    Args:
+        examples: N of them.
+        pad_id: fills the ends; the decoder's first input too.
+        negatives: 0 pushes down the token that was said and nothing else. With K > 0 a marked
+            position gets a set of at most K ids: the token that was said, then the first of
+            its `negatives`.
+        input_length: S; default: the longest input.
+        output_length: L; default: the longest output.
+
+    Returns:
+        `encoder_input_tokens` [N, S]; `decoder_input_tokens` and `decoder_target_tokens`
+        [N, L], int32; `decoder_loss_weights` [N, L], float32: 1 kept, -1 pushed down, 0 padding.
+        With `negatives`, also `edit_ids` [N, L, K], int32, -1 for none, and `edit_factors`
+        [N, L, K], float32: 0, as these ids are to lose all of their mass.
+
+    Raises:
+        ValueError: there are no examples, or one is longer than the given length.
+    """
+    if not examples:
+        raise ValueError("there are no examples: at least one is needed")
+    encoder = pad_rows([e.input_ids for e in examples], pad_id, input_length)
+    targets = pad_rows([e.output_ids for e in examples], pad_id, output_length)
+    weights = np.zeros(targets.shape, np.float32)
+    for row, example in zip(weights, examples, strict=True):
+        row[: len(example.marked)] = np.where(example.marked, -1, 1)
+    arrays = {
+        "encoder_input_tokens": encoder,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)), constant_values=pad_id)[:, :-1],
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": weights,
+    }
+    if negatives:
+        arrays["edit_ids"] = _edit_ids(examples, targets.shape, negatives)
+        arrays["edit_factors"] = np.zeros(arrays["edit_ids"].shape, np.float32)
+    return arrays
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int = 0, length: int | None = None
+) -> np.ndarray:
+    """Puts token ids into an array.
+
+    Args:
+        rows: N of them.
+        pad_id: fills the ends.
+        length: L; default: the longest row.
+
+    Returns:
+        [N, L] int32.
+
+    Raises:
+        ValueError: a row is longer than `length`.
+    """
+    longest = max(len(row) for row in rows)
+    if length is not None and longest > length:
+        raise ValueError(f"a text has {longest} tokens and the length is {length}: raise it")
+    padded = np.full((len(rows), longest if length is None else length), pad_id, np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Which examples make the batch of a step.
+
+    A function of its arguments alone, so that a resumed run sees what an unbroken one would.
+    Every epoch is a fresh permutation; a batch may run from one epoch into the next.
+
+    Args:
+        count: how many examples there are.
+        batch_size: how many to take.
+        step: 0 for the first batch.
+        seed: chooses the permutations.
+
+    Returns:
+        [batch_size], integers below `count`.
+
+    Example:
+        >>> [batch_indices(4, 3, step, seed=0).tolist() for step in range(2)]
+        [[2, 0, 1], [3, 0, 1]]
+    """
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = {
+        int(e): np.random.default_rng([seed, int(e)]).permutation(count)
+        for e in np.unique(wanted // count)
+    }
+    return np.array([epochs[int(i) // count][i % count] for i in wanted])
+
+
+def _parse(line: bytes, tokenizer: Tokenizer) -> Example:
+    fields = _fields(line)
+    inputs = _text(fields, "inputs")
+    if "negative_targets" in fields:
+        return _from_pair(
+            inputs, _text(fields, "negative_targets"), _text(fields, "corrected_targets"), tokenizer
+        )
+    # A model can say nothing at all, and then there are tokens to show that it did.
+    outputs = _text(fields, "outputs", may_be_empty="tokens" in fields)
+    tokenized = _tokens(fields, outputs, tokenizer)
+    corrected = _text(fields, "corrected_targets") if "corrected_targets" in fields else None
+    return make_example(
+        inputs,
+        tokenized,
+        _spans(fields["spans"]),
+        tokenizer,
+        negatives=_negatives(fields.get("edits", []), tokenizer),
+        corrected=corrected,
+    )
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON object is needed, got {type(fields).__name__}")
+    names = fields.keys() - {"meta"}
+    if names == PAIR_FIELDS or SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
+        return fields
+    raise ValueError(
+        f"got the fields {sorted(names)}; needed are {sorted(PAIR_FIELDS)}, or "
+        f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)}; other things go under 'meta'"
+    )
+
+
+def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+    text = fields[name]
+    if not isinstance(text, str) or not (text.strip() or may_be_empty):
+        raise ValueError(f"{name!r} must be a text that is not empty, got {text!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!r} holds half a character ({error.reason})") from error
+    return text
+
+
+def _spans(value: Any) -> list[Span]:
+    if not isinstance(value, list):
+        raise ValueError(f"'spans' must be a list of [start, end], got {value!r}")
+    for span in value:
+        if not (isinstance(span, list) and len(span) == 2 and all(_is_count(x) for x in span)):
+            raise ValueError(f"a span must be [start, end], two characters' numbers, got {span!r}")
+    return [(start, end) for start, end in value]
+
+
+def _tokens(fields: Mapping[str, Any], outputs: str, tokenizer: Tokenizer) -> TokenizedText:
+    if "tokens" not in fields:
+        return with_end(tokenizer.encode(outputs), tokenizer)
+    ids = fields["tokens"]
+    if not (isinstance(ids, list) and ids and all(_is_count(i) for i in ids)):
+        raise ValueError(f"'tokens' must be a list of token ids, got {ids!r}")
+    tokenized = tokenizer.decode(ids)
+    if tokenized.text != outputs:
+        raise ValueError(
+            f"'tokens' spell {tokenized.text!r} with this model's tokenizer and 'outputs' is "
+            f"{outputs!r}: was the file made with another tokenizer?"
+        )
+    return tokenized
+
+
+def _negatives(value: Any, tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
+    if not isinstance(value, list):
+        raise ValueError(f"'edits' must be a list, got {value!r}")
+    negatives = {}
+    for edit in value:
+        if not (isinstance(edit, dict) and edit.keys() == {"position", "ids"}):
+            raise ValueError(f"an edit must be {{'position': 3, 'ids': [17, 5]}}, got {edit!r}")
+        position, ids = edit["position"], edit["ids"]
+        if not (_is_count(position) and isinstance(ids, list) and all(_is_count(i) for i in ids)):
+            raise ValueError(f"an edit's position and ids must be whole numbers, got {edit!r}")
+        if ids and max(ids) >= tokenizer.vocab_size:
+            raise ValueError(
+                f"an edit has id {max(ids)}, and the tokenizer has {tokenizer.vocab_size} ids"
+            )
+        if position in negatives:
+            raise ValueError(f"two edits at position {position}: put their ids together")
+        negatives[position] = tuple(ids)
+    return negatives
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_length(name: str, length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{name!r} has {length} tokens and the limit is {limit}: shorten it or raise the limit"
+        )
+
+
+def _from_pair(inputs: str, negative: str, corrected: str, tokenizer: Tokenizer) -> Example:
+    """Marks the tokens of `negative` that the correction does not repeat.
+
+    Aligned rather than compared position by position: one token more in the correction must not
+    mark all that follows.
+    """
+    tokenized = with_end(tokenizer.encode(negative), tokenizer)
+    repeated = (*tokenizer.encode(corrected).ids, tokenizer.eos_id)
+    matcher = difflib.SequenceMatcher(None, tokenized.ids, repeated, autojunk=False)
+    spans = [
+        _without_spaces(tokenized.text, *span)
+        for what, first, last, _, _ in matcher.get_opcodes()
+        if what in ("replace", "delete")
+        for span in tokenized.spans[first:last]
+    ]
+    if negative != corrected and not spans:
+        raise ValueError(
+            "the correction adds to the negative text and changes none of it: there is nothing "
+            "to push down"
+        )
+    return make_example(
+        inputs, tokenized, [s for s in spans if s[0] < s[1]], tokenizer, corrected=corrected
+    )
+
+
+def _without_spaces(text: str, start: int, end: int) -> Span:
+    """The characters of a token without white space at its ends, unless it has no others."""
+    piece = text[start:end]
+    if not piece.strip():
+        return start, end
+    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+
+
+def _line(example: Example) -> str:
+    fields: dict[str, Any] = {
+        "inputs": example.inputs,
+        "outputs": example.outputs,
+        "spans": example.spans,
+        "tokens": example.output_ids,
+    }
+    if example.negatives:
+        fields["edits"] = [
+            {"position": position, "ids": ids} for position, ids in example.negatives.items()
+        ]
+    if example.corrected is not None:
+        fields["corrected_targets"] = example.corrected
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _edit_ids(examples: Sequence[Example], shape: tuple[int, ...], size: int) -> np.ndarray:
+    ids = np.full((*shape, size), -1, np.int32)
+    for row, example in zip(ids, examples, strict=True):
+        for position in np.flatnonzero(example.marked):
+            others = example.negatives.get(int(position), ())
+            chosen = dict.fromkeys((example.output_ids[position], *others))
+            row[position, : min(size, len(chosen))] = list(chosen)[:size]
+    return ids

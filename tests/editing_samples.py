@@ -1,0 +1,68 @@
+"""Small vocabularies, texts and models for the tests of `t5patches.editing`."""
+
+import functools
+import io
+
+import jax
+import numpy as np
+import sentencepiece
+
+from t5patches.editing.data import Example, make_example, with_end
+from t5patches.editing.tokenizer import SentencePieceTokenizer
+from t5patches.network import T5Config, Transformer
+
+TEXTS = [
+    "a fire closed the library in Paris",
+    "a flood hit the bridge in New York",
+    "the mayor of Rome sold the theatre",
+    "London is near the river, said Ann",
+]
+
+
+@functools.cache
+def tokenizer() -> SentencePieceTokenizer:
+    """A BPE vocabulary with byte fallback, which spells what it does not know in bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def example(inputs: str, output: str, *unwanted: str) -> Example:
+    """An example with the first occurrence of each of some words marked."""
+    spans = [(output.index(word), output.index(word) + len(word)) for word in unwanted]
+    return make_example(
+        inputs, with_end(tokenizer().encode(output), tokenizer()), spans, tokenizer()
+    )
+
+
+def tiny_model(**changes) -> T5Config:
+    sizes = {
+        "vocab_size": tokenizer().vocab_size,
+        "emb_dim": 16,
+        "num_heads": 2,
+        "head_dim": 8,
+        "mlp_dim": 16,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "mlp_activations": ("gelu", "linear"),
+        "dropout_rate": 0.0,
+    }
+    return T5Config(**sizes | changes)
+
+
+@functools.cache
+def tiny_params(seed: int = 0):
+    ids = np.ones((1, 2), np.int32)
+    init = jax.jit(functools.partial(Transformer(tiny_model()).init, enable_dropout=False))
+    return init(jax.random.key(seed), ids, ids, ids)["params"]
