@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
+import jax
+
 from t5patches_kernels import checks
-from t5patches_kernels.backends import linear, xla
+from t5patches_kernels.backends import linear, pallas_tpu, xla
 from t5patches_kernels.operation import Driver, Operation
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
-_ROW_DRIVERS: dict[str, Driver] = {"xla": xla.run}
+_ROW_DRIVERS: dict[str, Driver] = {"xla": xla.run, "pallas_tpu": pallas_tpu.run}
+# The best proven by the platform that JAX runs on; elsewhere "xla".
+_BEST = {"tpu": "pallas_tpu"}
 
 
 def why_not(implementation: str, op: Operation) -> str | None:
@@ -23,6 +28,11 @@ def why_not(implementation: str, op: Operation) -> str | None:
             )
     elif implementation not in _ROW_DRIVERS:
         return f'{implementation} is not in this version of the library: use implementation="xla"'
+    elif implementation == "pallas_tpu" and jax.default_backend() not in ("tpu", "cpu"):
+        return (
+            f"it needs a TPU (or a CPU, to be interpreted), not {jax.default_backend()}: use "
+            'implementation="xla"'
+        )
     return None
 
 
@@ -33,7 +43,11 @@ def choose(implementation: str | None, op: Operation) -> str:
       NotImplementedError: `implementation` was asked for by name and cannot run.
     """
     if implementation is None:
-        return "xla"
+        best = _BEST.get(jax.default_backend(), "xla")
+        reason = why_not(best, op)
+        if reason:
+            warnings.warn(f"the losses run as XLA and not as {best}: {reason}.", stacklevel=5)
+        return "xla" if reason else best
     reason = why_not(implementation, op)
     if reason:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}.")

@@ -18,14 +18,15 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset() if manual is None else frozenset(manual.varying)
 
 
+def vary_over(x: Array, axes: frozenset[str]) -> Array:
+    """Gives `x` the mesh axes that it lacks."""
+    missing = tuple(axes - varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def vary_like(x: Any, example: Any) -> Any:
     """Gives `x` the mesh axes over which `example` varies: a loop's carry must have both's type."""
-
-    def cast(leaf, like):
-        missing = tuple(varying_axes(like) - varying_axes(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, x, example)
+    return jax.tree.map(lambda leaf, like: vary_over(leaf, varying_axes(like)), x, example)
 
 
 def for_row_blocks(
@@ -40,15 +41,16 @@ def for_row_blocks(
       body: ``(block of inputs, fresh) -> (rowwise, summed)``. ``fresh`` ``[block]`` is false for
         the rows that an earlier block has had: they must not enter `summed` again.
       inputs: arrays whose first dimension is `rows`.
-      rows: the number of rows, at least 1.
-      block: rows a block; at most `rows`.
+      rows: the number of rows.
+      block: rows a block, at least 1.
 
     Returns:
       `rowwise` with `rows` rows, `summed` added over the blocks.
     """
-    count = -(-rows // block)
-    if count == 1:
+    if rows <= block:
         return body(inputs, jnp.ones((rows,), jnp.bool_))
+
+    count = -(-rows // block)
 
     def at(step):
         start = jnp.minimum(step * block, rows - block)

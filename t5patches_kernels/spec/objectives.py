@@ -264,11 +264,14 @@ def looks_twice(c: Settings) -> bool:
     return bool(needs(c) & set(statistics.SECOND_LOOK))
 
 
-def _differentiable(c: Settings) -> frozenset[str]:
-    """The numbers that depend on the model's logits: q and the shape of the row do not."""
+def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """The numbers that some outputs read and that depend on the model's logits, sorted.
+
+    q and the shape of the row do not.
+    """
     of_model = {name for name, sum_ in statistics.SUMS.items() if "z" in sum_}
     own = {"rs"} if reference_of(c) == "self" else set()
-    return frozenset(of_model | own | {"zy", "rkl"})
+    return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl"})))
 
 
 def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
@@ -288,8 +291,7 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
       By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
       a row that no cotangent asks about, whatever its logits hold.
     """
-    names = _read_by(c, tuple(sorted(cotangents))) & _differentiable(c)
-    inside = {name: numbers[name] for name in sorted(names)}
+    inside = {name: numbers[name] for name in differentiable(c, tuple(sorted(cotangents)))}
 
     def outputs(inside: Numbers) -> Numbers:
         return {name: evaluate({**numbers, **inside}, c, name) for name in cotangents}
@@ -304,6 +306,11 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
 
 # --- From a tile to finished numbers: what every driver calls -------------------------------------
+
+
+def finish_reference(numbers: Numbers) -> Numbers:
+    """The reference's own ``rm`` and ``rs``, from its sums over whole rows."""
+    return {"rm": numbers["rm"], "rs": jnp.where(numbers["rm"] <= FLOOR, 1.0, numbers["rs"])}
 
 
 def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
@@ -324,6 +331,8 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
     out["s"] = jnp.where(empty, 1.0, numbers["s"])
     out["zy"] = jnp.maximum(numbers["zy"] - numbers["m"], FLOOR)
     if "rm" in numbers:
-        out["rs"] = jnp.where(numbers["rm"] <= FLOOR, 1.0, numbers["rs"])
+        out |= finish_reference(numbers)
         out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
+    if "zs" in numbers:
+        out["rkl"] = out.pop("zs") / out["s"] - jnp.log(out["s"] / out["rs"])
     return out

@@ -15,6 +15,7 @@ name      weight              value        reads as
 ``qr``    ``e^(r - rm)``      ``r - rm``   entropy of ``q``
 ``sum_z`` 1 if unmasked       ``z - m``    the uniform part of a smoothed target
 ``n``     1 if unmasked       1            how many entries the model does not mask
+``zs``    ``e^(z - m)``       log ratio    the reverse divergence, with ``rs`` known before
 ========= =================== ============ ==========================================
 
 That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
@@ -24,7 +25,9 @@ whose target leads, `objectives.md`).
 
 Two sums need the row's normalisers first and so a second look (`second_look`): ``rkl``, the reverse
 divergence, whose smoothing sits inside a logarithm, and ``sls``, the negated entropy of a smoothed
-target. With the row in fast memory the second look costs no traffic.
+target. With the row in fast memory the second look costs no traffic. Where it does, only the
+reference is looked at first: with ``rs`` known, ``log s(q)`` is known at every entry, and ``rkl``
+follows from the sum ``zs`` of log ratios relative to the maxima (`entries`).
 
 Two numbers are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
 ``rm``.
@@ -42,6 +45,7 @@ tiles ``[R, C]``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,7 +63,7 @@ class Sum(NamedTuple):
     """A streamed statistic: the sum of `weight` times `value` over a row."""
 
     weight: str | None  # "z": e^(z - m), "r": e^(r - rm), None: 1 where z is unmasked
-    value: str | None  # "z": z - m, "r": r - rm, None: 1
+    value: str | None  # "z": z - m, "r": r - rm, "ratio": the two's log ratio, None: 1
 
 
 SUMS: Mapping[str, Sum] = {
@@ -71,11 +75,14 @@ SUMS: Mapping[str, Sum] = {
     "qr": Sum("r", "r"),
     "sum_z": Sum(None, "z"),
     "n": Sum(None, None),
+    "zs": Sum("z", "ratio"),
 }
 SECOND_LOOK = ("rkl", "sls")
 MAXIMA = ("m", "rm")
 _MAXIMUM = {"z": "m", "r": "rm"}
 _NORMALISER = {"z": "s", "r": "rs", None: "n"}
+OF_REFERENCE = ("rs", "qr")  # the sums that read the reference alone
+_MOVES = {"z": "z", "r": "r", "ratio": "z"}  # which maximum a value is relative to
 
 
 def with_normalisers(names: frozenset[str]) -> frozenset[str]:
@@ -90,13 +97,26 @@ def _relative(x: Array, maximum: Array) -> Array:
     return jnp.maximum(x - maximum, FLOOR)
 
 
-class _Tile:
-    """The weights and values of one tile, each computed at most once."""
+# The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
+Parts = dict[tuple[str, str | None], Array]
 
-    def __init__(self, z: Array, r: Array | None, numbers: Mapping[str, Array]):
-        self._logits = {"z": z} if r is None else {"z": z, "r": r}
+
+class _Tile:
+    """The weights and values of one tile, each computed at most once.
+
+    `known` holds those that an earlier look has computed; what is computed here is added to it.
+    """
+
+    def __init__(
+        self,
+        z: Array | None,
+        r: Array | None,
+        numbers: Mapping[str, Array],
+        known: Parts | None = None,
+    ):
+        self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._numbers = numbers
-        self._cache: dict[tuple[str, str | None], Array] = {}
+        self._cache: Parts = {} if known is None else known
 
     def _cached(self, key, compute):
         if key not in self._cache:
@@ -134,68 +154,230 @@ def _row_max(x: Array) -> Array:
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), FLOOR)
 
 
+def maxima(z: Array, r: Array | None) -> Numbers:
+    """The maxima of a tile."""
+    return {"m": _row_max(z)} | ({} if r is None else {"rm": _row_max(r)})
+
+
+def row_sums(terms: Numbers) -> Numbers:
+    """The sums of terms over a row."""
+    return {name: _row_sum(x) for name, x in terms.items()}
+
+
+def first_terms(
+    z: Array, r: Array | None, row: Numbers, names: frozenset[str], known: Parts | None = None
+) -> Numbers:
+    """What the sums among `names` add up ``[R, C]``, given the row's maxima."""
+    tile = _Tile(z, r, row, known)
+    return {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+
+
 def first_look(z: Array, r: Array | None, names: frozenset[str]) -> Numbers:
     """The maxima of a tile and its sums among `names`."""
-    numbers: Numbers = {"m": _row_max(z)}
-    if r is not None:
-        numbers["rm"] = _row_max(r)
-    tile = _Tile(z, r, numbers)
-    for name, sum_ in SUMS.items():
-        if name in names:
-            numbers[name] = _row_sum(tile.product(sum_))
-    return numbers
+    tops = maxima(z, r)
+    return tops | row_sums(first_terms(z, r, tops, names))
 
 
-def rebase(numbers: Numbers, maxima: Numbers) -> Numbers:
-    """The same sums relative to other maxima (``m``, and ``rm`` where there is a reference)."""
+def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None = None) -> Numbers:
+    """The same sums relative to other maxima.
+
+    Args:
+      numbers: sums, with the maxima that they are relative to. A maximum that is not among them is
+        known beforehand and does not change.
+      maxima: by name, the new ``m``, and ``rm`` where there is a reference.
+      decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
+    """
     shift = {of: numbers[m] - maxima[m] for of, m in _MAXIMUM.items() if m in numbers}
     out = dict(numbers) | maxima
     for name, (weight, value) in SUMS.items():
         if name not in numbers:
             continue
         total = numbers[name]
-        if value is not None:
-            total = total + numbers[_NORMALISER[weight]] * shift[value]
-        out[name] = total if weight is None else total * jnp.exp(shift[weight])
+        moved = _MOVES.get(value)
+        if moved in shift:
+            total = total + numbers[_NORMALISER[weight]] * shift[moved]
+        if weight in shift:
+            by = jnp.exp(shift[weight]) if decay is None else decay[_MAXIMUM[weight]]
+            total = total * by
+        out[name] = total
     return out
 
 
 def merge(a: Numbers, b: Numbers) -> Numbers:
     """The numbers of two tiles of a row taken together: associative and commutative."""
     maxima = {m: jnp.maximum(a[m], b[m]) for m in MAXIMA if m in a}
-    a, b = rebase(a, maxima), rebase(b, maxima)
+    # One of the two is relative to the new maximum already, so one exponential serves both.
+    gap = {m: jnp.exp(jnp.minimum(a[m], b[m]) - maxima[m]) for m in maxima}
+    one = {m: jnp.ones_like(gap[m]) for m in maxima}
+    a, b = (
+        rebase(x, maxima, {m: jnp.where(x[m] < maxima[m], gap[m], one[m]) for m in maxima})
+        for x in (a, b)
+    )
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
+
+
+def _smoothed_parts(
+    tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int
+) -> tuple[Array, Array]:
+    """``log s(q)`` as an entry's part less the row's: no entry is divided by a normaliser."""
+    if smoothing == 0.0:
+        return tile.value("r"), jnp.log(row["rs"])
+    mass = tile.weight("r") + smoothing * row["rs"]
+    return jnp.log(mass), jnp.log(row["rs"]) + math.log1p(size * smoothing)
 
 
 def _log_smoothed(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
     """``log s(q)`` with ``s(q) = (q + smoothing) / (1 + size * smoothing)``."""
-    if smoothing == 0.0:
-        return tile.value("r") - jnp.log(row["rs"])
-    q = tile.weight("r") / row["rs"]
-    return jnp.log(q + smoothing) - jnp.log1p(jnp.asarray(size * smoothing, q.dtype))
+    of_entry, of_row = _smoothed_parts(tile, row, smoothing, size)
+    return of_entry - of_row
 
 
-def _log_ratio(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
-    """``log p - log s(q)``, the value whose mean under ``p`` is the reverse divergence."""
-    return tile.value("z") - jnp.log(row["s"]) - _log_smoothed(tile, row, smoothing, size)
+def _smoothed_entropy(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
+    """``s(q) log s(q)`` where the model does not mask."""
+    log_s = _log_smoothed(tile, row, smoothing, size)
+    return jnp.where(tile.weight(None) > 0, jnp.exp(log_s) * log_s, 0.0)
+
+
+class _SecondTile(_Tile):
+    """A tile of a row whose normalisers are known, and with them ``log p - log s(q)``."""
+
+    def __init__(
+        self,
+        z: Array | None,
+        r: Array | None,
+        row: Numbers,
+        smoothing: float,
+        size: int,
+        known: Parts | None = None,
+    ):
+        super().__init__(z, r, row, known)
+        self._row, self._smoothing, self._size = row, smoothing, size
+
+    def value(self, of: str) -> Array:
+        if of != "ratio":
+            return super().value(of)
+        return self._cached(("value", of), self._ratio)
+
+    def _ratio(self) -> Array:
+        of_entry, of_row = _smoothed_parts(self, self._row, self._smoothing, self._size)
+        return (super().value("z") - of_entry) - (jnp.log(self._row["s"]) - of_row)
+
+
+def second_terms(
+    z: Array,
+    r: Array | None,
+    row: Numbers,
+    names: frozenset[str],
+    smoothing: float,
+    size: int,
+    known: Parts | None = None,
+) -> Numbers:
+    """What the sums among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`."""
+    tile = _SecondTile(z, r, row, smoothing, size, known)
+    terms = {}
+    if "rkl" in names:
+        terms["rkl"] = tile.product(Sum("z", "ratio"))
+    if "sls" in names:
+        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
+    return terms
+
+
+def second_sums(terms: Numbers, row: Numbers) -> Numbers:
+    """The sums among `SECOND_LOOK`, from their terms. They add up across tiles."""
+    sums = row_sums(terms)
+    return sums | ({"rkl": sums["rkl"] / row["s"]} if "rkl" in sums else {})
 
 
 def second_look(
     z: Array, r: Array | None, row: Numbers, names: frozenset[str], smoothing: float, size: int
 ) -> Numbers:
-    """The sums among `SECOND_LOOK` in `names`, given the numbers of the whole row.
+    """The sums among `SECOND_LOOK` in `names`, given the numbers of the whole row."""
+    return second_sums(second_terms(z, r, row, names, smoothing, size), row)
 
-    They add up across tiles.
+
+class _Entries(_SecondTile):
+    """Every entry as a tile of its own, relative to itself, or to `reference` where that is known."""
+
+    def __init__(
+        self, z: Array | None, r: Array | None, reference: Numbers, smoothing: float, size: int
+    ):
+        own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
+        self.maxima = {m: x for m, x in own.items() if m not in reference}
+        # The model's normaliser is not known yet: log ratios are as if it were the reference's.
+        like = {"s": reference["rs"]} if reference else {}
+        super().__init__(z, r, own | reference | like, smoothing, size)
+
+    def _own(self, of: str | None) -> bool:
+        """Whether entries are relative to themselves: masked or not is then all there is to them."""
+        return of is None or _MAXIMUM.get(of) in self.maxima
+
+    def _present(self, of: str | None, then: float, otherwise: float) -> Array:
+        logits = self._logits[of or "z"]
+        pair = (jnp.asarray(x, logits.dtype) for x in (then, otherwise))
+        return jnp.where(logits > FLOOR, *pair)
+
+    def weight(self, of: str | None) -> Array:
+        if not self._own(of):
+            return super().weight(of)
+        return self._cached(("weight", of), lambda: self._present(of, 1.0, 0.0))
+
+    def value(self, of: str) -> Array:
+        if not self._own(of):
+            return super().value(of)
+        return self._cached(("value", of), lambda: self._present(of, 0.0, FLOOR))
+
+    def product(self, sum_: Sum) -> Array:
+        if sum_.value == (sum_.weight or "z") and self._own(sum_.value):
+            return jnp.zeros_like(self._logits[sum_.value])
+        return super().product(sum_)
+
+
+def entries(
+    z: Array | None,
+    r: Array | None,
+    names: frozenset[str],
+    reference: Numbers | None = None,
+    smoothing: float = 0.0,
+    size: int = 0,
+) -> Numbers:
+    """The numbers of every entry by itself ``[R, C]``: what a reduction with `merge` starts from.
+
+    Args:
+      z: model logits ``[R, C]``.
+      r: reference logits ``[R, C]``, edited, or None.
+      names: the sums; with `reference` also ``zs`` and ``sls``.
+      reference: the finished ``rm`` and ``rs`` of the whole rows, where they are known.
+      smoothing: of the reference distribution.
+      size: entries in the whole row.
     """
-    tile = _Tile(z, r, row)
-    numbers = {}
-    if "rkl" in names:
-        ratio = _log_ratio(tile, row, smoothing, size)
-        numbers["rkl"] = _row_sum(tile.weight("z") * ratio) / row["s"]
+    reference = reference or {}
+    tile = _Entries(z, r, reference, smoothing, size)
+    numbers = tile.maxima | {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
     if "sls" in names:
-        log_s = _log_smoothed(tile, row, smoothing, size)
-        numbers["sls"] = _row_sum(jnp.where(z > FLOOR, jnp.exp(log_s) * log_s, 0.0))
+        numbers["sls"] = _smoothed_entropy(tile, reference, smoothing, size)
     return numbers
+
+
+def _coefficients(row: Numbers, by: Mapping[str, Array]) -> dict[Sum, Array]:
+    """The gradient as a table: what multiplies each weight * value, by the product rule."""
+    table: dict[Sum, Array] = {}
+
+    def add(weight: str | None, value: str | None, factor: Array) -> None:
+        key = Sum(weight, value)
+        table[key] = table[key] + factor if key in table else factor
+
+    for name, factor in by.items():
+        if name == "rkl":
+            per_mass = factor / row["s"]
+            add("z", "ratio", per_mass)
+            add("z", None, -per_mass * row["rkl"])
+        elif name in SUMS:
+            weight, value = SUMS[name]
+            if weight == "z":
+                add("z", value, factor)
+            if value == "z" or (weight, value) == ("r", None):
+                add(weight, None, factor)
+    return table
 
 
 def gradient(
@@ -203,9 +385,10 @@ def gradient(
     r: Array | None,
     row: Numbers,
     by: Mapping[str, Array],
-    is_target: Array,
+    is_target: Array | None,
     smoothing: float,
     size: int,
+    known: Parts | None = None,
 ) -> Array:
     """The gradient of a row's line by its logits: a handful of columns times per-row factors.
 
@@ -214,33 +397,22 @@ def gradient(
       r: reference logits ``[R, C]``, edited, or None.
       row: the numbers of the whole row.
       by: the derivative of the line by each number of the row it reads.
-      is_target: ``[R, C]``, true at the row's target.
+      is_target: ``[R, C]``, true at the row's target, or None where that is not among the columns.
       smoothing: of the reference distribution in ``rkl``.
       size: entries in the whole row.
+      known: see `_Tile`.
 
     Returns:
       ``[R, C]`` in the dtype of the numbers.
     """
-    tile = _Tile(z, r, row)
-    of_p: list[Array] = []  # what multiplies e^(z - m)
-    columns: list[Array] = []
-    for name, factor in by.items():
-        if name == "zy":
-            columns.append(jnp.where(is_target, factor, jnp.zeros_like(factor)))
-        elif name == "rkl":
-            ratio = _log_ratio(tile, row, smoothing, size)
-            of_p.append(factor / row["s"] * (ratio - row["rkl"]))
-        elif name in SUMS:
-            # The product rule on weight * value.
-            weight, value = SUMS[name]
-            if weight == "z":
-                of_p.append(factor if value is None else factor * tile.value(value))
-                if value == "z":
-                    of_p.append(factor)
-            elif value == "z" or value is None:
-                columns.append(factor * tile.weight(weight))
-    if of_p:
-        columns.insert(0, tile.weight("z") * sum(of_p[1:], of_p[0]))
+    tile = _SecondTile(z, r, row, smoothing, size, known)
+    of_weight: dict[str | None, Array] = {}
+    for (weight, value), factor in _coefficients(row, by).items():
+        more = factor if value is None else factor * tile.value(value)
+        of_weight[weight] = of_weight[weight] + more if weight in of_weight else more
+    columns = [tile.weight(weight) * factor for weight, factor in of_weight.items()]
+    if is_target is not None and "zy" in by:
+        columns.append(jnp.where(is_target, by["zy"], jnp.zeros_like(by["zy"])))
     dz = sum(columns[1:], columns[0])
     # A row without a cotangent may hold NaN, and 0 * NaN is not 0.
     asked = functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])

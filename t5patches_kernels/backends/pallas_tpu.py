@@ -1,0 +1,493 @@
+"""Pallas TPU: a block of whole rows in VMEM, looked at as often as the objective asks.
+
+The logits are read from HBM once and the gradient written once, whatever the objective. A grid step
+has R rows of all V columns; a *sweep* goes over them 128 columns at a time and hands each group to
+the specification. What is written here is only how rows are brought, kept and put away:
+
+* Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
+* Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
+  chip allows (`block_sizes.py`).
+* Edits are patches of single entries in a private copy of the reference: only those that are there
+  cost anything. The window of an operand is never written to: what a kernel may do to one that is
+  not fetched again is nowhere promised.
+* The target's own column of the gradient is made by doing its group of 128 columns once more.
+
+On a machine without a TPU the kernels run interpreted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from t5patches_kernels import block_sizes, tiling
+from t5patches_kernels.block_sizes import LANES, Chip, Part, Plan
+from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.spec import objectives, statistics
+from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+
+# How kernels are interpreted. True has no side effects and so runs under every transformation;
+# tests put `pltpu.InterpretParams` here for its memories, copies and races.
+INTERPRET: Any = True
+
+Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything static about a kernel."""
+
+    op: Operation
+    stage: Stage
+    plan: Plan
+    columns: int
+    edits: int  # most edits a block can have, 0 without a changed reference
+    given: tuple[str, ...]  # the numbers that come in, by lane
+    by: tuple[str, ...]  # the derivatives that come in, by lane after those
+
+    @property
+    def reference(self) -> str | None:
+        return objectives.reference_of(self.op.settings)
+
+    @property
+    def looks_first(self) -> bool:
+        return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
+
+    @property
+    def looks_again(self) -> bool:
+        return objectives.looks_twice(self.op.settings) and self.stage in (
+            Stage.SECOND,
+            Stage.NUMBERS,
+            Stage.VISIT,
+        )
+
+    @property
+    def makes_gradient(self) -> bool:
+        return self.stage in (Stage.VISIT, Stage.GRADIENT)
+
+    @property
+    def refs(self) -> list[Any]:
+        """What the kernel is given, in order: inputs, outputs, scratch."""
+        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", "z"]
+        inputs += ["plain"] * (self.reference == "given")
+        outputs = ["numbers", *["dz"] * self.makes_gradient]
+        return [*inputs, *outputs, *self.scratch]
+
+    @property
+    def scratch(self) -> list[Any]:
+        private = ["r"] * self.plan.private
+        own = [p for p in self.plan.kept if not (self.plan.private and p == ("weight", "r"))]
+        return private + own
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """The numbers that go out, by lane."""
+        names = objectives.needs(self.op.settings)
+        second = names & set(statistics.SECOND_LOOK)
+        if self.stage is Stage.SECOND:
+            return tuple(sorted(second))
+        if self.stage is Stage.GRADIENT:
+            return ()
+        pair = {"m", "zy"} | ({"rm", "ry"} if self.reference else set())
+        if self.stage is Stage.FIRST:
+            return tuple(sorted(pair | (names - second)))
+        return tuple(sorted(pair | names | {"w", "bad"}))
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+class _Block:
+    """The rows of a grid step."""
+
+    def __init__(self, call: _Call, refs: dict[Any, Any]):
+        self.call, self.refs = call, refs
+        c = call.op.settings
+        self.names = objectives.needs(c)
+        self.smoothing, self.size = c.smoothing, c.vocab_size
+        self.shape = (call.plan.rows, LANES)
+        self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
+        self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
+        if call.reference == "given" and not call.plan.private:
+            refs["r"] = refs["plain"]
+        if call.plan.private:
+            refs["weight", "r"] = refs["r"]
+        # What later looks read: the logits, as long as they are there, and the parts kept so far.
+        self.later: list[Any] = ["z", "r"] if call.reference else ["z"]
+
+    def full(self, x: float) -> Array:
+        return jnp.full(self.shape, x, jnp.float32)
+
+    def spread(self, numbers: Mapping[str, Array]) -> Numbers:
+        """Numbers of rows over the lanes, once, for sweeps to use."""
+        return {
+            name: jnp.broadcast_to(x, self.shape) for name, x in numbers.items() if name != "bad"
+        }
+
+    def load(self, name: Any, start: Any, groups: int, edge: bool) -> Array:
+        """Some columns in float32. At the `edge` of the row, those beyond it are masked."""
+        x = self.refs[name][:, pl.ds(start, groups * LANES)].astype(jnp.float32)
+        if not edge or name not in ("z", "r", "plain") or self.call.columns % LANES == 0:
+            return x
+        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + start
+        return jnp.where(column < self.call.columns, x, -jnp.inf)
+
+    def sweep(self, reads: list[Any], body: Callable[[Group, Any], tuple[Any, Group]], carry: Any):
+        """Calls ``body(read, carry) -> (carry, written)`` on every group of 128 columns in turn."""
+
+        def step(start: Any, groups: int, edge: bool, carry: Any) -> Any:
+            wide = {name: self.load(name, start, groups, edge) for name in reads}
+            written: dict[Any, list[Array]] = {}
+            for g in range(groups):
+                columns = slice(g * LANES, (g + 1) * LANES)
+                carry, out = body({name: x[:, columns] for name, x in wide.items()}, carry)
+                for name, x in out.items():
+                    written.setdefault(name, []).append(x)
+            for name, parts in written.items():
+                ref = self.refs[name]
+                x = jnp.concatenate(parts, axis=1) if groups > 1 else parts[0]
+                ref[:, pl.ds(start, groups * LANES)] = x.astype(ref.dtype)
+            return carry
+
+        groups = pl.cdiv(self.call.columns, LANES)
+        unroll = self.call.plan.unroll
+        steps = (groups - 1) // unroll  # the rest, at least one group, has the edge
+
+        def full_step(i: Array, carry: Any) -> Any:
+            return step(pl.multiple_of(i * (unroll * LANES), unroll * LANES), unroll, False, carry)
+
+        if steps:
+            carry = jax.lax.fori_loop(0, steps, full_step, carry)
+        return step(steps * unroll * LANES, groups - steps * unroll, True, carry)
+
+    # Single entries
+
+    def group_of(self, column: Array) -> Array:
+        """Where the group of a column starts."""
+        return pl.multiple_of(column // LANES * LANES, LANES)
+
+    def target(self, i: int) -> Array:
+        """The target of a row, a scalar; -1 where it is not among the columns."""
+        return self.refs["ids"][0, 0, i]
+
+    def own_logits(self, name: str) -> Array:
+        """The targets' logits ``[R, 1]``, 0 where there is none."""
+        out = self.full(0.0)
+        for i in range(self.call.plan.rows):
+            y = self.target(i)
+            start = self.group_of(jnp.maximum(y, 0))
+            here = (self.lane + start == y) & (self.row == i)
+            out = jnp.where(here, self.load(name, start, 1, edge=True), out)
+        return jnp.sum(out, axis=-1, keepdims=True)
+
+    def edit(self) -> Array:
+        """Patches the private reference; returns how many entries it changed."""
+        ids, r = self.refs["ids"], self.refs["r"]
+        rows, edits = self.call.plan.rows, self.call.edits
+        count = ids[0, 0, rows]
+
+        def patch(k: Array, carry: None) -> None:
+            row, column = ids[0, 0, rows + 1 + k], ids[0, 0, rows + 1 + edits + k]
+            start = self.group_of(column)
+            here = (self.lane + start == column) & (self.row == row)
+            x = r[:, pl.ds(start, LANES)]
+            r[:, pl.ds(start, LANES)] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
+            return carry
+
+        jax.lax.fori_loop(0, count, patch, None)
+        return count
+
+    # Looks
+
+    def bring(self) -> Numbers:
+        """Makes the private reference where there is one; returns the maxima ``[R, 1]``."""
+        given = self.call.reference == "given"
+
+        def body(x: Group, top: Numbers) -> tuple[Numbers, Group]:
+            plain = x.get("plain", x["z"])
+            top = {name: jnp.maximum(top[name], v) for name, v in (("m", x["z"]), ("rm", plain))}
+            return top, {"r": plain} if self.call.plan.private else {}
+
+        lowest = {name: self.full(FLOOR) for name in statistics.MAXIMA}
+        top = self.sweep(["z", "plain"] if given else ["z"], body, lowest)
+        if self.call.plan.private:
+            changed = self.edit() > 0
+            top["rm"] = jax.lax.cond(changed, self.maximum_of_private, lambda: top["rm"])
+        return statistics.maxima(top["m"], top["rm"] if self.call.reference else None)
+
+    def maximum_of_private(self) -> Array:
+        """The maxima of the edited rows, by lane."""
+        return self.sweep(["r"], lambda x, top: (jnp.maximum(top, x["r"]), {}), self.full(FLOOR))
+
+    def look(self, terms: Callable[..., Numbers], row: Numbers, names: frozenset[str]) -> Numbers:
+        """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
+        reads, wide, kept = list(self.later), self.spread(row), set[Part]()
+
+        def body(x: Group, sums: Numbers) -> tuple[Numbers, Group]:
+            known = {part: x[part] for part in reads if isinstance(part, tuple)}
+            more = terms(x["z"], x.get("r"), wide, known)
+            new = {p: known[p] for p in self.call.plan.kept if p in known and p not in reads}
+            kept.update(new)
+            return {name: sums[name] + more[name] for name in sums}, new
+
+        sums = self.sweep(reads, body, {name: self.full(0.0) for name in sorted(names)})
+        self.later += sorted(kept, key=str)
+        if self.call.plan.private and ("weight", "r") in kept:  # it took the logits' place
+            self.later.remove("r")
+        return sums
+
+    def first_look(self, maxima: Numbers) -> Numbers:
+        """The sums of the rows and their targets' logits."""
+        names = self.names & set(statistics.SUMS)
+
+        def terms(z: Array, r: Array | None, row: Numbers, known: statistics.Parts) -> Numbers:
+            return statistics.first_terms(z, r, row, names, known)
+
+        own = {"zy": self.own_logits("z")}
+        if self.call.reference:
+            own["ry"] = self.own_logits("plain") if "plain" in self.refs else own["zy"]
+        return maxima | own | statistics.row_sums(self.look(terms, maxima, names))
+
+    def second_look(self, row: Numbers) -> Numbers:
+        """The sums that need the rows' normalisers."""
+        names = self.names & set(statistics.SECOND_LOOK)
+
+        def terms(z: Array, r: Array | None, row: Numbers, known: statistics.Parts) -> Numbers:
+            return statistics.second_terms(z, r, row, names, self.smoothing, self.size, known)
+
+        return statistics.second_sums(self.look(terms, row, names), row)
+
+    def gradient(self, row: Numbers, by: Numbers) -> None:
+        """Writes the gradient of the rows."""
+        reads, row, by = list(self.later), self.spread(row), self.spread(by)
+
+        def of(x: Group, is_target: Array | None) -> Array:
+            known = {part: x[part] for part in reads if isinstance(part, tuple)}
+            return statistics.gradient(
+                x["z"], x.get("r"), row, by, is_target, self.smoothing, self.size, known
+            )
+
+        self.sweep(reads, lambda x, carry: (carry, {"dz": of(x, None)}), None)
+        if "zy" not in by:
+            return
+        rows, dz = self.call.plan.rows, self.refs["dz"]
+        targets = jnp.full(self.shape, -1, jnp.int32)
+        for i in range(rows):
+            targets = jnp.where(self.row == i, self.target(i), targets)
+        for i in range(rows):
+            start = self.group_of(jnp.maximum(self.target(i), 0))
+            x = {name: self.load(name, start, 1, edge=True) for name in reads}
+            here = self.lane + start == targets
+            dz[:, pl.ds(start, LANES)] = of(x, here).astype(dz.dtype)
+
+
+def _kernel(call: _Call, *refs: Any) -> None:
+    """One stage on one block of rows."""
+    block = _Block(call, dict(zip(call.refs, refs, strict=True)))
+    lanes = block.refs["lanes"][...]
+    columns = [lanes[:, k : k + 1] for k in range(2 + len(call.given) + len(call.by))]
+    w, bad, numbers = (
+        columns[0],
+        columns[1] != 0.0,
+        dict(zip(call.given, columns[2:], strict=False)),
+    )
+    by = dict(zip(call.by, columns[2 + len(call.given) :], strict=True))
+
+    if call.looks_first or call.plan.private:
+        maxima = block.bring()
+    if call.looks_first:
+        numbers = block.first_look(maxima)
+        if call.stage is not Stage.FIRST:
+            numbers = objectives.finish(numbers, w, bad)
+    if call.looks_again:
+        numbers = numbers | block.second_look(numbers)
+    if call.stage is Stage.VISIT:
+        by = objectives.derivatives(numbers, call.op.settings, {"loss": jnp.ones_like(w)})
+    if call.makes_gradient:
+        block.gradient(numbers, by)
+    out = block.full(0.0)
+    for k, name in enumerate(call.returned):
+        out = jnp.where(block.lane == k, numbers[name].astype(jnp.float32), out)
+    block.refs["numbers"][...] = out
+
+
+# --- What goes in and comes out -------------------------------------------------------------------
+
+
+def _edit_list(tokens: Tokens, columns: int, plan: Plan, blocks: int) -> tuple[Array, Array]:
+    """The edits there are, by block, first: their count, rows and columns; and their factors."""
+    assert tokens.edit_ids is not None
+    assert tokens.log_factors is not None
+    rows, k = plan.rows, tokens.edit_ids.shape[1]
+    pad = ((0, blocks * rows - tokens.edit_ids.shape[0]), (0, 0))
+    ids = jnp.pad(tokens.edit_ids, pad, constant_values=columns).reshape(blocks, rows * k)
+    factors = jnp.pad(tokens.log_factors, pad).reshape(blocks, rows * k)
+    absent = (ids >= columns) | (factors == 0.0)
+    row = jnp.broadcast_to(jnp.arange(rows * k, dtype=jnp.int32) // k, ids.shape)
+    _, row, ids, factors = jax.lax.sort((absent, row, ids, factors), num_keys=1, is_stable=True)
+    count = jnp.sum(~absent, axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.concatenate([count, row, ids], axis=1), factors
+
+
+def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
+    """What the kernel reads entry by entry: targets and edits, ``[blocks, 1, n]`` each."""
+    rows = call.plan.rows
+    targets = jnp.where(tokens.targets < call.columns, tokens.targets, -1)
+    targets = jnp.pad(targets, (0, blocks * rows - targets.shape[0]), constant_values=-1)
+    ids = [targets.reshape(blocks, rows)]
+    if not call.edits:
+        return [ids[0][:, None]]
+    if tokens.edit_ids is None:
+        ids.append(jnp.zeros((blocks, 1 + 2 * call.edits), jnp.int32))
+        factors = jnp.zeros((blocks, call.edits), jnp.float32)
+    else:
+        edits, factors = _edit_list(tokens, call.columns, call.plan, blocks)
+        ids.append(edits)
+    return [jnp.concatenate(ids, axis=1)[:, None], factors[:, None]]
+
+
+def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | None) -> Array:
+    """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
+    columns = [tokens.weights[:, None], tokens.bad[:, None]]
+    columns += [(numbers or {})[name] for name in call.given]
+    columns += [(by or {})[name] for name in call.by]
+    lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
+    return jnp.pad(lanes, ((0, 0), (0, LANES - lanes.shape[1])))
+
+
+def _specs(call: _Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """The windows of inputs and outputs."""
+    rows, columns = call.plan.rows, block_sizes.up(call.columns, LANES)
+    whole = pl.BlockSpec((rows, columns), lambda i: (i, 0))
+    lanes = pl.BlockSpec((rows, LANES), lambda i: (i, 0))
+    ids = [
+        pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), memory_space=pltpu.SMEM)
+        for x in scalars
+    ]
+    logits = [whole] * (2 if call.reference == "given" else 1)
+    return [*ids, lanes, *logits], [lanes, *[whole] * call.makes_gradient]
+
+
+def _cost(call: _Call, operands: list[Array], rows: int) -> pl.CostEstimate:
+    """What XLA's scheduler and profiles are told."""
+    entries = rows * call.columns
+    pair = 2 if call.reference else 1
+    passes = call.looks_first + call.looks_again + call.makes_gradient
+    moved = sum(x.size * x.dtype.itemsize for x in operands)
+    moved += entries * operands[-1].dtype.itemsize * call.makes_gradient
+    return pl.CostEstimate(
+        flops=entries * 6 * pair * passes,
+        transcendentals=entries * (pair + call.looks_again),
+        bytes_accessed=moved,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    call: _Call,
+    in_place: bool,
+    interpret: Any,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None,
+    by: Numbers | None,
+) -> Result:
+    """Runs a kernel over all rows."""
+    (z,) = operands.model
+    rows = z.shape[0]
+    blocks = pl.cdiv(rows, call.plan.rows)
+    scalars = _scalars(call, tokens, blocks)
+    inputs = [*scalars, _lanes(call, tokens, numbers, by), z, *operands.reference]
+    in_specs, out_specs = _specs(call, scalars)
+    axes = frozenset().union(*(tiling.varying_axes(x) for x in inputs))
+    varying = jax.sharding.ManualAxisType(varying=axes)
+    shapes = [((rows, LANES), jnp.float32), *[(z.shape, z.dtype)] * call.makes_gradient]
+    out = pl.pallas_call(
+        partial(_kernel, call),
+        out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
+        grid=(blocks,),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=[
+            pltpu.VMEM((call.plan.rows, block_sizes.up(call.columns, LANES)), jnp.float32)
+            for _ in call.scratch
+        ],
+        input_output_aliases={len(scalars) + 1: 1} if in_place else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=call.plan.limit
+        ),
+        cost_estimate=_cost(call, inputs, rows),
+        name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
+        interpret=interpret,
+    )(*[tiling.vary_over(x, axes) for x in inputs])
+    found = {name: out[0][:, k : k + 1] for k, name in enumerate(call.returned)}
+    if "bad" in found:
+        found["bad"] = found["bad"] != 0.0
+    return Result(found, (out[1],) if call.makes_gradient else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _folding(call: _Call, in_place: bool, interpret: Any) -> Callable[..., Result]:
+    """A kernel that under `jax.vmap` takes the batch as more rows."""
+    fold = jax.custom_batching.custom_vmap(partial(_run, call, in_place, interpret))
+
+    @fold.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Result, Result]:
+        def flat(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.reshape(-1)
+
+        out = fold(*jax.tree.map(flat, args, tuple(batched)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, x.shape[-1]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return fold
+
+
+def plan_of(
+    op: Operation, stage: Stage, chip: Chip, columns: int, itemsizes: tuple[int, ...], edits: bool
+) -> Plan | None:
+    """How a kernel lays its rows out on a chip, or None where it cannot."""
+    private = edits or objectives.reference_of(op.settings) == "self"
+    return block_sizes.plan(op, stage, columns, itemsizes, private, chip.vmem)
+
+
+def run(
+    op: Operation,
+    stage: Stage,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None = None,
+    by: Numbers | None = None,
+) -> Result:
+    """The driver (`operation.Driver`)."""
+    (z,) = operands.model
+    chip = block_sizes.target()
+    sizes = tuple(x.dtype.itemsize for x in (z, *operands.reference))
+    has_edits = tokens.edit_ids is not None
+    plan = plan_of(op, stage, chip or block_sizes.LEAST, z.shape[1], sizes, has_edits)
+    if plan is None:
+        raise NotImplementedError("rows do not fit")
+    k = tokens.edit_ids.shape[1] if tokens.edit_ids is not None else 1
+    call = _Call(
+        op=dataclasses.replace(op, head=None),
+        stage=stage,
+        plan=plan,
+        columns=z.shape[1],
+        edits=plan.rows * k if plan.private else 0,
+        given=tuple(sorted(numbers or ())),
+        by=tuple(sorted(by or ())),
+    )
+    # A kernel that writes over its logits needs them to be its own: those of a caller outside of
+    # jit never are. Inside, XLA copies them first where they live on.
+    in_place = call.makes_gradient and isinstance(z, jax.core.Tracer)
+    interpret = False if chip else INTERPRET
+    return _folding(call, in_place, interpret)(operands, tokens, numbers, by)

@@ -1,0 +1,177 @@
+"""How much of a row block fits in a TPU core's VMEM: the budget, with every buffer named.
+
+A kernel holds R rows of the whole vocabulary. What it must hold are the windows of its operands and
+results, two of each because one is copied while the other is worked on; what it may hold are parts
+of the rows that one look computes and a later one needs again (`statistics.Parts`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels.operation import Operation, Stage
+from t5patches_kernels.spec import objectives, statistics
+
+LANES = 128
+Part = tuple[str, str | None]  # a key of `statistics.Parts`
+_MIB = 1 << 20
+
+
+class Chip(NamedTuple):
+    """What the kernels need to know about a TPU core."""
+
+    kind: str  # as `jax.Device.device_kind` has it
+    vmem: int  # bytes a kernel can be given
+
+
+# Found by compiling ever larger kernels (jax 0.10.2, libtpu 0.0.52).
+_CHIPS = (
+    Chip("TPU v4", 16 * _MIB),
+    Chip("TPU v5 lite", 128 * _MIB),
+    Chip("TPU v5", int(63.9 * _MIB)),
+    Chip("TPU v6 lite", int(127.9 * _MIB)),
+    Chip("TPU7x", int(63.9 * _MIB)),
+)
+# What every chip has: assumed where the chip is not known.
+LEAST = _CHIPS[0]
+# Left to the compiler: its own scratch, the small windows' padding and what does not fit registers.
+_RESERVED = 640 * 1024
+
+
+def target() -> Chip | None:
+    """The TPU that is compiled for, or None where it is another machine.
+
+    Ahead of time, the enclosing `jax.sharding.use_abstract_mesh` with an abstract device says so.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "tpu":
+        kind = device.device_kind
+    elif jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind
+    else:
+        return None
+    return next((chip for chip in _CHIPS if chip.kind == kind), LEAST._replace(kind=kind))
+
+
+class Buffer(NamedTuple):
+    """One array in VMEM."""
+
+    name: str
+    rows: int
+    columns: int
+    itemsize: int
+    copies: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Its size, as it is padded."""
+        return self.copies * self.rows * up(self.columns, LANES) * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a kernel lays its rows out."""
+
+    rows: int  # a block
+    unroll: int  # groups of 128 columns in a step of a sweep
+    kept: tuple[Part, ...]  # parts held between looks (`statistics.Parts`)
+    private: bool  # the reference is held as a private copy
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.bytes for buffer in self.buffers)
+
+    @property
+    def limit(self) -> int:
+        """Bytes to ask the compiler for."""
+        return self.vmem + _RESERVED
+
+
+def up(x: int, to: int) -> int:
+    """`x` rounded up to a multiple."""
+    return -(-x // to) * to
+
+
+def plan(
+    op: Operation, stage: Stage, columns: int, itemsizes: tuple[int, ...], edited: bool, vmem: int
+) -> Plan | None:
+    """The best layout that fits, or None where not even the windows do.
+
+    Args:
+      op: the operation.
+      stage: the stage.
+      columns: entries in a row (of this shard).
+      itemsizes: bytes an entry of the model's logits, and of the reference's where it is given.
+      edited: whether the reference's entries are changed.
+      vmem: bytes to stay within.
+    """
+    # A register holds 8 rows of 32 bits; two bfloat16 rows share one.
+    rows = 16 if min(itemsizes) == 2 else 8
+    windows = [
+        Buffer(f"window of {name}", rows, columns, size, copies=2)
+        for name, size in zip(("z", "r"), itemsizes, strict=False)
+    ]
+    if stage in (Stage.VISIT, Stage.GRADIENT):
+        windows.append(Buffer("window of dz", rows, columns, itemsizes[0], copies=2))
+    windows.append(Buffer("per-row numbers, in and out", rows, 2 * LANES, 4, copies=2))
+    if edited:
+        windows.append(Buffer("private copy of r, later e^(r - rm)", rows, columns, 4))
+    wanted = _wanted(op, stage, edited)
+    while True:
+        held = [Buffer(f"kept {' '.join(map(str, part))}", rows, columns, 4) for part in wanted
+                if not (edited and part == ("weight", "r"))]  # fmt: skip
+        out = Plan(rows, 16, wanted, edited, tuple(windows + held))
+        if out.vmem + _RESERVED <= vmem:
+            return out
+        if not wanted:
+            return None
+        wanted = wanted[:-1]
+
+
+class _Touched(dict):
+    """Parts of a tile that note which of them are read."""
+
+    def __init__(self, known: statistics.Parts):
+        super().__init__(known)
+        self.read: set[Part] = set()
+
+    def __getitem__(self, part: Part) -> jax.Array:
+        self.read.add(part)
+        return super().__getitem__(part)
+
+
+def _read_later(op: Operation, stage: Stage) -> set[Part]:
+    """The parts of a row that are read again after the look that first computes them."""
+    c = op.settings
+    one = jnp.ones((1, 1), jnp.float32)
+    names = objectives.needs(c)
+    row = dict.fromkeys((*statistics.MAXIMA, *names), one)
+    r = one if objectives.reference_of(c) else None
+    second, third = _Touched({}), _Touched({("value", "ratio"): one})
+
+    def looks() -> None:
+        if objectives.looks_twice(c):
+            statistics.second_terms(one, r, row, names, c.smoothing, c.vocab_size, second)
+        if stage is Stage.VISIT:
+            by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
+            statistics.gradient(one, r, row, by, None, c.smoothing, c.vocab_size, third)
+
+    jax.eval_shape(looks)
+    return (second.read - {("value", "ratio")}) | third.read
+
+
+def _wanted(op: Operation, stage: Stage, private: bool) -> tuple[Part, ...]:
+    """The parts worth holding from one look to a later one, the most worthwhile first."""
+    if stage not in (Stage.NUMBERS, Stage.VISIT):
+        return ()
+    read = _read_later(op, stage)
+    if private and ("value", "r") in read:  # the copy must stay what it is
+        read.discard(("weight", "r"))
+    worth = (("weight", "r"), ("weight", "z"), ("value", "ratio"))
+    return tuple(part for part in worth if part in read)
