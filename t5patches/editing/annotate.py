@@ -1,0 +1,389 @@
+"""Marks what a model must not say: rules over text, then tokens, then sets of tokens.
+
+A rule is any callable `rule(inputs, output)` that returns the character spans of `output` to
+push down. The ones here match word lists, regular expressions, and names that the source does
+not hold; a classifier of your own is as good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from t5patches.editing.data import Batch, Example, make_example, pad_rows, to_arrays, token_mask
+from t5patches.editing.forward import forward
+from t5patches.editing.generate import generate
+from t5patches.editing.tokenizer import Span, Tokenizer
+from t5patches.network import T5Config
+
+Rule = Callable[[str, str], Iterable[Span]]
+
+_WORD = re.compile(r"\w[\w'’\-]*")
+_SENTENCE_START = re.compile(r"(?:^|[.!?:])\W*$")
+
+
+def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
+    """A rule that marks words and phrases, whole words only.
+
+    Args:
+        words: what to mark. A space in a phrase matches any white space.
+        ignore_case: whether "Paris" on the list marks "PARIS".
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: the list is empty or holds an empty word.
+        TypeError: `words` is one string.
+
+    Example:
+        >>> list(word_list(["new york"])("", "in New York, not in New Yorkshire"))
+        [(3, 11)]
+    """
+    if isinstance(words, str):
+        raise TypeError(
+            f"words must be a list of words, got the string {words!r}: put it in a list"
+        )
+    parts = [word.split() for word in words]
+    if not parts or not all(parts):
+        raise ValueError("a word list needs words, and none of them empty")
+    # The longest first: "new york city" wins over "new york".
+    phrases = sorted((r"\s+".join(map(re.escape, p)) for p in parts), key=len, reverse=True)
+    return pattern(
+        rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", flags=re.IGNORECASE if ignore_case else 0
+    )
+
+
+def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
+    r"""A rule that marks the matches of a regular expression.
+
+    Args:
+        expression: Python's `re` syntax.
+        flags: as in `re.compile`.
+        group: the group of the match to mark; 0 for all of it.
+
+    Returns:
+        The rule. Empty matches are left out.
+
+    Raises:
+        ValueError: the expression does not compile or has no such group.
+
+    Example:
+        >>> list(pattern(r"aged (\d+)", group=1)("", "a man aged 52"))
+        [(11, 13)]
+    """
+    try:
+        compiled = re.compile(expression, flags)
+    except re.error as error:
+        raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+    if group not in (*range(compiled.groups + 1), *compiled.groupindex):
+        raise ValueError(f"{expression!r} has no group {group!r}: it has {compiled.groups} groups")
+
+    def rule(inputs: str, output: str) -> list[Span]:
+        spans = (match.span(group) for match in compiled.finditer(output))
+        return [span for span in spans if span[0] < span[1]]
+
+    return rule
+
+
+def capitalized_names(inputs: str, output: str) -> list[Span]:
+    """A rule that marks runs of capitalised words.
+
+    The first word of a sentence is left out, as its capital says nothing. For more than this, use
+    a named-entity recogniser as the rule.
+
+    Args:
+        inputs: not looked at.
+        output: the text to search.
+
+    Returns:
+        The characters of each run.
+
+    Example:
+        >>> text = "The mayor of New York met Ann."
+        >>> [text[a:b] for a, b in capitalized_names("", text)]
+        ['New York', 'Ann']
+    """
+    names: list[Span] = []
+    for match in _WORD.finditer(output):
+        start, end = match.span()
+        before = output[:start]
+        if not match.group()[0].isupper() or _SENTENCE_START.search(before):
+            continue
+        joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
+        names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
+    return names
+
+
+def absent_from_source(names: Rule = capitalized_names, *, ignore_case: bool = True) -> Rule:
+    """A rule that marks named things which the source does not name.
+
+    Args:
+        names: a rule that finds the names in the output: a word list, a pattern, a named-entity
+            recogniser.
+        ignore_case: whether "paris" in the source covers "Paris" in the output.
+
+    Returns:
+        The rule. A name counts as present where the source holds it as whole words.
+
+    Example:
+        >>> rule = absent_from_source(word_list(["Paris", "Rome"]))
+        >>> list(rule("A fire in Rome.", "From Paris to Rome"))
+        [(5, 10)]
+    """
+
+    def rule(inputs: str, output: str) -> list[Span]:
+        source = _words(inputs, ignore_case)
+        return [
+            (start, end)
+            for start, end in names(inputs, output)
+            if _words(output[start:end], ignore_case) not in source
+        ]
+
+    return rule
+
+
+def any_of(*rules: Rule) -> Rule:
+    """A rule that marks what any of several rules marks.
+
+    Args:
+        *rules: the rules.
+
+    Returns:
+        The rule; its spans may overlap.
+
+    Raises:
+        ValueError: no rules are given.
+    """
+    if not rules:
+        raise ValueError("any_of needs at least one rule")
+    return lambda inputs, output: [span for rule in rules for span in rule(inputs, output)]
+
+
+def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
+    """Applies a rule and checks what it returns.
+
+    Args:
+        rule: the rule.
+        inputs: the source text.
+        output: what the model said.
+
+    Returns:
+        The spans, sorted, each once.
+
+    Raises:
+        ValueError: the rule returned something else than spans inside `output`.
+    """
+    spans = set()
+    for span in rule(inputs, output):
+        try:
+            start, end = map(int, span)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the rule {rule!r} returned {span!r}: (start, end) characters are needed"
+            ) from error
+        if not 0 <= start < end <= len(output):
+            raise ValueError(
+                f"the rule {rule!r} returned the span [{start}, {end}] for an output of "
+                f"{len(output)} characters: 0 <= start < end <= length is needed"
+            )
+        spans.add((start, end))
+    return sorted(spans)
+
+
+def annotate(
+    inputs: Sequence[str], outputs: Sequence[Sequence[int]], tokenizer: Tokenizer, rule: Rule
+) -> list[Example]:
+    """Marks the tokens of a model's outputs that a rule forbids.
+
+    Args:
+        inputs: the source texts.
+        outputs: for each of them, the token ids that the model generated, end token included
+            where it was said.
+        tokenizer: the model's.
+        rule: says which characters to push down.
+
+    Returns:
+        One example for each output, with nothing marked where the rule finds nothing.
+
+    Raises:
+        ValueError: the numbers of inputs and outputs differ, or the rule returns bad spans.
+    """
+    if len(inputs) != len(outputs):
+        raise ValueError(f"got {len(inputs)} inputs and {len(outputs)} outputs: one each is needed")
+    examples = []
+    for source, ids in zip(inputs, outputs, strict=True):
+        said = tokenizer.decode(ids)
+        examples.append(make_example(source, said, find_spans(rule, source, said.text), tokenizer))
+    return examples
+
+
+def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
+    """Cuts generated rows after their end token.
+
+    Args:
+        rows: integer [N, L], from `t5patches.editing.generate.generate`.
+        eos_id: the end token.
+
+    Returns:
+        N tuples of ids; a row that never ended is whole and has no end token.
+    """
+    outputs = []
+    for row in np.asarray(rows):
+        ends = np.flatnonzero(row == eos_id)
+        outputs.append(tuple(row[: ends[0] + 1 if len(ends) else len(row)].tolist()))
+    return outputs
+
+
+def expand_negatives(
+    examples: Sequence[Example],
+    rule: Rule,
+    tokenizer: Tokenizer,
+    model: T5Config,
+    params: Mapping[str, Any],
+    *,
+    count: int,
+    max_length: int,
+    batch_size: int = 512,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """Finds what else the model would say at each marked position and the rule forbids too.
+
+    Pushing down the one name that was said makes room for the next invention. So the `count`
+    likeliest other tokens are tried at every marked position: the text before it and the
+    candidate are forced, the model finishes greedily, and a candidate that lies inside a
+    forbidden span of the result joins the position's negatives. `count` rollouts are made for
+    each marked token.
+
+    Args:
+        examples: outputs with marked tokens.
+        rule: the rule that marked them.
+        tokenizer: the model's.
+        model: the sizes of the original model.
+        params: its parameters.
+        count: K, how many alternatives to try at a position.
+        max_length: tokens that an output may have.
+        batch_size: rollouts made at a time.
+        progress: shows how far it is; None shows nothing.
+
+    Returns:
+        The examples, with `negatives` at marked positions, likeliest first.
+
+    Raises:
+        ValueError: `count` is not between 1 and what the vocabulary leaves to try.
+    """
+    # Neither padding nor the end token has characters that a rule could forbid, and the token
+    # that was said is already pushed down.
+    if not 1 <= count <= model.vocab_size - 3:
+        raise ValueError(
+            f"count is {count}: from 1 to {model.vocab_size - 3} alternatives can be tried with "
+            f"a vocabulary of {model.vocab_size}"
+        )
+    negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
+    places = list(_alternatives(examples, model, params, count, tokenizer))
+    task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
+    # Enough at a time for `generate` to put alike prefixes together.
+    for start in range(0, len(places), 8 * max(1, batch_size // count)):
+        chunk = places[start : start + 8 * max(1, batch_size // count)]
+        rollouts = _roll_out(examples, chunk, model, params, max_length, batch_size, tokenizer)
+        for (number, position, candidates), outputs in zip(chunk, rollouts, strict=True):
+            negatives[number][position] = tuple(
+                token
+                for token, output in zip(
+                    candidates, until_end(outputs, tokenizer.eos_id), strict=True
+                )
+                if _forbids(rule, examples[number].inputs, output, position, tokenizer)
+            )
+        if progress and task is not None:
+            progress.advance(task, len(chunk) * count)
+    return [
+        dataclasses.replace(example, negatives={p: ids for p, ids in found.items() if ids})
+        for example, found in zip(examples, negatives, strict=True)
+    ]
+
+
+_Place = tuple[int, int, tuple[int, ...]]
+"""An example's number, a marked position in it, and the tokens to try there."""
+
+
+def _alternatives(
+    examples: Sequence[Example],
+    model: T5Config,
+    params: Mapping[str, Any],
+    count: int,
+    tokenizer: Tokenizer,
+    batch_size: int = 64,
+) -> Iterator[_Place]:
+    marked = [i for i, example in enumerate(examples) if any(example.marked)]
+    if not marked:
+        return
+    arrays = to_arrays([examples[i] for i in marked], pad_id=tokenizer.pad_id)
+    special = (tokenizer.pad_id, tokenizer.eos_id)
+    for start in range(0, len(marked), batch_size):
+        # The last batch is filled up, not compiled again.
+        rows = np.minimum(np.arange(start, start + batch_size), len(marked) - 1)
+        batch = {name: array[rows] for name, array in arrays.items()}
+        likeliest = np.asarray(_likeliest_others(params, batch, model, special, count))
+        for number, ids in zip(marked[start : start + batch_size], likeliest, strict=False):
+            for position in np.flatnonzero(examples[number].marked):
+                yield number, int(position), tuple(ids[position].tolist())
+
+
+@functools.partial(jax.jit, static_argnames=("model", "special", "count"))
+def _likeliest_others(
+    params: Mapping[str, Any], batch: Batch, model: T5Config, special: tuple[int, ...], count: int
+) -> jax.Array:
+    logits = forward(model, params, batch)
+    ids = jnp.arange(model.vocab_size)[None, None]
+    barred = jnp.isin(ids, jnp.array(special)) | (ids == batch["decoder_target_tokens"][..., None])
+    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1]
+
+
+def _roll_out(
+    examples: Sequence[Example],
+    places: Sequence[_Place],
+    model: T5Config,
+    params: Mapping[str, Any],
+    max_length: int,
+    batch_size: int,
+    tokenizer: Tokenizer,
+) -> np.ndarray:
+    """The original model's outputs from each of the candidates on, [places, K, max_length]."""
+    longest = max(len(example.output_ids) for example in examples)
+    prefixes = np.full((len(places), len(places[0][2]), longest), tokenizer.pad_id, np.int32)
+    for row, (number, position, candidates) in zip(prefixes, places, strict=True):
+        row[:, :position] = examples[number].output_ids[:position]
+        row[:, position] = candidates
+    # Every chunk has the same shapes, so that generation is compiled once.
+    length = max(len(example.input_ids) for example in examples)
+    return generate(
+        model,
+        params,
+        pad_rows([examples[n].input_ids for n, _, _ in places], tokenizer.pad_id, length),
+        max_length=max_length,
+        prefixes=prefixes,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        batch_size=batch_size,
+    )
+
+
+def _forbids(
+    rule: Rule, inputs: str, output: Sequence[int], position: int, tokenizer: Tokenizer
+) -> bool:
+    said = tokenizer.decode(output)
+    return token_mask(said, find_spans(rule, inputs, said.text))[position]
+
+
+def _words(text: str, ignore_case: bool) -> str:
+    """The text's words with a space around each, so that `in` compares whole words."""
+    words = " ".join(re.findall(r"\w+", text))
+    return f" {words.casefold() if ignore_case else words} "

@@ -1,0 +1,176 @@
+"""Rules, marks on generated text, and sets of negatives found by rollouts."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from editing_samples import example, tiny_model, tiny_params, tokenizer
+
+from t5patches.editing import annotate as annotate_module
+from t5patches.editing.annotate import (
+    absent_from_source,
+    annotate,
+    any_of,
+    capitalized_names,
+    expand_negatives,
+    find_spans,
+    pattern,
+    until_end,
+    word_list,
+)
+from t5patches.editing.data import pad_rows, to_arrays, token_mask
+from t5patches.editing.forward import forward
+from t5patches.editing.generate import generate
+
+
+def found(rule, output, inputs=""):
+    return [output[a:b] for a, b in find_spans(rule, inputs, output)]
+
+
+def test_word_lists_match_whole_words_and_the_longest_phrase():
+    rule = word_list(["new york", "new york city", "york", "c++"])
+    assert found(rule, "New York City, Yorkshire, york. C++ and c+++") == [
+        "New York City",
+        "york",
+        "C++",
+        "c++",
+    ]
+    assert found(rule, "new\n york") == ["new\n york"]
+    assert found(word_list(["York"], ignore_case=False), "york York") == ["York"]
+
+
+def test_patterns_mark_a_group():
+    assert found(pattern(r"aged (\d+)", group=1), "aged 52, aged x") == ["52"]
+    assert found(pattern(r"(?P<n>\d+) people", group="n"), "12 people") == ["12"]
+    assert found(pattern(r"x*"), "axxb") == ["xx"]
+    assert found(pattern("A", flags=re.IGNORECASE), "a") == ["a"]
+
+
+def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
+    text = 'The mayor of New York met Ann-Marie O\'Hara. Paris is far. "Yes," said Éva.'
+    assert found(capitalized_names, text) == ["New York", "Ann-Marie O'Hara", "Éva"]
+    assert found(capitalized_names, "nothing here") == []
+
+
+def test_absent_names_are_those_the_source_does_not_hold_as_words():
+    rule = absent_from_source()
+    assert found(rule, "A fire in New York.", "in new  york today") == []
+    assert found(rule, "A fire in York.", "in Yorkshire") == ["York"]
+    assert found(rule, "A fire in York New.", "in New York") == ["York New"]
+    strict = absent_from_source(word_list(["Rome"]), ignore_case=False)
+    assert found(strict, "in Rome", "rome") == ["Rome"]
+
+
+def test_rules_combine_and_any_callable_will_do():
+    def first_word(inputs, output):
+        return np.array([[0, len(output.split()[0])]])
+
+    rule = any_of(word_list(["b"]), first_word, word_list(["b"]))
+    assert find_spans(rule, "", "aa b") == [(0, 2), (3, 4)]
+
+
+def test_rules_are_told_what_is_wrong_with_them():
+    with pytest.raises(TypeError, match="got the string 'Paris': put it in a list"):
+        word_list("Paris")
+    for words in ([], ["a", " "]):
+        with pytest.raises(ValueError, match="a word list needs words"):
+            word_list(words)
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        pattern("(")
+    with pytest.raises(ValueError, match="'a' has no group 1: it has 0 groups"):
+        pattern("a", group=1)
+    with pytest.raises(ValueError, match="any_of needs at least one rule"):
+        any_of()
+    with pytest.raises(ValueError, match=r"returned the span \[1, 9\] for an output of 3 char"):
+        find_spans(lambda i, o: [(1, 9)], "", "abc")
+    with pytest.raises(ValueError, match=r"returned 5: .* characters are needed"):
+        find_spans(lambda i, o: [5], "", "abc")
+
+
+def test_generated_rows_end_with_their_end_token():
+    assert until_end(np.array([[5, 1, 0], [5, 6, 7], [1, 0, 0]]), 1) == [(5, 1), (5, 6, 7), (1,)]
+
+
+def test_annotation_marks_the_generated_tokens():
+    ids = (*tokenizer().encode("a fire in New York").ids, 1)
+    rule = absent_from_source(word_list(["New York", "Paris"]))
+    marked, clean = annotate(["news", "from New York"], [ids, ids], tokenizer(), rule)
+    assert marked.output_ids == ids
+    assert marked.outputs == "a fire in New York"
+    assert marked.spans == ((10, 18),)
+    assert marked.marked == token_mask(tokenizer().decode(ids), [(10, 18)])
+    assert not any(clean.marked)
+    with pytest.raises(ValueError, match="got 1 inputs and 2 outputs"):
+        annotate(["news"], [ids, ids], tokenizer(), rule)
+
+
+@pytest.fixture(scope="module")
+def expanded():
+    """Rollouts of an untrained model under a rule that forbids words with some letters."""
+    rule = pattern(r"\S*[aeo]\S*")
+    rng = np.random.default_rng(0)
+    outputs = [(*map(int, rng.integers(3, 330, 6)), 1) for _ in range(5)]
+    inputs = [f"news {i}" for i in range(5)]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        examples = annotate(inputs, outputs, tokenizer(), rule)
+        found = expand_negatives(
+            examples,
+            rule,
+            tokenizer(),
+            tiny_model(),
+            tiny_params(),
+            count=6,
+            max_length=8,
+            batch_size=12,
+        )
+    return rule, examples, found
+
+
+def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded):
+    rule, examples, found = expanded
+    logits = np.asarray(forward(tiny_model(), tiny_params(), to_arrays(examples)))
+    places = [(i, p) for i, e in enumerate(examples) for p in np.flatnonzero(e.marked)]
+    assert len(places) > 4
+    tried = []
+    for number, position in places:
+        e = examples[number]
+        order = np.argsort(-logits[number, position], kind="stable").tolist()
+        likely = [i for i in order if i not in (0, 1, e.output_ids[position])][:6]
+        tried += [(number, position, i) for i in likely]
+    rows = generate(
+        tiny_model(),
+        tiny_params(),
+        pad_rows([examples[n].input_ids for n, _, _ in tried]),
+        max_length=8,
+        prefixes=pad_rows([(*examples[n].output_ids[:p], i) for n, p, i in tried]),
+    )
+    expected = {place: [] for place in places}
+    for (number, position, candidate), ids in zip(tried, until_end(rows, 1), strict=True):
+        said = tokenizer().decode(ids)
+        spans = find_spans(rule, examples[number].inputs, said.text)
+        if token_mask(said, spans)[position]:
+            expected[number, position].append(candidate)
+    for (number, position), ids in expected.items():
+        assert list(found[number].negatives.get(position, ())) == ids
+    # Both kinds occur, or the test shows nothing.
+    assert 0 < sum(map(len, expected.values())) < len(tried)
+
+
+def test_rollouts_change_nothing_but_the_negatives(expanded):
+    _, examples, found = expanded
+    for before, after in zip(examples, found, strict=True):
+        assert before.marked == after.marked
+        assert before.output_ids == after.output_ids
+        assert all(after.marked[p] for p in after.negatives)
+
+
+def test_nothing_marked_needs_no_rollouts(monkeypatch):
+    monkeypatch.setattr(annotate_module, "generate", None)
+    clean = [example("x", "in Paris")]
+    rule = word_list(["Rome"])
+    args = (clean, rule, tokenizer(), tiny_model(), tiny_params())
+    assert expand_negatives(*args, count=2, max_length=8) == clean
+    for count in (0, 328):
+        with pytest.raises(ValueError, match=f"count is {count}: from 1 to 327 alternatives"):
+            expand_negatives(*args, count=count, max_length=8)
