@@ -10,7 +10,6 @@ and the backward pass makes the gradient from them, the operands and the cotange
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,31 +87,34 @@ _visit.defvjp(_visit_forward, _visit_backward)
 def _read(
     driver: Driver,
     op: Operation,
-    output: str,
+    outputs: tuple[str, ...],
     model: tuple,
     reference: tuple,
     tokens: Tokens,
     numbers: Numbers,
-) -> jax.Array:
-    return objectives.evaluate(numbers, op.settings, output)
+) -> dict[str, jax.Array]:
+    return {name: objectives.evaluate(numbers, op.settings, name) for name in outputs}
 
 
-def _read_forward(driver, op, output, model, reference, tokens, numbers):
-    out = objectives.evaluate(numbers, op.settings, output)
-    return out, (model, reference, tokens, numbers)
+def _read_forward(driver, op, outputs, *operands):
+    values = jax.tree.map(lambda x: x.value, operands)  # what symbolic_zeros wraps
+    return _read(driver, op, outputs, *values), values
 
 
-def _read_backward(driver, op, output, residuals, ct):
-    def pull(model, reference, tokens, numbers, ct):
-        ct = sharding.cotangent(ct, model[-1], op.vocab_axis)
-        by = objectives.derivatives(numbers, op.settings, {output: ct})
+def _read_backward(driver, op, outputs, residuals, cotangents):
+    def pull(model, reference, tokens, numbers, cts):
+        cts = {k: sharding.cotangent(ct, model[-1], op.vocab_axis) for k, ct in cts.items()}
+        by = objectives.derivatives(numbers, op.settings, cts)
         operands = Operands(model, reference)
         return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient
 
-    return _first_order_only(pull)(*residuals, ct), None, None, None
+    # One gradient for all outputs that were used; none is computed for the others.
+    unused = jax.custom_derivatives.SymbolicZero
+    cts = {name: ct for name, ct in cotangents.items() if not isinstance(ct, unused)}
+    return _first_order_only(pull)(*residuals, cts), None, None, None
 
 
-_read.defvjp(_read_forward, _read_backward)
+_read.defvjp(_read_forward, _read_backward, symbolic_zeros=True)
 
 
 def apply(
@@ -130,21 +132,19 @@ def apply(
       Every output of the operation ``[T]``, differentiable, and the rows' numbers ``[T, 1]``, not.
     """
     reference, tokens = jax.lax.stop_gradient((operands.reference, tokens))
-    names = list(objectives.lines_of(op.settings))
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, jax.Array] = {}
+    names = objectives.lines_of(op.settings)
     try:
         if "loss" in names and op.vocab_axis is None and op.head is None:
-            loss, numbers = _visit(driver, op, operands.model, reference, tokens)
-            outputs["loss"] = loss
+            outputs["loss"], numbers = _visit(driver, op, operands.model, reference, tokens)
         else:
             fixed = jax.lax.stop_gradient(operands.model)
             numbers = _numbers(driver, op, Operands(fixed, reference), tokens)
         numbers = jax.lax.stop_gradient(numbers)
-        for name in names:
-            if name not in outputs:
-                outputs[name] = _read(driver, op, name, operands.model, reference, tokens, numbers)
+        rest = tuple(name for name in names if name not in outputs)
+        outputs |= _read(driver, op, rest, operands.model, reference, tokens, numbers)
     except TypeError as error:
-        if "forward-mode differentiation" in str(error):
+        if "forward-mode" in str(error):  # JAX's own words, without the remedy
             raise NotImplementedError(FORWARD_MODE) from error
         raise
     return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, numbers

@@ -108,7 +108,7 @@ def _flat_tokens(
 ) -> _Tokens:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
-    dtype = jnp.promote_types(jnp.float32, like.dtype)
+    dtype = reference.precision_of(like)
     if targets is None:
         targets = jnp.zeros(lead, jnp.int32)
     if weights is None:
@@ -151,7 +151,7 @@ def _run_reference(
         ]
     else:
         logits = [x for (x,) in arrays]
-    logits = [x.astype(jnp.promote_types(jnp.float32, x.dtype)) for x in logits]
+    logits = [x.astype(reference.precision_of(x)) for x in logits]
     z, r = logits[0], logits[1] if operands.reference else None
     c, e = op.settings, tokens.edits
     statistics = reference.token_statistics(z, r, tokens.targets)
@@ -159,7 +159,8 @@ def _run_reference(
         outputs = statistics
     else:
         factor = None if e is None else reference.edit_factors(z.shape[-1], e.ids, e.factors)
-        options = {k: v for k, v in dataclasses.asdict(c).items() if k != "objective"}
+        options = dataclasses.asdict(c)
+        del options["objective"], options["vocab_size"]
         total, z_part = reference.loss(
             c.objective, z, r, tokens.targets, tokens.weights, factor, **options
         )
@@ -169,7 +170,8 @@ def _run_reference(
     counts = tokens.weights != 0
     for name in ("loss", "z_loss", "log_prob", "ref_log_prob"):
         if name in outputs:
-            x = jnp.where(bad & counts, math.nan, outputs[name])
+            # A product, so that the gradient is NaN too.
+            x = outputs[name] * jnp.where(bad & counts, math.nan, 1.0)
             outputs[name] = jnp.where(counts | jnp.isfinite(x) & ~bad, x, 0.0)
     own = jnp.take_along_axis(z, jnp.clip(tokens.targets, 0, z.shape[-1] - 1)[:, None], -1)[:, 0]
     return outputs, (own >= peak) & ~bad

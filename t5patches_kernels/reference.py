@@ -18,9 +18,14 @@ Array = jax.Array
 MASKED = -1e30
 
 
+def precision_of(x: Array) -> jnp.dtype:
+    """What is computed in: float64 for float64 inputs, float32 for all others."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
 def linear_logits(hidden: Array, kernel: Array, scale: float, transposed: bool) -> Array:
     """``scale * hidden @ kernel``, exact products of the values as `hidden`'s dtype holds them."""
-    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    dtype = precision_of(hidden)
     matrix = kernel.astype(hidden.dtype).astype(dtype)
     equation = "td,vd->tv" if transposed else "td,dv->tv"
     product = jnp.einsum(
@@ -60,14 +65,14 @@ def edited_distribution(logits: Array, factor: Array) -> Array:
     return log_distribution(logits + log_factor)
 
 
-def smoothed(q: Array, eps: float, vocab_size: int) -> Array:
-    """``(q + eps) / (1 + V eps)``."""
-    return (q + eps) / (1 + vocab_size * eps)
+def smoothed(q: Array, eps: float, present: Array) -> Array:
+    """``(q + eps) / (1 + V eps)``; nothing is added where the model masks the entry."""
+    return (q + eps * present) / (1 + q.shape[-1] * eps)
 
 
 def cross_entropy(t: Array, d: Distributions) -> Array:
-    """``-sum t log p`` over the entries that the model does not mask."""
-    return -jnp.sum(jnp.where(t * d.present > 0, t * d.log_p, 0.0), axis=-1)
+    """``-sum t log p``."""
+    return -jnp.sum(jnp.where(t > 0, t * d.log_p, 0.0), axis=-1)
 
 
 def entropy(t: Array) -> Array:
@@ -77,12 +82,13 @@ def entropy(t: Array) -> Array:
 
 def forward(t: Array, d: Distributions, divergence: bool) -> Array:
     """``CE(t, p)``, or ``KL(t, p)`` with `divergence`."""
-    return cross_entropy(t, d) - entropy(t * d.present) * divergence
+    out = cross_entropy(t, d)
+    return out - entropy(t) if divergence else out
 
 
-def reverse(d: Distributions, eps: float, vocab_size: int) -> Array:
+def reverse(d: Distributions, eps: float) -> Array:
     """``KL(p, s(q))``."""
-    log_s = jnp.log(smoothed(d.q, eps, vocab_size)) if eps else d.log_q
+    log_s = jnp.log(smoothed(d.q, eps, jnp.ones_like(d.q))) if eps else d.log_q
     return jnp.sum(jnp.where(d.present > 0, d.p * (d.log_p - log_s), 0.0), axis=-1)
 
 
@@ -107,18 +113,17 @@ def distributions(logits: Array, ref_logits: Array, targets: Array, factor: Arra
 
 def tn_terms(name: str, d: Distributions, eps: float, divergence: bool) -> tuple[Array, Array]:
     """What a kept and a pushed-down token contribute, before alpha."""
-    size = d.p.shape[-1]
     if name == "tnff":
         return forward(d.q, d, divergence), forward(d.q, d, divergence)
     if name == "tnrr":
-        return reverse(d, eps, size), reverse(d, eps, size)
+        return reverse(d, eps), reverse(d, eps)
     if name == "tnrf":
-        return forward(smoothed(d.q, eps, size), d, divergence), reverse(d, eps, size)
+        return forward(smoothed(d.q, eps, d.present), d, divergence), reverse(d, eps)
     if name == "tnfll":
         return likelihood(d), forward(d.q, d, divergence)
     if name == "tnrll":
-        target = smoothed(d.onehot, eps, size)
-        return forward(target, d, divergence), reverse(d, eps, size)
+        target = smoothed(d.onehot, eps, d.present)
+        return forward(target, d, divergence), reverse(d, eps)
     raise ValueError(name)
 
 
@@ -140,7 +145,7 @@ def label_smoothed_cross_entropy(d: Distributions, label_smoothing: float) -> Ar
         return likelihood(d)
     off = label_smoothing / (size - 1)
     on = 1.0 - label_smoothing
-    target = jnp.where(d.onehot > 0, on, off).astype(d.p.dtype)
+    target = jnp.where(d.onehot > 0, on, off * d.present)
     constant = -(on * jnp.log(on) + (size - 1) * off * jnp.log(off + 1e-20))
     return cross_entropy(target, d) - constant.astype(d.p.dtype)
 
@@ -153,7 +158,6 @@ def loss(
     weights: Array,
     factor: Array | None,
     *,
-    vocab_size: int,
     alpha: float,
     smoothing: float,
     z_loss: float,
@@ -176,11 +180,11 @@ def loss(
         kept = pushed = label_smoothed_cross_entropy(d, label_smoothing)
         scale = weights
     elif objective == "kl_forward":
-        target = smoothed(d.q, smoothing, vocab_size) if smoothing else d.q
+        target = smoothed(d.q, smoothing, d.present) if smoothing else d.q
         kept = pushed = forward(target, d, divergence)
         reads_q = (True, True)
     elif objective == "kl_reverse":
-        kept = pushed = reverse(d, smoothing, vocab_size)
+        kept = pushed = reverse(d, smoothing)
         reads_q = (True, True)
     else:
         kept, pushed = tn_terms(objective, d, smoothing, divergence)
@@ -205,5 +209,5 @@ def token_statistics(logits: Array, ref_logits: Array | None, targets: Array) ->
     }
     if ref_logits is not None:
         out["ref_log_prob"] = jnp.sum(jnp.where(d.onehot > 0, d.log_q, 0.0), axis=-1)
-        out["kl"] = reverse(d, 0.0, logits.shape[-1])
+        out["kl"] = reverse(d, 0.0)
     return out

@@ -10,11 +10,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
-import jaxtyping
 import pytest
-
-# Every annotation with a shape is checked, in tests only.
-_HOOK = jaxtyping.install_import_hook(["t5patches_kernels"], "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True

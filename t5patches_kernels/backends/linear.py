@@ -27,11 +27,12 @@ from t5patches_kernels.spec.statistics import Array, Numbers
 
 # A float32 chunk of one logits array.
 _CHUNK_BYTES = 16 << 20
+_LEAST_ROWS = 8
 
 
-def chunk_rows(rows: int, columns: int) -> int:
+def chunk_rows(columns: int) -> int:
     """Tokens a chunk."""
-    return min(rows, max(8, _CHUNK_BYTES // (4 * columns)))
+    return max(_LEAST_ROWS, _CHUNK_BYTES // (4 * columns))
 
 
 def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
@@ -79,14 +80,14 @@ def run(
         out = driver(op, stage, logits, tokens, numbers, by)
         if out.gradient is None:
             return out, None
-        dz = jnp.where(fresh[:, None], out.gradient[0], 0.0)
-        dh, dw = _pull(dz, hidden, kernel, head)
+        once = jnp.where(fresh[:, None], hidden, jnp.zeros_like(hidden))
+        dh, dw = _pull(out.gradient[0], once, kernel, head)
         return Result(out.numbers, (dh,)), dw
 
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, numbers, by)
-    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(rows, columns))
+    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns))
     if out.gradient is None:
         return out
     dh = sharding.add_replicated(out.gradient[0], hidden, kernel, op.vocab_axis)

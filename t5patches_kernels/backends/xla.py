@@ -22,9 +22,9 @@ _BLOCK_BYTES = 1 << 20
 _LEAST_ROWS = 4
 
 
-def block_rows(rows: int, columns: int) -> int:
+def block_rows(columns: int) -> int:
     """Rows a block."""
-    return min(rows, max(_LEAST_ROWS, _BLOCK_BYTES // (4 * columns)))
+    return max(_LEAST_ROWS, _BLOCK_BYTES // (4 * columns))
 
 
 def _own_logit(x: Array, targets: Array) -> Array:
@@ -98,4 +98,4 @@ def run(
         return _block(op, stage, *block), None
 
     inputs = (operands, tokens, numbers, by)
-    return tiling.for_row_blocks(body, inputs, rows, block_rows(rows, columns))[0]
+    return tiling.for_row_blocks(body, inputs, rows, block_rows(columns))[0]

@@ -1,0 +1,88 @@
+"""Every objective x dtype x vocabulary x row kind against the oracle in float64."""
+
+import jax.numpy as jnp
+import pytest
+from harness import CASES, MAIN, TAKES_EDITS, VOCABULARIES, assert_as_good_as_dense, batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5patches_kernels.backends import xla
+from t5patches_kernels.spec import statistics
+
+SEEDS = st.integers(0, 2**32 - 1)
+SWEEP = [(name, size) for name in CASES for size in (VOCABULARIES if name in MAIN else (257,))]
+
+
+@pytest.mark.parametrize(("name", "size"), SWEEP)
+@settings(max_examples=5)
+@given(seed=SEEDS)
+def test_float32(name, size, seed):
+    assert_as_good_as_dense(name, "xla", batch(seed, size))
+
+
+@pytest.mark.parametrize(("name", "size"), [(n, v) for n, v in SWEEP if v in (7, 257)])
+@settings(max_examples=5)
+@given(seed=SEEDS)
+def test_bfloat16(name, size, seed):
+    b = batch(seed, size, dtype=jnp.bfloat16)
+    assert_as_good_as_dense(name, "xla", b, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", TAKES_EDITS)
+@settings(max_examples=5)
+@given(seed=SEEDS)
+def test_sets_of_edits(name, seed):
+    assert_as_good_as_dense(name, "xla", batch(seed, 257, edits=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=3)
+@given(seed=SEEDS)
+def test_a_whole_vocabulary(name, seed):
+    assert_as_good_as_dense(name, "xla", batch(seed, 50257, edits=0))
+
+
+@pytest.fixture
+def _fresh_programs():
+    """A patched specification must be traced, and must not be left behind."""
+    from harness import _compiled
+
+    def clear():
+        _compiled.cache_clear()
+        xla.run.clear_cache()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("_fresh_programs")
+@pytest.mark.parametrize("name", ["tnff", "tnrr", "ce"])
+def test_control_a_phantom_column_is_seen(name, monkeypatch):
+    """The control: a driver that counts one column of logit 0 too many must fail."""
+    honest = statistics.first_look
+
+    def padded(z, r, names):
+        pad = ((0, 0), (0, 1))
+        return honest(jnp.pad(z, pad), None if r is None else jnp.pad(r, pad), names)
+
+    monkeypatch.setattr(statistics, "first_look", padded)
+    with pytest.raises(AssertionError, match="constant"):
+        assert_as_good_as_dense(name, "xla", batch(0, 257))
+
+
+@pytest.mark.usefixtures("_fresh_programs")
+def test_control_a_target_left_in_the_sum_is_seen(monkeypatch):
+    """The control: removing the target by subtraction loses every digit where it leads."""
+    honest = xla._edited
+
+    def subtracted(reference, tokens):
+        peak = reference.max(-1, keepdims=True)
+        q = jnp.exp(reference - peak)
+        rest = q * jnp.exp(honest(jnp.zeros_like(q), tokens))
+        return jnp.log(rest / q.sum(-1, keepdims=True) + 1e-12)
+
+    monkeypatch.setattr(xla, "_edited", subtracted)
+    with pytest.raises(AssertionError, match="lead"):
+        assert_as_good_as_dense("tnff", "xla", batch(0, 257))

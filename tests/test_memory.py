@@ -1,0 +1,72 @@
+"""What is held, by the compiler's own account, in units of one [T, V] float32 array (TV)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import t5patches_kernels as tk
+from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE
+
+CASES = {
+    name: functools.partial(tk.targeted_negative_loss, objective=name) for name in TARGETED_NEGATIVE
+} | {
+    "ul": lambda z, r, y, w, **k: tk.unlikelihood_loss(z, y, w, **k),
+    "nl": lambda z, r, y, w, **k: tk.negative_likelihood_loss(z, y, w, **k),
+    "ce": lambda z, r, y, w, **k: tk.cross_entropy_loss(
+        z, y, w, label_smoothing=0.1, z_loss=1e-4, **k
+    ),
+}
+
+
+def shapes(t, *arrays):
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return [*(f32(x) for x in arrays), jax.ShapeDtypeStruct((t,), jnp.int32), f32((t,))]
+
+
+def temporaries(f, arguments, unit):
+    compiled = jax.jit(f).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / unit, compiled
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_hold_no_more_than_a_slice(name, gradient):
+    t, v = 512, 32128
+
+    def total(z, r, y, w):
+        return CASES[name](z, r, y, w, implementation="xla").loss.sum()
+
+    f = jax.value_and_grad(total) if gradient else total
+    held, _ = temporaries(f, shapes(t, (t, v), (t, v)), 4 * t * v)
+    assert held <= 0.25
+
+
+def test_all_outputs_together_take_one_gradient():
+    t, v = 512, 32128
+
+    def total(z, r, y, w):
+        s = tk.token_statistics(z, y, r, implementation="xla")
+        return (s.log_prob + s.entropy + s.kl).sum()
+
+    held, _ = temporaries(jax.grad(total), shapes(t, (t, v), (t, v)), 4 * t * v)
+    assert held <= 0.25
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf"])
+def test_linear_holds_no_logits(name):
+    t, v, d = 2048, 32128, 512
+
+    def total(h, k, rh, rk, y, w):
+        loss = tk.linear_targeted_negative_loss(
+            h, k, rh, rk, y, w, objective=name, implementation="xla"
+        ).loss
+        return loss.sum()
+
+    arguments = shapes(t, (t, d), (d, v), (t, d), (d, v))
+    held, compiled = temporaries(jax.value_and_grad(total, (0, 1)), arguments, 4 * t * v)
+    text = compiled.as_text()
+    assert f"f32[{t},{v}]" not in text
+    assert f"f32[{d},{v}]" in text  # what would be seen
+    assert held <= 0.5

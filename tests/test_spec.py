@@ -1,0 +1,127 @@
+"""The specification by itself: merging, tiles, derivatives, and that nothing is written twice."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import CASES, batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import t5patches_kernels
+from t5patches_kernels import losses, reference
+from t5patches_kernels.spec import objectives, statistics
+from t5patches_kernels.spec.objectives import Settings
+
+# All but those that need the other row's normaliser first.
+ALL = frozenset(name for name, sum_ in statistics.SUMS.items() if sum_.value != "ratio")
+SETTINGS = {
+    name: Settings(name, 130, alpha=3.0, smoothing=1e-3, z_loss=1e-2, threshold=-9.0)
+    for name in objectives.OBJECTIVES
+} | {
+    "tnrll-divergence": Settings("tnrll", 130, smoothing=1e-3, divergence=True),
+    "tnrf-divergence": Settings("tnrf", 130, smoothing=1e-3, divergence=True),
+    "ce-smoothed": Settings("ce", 130, label_smoothing=0.1),
+    "kl_reverse-unsmoothed": Settings("kl_reverse", 130),
+    "statistics": Settings("statistics", 130),
+    "pair_statistics": Settings("pair_statistics", 130),
+}
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+def rows(seed, size=130):
+    b = batch(seed, size)
+    return tuple(jnp.asarray(x, jnp.float64) for x in (b.logits, b.ref_logits))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+def tiled(z, r, cuts):
+    tiles = zip(jnp.split(z, cuts, axis=-1), jnp.split(r, cuts, axis=-1), strict=True)
+    return [statistics.first_look(z, r, ALL) for z, r in tiles]
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31), tile=st.sampled_from([1, 7, 64, 128]))
+def test_tiles_of_any_size_merge_to_the_whole_row(seed, tile):
+    z, r = rows(seed, size=3 * tile + 2)
+    first, *rest = tiled(z, r, [tile, 2 * tile, 3 * tile])
+    for tile in rest:
+        first = statistics.merge(first, tile)
+    assert_same(first, statistics.first_look(z, r, ALL))
+
+
+def test_merging_is_associative_and_commutative():
+    a, b, c = tiled(*rows(0), [40, 90])
+    merge = statistics.merge
+    assert_same(merge(merge(a, b), c), merge(a, merge(b, c)))
+    assert_same(merge(a, b), merge(b, a))
+
+
+def numbers_of(c, z, r, y, w):
+    names = objectives.needs(c)
+    of = objectives.reference_of(c)
+    ref = None if of is None else jnp.where(z < z[:, :1], z, -jnp.inf) if of == "self" else r
+    numbers = statistics.first_look(z, ref, names)
+    numbers["zy"], numbers["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
+    numbers = objectives.finish(numbers, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
+    if objectives.looks_twice(c):
+        more = statistics.second_look(z, ref, numbers, names, c.smoothing, c.vocab_size)
+        numbers = numbers | more
+    return numbers, ref
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_derivative_table_is_the_derivative(name):
+    """For every output of every objective: table times per-row factors against autodiff."""
+    c = SETTINGS[name]
+    rng = np.random.default_rng(1)
+    z, r = (jnp.asarray(rng.normal(size=(12, 130))) for _ in range(2))
+    y, w = jnp.arange(12) * 7, jnp.tile(jnp.array([1.0, -1.0, -0.5]), 4)
+    for output in objectives.lines_of(c):
+
+        def total(z, output=output):
+            return jnp.sum(objectives.evaluate(numbers_of(c, z, r, y, w)[0], c, output))
+
+        numbers, ref = numbers_of(c, z, r, y, w)
+        by = objectives.derivatives(numbers, c, {output: jnp.ones_like(numbers["m"])})
+        is_target = jnp.arange(130)[None, :] == y[:, None]
+        if not by:  # an output without a gradient: the reference's own
+            np.testing.assert_array_equal(jax.grad(total)(z), 0.0)
+            continue
+        dz = statistics.gradient(z, ref, numbers, by, is_target, c.smoothing, c.vocab_size)
+        np.testing.assert_allclose(dz, jax.grad(total)(z), rtol=1e-9, atol=1e-12)
+
+
+def test_an_objective_asks_for_no_more_than_it_needs():
+    assert objectives.needs(Settings("ce", 10)) == {"s"}
+    assert objectives.needs(Settings("tnff", 10)) == {"s", "rs", "qz"}
+    assert objectives.needs(Settings("tnrr", 10, smoothing=1e-6)) == {"s", "rs", "rkl"}
+    assert not objectives.looks_twice(Settings("pair_statistics", 10))
+
+
+def test_one_name_everywhere():
+    """The same word in the specification, the API, the oracle and the test ids."""
+    for name in objectives.TARGETED_NEGATIVE:
+        assert name in objectives.OBJECTIVES
+        assert name in CASES
+        assert name in inspect.getdoc(losses.targeted_negative_loss)
+        assert f'"{name}"' in inspect.getsource(reference.tn_terms)
+    for name in t5patches_kernels.__all__:
+        assert getattr(t5patches_kernels, name) is not None
+
+
+def test_the_oracle_shares_nothing():
+    source = inspect.getsource(reference)
+    assert "t5patches_kernels" not in source

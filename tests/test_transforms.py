@@ -1,0 +1,220 @@
+"""Gradients under every transform a trainer uses, with any per-token cotangent."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import t5patches_kernels as tk
+from t5patches_kernels import t5x_losses
+from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+B, L, V, D = 4, 6, 48, 16
+Z = 2 * jax.random.normal(KEYS[0], (B, L, V))
+R = Z + jax.random.normal(KEYS[1], (B, L, V))
+H, K = jax.random.normal(KEYS[2], (B, L, D)), jax.random.normal(KEYS[3], (D, V))
+Y = jax.random.randint(KEYS[4], (B, L), 0, V)
+W = jax.random.choice(KEYS[5], jnp.array([1.0, -1.0, 0.0, -0.5]), (B, L))
+CT = jax.random.normal(KEYS[6], (B, L))
+
+OPTIONS = {"alpha": 3.0, "z_loss": 1e-2}
+LOSSES = {
+    name: functools.partial(tk.targeted_negative_loss, objective=name, **OPTIONS)
+    for name in TARGETED_NEGATIVE
+} | {
+    "ul": lambda z, r, y, w, **k: tk.unlikelihood_loss(z, y, w, **OPTIONS, **k),
+    "nl": lambda z, r, y, w, **k: tk.negative_likelihood_loss(z, y, w, **OPTIONS, **k),
+    "ce": lambda z, r, y, w, **k: tk.cross_entropy_loss(
+        z, y, w, label_smoothing=0.1, z_loss=1e-2, **k
+    ),
+}
+LINEAR = {
+    name: functools.partial(tk.linear_targeted_negative_loss, objective=name, **OPTIONS)
+    for name in TARGETED_NEGATIVE
+} | {
+    "ul": lambda h, k, rh, rk, y, w, **o: tk.linear_unlikelihood_loss(h, k, y, w, **OPTIONS, **o),
+    "nl": lambda h, k, rh, rk, y, w, **o: tk.linear_negative_likelihood_loss(
+        h, k, y, w, **OPTIONS, **o
+    ),
+    "ce": lambda h, k, rh, rk, y, w, **o: tk.linear_cross_entropy_loss(h, k, y, w, **o),
+}
+
+
+def weighed(out, ct=CT):
+    """Every differentiable output, each token with a cotangent of its own."""
+    return (out.loss * ct + out.log_prob * ct**2 + out.z_loss * jnp.sin(ct)).sum()
+
+
+def close(got, want, rtol=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max()),
+        got,
+        want,
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_cotangent(name):
+    def grad(implementation, z):
+        return jax.grad(
+            lambda z: weighed(LOSSES[name](z, R, Y, W, implementation=implementation))
+        )(z)
+
+    close(grad("xla", Z), grad("reference", Z))
+    close(jax.jit(grad, static_argnums=0)("xla", Z), grad("reference", Z))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vmap_and_remat(name):
+    def total(z):
+        return weighed(LOSSES[name](z, R[0], Y[0], W[0]), CT[0])
+
+    want = jnp.stack([jax.grad(total)(z) for z in Z])
+    close(jax.vmap(jax.grad(total))(Z), want)
+    close(jax.grad(lambda z: jax.vmap(total)(z).sum())(Z), want)
+    close(jax.grad(jax.checkpoint(total))(Z[0]), want[0])
+    scanned = jax.lax.map(jax.grad(jax.checkpoint(total)), Z)
+    close(scanned, want)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear(name, transposed):
+    kernel = K.T if transposed else K
+    options = {"logit_scale": D**-0.5, "transposed": transposed}
+    if name == "ce":
+        options["label_smoothing"] = 0.1
+
+    def grad(implementation, h, k):
+        return jax.value_and_grad(
+            lambda h, k: weighed(
+                LINEAR[name](h, k, H + 0.1, kernel, Y, W, implementation=implementation, **options)
+            ),
+            argnums=(0, 1),
+        )(h, k)
+
+    close(grad("xla", H, kernel), grad("reference", H, kernel))
+
+
+def test_linear_of_many_chunks(monkeypatch):
+    """A ragged last chunk must not be counted twice in the kernel's gradient."""
+    from t5patches_kernels.backends import linear
+
+    monkeypatch.setattr(linear, "_CHUNK_BYTES", 5 * 4 * V)
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 5)
+    linear.run.clear_cache()
+    h, y, w, ct = (x.reshape(B * L, *x.shape[2:]) for x in (H, Y, W, CT))
+    for name in ("tnff", "tnrf", "ce"):
+
+        def total(h, k, implementation, name=name):
+            out = LINEAR[name](h, k, h + 0.1, K, y, w, implementation=implementation)
+            return weighed(out, ct)
+
+        got, want = (jax.grad(total, (0, 1))(h, K, i) for i in ("xla", "reference"))
+        close(got, want)
+    linear.run.clear_cache()
+
+
+def test_linear_vmap():
+    def total(h, k):
+        return weighed(tk.linear_targeted_negative_loss(h, k, h, K, Y[0], W[0], **OPTIONS), CT[0])
+
+    want = [jax.grad(total, (0, 1))(h, K) for h in H]
+    got = jax.vmap(jax.grad(total, (0, 1)), in_axes=(0, None))(H, K)
+    close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+
+
+def test_bfloat16_gradients_keep_their_dtype():
+    h, k = H.astype(jnp.bfloat16), K.astype(jnp.bfloat16)
+    z = Z.astype(jnp.bfloat16)
+    assert jax.grad(lambda z: LOSSES["tnff"](z, R, Y, W).loss.sum())(z).dtype == jnp.bfloat16
+    grads = jax.grad(lambda h, k: LINEAR["tnff"](h, k, H, K, Y, W).loss.sum(), (0, 1))(h, k)
+    assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
+    # A float32 master kernel under bfloat16 activations keeps a float32 gradient.
+    mixed = jax.grad(lambda k: LINEAR["tnff"](h, k, H, K, Y, W).loss.sum())(K)
+    assert mixed.dtype == jnp.float32
+
+
+def test_nothing_flows_elsewhere():
+    def total(r, w, factors):
+        edits = tk.Edits(jnp.broadcast_to(jnp.arange(2), (B, L, 2)), factors)
+        return tk.targeted_negative_loss(Z, r, Y, w, edits=edits, **OPTIONS).loss.sum()
+
+    for g in jax.grad(total, (0, 1, 2))(R, W, jnp.full((B, L, 2), 0.5)):
+        np.testing.assert_array_equal(g, 0.0)
+
+
+def test_donated_logits():
+    step = jax.jit(
+        lambda z, r: jax.grad(lambda z: LOSSES["tnff"](z, r, Y, W).loss.sum())(z),
+        donate_argnums=0,
+    )
+    want = jax.grad(lambda z: LOSSES["tnff"](z, R, Y, W).loss.sum())(Z)
+    close(step(Z.copy(), R), want)
+
+
+def test_value_without_gradient_makes_no_gradient():
+    text = jax.jit(lambda z: LOSSES["tnff"](z, R, Y, W)).lower(Z).as_text()
+    assert f"tensor<{B * L}x{V}xf32>" in text  # what would be seen
+    jaxpr = str(jax.make_jaxpr(lambda z: LOSSES["tnff"](z, R, Y, W))(Z))
+    assert "Stage.VISIT" not in jaxpr
+
+
+def test_statistics_are_differentiable():
+    def total(z, implementation):
+        s = tk.token_statistics(z, Y, R, implementation=implementation)
+        return (s.log_prob * CT + s.entropy * CT**2 + s.kl * jnp.sin(CT)).sum(), s
+
+    (_, got), g = jax.value_and_grad(total, has_aux=True)(Z, "xla")
+    (_, want), h = jax.value_and_grad(total, has_aux=True)(Z, "reference")
+    close(got, want)
+    close(g, h)
+    linear = tk.linear_token_statistics(H, K, Y, H, K)
+    close(linear, tk.token_statistics(H @ K, Y, H @ K), rtol=1e-4)
+    assert np.abs(linear.kl).max() == 0.0  # model and reference are the same
+
+
+def test_float64_in_the_reference():
+    with jax.enable_x64(True):
+        z = jnp.asarray(np.asarray(Z, np.float64))
+        out = LOSSES["tnrr"](z, z, Y, W.astype(jnp.float64), implementation="reference")
+        assert out.loss.dtype == jnp.float64
+
+
+# --- The drop-in for T5X ----------------------------------------------------------------------------
+
+
+def t5x_cross_entropy(logits, soft_targets, z_loss):
+    """What t5x.losses computes, in its own terms."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    loss = -jnp.sum(soft_targets * (logits - log_z[..., None]), axis=-1)
+    return loss + z_loss * log_z**2, z_loss * log_z**2
+
+
+def test_cross_entropy_with_logits_is_that_of_t5x():
+    soft = jax.nn.softmax(R)
+    for z_loss in (0.0, 1e-2):
+        for targets in (soft, jax.nn.one_hot(Y, V)):
+            f = functools.partial(t5x_losses.cross_entropy_with_logits, z_loss=z_loss)
+            want = functools.partial(t5x_cross_entropy, z_loss=z_loss)
+            close(f(Z, targets), want(Z, targets))
+            grads = [
+                jax.grad(lambda z, t, f=f: (f(z, t)[0] * CT).sum(), (0, 1))(Z, targets)
+                for f in (f, want)
+            ]
+            close(*grads)
+
+
+def test_compute_weighted_cross_entropy_is_that_of_t5x():
+    smoothing, z_loss = 0.1, 1e-2
+    on, off = 1 - smoothing, smoothing / (V - 1)
+    soft = jnp.where(jax.nn.one_hot(Y, V) > 0, on, off)
+    constant = -(on * np.log(on) + (V - 1) * off * np.log(off + 1e-20))
+    total, z_part = t5x_cross_entropy(Z, soft, z_loss)
+    got = t5x_losses.compute_weighted_cross_entropy(Z, Y, W, smoothing, z_loss, 2.0)
+    want = (((total - constant) * W).sum() / 2, (z_part * W).sum() / 2, W.sum())
+    close(got, want)
+    assert t5x_losses.compute_weighted_cross_entropy(Z, Y)[2] == B * L
