@@ -77,6 +77,7 @@ class Plan:
     """How a kernel lays its rows out."""
 
     rows: int  # a block
+    columns: int  # a window: all of a row, or a tile of it
     unroll: int  # groups of 128 columns in a step of a sweep
     kept: tuple[Part, ...]  # parts held between looks (`statistics.Parts`)
     private: bool  # the reference is held as a private copy
@@ -99,39 +100,54 @@ def up(x: int, to: int) -> int:
 
 
 def plan(
-    op: Operation, stage: Stage, columns: int, itemsizes: tuple[int, ...], edited: bool, vmem: int
+    op: Operation, stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, vmem: int
 ) -> Plan | None:
-    """The best layout that fits, or None where not even the windows do.
+    """The best layout that fits.
 
     Args:
       op: the operation.
       stage: the stage.
       columns: entries in a row (of this shard).
       itemsizes: bytes an entry of the model's logits, and of the reference's where it is given.
-      edited: whether the reference's entries are changed.
+      private: whether the reference is changed and so held as a copy.
       vmem: bytes to stay within.
+
+    Returns:
+      The layout; None where the stage needs whole rows and they do not fit.
     """
+    wanted = _wanted(op, stage, private)
+    for keep in range(len(wanted), -1, -1):
+        out = _layout(stage, up(columns, LANES), itemsizes, private, wanted[:keep])
+        if out.limit <= vmem:
+            return out
+    if stage in (Stage.NUMBERS, Stage.VISIT):
+        return None
+    tiles = 2
+    while True:
+        out = _layout(stage, up(-(-columns // tiles), LANES), itemsizes, private, ())
+        if out.limit <= vmem:
+            return out
+        tiles += 1
+
+
+def _layout(
+    stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, kept: tuple[Part, ...]
+) -> Plan:
     # A register holds 8 rows of 32 bits; two bfloat16 rows share one.
     rows = 16 if min(itemsizes) == 2 else 8
-    windows = [
+    buffers = [
         Buffer(f"window of {name}", rows, columns, size, copies=2)
         for name, size in zip(("z", "r"), itemsizes, strict=False)
     ]
     if stage in (Stage.VISIT, Stage.GRADIENT):
-        windows.append(Buffer("window of dz", rows, columns, itemsizes[0], copies=2))
-    windows.append(Buffer("per-row numbers, in and out", rows, 2 * LANES, 4, copies=2))
-    if edited:
-        windows.append(Buffer("private copy of r, later e^(r - rm)", rows, columns, 4))
-    wanted = _wanted(op, stage, edited)
-    while True:
-        held = [Buffer(f"kept {' '.join(map(str, part))}", rows, columns, 4) for part in wanted
-                if not (edited and part == ("weight", "r"))]  # fmt: skip
-        out = Plan(rows, 16, wanted, edited, tuple(windows + held))
-        if out.vmem + _RESERVED <= vmem:
-            return out
-        if not wanted:
-            return None
-        wanted = wanted[:-1]
+        buffers.append(Buffer("window of dz", rows, columns, itemsizes[0], copies=2))
+    buffers.append(Buffer("per-row numbers, in and out", rows, 2 * LANES, 4, copies=2))
+    if private:
+        buffers.append(Buffer("private copy of r, later e^(r - rm)", rows, columns, 4))
+    for kind, of in kept:
+        if not (private and (kind, of) == ("weight", "r")):
+            buffers.append(Buffer(f"kept {kind} {of}", rows, columns, 4))
+    return Plan(rows, columns, 16, kept, private, tuple(buffers))
 
 
 class _Touched(dict):

@@ -58,6 +58,11 @@ class _Call:
         return objectives.reference_of(self.op.settings)
 
     @property
+    def tiles(self) -> int:
+        """Windows in a row."""
+        return pl.cdiv(self.columns, self.plan.columns)
+
+    @property
     def looks_first(self) -> bool:
         return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
 
@@ -78,7 +83,7 @@ class _Call:
         """What the kernel is given, in order: inputs, outputs, scratch."""
         inputs = ["ids", *["factors"] * bool(self.edits), "lanes", "z"]
         inputs += ["plain"] * (self.reference == "given")
-        outputs = ["numbers", *["dz"] * self.makes_gradient]
+        outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
         return [*inputs, *outputs, *self.scratch]
 
     @property
@@ -114,6 +119,10 @@ class _Block:
         self.names = objectives.needs(c)
         self.smoothing, self.size = c.smoothing, c.vocab_size
         self.shape = (call.plan.rows, LANES)
+        # Of the window; the last of several may reach beyond the row.
+        self.columns: int | Array = call.columns
+        if call.tiles > 1:
+            self.columns = call.columns - pl.program_id(1) * call.plan.columns
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
         if call.reference == "given" and not call.plan.private:
@@ -135,10 +144,11 @@ class _Block:
     def load(self, name: Any, start: Any, groups: int, edge: bool) -> Array:
         """Some columns in float32. At the `edge` of the row, those beyond it are masked."""
         x = self.refs[name][:, pl.ds(start, groups * LANES)].astype(jnp.float32)
-        if not edge or name not in ("z", "r", "plain") or self.call.columns % LANES == 0:
+        whole = self.call.tiles * self.call.plan.columns == self.call.columns
+        if whole or not edge or name not in ("z", "r", "plain"):
             return x
         column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + start
-        return jnp.where(column < self.call.columns, x, -jnp.inf)
+        return jnp.where(column < self.columns, x, -jnp.inf)
 
     def sweep(self, reads: list[Any], body: Callable[[Group, Any], tuple[Any, Group]], carry: Any):
         """Calls ``body(read, carry) -> (carry, written)`` on every group of 128 columns in turn."""
@@ -157,9 +167,10 @@ class _Block:
                 ref[:, pl.ds(start, groups * LANES)] = x.astype(ref.dtype)
             return carry
 
-        groups = pl.cdiv(self.call.columns, LANES)
-        unroll = self.call.plan.unroll
-        steps = (groups - 1) // unroll  # the rest, at least one group, has the edge
+        groups, unroll = self.call.plan.columns // LANES, self.call.plan.unroll
+        # The rest has the edge: tiles are chosen so that the last reaches beyond the row by less
+        # than a group for each.
+        steps = max(groups - self.call.tiles, 0) // unroll
 
         def full_step(i: Array, carry: Any) -> Any:
             return step(pl.multiple_of(i * (unroll * LANES), unroll * LANES), unroll, False, carry)
@@ -313,45 +324,62 @@ def _kernel(call: _Call, *refs: Any) -> None:
         by = objectives.derivatives(numbers, call.op.settings, {"loss": jnp.ones_like(w)})
     if call.makes_gradient:
         block.gradient(numbers, by)
-    out = block.full(0.0)
-    for k, name in enumerate(call.returned):
-        out = jnp.where(block.lane == k, numbers[name].astype(jnp.float32), out)
-    block.refs["numbers"][...] = out
+    if call.returned:
+        out = block.full(0.0)
+        for k, name in enumerate(call.returned):
+            out = jnp.where(block.lane == k, numbers[name].astype(jnp.float32), out)
+        block.refs["numbers"][0] = out
 
 
 # --- What goes in and comes out -------------------------------------------------------------------
 
 
-def _edit_list(tokens: Tokens, columns: int, plan: Plan, blocks: int) -> tuple[Array, Array]:
-    """The edits there are, by block, first: their count, rows and columns; and their factors."""
-    assert tokens.edit_ids is not None
-    assert tokens.log_factors is not None
-    rows, k = plan.rows, tokens.edit_ids.shape[1]
-    pad = ((0, blocks * rows - tokens.edit_ids.shape[0]), (0, 0))
-    ids = jnp.pad(tokens.edit_ids, pad, constant_values=columns).reshape(blocks, rows * k)
-    factors = jnp.pad(tokens.log_factors, pad).reshape(blocks, rows * k)
-    absent = (ids >= columns) | (factors == 0.0)
-    row = jnp.broadcast_to(jnp.arange(rows * k, dtype=jnp.int32) // k, ids.shape)
-    _, row, ids, factors = jax.lax.sort((absent, row, ids, factors), num_keys=1, is_stable=True)
-    count = jnp.sum(~absent, axis=1, keepdims=True, dtype=jnp.int32)
-    return jnp.concatenate([count, row, ids], axis=1), factors
+def _within(call: _Call, ids: Array, none: int) -> Array:
+    """Ids ``[n, R]`` as columns of each window ``[n, tiles, R]``, `none` where they are not in."""
+    first = jnp.arange(call.tiles, dtype=jnp.int32)[None, :, None] * call.plan.columns
+    local = ids[:, None, :] - first
+    here = (local >= 0) & (local < call.plan.columns) & (ids < call.columns)[:, None, :]
+    return jnp.where(here, local, none)
+
+
+def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
+    """The edits there are first, by window: their count, rows and columns; and their factors.
+
+    Args:
+      call: the kernel.
+      ids: columns ``[n, R * K]``; those that are out of the row stand for none.
+      log_factors: ``[n, R * K]``.
+    """
+    local = _within(call, ids, -1)
+    log_factors = jnp.broadcast_to(log_factors[:, None, :], local.shape)
+    absent = (local < 0) | (log_factors == 0.0)
+    per_row = local.shape[-1] // call.plan.rows
+    row = jax.lax.broadcasted_iota(jnp.int32, local.shape, 2) // per_row
+    sort = partial(jax.lax.sort, dimension=2, num_keys=1, is_stable=True)
+    _, row, local, log_factors = sort((absent, row, local, log_factors))
+    count = jnp.sum(~absent, axis=2, keepdims=True, dtype=jnp.int32)
+    return jnp.concatenate([count, row, local], axis=2), log_factors
 
 
 def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
-    """What the kernel reads entry by entry: targets and edits, ``[blocks, 1, n]`` each."""
-    rows = call.plan.rows
-    targets = jnp.where(tokens.targets < call.columns, tokens.targets, -1)
-    targets = jnp.pad(targets, (0, blocks * rows - targets.shape[0]), constant_values=-1)
-    ids = [targets.reshape(blocks, rows)]
-    if not call.edits:
-        return [ids[0][:, None]]
-    if tokens.edit_ids is None:
-        ids.append(jnp.zeros((blocks, 1 + 2 * call.edits), jnp.int32))
-        factors = jnp.zeros((blocks, call.edits), jnp.float32)
-    else:
-        edits, factors = _edit_list(tokens, call.columns, call.plan, blocks)
+    """What the kernel reads entry by entry: targets and edits, ``[windows, 1, n]`` each."""
+
+    def by_block(x: Array, fill: float) -> Array:
+        pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
+
+    ids = [_within(call, by_block(tokens.targets, call.columns), -1)]
+    factors = []
+    if call.edits and tokens.edit_ids is not None and tokens.log_factors is not None:
+        found = by_block(tokens.edit_ids, call.columns), by_block(tokens.log_factors, 0.0)
+        edits, log_factors = _edit_list(call, *found)
         ids.append(edits)
-    return [jnp.concatenate(ids, axis=1)[:, None], factors[:, None]]
+        factors.append(log_factors)
+    elif call.edits:  # a private copy without a change
+        ids.append(jnp.zeros((blocks, call.tiles, 1 + 2 * call.edits), jnp.int32))
+        factors.append(jnp.zeros((blocks, call.tiles, call.edits), jnp.float32))
+    arrays = [jnp.concatenate(ids, axis=2), *factors]
+    return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
 
 
 def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | None) -> Array:
@@ -365,15 +393,18 @@ def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | N
 
 def _specs(call: _Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
     """The windows of inputs and outputs."""
-    rows, columns = call.plan.rows, block_sizes.up(call.columns, LANES)
-    whole = pl.BlockSpec((rows, columns), lambda i: (i, 0))
-    lanes = pl.BlockSpec((rows, LANES), lambda i: (i, 0))
-    ids = [
-        pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), memory_space=pltpu.SMEM)
-        for x in scalars
-    ]
-    logits = [whole] * (2 if call.reference == "given" else 1)
-    return [*ids, lanes, *logits], [lanes, *[whole] * call.makes_gradient]
+    rows, tiles = call.plan.rows, call.tiles
+    window = pl.BlockSpec((rows, call.plan.columns), lambda i, j: (i, j))
+    lanes = pl.BlockSpec((rows, LANES), lambda i, j: (i, 0))
+    numbers = pl.BlockSpec((1, rows, LANES), lambda i, j: (j, i, 0))
+
+    def entries(x: Array) -> pl.BlockSpec:
+        at = lambda i, j: (i * tiles + j, 0, 0)  # noqa: E731
+        return pl.BlockSpec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
+
+    logits = [window] * (2 if call.reference == "given" else 1)
+    outputs = [numbers] * bool(call.returned) + [window] * call.makes_gradient
+    return [*map(entries, scalars), lanes, *logits], outputs
 
 
 def _cost(call: _Call, operands: list[Array], rows: int) -> pl.CostEstimate:
@@ -409,29 +440,38 @@ def _run(
     in_specs, out_specs = _specs(call, scalars)
     axes = frozenset().union(*(tiling.varying_axes(x) for x in inputs))
     varying = jax.sharding.ManualAxisType(varying=axes)
-    shapes = [((rows, LANES), jnp.float32), *[(z.shape, z.dtype)] * call.makes_gradient]
+    shapes: list[Any] = [((call.tiles, rows, LANES), jnp.float32)] * bool(call.returned)
+    shapes += [(z.shape, z.dtype)] * call.makes_gradient
     out = pl.pallas_call(
         partial(_kernel, call),
         out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
-        grid=(blocks,),
+        grid=(blocks, call.tiles),
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=[
-            pltpu.VMEM((call.plan.rows, block_sizes.up(call.columns, LANES)), jnp.float32)
-            for _ in call.scratch
+            pltpu.VMEM((call.plan.rows, call.plan.columns), jnp.float32) for _ in call.scratch
         ],
-        input_output_aliases={len(scalars) + 1: 1} if in_place else {},
+        input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=call.plan.limit
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=call.plan.limit
         ),
         cost_estimate=_cost(call, inputs, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
         interpret=interpret,
     )(*[tiling.vary_over(x, axes) for x in inputs])
-    found = {name: out[0][:, k : k + 1] for k, name in enumerate(call.returned)}
-    if "bad" in found:
-        found["bad"] = found["bad"] != 0.0
-    return Result(found, (out[1],) if call.makes_gradient else None)
+    tiles = [
+        {name: out[0][j, :, k : k + 1] for k, name in enumerate(call.returned)}
+        for j in range(call.tiles)
+    ]
+    return Result(_together(call, tiles), (out[-1],) if call.makes_gradient else None)
+
+
+def _together(call: _Call, tiles: list[Numbers]) -> Numbers:
+    """The numbers of rows, from those of their windows."""
+    if call.stage is Stage.SECOND:
+        return jax.tree.map(lambda *x: sum(x[1:], x[0]), *tiles)
+    found = functools.reduce(statistics.merge, tiles)
+    return found | ({"bad": found["bad"] != 0.0} if "bad" in found else {})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -452,12 +492,25 @@ def _folding(call: _Call, in_place: bool, interpret: Any) -> Callable[..., Resul
     return fold
 
 
-def plan_of(
-    op: Operation, stage: Stage, chip: Chip, columns: int, itemsizes: tuple[int, ...], edits: bool
-) -> Plan | None:
-    """How a kernel lays its rows out on a chip, or None where it cannot."""
-    private = edits or objectives.reference_of(op.settings) == "self"
-    return block_sizes.plan(op, stage, columns, itemsizes, private, chip.vmem)
+def call_of(
+    op: Operation,
+    stage: Stage,
+    chip: Chip,
+    operands: Operands,
+    tokens: Tokens,
+    given: tuple[str, ...] = (),
+    by: tuple[str, ...] = (),
+) -> _Call | None:
+    """The kernel of a stage on a chip, or None where it would need rows that do not fit."""
+    columns = operands.model[0].shape[1]
+    sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
+    private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
+    plan = block_sizes.plan(op, stage, columns, sizes, private, chip.vmem)
+    if plan is None:
+        return None
+    per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
+    op = dataclasses.replace(op, head=None)
+    return _Call(op, stage, plan, columns, plan.rows * per_row * private, given, by)
 
 
 def run(
@@ -469,25 +522,26 @@ def run(
     by: Numbers | None = None,
 ) -> Result:
     """The driver (`operation.Driver`)."""
-    (z,) = operands.model
     chip = block_sizes.target()
-    sizes = tuple(x.dtype.itemsize for x in (z, *operands.reference))
-    has_edits = tokens.edit_ids is not None
-    plan = plan_of(op, stage, chip or block_sizes.LEAST, z.shape[1], sizes, has_edits)
-    if plan is None:
-        raise NotImplementedError("rows do not fit")
-    k = tokens.edit_ids.shape[1] if tokens.edit_ids is not None else 1
-    call = _Call(
-        op=dataclasses.replace(op, head=None),
-        stage=stage,
-        plan=plan,
-        columns=z.shape[1],
-        edits=plan.rows * k if plan.private else 0,
-        given=tuple(sorted(numbers or ())),
-        by=tuple(sorted(by or ())),
-    )
+    names = tuple(sorted(numbers or ())), tuple(sorted(by or ()))
+    call = call_of(op, stage, chip or block_sizes.LEAST, operands, tokens, *names)
+    if call is None:
+        return _in_phases(op, stage, operands, tokens)
     # A kernel that writes over its logits needs them to be its own: those of a caller outside of
     # jit never are. Inside, XLA copies them first where they live on.
-    in_place = call.makes_gradient and isinstance(z, jax.core.Tracer)
+    in_place = call.makes_gradient and isinstance(operands.model[0], jax.core.Tracer)
     interpret = False if chip else INTERPRET
     return _folding(call, in_place, interpret)(operands, tokens, numbers, by)
+
+
+def _in_phases(op: Operation, stage: Stage, operands: Operands, tokens: Tokens) -> Result:
+    """NUMBERS or VISIT of rows that do not fit: the rows are read once more for every look."""
+    c = op.settings
+    numbers = run(op, Stage.FIRST, operands, tokens).numbers
+    numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
+    if objectives.looks_twice(c):
+        numbers = numbers | run(op, Stage.SECOND, operands, tokens, numbers).numbers
+    if stage is Stage.NUMBERS:
+        return Result(numbers)
+    by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
+    return Result(numbers, run(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient)
