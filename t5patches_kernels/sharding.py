@@ -53,12 +53,12 @@ def cotangent(x: Array, like: Array, vocab_axis: str | None) -> Array:
     return jax.lax.psum(x, vocab_axis)
 
 
-def add_replicated(x: Array, like: Array, sharded: Array, vocab_axis: str | None) -> Array:
-    """Sums the shards' parts of the gradient of an operand that is not split over the vocabulary.
+def whole_gradient(x: Array, like: Array) -> Array:
+    """The gradient `x` of `like`, summed over the mesh axes that split the sum but not `like`.
 
-    With `check_vma=False` the transpose of `jax.shard_map` does this sum itself.
+    A kernel is the same on every device that holds other tokens; hidden states are the same on
+    every device that holds other columns. With `check_vma=False` the transpose of `jax.shard_map`
+    does this sum itself.
     """
-    if vocab_axis is None:
-        return x
-    partial = vocab_axis in tiling.varying_axes(sharded) - tiling.varying_axes(like)
-    return jax.lax.psum(x, vocab_axis) if partial else x
+    axes = tuple(sorted(tiling.varying_axes(x) - tiling.varying_axes(like)))
+    return jax.lax.psum(x, axes) if axes else x

@@ -90,5 +90,6 @@ def run(
     out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns))
     if out.gradient is None:
         return out
-    dh = sharding.add_replicated(out.gradient[0], hidden, kernel, op.vocab_axis)
+    dh = sharding.whole_gradient(out.gradient[0], hidden)
+    dw = sharding.whole_gradient(dw, kernel)
     return Result(out.numbers, (dh.astype(hidden.dtype), dw.astype(kernel.dtype)))
