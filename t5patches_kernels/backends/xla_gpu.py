@@ -1,0 +1,127 @@
+"""Streaming XLA for GPUs: reductions and one gradient loop over whole ``[T, V]`` arrays.
+
+Every statistic that can be summed in one look is, by one reduction that carries the maxima along
+(`statistics.merge`): 5 passes over ``[T, V]`` arrays for value and gradient where the row is looked
+at once (two to read both models' logits, two to read them again, one to write), 6 where the
+reference's normaliser must be known first. Holds nothing else of that size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.spec import objectives, statistics
+from t5patches_kernels.spec.statistics import Array, Numbers
+
+
+# The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
+# which pays for the merges between threads (`make bench-gpu`).
+_PART = 16384
+
+
+def own_logit(x: Array, targets: Array) -> Array:
+    """The target's logit ``[T, 1]`` in float32, 0 where the target is not among the columns."""
+    columns = x.shape[-1]
+    own = jnp.take_along_axis(x, jnp.minimum(targets, columns - 1)[:, None], axis=-1)
+    return jnp.where((targets < columns)[:, None], own.astype(jnp.float32), 0.0)
+
+
+def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Array | None]:
+    """Both rows in float32, the reference's edits applied; all of it fuses into what reads them.
+
+    An edit is a compare per entry: patching a ``[T, V]`` array would copy it.
+    """
+    z = operands.model[0].astype(jnp.float32)
+    of = objectives.reference_of(op.settings)
+    if of is None:
+        return z, None
+    r = z if of == "self" else operands.reference[0].astype(jnp.float32)
+    if tokens.edit_ids is not None:
+        column = jax.lax.broadcasted_iota(jnp.int32, r.shape, 1)
+        for k in range(tokens.edit_ids.shape[1]):
+            edited = column == tokens.edit_ids[:, k : k + 1]
+            r = r + jnp.where(edited, tokens.log_factors[:, k : k + 1], 0.0)
+    return z, r
+
+
+def _reduce(entries: Numbers) -> Numbers:
+    """The numbers of whole rows ``[T, 1]`` from those of their entries ``[T, V]``."""
+    start = {name: statistics.FLOOR if name in statistics.MAXIMA else 0.0 for name in entries}
+    start = {name: jnp.asarray(x, entries[name].dtype) for name, x in start.items()}
+    rows, columns = next(iter(entries.values())).shape
+    parts = parts_of(columns)
+    total = {name: jnp.reshape(x, (rows, parts, -1)) for name, x in entries.items()}
+    for axis in (2, 1):
+        total = jax.lax.reduce(total, start, statistics.merge, (axis,))
+    return {name: x[:, None] for name, x in total.items()}
+
+
+def parts_of(columns: int) -> int:
+    """Into how many equal parts a row is cut so that a thread block can reduce each."""
+    least = -(-columns // _PART)
+    return next((n for n in range(least, 4 * least) if columns % n == 0), 1)
+
+
+def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Numbers:
+    """The sums of whole rows; with ``zs`` and ``sls`` for what would take a second look."""
+    c = op.settings
+    z, r = _read(op, operands, tokens)
+    names = objectives.needs(c)
+    if stage is Stage.FIRST or not objectives.looks_twice(c):
+        return _reduce(statistics.entries(z, r, names - set(statistics.SECOND_LOOK)))
+    alone = names & frozenset(statistics.OF_REFERENCE)
+    of_reference = _reduce(statistics.entries(None, r, alone))
+    z, r, of_reference = _next_pass(op, operands, tokens, of_reference)
+    sums = {"zs" if name == "rkl" else name for name in names - alone}
+    known = objectives.finish_reference(of_reference)
+    entries = {}
+    for name in sorted(statistics.with_normalisers(frozenset(sums))):
+        # What several sums have in common, XLA would store. Of copies of what is known it cannot
+        # tell that they are equal, and computes each sum's entries afresh.
+        known = jax.lax.optimization_barrier(known)
+        entries |= statistics.entries(z, r, frozenset({name}), known, c.smoothing, c.vocab_size)
+    return _reduce(entries) | of_reference
+
+
+def _next_pass(op, operands, tokens, numbers):
+    """The rows read anew once `numbers` are known: else XLA keeps what it computed from them."""
+    operands, tokens, numbers = jax.lax.optimization_barrier((operands, tokens, numbers))
+    return *_read(op, operands, tokens), numbers
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def run(
+    op: Operation,
+    stage: Stage,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None = None,
+    by: Numbers | None = None,
+) -> Result:
+    """The driver (`operation.Driver`)."""
+    c = op.settings
+    if stage is Stage.SECOND:
+        z, r = _read(op, operands, tokens)
+        names = objectives.needs(c)
+        return Result(statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size))
+
+    if stage is not Stage.GRADIENT:
+        numbers = _sums(op, operands, tokens, stage)
+        numbers["zy"] = own_logit(operands.model[0], tokens.targets)
+        if "rm" in numbers:
+            numbers["ry"] = own_logit((operands.reference or operands.model)[0], tokens.targets)
+        if stage is Stage.FIRST:
+            return Result(numbers)
+        numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
+        if stage is Stage.NUMBERS:
+            return Result(numbers)
+        by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
+
+    z, r, (numbers, by) = _next_pass(op, operands, tokens, (numbers, by))
+    is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == tokens.targets[:, None]
+    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, c.vocab_size)
+    return Result(numbers, (dz.astype(operands.model[0].dtype),))

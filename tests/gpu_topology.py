@@ -1,0 +1,110 @@
+"""A Hopper card to compile for where there is none, and what the compiled program says of itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+
+import jax
+
+# The facts XLA asks about a card: NVIDIA's figures for an H200.
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@functools.cache
+def device() -> jax.Device | str:
+    """A compile-only H200, or why there is none."""
+    try:
+        import jax_plugins.xla_cuda13  # noqa: F401
+    except ImportError:
+        return "needs the CUDA plugin: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
+    from jax.experimental import topologies
+
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    description = topologies.get_topology_desc(
+        platform="cuda", target_config=_H200, topology="1x1x1"
+    )
+    return description.devices[0]
+
+
+def compile_for(device: jax.Device, f, *args):
+    """`f` compiled ahead of time for `device` at the shapes and dtypes of `args`."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    return jax.jit(f).lower(*shaped).compile()
+
+
+def passes(compiled, shape: tuple[int, int]) -> float:
+    """How many arrays of `shape`'s size the optimised program reads and writes."""
+    text = re.sub(r"/\*.*?\*/", "", compiled.as_text())
+    computations = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{$(.*?)^\}", text, re.S | re.M))
+    entry = re.search(r"^ENTRY (%[\w.-]+)", text, re.M)
+    assert entry is not None
+    return sum(moved for _, moved in traffic(computations, entry[1], math.prod(shape)))
+
+
+def traffic(computations: dict[str, str], name: str, size: int) -> list[tuple[str, float]]:
+    """What each instruction of a computation reads and writes, in arrays of `size` elements."""
+    free = ("parameter", "bitcast", "tuple", "get-tuple-element", "constant", "copy-done")
+    moved, sizes = [], {}
+    for result, type_, op, arguments, line in _instructions(computations[name]):
+        sizes[result] = written = _large(type_, size)
+        if op in free:
+            continue
+        called = re.search(r"calls=(%[\w.-]+)", line)
+        inside = computations[called[1]] if called and op == "fusion" else None
+        read = sum(
+            sizes.get(x, 0.0)
+            for i, x in enumerate(arguments)
+            if inside is None or not _only_picked_from(inside, i)
+        )
+        if written + read:
+            moved.append((line.strip(), written + read))
+    return moved
+
+
+def _instructions(body: str):
+    for line in body.splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([\w-]+)\((.*?)\)", line)
+        if match is not None:
+            name, type_, op, arguments = match.groups()
+            yield name, type_, op, re.findall(r"%[\w.-]+", arguments), line
+
+
+def _only_picked_from(body: str, index: int) -> bool:
+    """Whether a fusion reads no more than a few entries of its parameter `index`."""
+    names = {f"%{name[1:]}" for name, _, op, _, line in _instructions(body)
+             if op == "parameter" and f"parameter({index})" in line}  # fmt: skip
+    users = []
+    for name, _, op, arguments, _ in _instructions(body):
+        if names & set(arguments):
+            if op == "bitcast":
+                names.add(name)
+            else:
+                users.append(op)
+    return bool(users) and set(users) <= {"gather", "dynamic-slice"}
+
+
+def _large(type_: str, size: int) -> float:
+    """The arrays of about `size` elements or more in an HLO type, in multiples of it."""
+    dims = re.findall(r"\w+\[([\d,]+)\]", type_)
+    elements = (math.prod(int(d) for d in x.split(",")) for x in dims)
+    return sum(n / size for n in elements if n >= size // 2)
