@@ -63,6 +63,7 @@ def tiny_model(**changes) -> T5Config:
 
 @functools.cache
 def tiny_params(seed: int = 0):
+    """Parameters of `tiny_model`, the same for every dropout rate; untied logits included."""
     ids = np.ones((1, 2), np.int32)
     init = jax.jit(functools.partial(Transformer(tiny_model()).init, enable_dropout=False))
     return init(jax.random.key(seed), ids, ids, ids)["params"]

@@ -1,0 +1,484 @@
+"""Trains on marked outputs with the fused losses, and survives being killed.
+
+A run lives in a directory: `run.json` says what it is (settings, and fingerprints of the data, the
+starting parameters and the frozen original), `checkpoints/` holds the latest state. Training into
+a directory that holds the same run, unfinished, goes on from there; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from t5patches.editing.data import Batch, batch_indices, write_text
+from t5patches.editing.forward import forward
+from t5patches.network import T5Config, output_head
+from t5patches_kernels import (
+    Edits,
+    TokenLoss,
+    linear_cross_entropy_loss,
+    linear_negative_likelihood_loss,
+    linear_targeted_negative_loss,
+    linear_unlikelihood_loss,
+)
+
+TARGETED = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+OBJECTIVES = (*TARGETED, "ul", "nl", "ce")
+OPTIMIZERS = ("adafactor", "adam")
+
+Params = Mapping[str, Any]
+History = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        objective: one of `OBJECTIVES`: targeted negative training (`tnff tnrr tnrf tnfll tnrll`),
+            unlikelihood (`ul`), negative likelihood (`nl`), cross-entropy (`ce`).
+        alpha: factor on the loss of pushed-down tokens; `ce` has none.
+        negatives: 0 pushes down the token that was said, K > 0 a set of at most K ids.
+        steps: updates to make.
+        batch_size: examples in an update.
+        learning_rate: constant after the warm-up. Adam wants about a tenth of Adafactor's.
+        warmup_steps: the rate rises linearly over them.
+        optimizer: one of `OPTIMIZERS`.
+        z_loss: coefficient of the squared log-normaliser.
+        label_smoothing: `ce` only.
+        smoothing: keeps the reverse divergence finite, `tnrr tnrf tnrll` only.
+        threshold: `nl` stops pushing a token whose log-probability is below it.
+        seed: of the order of the data and of dropout.
+        checkpoint_every: updates between two checkpoints; the last one always makes one.
+        implementation: of the losses; None takes the best one for the device.
+    """
+
+    objective: str = "tnff"
+    alpha: float = 1.0
+    negatives: int = 0
+    steps: int = 100
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    optimizer: str = "adafactor"
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    smoothing: float = 1e-6
+    threshold: float = -10.3
+    seed: int = 0
+    checkpoint_every: int = 100
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot be trained with."""
+        for name, known in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        if self.negatives and self.objective in ("nl", "ce"):
+            raise NotImplementedError(
+                f"{self.objective} pushes down one token a position, and negatives is "
+                f"{self.negatives}: use 0, or one of {(*TARGETED, 'ul')}"
+            )
+
+
+_LEAST = {
+    "alpha": 0,
+    "negatives": 0,
+    "steps": 1,
+    "batch_size": 1,
+    "warmup_steps": 0,
+    "seed": 0,
+    "checkpoint_every": 1,
+}
+
+
+class Trained(NamedTuple):
+    """What training made.
+
+    Attributes:
+        params: the new parameters.
+        history: for every step `loss` (mean over the tokens that count), `marked` (how many
+            tokens of the batch are pushed down) and `said` (for how many of them the model,
+            given what comes before, still finds no token likelier).
+    """
+
+    params: Params
+    history: History
+
+
+class _State(NamedTuple):
+    params: Params
+    optimizer: optax.OptState
+
+
+def train(
+    model: T5Config,
+    params: Params,
+    arrays: Batch,
+    settings: TrainSettings,
+    directory: str | os.PathLike[str],
+    *,
+    original: Params | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Trains a T5, from the start or from where the same run was killed.
+
+    Args:
+        model: the sizes of the T5. With a `dropout_rate` above 0 the model being trained drops,
+            the original never does.
+        params: where to start from; not changed.
+        arrays: `t5patches.editing.data.to_arrays`; `edit_ids` where `settings.negatives` is not 0.
+        settings: how to train.
+        directory: where the run lives; made if absent.
+        original: the frozen model whose distribution the targeted objectives keep; default
+            `params`.
+        progress: shows the run, see `training_progress`; None shows nothing.
+
+    Returns:
+        The new parameters and the history of the whole run.
+
+    Raises:
+        ValueError: the directory holds a finished run, or another one; the arrays lack edits;
+            cross-entropy is asked for on marked tokens.
+    """
+    _check_arrays(arrays, settings)
+    directory = Path(directory).absolute()
+    original = params if original is None else original
+    _claim(directory, _describe(model, params, original, arrays, settings))
+    # Copied, as every update gives the memory of its state away and `params` is the caller's.
+    start = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    state, history = _State(start, _optimizer(settings).init(start)), History()
+    with _checkpoints(directory) as checkpoints:
+        first = checkpoints.latest_step() or 0
+        if first == settings.steps:
+            raise ValueError(
+                f"{directory} holds a finished run: load it with `finished_run`, or choose another "
+                "directory"
+            )
+        if first:
+            state, history = _restore(checkpoints, state)
+        teacher = original if settings.objective in TARGETED else None
+        display = _Display(progress, settings, directory.name, first)
+        for step in range(first, settings.steps):
+            batch = _batch(arrays, settings, step)
+            state, metrics = _train_step(
+                state, teacher, batch, settings.seed, step, model, _compiled_with(settings)
+            )
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(value)
+            display.update(step + 1, history)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                history = _fetch(history)
+                _save(checkpoints, step + 1, state, history)
+    return Trained(state.params, history)
+
+
+def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained | None:
+    """Loads what `train` made in a directory.
+
+    Args:
+        directory: of the run.
+        params: parameters of the same shapes, such as those that the run started from.
+
+    Returns:
+        The trained parameters and their history; None where there is no run or an unfinished one.
+    """
+    directory = Path(directory).absolute()
+    if not (directory / "run.json").exists():
+        return None
+    steps = json.loads((directory / "run.json").read_text())["settings"]["steps"]
+    with _checkpoints(directory) as checkpoints:
+        if checkpoints.latest_step() != steps:
+            return None
+        found = checkpoints.restore(
+            steps,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), history=ocp.args.JsonRestore()
+            ),
+        )
+    return Trained(found.params, found.history)
+
+
+def training_progress(console: Console | None = None) -> Progress:
+    """A bar that shows each run with its loss, prevalence and speed.
+
+    Args:
+        console: where to draw; default the terminal's standard error.
+
+    Returns:
+        A `rich.progress.Progress` to pass to `train`, for use in a `with` statement.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )
+
+
+def token_loss(
+    model: T5Config,
+    params: Params,
+    original: Params | None,
+    batch: Mapping[str, Any],
+    settings: TrainSettings,
+    dropout_key: jax.Array | None = None,
+) -> TokenLoss:
+    """The loss of every token of a batch, without its [batch, length, vocabulary] logits.
+
+    Args:
+        model: the sizes of the T5.
+        params: of the model being trained.
+        original: parameters of the frozen model; the targeted objectives need them.
+        batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
+        settings: the objective and its numbers.
+        dropout_key: for dropout; None for none.
+
+    Returns:
+        A `TokenLoss` of [B, L] arrays.
+    """
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    hidden = forward(model, params, batch, dropout_key=dropout_key, return_hidden=True)
+    head = output_head(model, params)
+    common: dict[str, Any] = {
+        "logit_scale": head.logit_scale,
+        "transposed": head.transposed,
+        "z_loss": settings.z_loss,
+        "implementation": settings.implementation,
+    }
+    edits = Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
+    match settings.objective:
+        case "ce":
+            return linear_cross_entropy_loss(
+                hidden,
+                head.kernel,
+                targets,
+                weights,
+                label_smoothing=settings.label_smoothing,
+                **common,
+            )
+        case "nl":
+            return linear_negative_likelihood_loss(
+                hidden,
+                head.kernel,
+                targets,
+                weights,
+                alpha=settings.alpha,
+                threshold=settings.threshold,
+                **common,
+            )
+        case "ul":
+            return linear_unlikelihood_loss(
+                hidden, head.kernel, targets, weights, alpha=settings.alpha, edits=edits, **common
+            )
+    if original is None:
+        raise ValueError(f"{settings.objective} needs the parameters of the original model")
+    return linear_targeted_negative_loss(
+        hidden,
+        head.kernel,
+        forward(model, original, batch, return_hidden=True),
+        output_head(model, original).kernel,
+        targets,
+        weights,
+        objective=settings.objective,
+        alpha=settings.alpha,
+        smoothing=settings.smoothing,
+        edits=edits,
+        **common,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"), donate_argnames=("state",))
+def _train_step(
+    state: _State,
+    original: Params | None,
+    batch: Mapping[str, jax.Array],
+    seed: jax.Array,
+    step: jax.Array,
+    model: T5Config,
+    settings: TrainSettings,
+) -> tuple[_State, dict[str, jax.Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), step) if model.dropout_rate else None
+    weights = batch["decoder_loss_weights"]
+
+    def mean_loss(params: Params) -> tuple[jax.Array, TokenLoss]:
+        tokens = token_loss(model, params, original, batch, settings, key)
+        counted = jnp.sum(weights != 0, dtype=jnp.float32)
+        return tokens.loss.sum() / jnp.maximum(counted, 1), tokens
+
+    (loss, tokens), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.params)
+    marked = weights < 0
+    metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
+    return _State(optax.apply_updates(state.params, updates), optimizer), metrics
+
+
+def _compiled_with(settings: TrainSettings) -> TrainSettings:
+    """What the compiled step depends on: runs that differ in the rest share it."""
+    return dataclasses.replace(settings, seed=0, steps=1, batch_size=1, checkpoint_every=1)
+
+
+def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
+    rate: optax.ScalarOrSchedule = settings.learning_rate
+    if settings.warmup_steps:
+        rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    return optax.adafactor(rate) if settings.optimizer == "adafactor" else optax.adam(rate)
+
+
+def _check_arrays(arrays: Batch, settings: TrainSettings) -> None:
+    edits = arrays.get("edit_ids")
+    size = 0 if edits is None else edits.shape[-1]
+    if size != settings.negatives:
+        raise ValueError(
+            f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
+            f"make them with to_arrays(examples, negatives={settings.negatives})"
+        )
+    if settings.objective == "ce" and (arrays["decoder_loss_weights"] < 0).any():
+        raise ValueError(
+            "cross-entropy learns every token, and some are marked to be pushed down: train on "
+            "`corrected_examples`, or choose another objective"
+        )
+
+
+def _describe(
+    model: T5Config, params: Params, original: Params, arrays: Batch, settings: TrainSettings
+) -> dict[str, Any]:
+    sizes = {name: str(value) for name, value in dataclasses.asdict(model).items()}
+    start = fingerprint(params)
+    return {
+        "settings": dataclasses.asdict(settings),
+        "model": sizes,
+        "data": fingerprint(arrays),
+        "params": start,
+        "original": start if original is params else fingerprint(original),
+    }
+
+
+def fingerprint(tree: Any) -> str:
+    """A short text that two trees of arrays share only if they are equal.
+
+    Args:
+        tree: arrays in dicts, such as parameters or a batch.
+
+    Returns:
+        64 hexadecimal digits, the same on every machine.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _claim(directory: Path, run: dict[str, Any]) -> None:
+    """Writes what the run is, or checks that the run already there is the same one."""
+    path = directory / "run.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(run, indent=1))
+        return
+    differences = list(_differences(json.loads(path.read_text()), run))
+    if differences:
+        raise ValueError(
+            f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
+            "another directory, or repeat that run to finish it"
+        )
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Any:
+    for name, value in asked.items():
+        old = there.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value)
+        elif old != value:
+            yield f"{name} ({old} there, {value} asked for)"
+
+
+def _checkpoints(directory: Path) -> ocp.CheckpointManager:
+    # Not in the background: the next update reuses the memory that is being written.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(directory / "checkpoints", options=options)
+
+
+def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history: History) -> None:
+    checkpoints.save(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            history=ocp.args.JsonSave(history),
+        ),
+    )
+
+
+def _restore(checkpoints: ocp.CheckpointManager, like: _State) -> tuple[_State, History]:
+    found = checkpoints.restore(
+        checkpoints.latest_step(),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(like.params),
+            optimizer=ocp.args.StandardRestore(like.optimizer),
+            history=ocp.args.JsonRestore(),
+        ),
+    )
+    return _State(found.params, found.optimizer), found.history
+
+
+def _batch(arrays: Batch, settings: TrainSettings, step: int) -> Batch:
+    count = len(arrays["encoder_input_tokens"])
+    rows = batch_indices(count, settings.batch_size, step, settings.seed)
+    return {name: array[rows] for name, array in arrays.items()}
+
+
+def _fetch(history: Mapping[str, list[Any]]) -> History:
+    """Numbers for the arrays of a history, which are left on the device until they are needed."""
+    return {name: [float(value) for value in values] for name, values in history.items()}
+
+
+class _Display:
+    """Shows a run in a progress bar, a few times a second at most."""
+
+    def __init__(self, progress: Progress | None, settings: TrainSettings, name: str, step: int):
+        self._progress = progress
+        self._batch_size, self._steps = settings.batch_size, settings.steps
+        self._first, self._began, self._shown = step, time.monotonic(), 0.0
+        if progress is not None:
+            self._task = progress.add_task(
+                name, total=settings.steps, completed=step, note="compiling"
+            )
+
+    def update(self, done: int, history: History) -> None:
+        now = time.monotonic()
+        last = done == self._steps
+        if self._progress is None or (now - self._shown < 0.25 and not last):
+            return
+        self._shown = now
+        recent = {name: float(np.sum(_fetch({name: v[-20:]})[name])) for name, v in history.items()}
+        parts = [f"loss {recent['loss'] / min(20, len(history['loss'])):.4f}"]
+        if recent["marked"]:
+            parts.append(f"prevalence {100 * recent['said'] / recent['marked']:.0f}%")
+        rate = (done - self._first) * self._batch_size / (now - self._began)
+        parts.append(f"{rate:.0f} examples/s")
+        self._progress.update(self._task, completed=done, note=", ".join(parts))

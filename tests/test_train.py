@@ -1,0 +1,346 @@
+"""Training: the right loss, the frozen original, and runs that survive being killed."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from editing_samples import example, tiny_model, tiny_params
+from rich.console import Console
+
+import t5patches_kernels as kernels
+from t5patches.editing import train as train_module
+from t5patches.editing.data import Example, to_arrays
+from t5patches.editing.forward import forward
+from t5patches.editing.train import (
+    OBJECTIVES,
+    TARGETED,
+    TrainSettings,
+    fingerprint,
+    finished_run,
+    token_loss,
+    train,
+    training_progress,
+)
+
+# Dropout, so that a resumed run must also draw what the unbroken one drew.
+MODEL = tiny_model(dropout_rate=0.1)
+SETTINGS = TrainSettings(steps=6, batch_size=3, checkpoint_every=2, learning_rate=1e-2)
+
+
+def examples() -> list[Example]:
+    marked = example("news of a fire", "a fire in Paris", "Paris")
+    position = marked.marked.index(True)
+    return [
+        dataclasses.replace(marked, negatives={position: (9, 8)}),
+        example("news of a flood", "a flood in New York", "New York"),
+        example("other news", "the mayor sold the bridge"),
+        example("more news", "Rome is near", "Rome"),
+    ]
+
+
+def equal(a, b) -> bool:
+    return jax.tree.all(
+        jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("unbroken") / "run"
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        trained = train(
+            MODEL,
+            tiny_params(),
+            to_arrays(examples()),
+            SETTINGS,
+            directory,
+            original=tiny_params(1),
+        )
+    return directory, trained
+
+
+def again(directory, **changes):
+    """The same run, with some of it changed."""
+    arguments = {
+        "model": MODEL,
+        "params": tiny_params(),
+        "arrays": to_arrays(examples()),
+        "settings": SETTINGS,
+        "original": tiny_params(1),
+    }
+    return train(directory=directory, **arguments | changes)
+
+
+# The loss.
+
+
+def dense_loss(objective, logits, frozen, batch, settings):
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    common = {"z_loss": settings.z_loss, "implementation": "reference"}
+    edits = kernels.Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
+    if objective in TARGETED:
+        return kernels.targeted_negative_loss(
+            logits,
+            frozen,
+            targets,
+            weights,
+            objective=objective,
+            alpha=settings.alpha,
+            smoothing=settings.smoothing,
+            edits=edits,
+            **common,
+        )
+    if objective == "ul":
+        loss = functools.partial(kernels.unlikelihood_loss, edits=edits)
+    elif objective == "nl":
+        loss = functools.partial(kernels.negative_likelihood_loss, threshold=settings.threshold)
+    else:
+        smoothed = functools.partial(
+            kernels.cross_entropy_loss, label_smoothing=settings.label_smoothing
+        )
+        return smoothed(logits, targets, weights, **common)
+    return loss(logits, targets, weights, alpha=settings.alpha, **common)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_is_that_of_the_logits(objective, tied):
+    model = tiny_model(logits_via_embedding=tied)
+    params, original = tiny_params(0), tiny_params(1)
+    settings = TrainSettings(
+        objective=objective,
+        alpha=3.0,
+        negatives=0 if objective in ("nl", "ce") or tied else 2,
+        z_loss=1e-2,
+        label_smoothing=0.1,
+        smoothing=1e-3,
+        threshold=-5.8,
+        implementation="reference",
+    )
+    batch = to_arrays(examples(), negatives=settings.negatives)
+    if objective == "ce":
+        batch["decoder_loss_weights"] = np.abs(batch["decoder_loss_weights"])
+    got = token_loss(model, params, original, batch, settings)
+    logits, frozen = (forward(model, p, batch) for p in (params, original))
+    want = dense_loss(objective, logits, frozen, batch, settings)
+    for name in ("loss", "z_loss", "log_prob", "correct"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_targeted_loss_needs_the_original():
+    with pytest.raises(ValueError, match="tnff needs the parameters of the original model"):
+        token_loss(MODEL, tiny_params(), None, to_arrays(examples()), SETTINGS)
+
+
+def test_the_original_is_an_argument_of_the_compiled_step():
+    batch = to_arrays(examples())
+    state = train_module._State(
+        tiny_params(), train_module._optimizer(SETTINGS).init(tiny_params())
+    )
+    step = functools.partial(train_module._train_step, model=MODEL, settings=SETTINGS)
+    traced = jax.make_jaxpr(step)(state, tiny_params(1), batch, 0, 0)
+    largest = max((np.size(c) for c in traced.consts), default=0)
+    assert largest < min(np.size(x) for x in jax.tree.leaves(tiny_params()))
+
+
+# Runs.
+
+
+def test_a_run_leaves_the_callers_parameters_alone(unbroken):
+    _, trained = unbroken
+    assert not equal(trained.params, tiny_params())
+    # Both are still there: donated memory would raise here.
+    assert np.isfinite(sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tiny_params(0))))
+    assert np.isfinite(sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tiny_params(1))))
+
+
+def test_the_history_counts_what_was_marked(unbroken):
+    _, trained = unbroken
+    assert set(trained.history) == {"loss", "marked", "said"}
+    assert {len(values) for values in trained.history.values()} == {SETTINGS.steps}
+    arrays = to_arrays(examples())
+    for step in range(SETTINGS.steps):
+        batch = train_module._batch(arrays, SETTINGS, step)
+        assert trained.history["marked"][step] == (batch["decoder_loss_weights"] < 0).sum()
+        assert 0 <= trained.history["said"][step] <= trained.history["marked"][step]
+
+
+def test_a_run_that_was_killed_ends_where_an_unbroken_one_does(unbroken, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    taken = []
+
+    def batch(arrays, settings, step, real=train_module._batch):
+        taken.append(step)
+        if taken == [0, 1, 2, 3, 4, 5]:
+            raise Killed
+        return real(arrays, settings, step)
+
+    monkeypatch.setattr(train_module, "_batch", batch)
+    with pytest.raises(Killed):
+        again(tmp_path / "run")
+    assert finished_run(tmp_path / "run", tiny_params()) is None
+    resumed = again(tmp_path / "run")
+    assert taken[6:] == [4, 5]  # from the checkpoint, in the same order
+    assert equal(resumed.params, unbroken[1].params)
+    assert resumed.history == unbroken[1].history
+
+
+CHILD = """
+import sys
+sys.path.insert(0, "tests")
+import test_train
+test_train.again(sys.argv[1])
+"""
+
+
+def test_a_process_that_was_killed_leaves_a_run_to_go_on_from(unbroken, tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "run")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "2").exists():
+        assert child.poll() is None or child.returncode == 0
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    # The child may have been faster than the signal.
+    finished = finished_run(tmp_path / "run", tiny_params())
+    resumed = finished or again(tmp_path / "run")
+    assert equal(resumed.params, unbroken[1].params)
+    assert resumed.history == unbroken[1].history
+
+
+def test_a_finished_run_is_loaded_and_never_overwritten(unbroken, tmp_path):
+    directory, trained = unbroken
+    found = finished_run(directory, tiny_params())
+    assert equal(found.params, trained.params)
+    assert found.history == trained.history
+    with pytest.raises(ValueError, match="holds a finished run: load it with `finished_run`"):
+        again(directory)
+    assert finished_run(tmp_path, tiny_params()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"settings": dataclasses.replace(SETTINGS, alpha=2.0)},
+            "alpha (1.0 there, 2.0 asked for)",
+        ),
+        ({"model": tiny_model(dropout_rate=0.2)}, "dropout_rate (0.1 there, 0.2 asked for)"),
+        ({"params": tiny_params(2)}, "params ("),
+        # The edited parameters must not become the teacher.
+        ({"original": tiny_params(2)}, "original ("),
+        ({"arrays": to_arrays(examples()[:3])}, "data ("),
+    ],
+)
+def test_another_run_is_refused(unbroken, changes, named):
+    with pytest.raises(ValueError, match=re.escape(f"differs in {named}")) as error:
+        again(unbroken[0], **changes)
+    assert "choose another directory" in str(error.value)
+
+
+def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
+    described = []
+    monkeypatch.setattr(train_module, "_claim", lambda _, run: described.append(run))
+    monkeypatch.setattr(train_module, "_train_step", None)
+    for original in (None, tiny_params(0)):
+        with pytest.raises(TypeError):
+            again(tmp_path, original=original)
+    assert described[0] == described[1]
+
+
+def test_progress_shows_loss_prevalence_and_speed(tmp_path):
+    out = io.StringIO()
+    with training_progress(Console(file=out, width=120)) as progress:
+        again(tmp_path / "tnff-here", progress=progress)
+    shown = out.getvalue()
+    assert "tnff-here" in shown
+    assert re.search(r"6/6 loss \d\.\d+, prevalence \d+%, \d+ examples/s", shown)
+
+
+def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
+    arrays = to_arrays(examples())
+    arrays["decoder_loss_weights"] = np.abs(arrays["decoder_loss_weights"])
+    settings = TrainSettings(
+        objective="ce",
+        optimizer="adam",
+        learning_rate=3e-2,
+        warmup_steps=2,
+        steps=25,
+        batch_size=4,
+    )
+    # Optax's Adam multiplies a float by an integer count.
+    with jax.numpy_dtype_promotion("standard"):
+        trained = train(tiny_model(), tiny_params(), arrays, settings, tmp_path / "run")
+    assert trained.history["loss"][-1] < 0.5 * trained.history["loss"][0]
+    # The rate of the first update is 0.
+    assert trained.history["loss"][1] == pytest.approx(trained.history["loss"][0], rel=1e-5)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "tn"}, "objective is 'tn': one of ('tnff', 'tnrr'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd': one of ('adafactor', 'adam')"),
+        ({"steps": 0}, "steps is 0: at least 1 is needed"),
+        ({"alpha": -1.0}, "alpha is -1.0: at least 0"),
+        ({"alpha": float("nan")}, "alpha is nan: at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
+        ({"negatives": -1}, "negatives is -1: at least 0"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainSettings(**settings)
+
+
+def test_objectives_that_push_down_one_token_refuse_sets():
+    for objective in ("nl", "ce"):
+        with pytest.raises(NotImplementedError, match=f"{objective} pushes down one token"):
+            TrainSettings(objective=objective, negatives=3)
+
+
+def test_arrays_must_fit_the_settings(tmp_path):
+    with pytest.raises(ValueError, match="negatives is 4 and the arrays have sets of 0 ids"):
+        again(tmp_path, settings=dataclasses.replace(SETTINGS, negatives=4))
+    with pytest.raises(ValueError, match="negatives is 0 and the arrays have sets of 3 ids"):
+        again(tmp_path, arrays=to_arrays(examples(), negatives=3))
+    with pytest.raises(ValueError, match="train on `corrected_examples`"):
+        again(tmp_path, settings=dataclasses.replace(SETTINGS, objective="ce"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_fingerprints_tell_values_shapes_types_and_names_apart():
+    base = {"a": np.zeros((2, 3), np.float32)}
+    others = [
+        {"b": base["a"]},
+        {"a": np.zeros((3, 2), np.float32)},
+        {"a": np.zeros((2, 3), np.int32)},
+        {"a": base["a"] + np.float32(1e-7)},
+    ]
+    assert len({fingerprint(tree) for tree in (base, *others)}) == 5
+    assert fingerprint(base) == fingerprint({"a": jnp.zeros((2, 3))})
+
+
+def test_the_run_is_described_beside_its_checkpoints(unbroken):
+    run = json.loads((unbroken[0] / "run.json").read_text())
+    assert TrainSettings(**run["settings"]) == SETTINGS
+    assert run["params"] == fingerprint(tiny_params())
+    assert run["original"] == fingerprint(tiny_params(1))
