@@ -84,13 +84,15 @@ def dot_product_attention(
     _check_attention_shapes(query.shape, key.shape, value.shape)
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    # In the layout of the cache, so that a decoding step moves no key and no value it has written.
+    key, value = (jnp.moveaxis(x, -3, -1) for x in (key, value))
+    logits = jnp.einsum("bqhd,bhdk->bhqk", query, key)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(dtype)
     if not deterministic and dropout_rate > 0.0:
         weights = _drop_weights(weights, dropout_rng, dropout_rate)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return jnp.einsum("bhqk,bhdk->bqhd", weights, value)
 
 
 def _check_attention_shapes(query: Shape, key: Shape, value: Shape) -> None:
@@ -130,8 +132,8 @@ class MultiHeadDotProductAttention(nn.Module):
     each of `streams` independent sequences per input, so that what belongs to the input (its
     encoder outputs) is held and read once for all of them.
 
-    Where the collection `projected` holds this module's `key` and `value`
-    (`[batch, keys, heads, depth]`), they are used and `inputs_kv` is not projected again.
+    Where the collection `projected` holds this module's `key` and `value`, laid out as in the
+    cache, they are used and `inputs_kv` is not projected again.
 
     Attributes:
       num_heads: number of heads.
@@ -221,8 +223,10 @@ class MultiHeadDotProductAttention(nn.Module):
 
         query = projection(kernel_init=query_init, name="query")(inputs_q)
         if self.has_variable("projected", "key"):
-            key: Array = self.get_variable("projected", "key")
-            value: Array = self.get_variable("projected", "value")
+            key, value = (
+                jnp.moveaxis(self.get_variable("projected", name), -1, -3)
+                for name in ("key", "value")
+            )
         else:
             key = projection(kernel_init=self.kernel_init, name="key")(inputs_kv)
             value = projection(kernel_init=self.kernel_init, name="value")(inputs_kv)

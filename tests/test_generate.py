@@ -1,6 +1,7 @@
 """Generation against the original library, and against one uncached pass a token."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,29 +44,33 @@ def _apply(inputs, tokens, targets):
     return model.apply({"params": PARAMS}, inputs, tokens, targets, enable_dropout=False)
 
 
+@functools.cache
+def expected_from_prefixes():
+    return [one_by_one(p, x, 9) for p, x in zip(PREFIXES, INPUTS, strict=True)]
+
+
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_greedy_outputs_are_those_of_the_original_library(name):
-    config, params, expected = t5_folders.load(name)
-    got = generate(config, params, expected["inputs"], max_length=24, batch_size=6)
-    np.testing.assert_array_equal(got, expected["greedy"])
-    assert got.dtype == np.int32
-
-
-@pytest.mark.parametrize("name", t5_folders.NAMES)
-def test_greedy_outputs_from_a_prefix_are_those_of_the_original_library(name):
+    """Without a prefix and with one, in one batch."""
     config, params, expected = t5_folders.load(name)
     prefixes = expected["prefixes"]
     got = generate(
-        config, params, expected["inputs"], max_length=24, prefixes=prefixes, batch_size=6
+        config,
+        params,
+        np.concatenate([expected["inputs"]] * 2),
+        prefixes=np.concatenate([0 * prefixes, prefixes]),
+        max_length=24,
+        batch_size=12,
     )
-    np.testing.assert_array_equal(got, expected["prefixed"])
+    np.testing.assert_array_equal(got[:6], expected["greedy"])
+    np.testing.assert_array_equal(got[6:], expected["prefixed"])
+    assert got.dtype == np.int32
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_prefixes_of_any_length_share_a_batch(batch_size):
-    expected = [one_by_one(p, x, 9) for p, x in zip(PREFIXES, INPUTS, strict=True)]
     got = generate(CONFIG, PARAMS, INPUTS, max_length=9, prefixes=PREFIXES, batch_size=batch_size)
-    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(got, expected_from_prefixes())
 
 
 def test_the_streams_of_an_input_are_decoded_as_if_alone():
@@ -127,26 +132,31 @@ def test_samples_follow_the_models_distribution():
 
 
 def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch():
-    call = {"max_length": 8, "temperature": 1.0, "prefixes": PREFIXES}
-    sample = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(3), batch_size=6, **call)
-    again = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(3), batch_size=4, **call)
-    np.testing.assert_array_equal(sample, again)
-    other = generate(CONFIG, PARAMS, INPUTS, rng=jax.random.key(4), batch_size=6, **call)
-    assert (sample != other).any()
-    np.testing.assert_array_equal(sample[:, :1][PREFIXES[:, :1] > 0], PREFIXES[:, 0][1:])
+    def sample(seed, batch_size, temperature=1.0):
+        return generate(
+            *(CONFIG, PARAMS, INPUTS),
+            max_length=9,
+            prefixes=PREFIXES,
+            temperature=temperature,
+            rng=jax.random.key(seed),
+            batch_size=batch_size,
+        )
 
-
-def test_a_low_temperature_is_greedy():
-    got = generate(*(CONFIG, PARAMS, INPUTS), max_length=8, temperature=1e-4, rng=jax.random.key(0))
-    np.testing.assert_array_equal(got, EXPECTED["greedy"][:, :8])
+    first = sample(3, 6)
+    np.testing.assert_array_equal(first, sample(3, 4))
+    assert (first != sample(4, 6)).any()
+    forced = PREFIXES[:4] > 0  # the rows in which no forced token follows an end
+    np.testing.assert_array_equal(first[:4, :4][forced], PREFIXES[:4][forced])
+    np.testing.assert_array_equal(sample(3, 6, temperature=1e-4), expected_from_prefixes())
 
 
 def test_other_ids_may_end_and_pad():
-    greedy = generate(CONFIG, PARAMS, INPUTS, max_length=8, eos_id=63, batch_size=6)
-    end = int(greedy[0, 2])
-    got = generate(CONFIG, PARAMS, INPUTS, max_length=8, eos_id=end, pad_id=63, batch_size=6)
-    first = list(greedy[0]).index(end)
-    assert got[0].tolist() == [*greedy[0, : first + 1], *[63] * (7 - first)]
+    greedy = EXPECTED["greedy"][0, :8].tolist()
+    end = greedy.index(greedy[2])
+    got = generate(
+        CONFIG, PARAMS, INPUTS[:1], max_length=8, eos_id=greedy[2], pad_id=63, batch_size=1
+    )
+    assert got[0].tolist() == greedy[: end + 1] + [63] * (7 - end)
 
 
 def test_bfloat16_and_a_config_with_a_list_decode():

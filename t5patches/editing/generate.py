@@ -262,10 +262,10 @@ def _prefill(
     projected, cache = {}, {}
     flat = traverse_util.flatten_dict(captured["intermediates"])
     for (*layer, attention, name, _), (x,) in flat.items():
+        x = jnp.moveaxis(x, -3, -1)  # to the layout of the cache
         if attention == "encoder_decoder_attention":
             projected[(*layer, attention, name)] = x
             continue
-        x = jnp.moveaxis(x, -3, -1)
         x = jnp.pad(x, [(0, 0)] * 3 + [(0, max_length - x.shape[-1])])
         cache[(*layer, attention, f"cached_{name}")] = jnp.repeat(x, streams, axis=0)
         cache[(*layer, attention, "cache_index")] = batch.start
