@@ -38,6 +38,7 @@ from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
 INTERPRET: Any = True
 
+_NONE = -(1 << 30)  # no column, however rows and groups are added to it
 Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
 
 
@@ -125,6 +126,7 @@ class _Block:
             self.columns = call.columns - pl.program_id(1) * call.plan.columns
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
+        self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
         if call.reference == "given" and not call.plan.private:
             refs["r"] = refs["plain"]
         if call.plan.private:
@@ -182,22 +184,25 @@ class _Block:
     # Single entries
 
     def group_of(self, column: Array) -> Array:
-        """Where the group of a column starts."""
-        return pl.multiple_of(column // LANES * LANES, LANES)
+        """Where the group of a column starts, a scalar; 0 for none."""
+        return pl.multiple_of(jnp.maximum(column, 0) & -LANES, LANES)
 
     def target(self, i: int) -> Array:
-        """The target of a row, a scalar; -1 where it is not among the columns."""
+        """The target of a row, a scalar; `_NONE` where it is not among the columns."""
         return self.refs["ids"][0, 0, i]
 
-    def own_logits(self, name: str) -> Array:
+    def own_logits(self) -> Numbers:
         """The targets' logits ``[R, 1]``, 0 where there is none."""
-        out = self.full(0.0)
+        names = {"zy": "z"} | ({"ry": "plain"} if self.call.reference == "given" else {})
+        out = dict.fromkeys(names, self.full(0.0))
         for i in range(self.call.plan.rows):
-            y = self.target(i)
-            start = self.group_of(jnp.maximum(y, 0))
-            here = (self.lane + start == y) & (self.row == i)
-            out = jnp.where(here, self.load(name, start, 1, edge=True), out)
-        return jnp.sum(out, axis=-1, keepdims=True)
+            start = self.group_of(self.target(i))
+            here = self.entry == self.target(i) - start + i * LANES
+            for name, source in names.items():
+                x = self.load(source, start, 1, edge=True)
+                out[name] = jnp.where(here, x, out[name])
+        own = statistics.row_sums(out)
+        return own | ({"ry": own["zy"]} if self.call.reference == "self" else {})
 
     def edit(self) -> Array:
         """Patches the private reference; returns how many entries it changed."""
@@ -208,7 +213,7 @@ class _Block:
         def patch(k: Array, carry: None) -> None:
             row, column = ids[0, 0, rows + 1 + k], ids[0, 0, rows + 1 + edits + k]
             start = self.group_of(column)
-            here = (self.lane + start == column) & (self.row == row)
+            here = self.entry == column - start + row * LANES
             x = r[:, pl.ds(start, LANES)]
             r[:, pl.ds(start, LANES)] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
             return carry
@@ -262,10 +267,7 @@ class _Block:
         def terms(z: Array, r: Array | None, row: Numbers, known: statistics.Parts) -> Numbers:
             return statistics.first_terms(z, r, row, names, known)
 
-        own = {"zy": self.own_logits("z")}
-        if self.call.reference:
-            own["ry"] = self.own_logits("plain") if "plain" in self.refs else own["zy"]
-        return maxima | own | statistics.row_sums(self.look(terms, maxima, names))
+        return maxima | self.own_logits() | statistics.row_sums(self.look(terms, maxima, names))
 
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the rows' normalisers."""
@@ -290,11 +292,11 @@ class _Block:
         if "zy" not in by:
             return
         rows, dz = self.call.plan.rows, self.refs["dz"]
-        targets = jnp.full(self.shape, -1, jnp.int32)
+        targets = jnp.full(self.shape, _NONE, jnp.int32)
         for i in range(rows):
             targets = jnp.where(self.row == i, self.target(i), targets)
         for i in range(rows):
-            start = self.group_of(jnp.maximum(self.target(i), 0))
+            start = self.group_of(self.target(i))
             x = {name: self.load(name, start, 1, edge=True) for name in reads}
             here = self.lane + start == targets
             dz[:, pl.ds(start, LANES)] = of(x, here).astype(dz.dtype)
@@ -334,12 +336,12 @@ def _kernel(call: _Call, *refs: Any) -> None:
 # --- What goes in and comes out -------------------------------------------------------------------
 
 
-def _within(call: _Call, ids: Array, none: int) -> Array:
-    """Ids ``[n, R]`` as columns of each window ``[n, tiles, R]``, `none` where they are not in."""
+def _within(call: _Call, ids: Array) -> Array:
+    """Ids ``[n, R]`` as columns of each window ``[n, tiles, R]``, `_NONE` where they are not in."""
     first = jnp.arange(call.tiles, dtype=jnp.int32)[None, :, None] * call.plan.columns
     local = ids[:, None, :] - first
     here = (local >= 0) & (local < call.plan.columns) & (ids < call.columns)[:, None, :]
-    return jnp.where(here, local, none)
+    return jnp.where(here, local, _NONE)
 
 
 def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
@@ -350,7 +352,7 @@ def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Arra
       ids: columns ``[n, R * K]``; those that are out of the row stand for none.
       log_factors: ``[n, R * K]``.
     """
-    local = _within(call, ids, -1)
+    local = _within(call, ids)
     log_factors = jnp.broadcast_to(log_factors[:, None, :], local.shape)
     absent = (local < 0) | (log_factors == 0.0)
     per_row = local.shape[-1] // call.plan.rows
@@ -368,7 +370,7 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
         pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
         return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
 
-    ids = [_within(call, by_block(tokens.targets, call.columns), -1)]
+    ids = [_within(call, by_block(tokens.targets, call.columns))]
     factors = []
     if call.edits and tokens.edit_ids is not None and tokens.log_factors is not None:
         found = by_block(tokens.edit_ids, call.columns), by_block(tokens.log_factors, 0.0)
