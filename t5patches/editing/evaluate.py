@@ -1,0 +1,319 @@
+"""What an edit changed: unwanted tokens, similarity to the original's outputs, distance to it.
+
+Every measure comes with a standard error over the held-out examples; `over_seeds` replaces it by
+one over repetitions of the whole experiment.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+from t5patches.editing.annotate import Rule, annotate, until_end
+from t5patches.editing.data import Batch, Example, pad_rows, to_arrays
+from t5patches.editing.forward import forward
+from t5patches.editing.generate import generate
+from t5patches.editing.tokenizer import Tokenizer
+from t5patches.network import T5Config
+from t5patches_kernels import kl_divergence
+
+BOOTSTRAP_SAMPLES = 300
+_TWO_SIDED_95 = 1.96
+
+
+class Measure(NamedTuple):
+    """A number and its standard error, nan where there is too little to tell."""
+
+    value: float
+    error: float
+
+
+class Evaluation(NamedTuple):
+    """An edited model beside the original, on inputs that the edit did not see.
+
+    Attributes:
+        measures: `kl` (mean KL(original, edited) in nats over the positions of the original's
+            outputs that are not marked), then in percent `prevalence` (greedy outputs with an
+            unwanted token), `prevalence_tokens` (unwanted tokens among all),
+            `prevalence_sampled` (outputs again, drawn at temperature 1), `bleu` and `rouge_l` and
+            `exact_match` of the new outputs with the original's, `exact_match_clean` (the same
+            where the original's output had nothing unwanted), `malformed`.
+        outputs: what the edited model says when it decodes greedily, marked by the rule.
+    """
+
+    measures: dict[str, Measure]
+    outputs: list[Example]
+
+
+def evaluate(
+    model: T5Config,
+    params: Mapping[str, Any],
+    original: Mapping[str, Any],
+    before: Sequence[Example],
+    rule: Rule,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    well_formed: Callable[[str], bool] | None = None,
+    batch_size: int = 256,
+) -> Evaluation:
+    """Compares an edited model with the original.
+
+    Args:
+        model: the sizes of the T5.
+        params: of the edited model.
+        original: parameters of the original.
+        before: what the original says to the held-out inputs, marked by `rule`.
+        rule: says what is unwanted.
+        tokenizer: the model's.
+        max_length: tokens that an output may have.
+        well_formed: tells a proper output from a broken one; default, any is proper that ends
+            within `max_length` and is not empty. Those two are asked of every output.
+        batch_size: examples at a time.
+
+    Returns:
+        The measures and the new outputs.
+
+    Raises:
+        ValueError: there is nothing to compare.
+    """
+    if not before:
+        raise ValueError("there are no held-out outputs to compare with: at least one is needed")
+    inputs = [example.inputs for example in before]
+    greedy, sampled = (
+        speak(
+            model,
+            params,
+            inputs,
+            rule,
+            tokenizer,
+            max_length=max_length,
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+        for temperature in (0.0, 1.0)
+    )
+    measures = {"kl": kept_divergence(model, params, original, before, batch_size=batch_size)}
+    measures |= prevalence(greedy)
+    measures["prevalence_sampled"] = prevalence(sampled)["prevalence"]
+    measures |= similarity(greedy, before)
+    measures["malformed"] = malformed(greedy, tokenizer, well_formed)
+    return Evaluation(measures, greedy)
+
+
+def speak(
+    model: T5Config,
+    params: Mapping[str, Any],
+    inputs: Sequence[str],
+    rule: Rule,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[Example]:
+    """What a model says, marked by a rule.
+
+    Args:
+        model: the sizes of the T5.
+        params: its parameters.
+        inputs: the source texts.
+        rule: says what is unwanted.
+        tokenizer: the model's.
+        max_length: tokens that an output may have.
+        temperature: 0 for greedy decoding.
+        seed: of the sampling.
+        batch_size: outputs made at a time.
+
+    Returns:
+        One example for each input.
+    """
+    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
+    rows = generate(
+        model,
+        params,
+        pad_rows(ids, tokenizer.pad_id),
+        max_length=max_length,
+        temperature=temperature,
+        rng=jax.random.key(seed),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        batch_size=batch_size,
+    )
+    return annotate(inputs, until_end(rows, tokenizer.eos_id), tokenizer, rule)
+
+
+def prevalence(outputs: Sequence[Example]) -> dict[str, Measure]:
+    """How much of what a model says is unwanted.
+
+    Args:
+        outputs: marked outputs.
+
+    Returns:
+        `prevalence`: percent of outputs with a marked token; `prevalence_tokens`: percent of
+        tokens that are marked.
+    """
+    marked = np.array([sum(example.marked) for example in outputs])
+    tokens = np.array([len(example.marked) for example in outputs])
+    return {
+        "prevalence": _percent(ratio(marked > 0)),
+        "prevalence_tokens": _percent(ratio(marked, tokens)),
+    }
+
+
+def similarity(after: Sequence[Example], before: Sequence[Example]) -> dict[str, Measure]:
+    """How like the original's outputs the new ones are.
+
+    Args:
+        after: new outputs.
+        before: the original's, to the same inputs in the same order.
+
+    Returns:
+        `bleu` (sacrebleu, corpus level, error by its bootstrap), `rouge_l` (F-measure),
+        `exact_match`, and `exact_match_clean` over outputs that had nothing unwanted, in percent.
+
+    Raises:
+        ValueError: the numbers of outputs differ.
+    """
+    if len(after) != len(before):
+        raise ValueError(f"got {len(after)} new and {len(before)} original outputs: pair them")
+    new, old = [e.outputs for e in after], [e.outputs for e in before]
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    overlap = [scorer.score(o, n)["rougeL"].fmeasure for o, n in zip(old, new, strict=True)]
+    same = np.array([o == n for o, n in zip(old, new, strict=True)])
+    clean = np.array([not any(example.marked) for example in before])
+    return {
+        "bleu": _bleu(new, old),
+        "rouge_l": _percent(ratio(overlap)),
+        "exact_match": _percent(ratio(same)),
+        "exact_match_clean": _percent(ratio(same & clean, clean)),
+    }
+
+
+def malformed(
+    outputs: Sequence[Example],
+    tokenizer: Tokenizer,
+    well_formed: Callable[[str], bool] | None = None,
+) -> Measure:
+    """The share of outputs that never end, are empty, or fail a check of their form.
+
+    Args:
+        outputs: what the model said.
+        tokenizer: knows the end token.
+        well_formed: the check; None for none.
+
+    Returns:
+        The percentage.
+    """
+    broken = [
+        tokenizer.eos_id not in example.output_ids
+        or not example.outputs.strip()
+        or (well_formed is not None and not well_formed(example.outputs))
+        for example in outputs
+    ]
+    return _percent(ratio(broken))
+
+
+def kept_divergence(
+    model: T5Config,
+    params: Mapping[str, Any],
+    original: Mapping[str, Any],
+    outputs: Sequence[Example],
+    *,
+    batch_size: int = 256,
+) -> Measure:
+    """Mean KL(original, edited) over the tokens that should not have changed.
+
+    Args:
+        model: the sizes of the T5.
+        params: of the edited model.
+        original: parameters of the original.
+        outputs: the original's, marked; both models read them (teacher forcing).
+        batch_size: examples at a time.
+
+    Returns:
+        Nats a token, over the positions that are not marked.
+    """
+    arrays = to_arrays(outputs)
+    sums, counts = [], []
+    for start in range(0, len(outputs), batch_size):
+        rows = np.arange(start, start + batch_size) % len(outputs)
+        batch = {name: array[rows] for name, array in arrays.items()}
+        real = min(batch_size, len(outputs) - start)
+        kl, kept = _kept_divergences(params, original, batch, model)
+        sums.append(np.asarray(kl)[:real])
+        counts.append(np.asarray(kept)[:real])
+    return ratio(np.concatenate(sums), np.concatenate(counts))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _kept_divergences(
+    params: Mapping[str, Any], original: Mapping[str, Any], batch: Batch, model: T5Config
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over kept tokens and their number, for each example."""
+    kept = batch["decoder_loss_weights"] > 0
+    kl = kl_divergence(
+        forward(model, params, batch), forward(model, original, batch), direction="forward"
+    )
+    return jnp.where(kept, kl, 0).sum(-1), kept.sum(-1)
+
+
+def ratio(numerators: Any, denominators: Any = None) -> Measure:
+    """The ratio of two sums over examples, with its standard error.
+
+    Args:
+        numerators: one number for each example.
+        denominators: one for each example; default 1, which makes the ratio a mean.
+
+    Returns:
+        The ratio and its error (the linearised one, in which examples are drawn and not tokens);
+        nan where the denominators sum to 0, an error of nan for a single example.
+
+    Example:
+        >>> ratio([1, 0, 1, 1])
+        Measure(value=0.75, error=0.25)
+    """
+    top = np.asarray(numerators, np.float64)
+    below = np.ones_like(top) if denominators is None else np.asarray(denominators, np.float64)
+    if not below.sum():
+        return Measure(math.nan, math.nan)
+    value = top.sum() / below.sum()
+    if len(top) < 2:
+        return Measure(float(value), math.nan)
+    spread = ((top - value * below) ** 2).sum() * len(top) / (len(top) - 1)
+    return Measure(float(value), float(math.sqrt(spread) / below.sum()))
+
+
+def over_seeds(measures: Sequence[Measure]) -> Measure:
+    """One measure for several repetitions of an experiment.
+
+    Args:
+        measures: the same measure for each seed.
+
+    Returns:
+        The mean and its standard error over the seeds. A single one keeps its error over examples.
+    """
+    return measures[0] if len(measures) == 1 else ratio([m.value for m in measures])
+
+
+def _percent(measure: Measure) -> Measure:
+    return Measure(100 * measure.value, 100 * measure.error)
+
+
+def _bleu(new: list[str], old: list[str]) -> Measure:
+    metric = BLEU()
+    score = metric.corpus_score(new, [old], n_bootstrap=BOOTSTRAP_SAMPLES)
+    # The only public way to the bootstrap's interval, which is absent where all scores are 0.
+    found = json.loads(score.format(8, signature=str(metric.get_signature()), is_json=True))
+    error = found["confidence_var"] / _TWO_SIDED_95 if "confidence_var" in found else math.nan
+    return Measure(score.score, error if len(new) > 1 else math.nan)

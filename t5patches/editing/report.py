@@ -1,0 +1,472 @@
+"""Results as a table in the terminal, as findings in words, and as one HTML file.
+
+The HTML file loads nothing: plots are inside it. Whatever models, data and users wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from t5patches.editing.data import Example, write_text
+from t5patches.editing.evaluate import Measure
+from t5patches.editing.tokenizer import Span
+from t5patches.editing.train import OBJECTIVES, TARGETED, History
+
+Measures = Mapping[str, Measure]
+
+COLUMNS = {
+    "kl": ("KL", "mean KL(original, edited) on unmarked positions, nats a token"),
+    "prevalence": ("prevalence", "% of greedy outputs with something unwanted"),
+    "prevalence_sampled": ("sampled", "the same when outputs are drawn at temperature 1"),
+    "bleu": ("BLEU", "of the new outputs with the original's"),
+    "rouge_l": ("ROUGE-L", "of the new outputs with the original's, F-measure in %"),
+    "exact_match": ("exact", "% of outputs that are the original's"),
+    "exact_match_clean": ("exact, clean", "the same where the original had nothing unwanted"),
+    "malformed": ("malformed", "% of outputs that never end, are empty or break the form"),
+}
+_COLORS = {name: f"C{i}" for i, name in enumerate(OBJECTIVES)}  # of matplotlib's cycle
+_DIFFERENT = 2.0
+"""Standard errors that two numbers must lie apart to be called different."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One edit and what came of it.
+
+    Attributes:
+        objective: one of `t5patches.editing.train.OBJECTIVES`.
+        alpha: factor on the loss of pushed-down tokens; None where there is none.
+        negatives: size of the sets of negatives; 0 for the emitted token only.
+        measures: see `t5patches.editing.evaluate.Evaluation`.
+        history: of the training.
+        outputs: what the edited model says to the held-out inputs.
+    """
+
+    objective: str
+    alpha: float | None
+    negatives: int
+    measures: Measures
+    history: History = dataclasses.field(default_factory=dict)
+    outputs: Sequence[Example] = ()
+
+    @property
+    def name(self) -> str:
+        """The row's name in tables, plots and sentences."""
+        if self.alpha is None:
+            return "corrective"
+        sets = f", sets of {self.negatives}" if self.negatives else ""
+        return f"{self.objective.upper()}{sets}, alpha {self.alpha:g}"
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether the objective keeps the original's distribution."""
+        return self.objective in TARGETED
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All edits of one model.
+
+    Attributes:
+        title: what was done.
+        errors: what the standard errors are over.
+        before: the original model's own measures.
+        outputs: what the original says to the held-out inputs, marked.
+        rows: the edits.
+        settings: what to tell about the run.
+    """
+
+    title: str
+    errors: str
+    before: Measures
+    outputs: Sequence[Example]
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+
+
+def terminal_table(results: Results) -> Table:
+    """The measures of all edits.
+
+    Args:
+        results: the edits.
+
+    Returns:
+        A table for `rich.console.Console.print`.
+    """
+    table = Table(title=results.title, caption=f"± standard error {results.errors}")
+    table.add_column("edit")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for name, measures in _lines(results):
+        table.add_row(name, *(_cell(key, measures.get(key)) for key in COLUMNS))
+    return table
+
+
+def findings(results: Results) -> list[str]:
+    """What the numbers say, in words; nothing here knows what should come out.
+
+    Two numbers are called different where they lie two standard errors of their difference
+    apart, taken as independent. All edits are evaluated on the same inputs, so this is cautious.
+
+    Args:
+        results: the edits.
+
+    Returns:
+        Sentences.
+    """
+    sentences = [
+        f"Before, {_percent(results.before['prevalence'])} of the outputs have something unwanted "
+        f"({_percent(results.before['prevalence_sampled'])} of sampled ones)."
+    ]
+    gentle = _gentle(results.rows)
+    sentences += [_against_baselines(row, results.rows) for row in gentle if row.is_targeted]
+    sentences += _effect_of_sets(gentle)
+    sentences += _effect_of_alpha(results.rows)
+    sentences += _when_sampled(results.before, gentle)
+    return sentences
+
+
+def write_html(path: str | os.PathLike[str], results: Results) -> None:
+    """Writes the report.
+
+    Args:
+        path: where to; the file appears whole or not at all.
+        results: the edits.
+    """
+    plots = [("Prevalence against closeness", _trade_off_plot(results))]
+    if any(row.history for row in results.rows):
+        plots.append(("Training", _training_plot(results)))
+    body = [
+        f"<h1>{_escape(results.title)}</h1>",
+        "<ul>" + "".join(f"<li>{_escape(s)}</li>" for s in findings(results)) + "</ul>",
+        _html_table(results),
+        *(
+            f'<h2>{_escape(name)}</h2><img alt="{_escape(name)}" src="{src}">'
+            for name, src in plots
+        ),
+        _html_texts(results),
+        f"<h2>Settings</h2><pre>{_escape(json.dumps(results.settings, indent=1))}</pre>",
+    ]
+    write_text(path, _PAGE.format(title=_escape(results.title), body="\n".join(body)))
+
+
+def to_json(results: Results) -> str:
+    """The numbers, for programs.
+
+    Args:
+        results: the edits.
+
+    Returns:
+        A JSON object with `before`, `rows`, `findings` and `settings`; a number that does not
+        exist is null.
+    """
+    content = {
+        "title": results.title,
+        "errors": results.errors,
+        "settings": results.settings,
+        "before": _numbers(results.before),
+        "rows": [
+            {
+                "name": row.name,
+                "objective": row.objective,
+                "alpha": row.alpha,
+                "negatives": row.negatives,
+                "measures": _numbers(row.measures),
+                "history": {k: [_finite(x) for x in v] for k, v in row.history.items()},
+            }
+            for row in results.rows
+        ],
+        "findings": findings(results),
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
+    yield "before", results.before
+    for row in results.rows:
+        yield row.name, row.measures
+
+
+def _cell(key: str, measure: Measure | None) -> str:
+    if measure is None or math.isnan(measure.value):
+        return "–"
+    digits = 4 if key == "kl" else 1
+    error = "" if math.isnan(measure.error) else f" ±{measure.error:.{digits}f}"
+    return f"{measure.value:.{digits}f}{error}"
+
+
+def _percent(measure: Measure) -> str:
+    return f"{measure.value:.1f}%"
+
+
+def _numbers(measures: Measures) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {k: _finite(v) for k, v in measure._asdict().items()}
+        for name, measure in measures.items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _apart(a: Measure, b: Measure) -> float:
+    """The difference a - b in standard errors; where neither has one, any difference counts."""
+    difference = a.value - b.value
+    error = math.hypot(*(0 if math.isnan(m.error) else m.error for m in (a, b)))
+    if not difference:
+        return 0.0
+    return difference / error if error else math.copysign(math.inf, difference)
+
+
+def _gentle(rows: Sequence[Row]) -> list[Row]:
+    """Of the rows that differ in nothing but alpha, the ones that stay closest to the original."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        key = (row.objective, row.negatives)
+        if key not in best or row.measures["kl"].value < best[key].measures["kl"].value:
+            best[key] = row
+    return list(best.values())
+
+
+def _against_baselines(row: Row, rows: Sequence[Row]) -> str:
+    """How a targeted objective compares with the closest baseline that removes as much."""
+    kl, left = row.measures["kl"], row.measures["prevalence"]
+    start = f"{row.name} leaves {_percent(left)}, with KL {kl.value:.4f}"
+    baselines = [r for r in rows if not r.is_targeted]
+    rivals = [r for r in baselines if _apart(r.measures["prevalence"], left) <= _DIFFERENT]
+    if not rivals:
+        return f"{start}: no baseline removes as much."
+    rival = min(rivals, key=lambda r: r.measures["kl"].value)
+    also = ""
+    if _apart(left, rival.measures["prevalence"]) > _DIFFERENT:
+        also = " and removes more"
+    verdicts = "; ".join(
+        f"{label} {_verdict(_apart(row.measures[key], rival.measures[key]) * sign)} "
+        f"({row.measures[key].value:.{digits}f} and {rival.measures[key].value:.{digits}f})"
+        for key, label, sign, digits in (
+            ("kl", "in KL it is", -1, 4),
+            ("bleu", "in BLEU", 1, 1),
+            ("exact_match", "in exact match", 1, 1),
+        )
+    )
+    return (
+        f"{start}. Of the baselines that leave no more, {rival.name} has the smallest KL{also} "
+        f"({_percent(rival.measures['prevalence'])}). Beside it, {verdicts}."
+    )
+
+
+def _verdict(apart: float) -> str:
+    """For a difference in standard errors, counted so that positive is closer to the original."""
+    if not abs(apart) > _DIFFERENT:
+        return "no different"
+    return "closer to the original" if apart > 0 else "further from the original"
+
+
+def _effect_of_sets(gentle: Sequence[Row]) -> list[str]:
+    sentences = []
+    for row in gentle:
+        single = [r for r in gentle if r.objective == row.objective and not r.negatives]
+        if not row.negatives or not single:
+            continue
+        before, after = single[0].measures, row.measures
+        less = _apart(before["prevalence"], after["prevalence"])
+        effect = "less" if less > _DIFFERENT else "more" if less < -_DIFFERENT else "as much"
+        sentences.append(
+            f"{row.objective.upper()} with sets of {row.negatives} leaves {effect} of what is "
+            f"unwanted ({_percent(after['prevalence'])}) {'as' if effect == 'as much' else 'than'} "
+            f"with the emitted token only ({_percent(before['prevalence'])}); KL "
+            f"{after['kl'].value:.4f} and {before['kl'].value:.4f}."
+        )
+    return sentences
+
+
+def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
+    sentences = []
+    for objective in dict.fromkeys(row.objective for row in rows if row.alpha is not None):
+        several = sorted(
+            (row for row in rows if row.objective == objective and not row.negatives),
+            key=lambda row: row.alpha or 0,
+        )
+        if len(several) < 2:
+            continue
+        low, high = several[0], several[-1]
+        sentences.append(
+            f"{objective.upper()} from alpha {low.alpha:g} to {high.alpha:g}: KL "
+            f"{low.measures['kl'].value:.4f} to {high.measures['kl'].value:.4f}, BLEU "
+            f"{low.measures['bleu'].value:.1f} to {high.measures['bleu'].value:.1f}, malformed "
+            f"{_percent(low.measures['malformed'])} to {_percent(high.measures['malformed'])}."
+        )
+    return sentences
+
+
+def _when_sampled(before: Measures, gentle: Sequence[Row]) -> list[str]:
+    if not gentle:
+        return []
+    ranked = sorted(gentle, key=lambda row: row.measures["prevalence_sampled"].value)
+    least, most = ranked[0], ranked[-1]
+    return [
+        "When outputs are sampled, the least is left by "
+        f"{least.name} ({_percent(least.measures['prevalence_sampled'])}) and the most by "
+        f"{most.name} ({_percent(most.measures['prevalence_sampled'])}), from "
+        f"{_percent(before['prevalence_sampled'])}."
+    ]
+
+
+def _trade_off_plot(results: Results) -> str:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, key, label in ((left, "kl", "KL on unmarked positions"), (right, "bleu", "BLEU")):
+        for row in results.rows:
+            x, y = row.measures["prevalence"], row.measures[key]
+            axes.errorbar(
+                x.value,
+                y.value,
+                xerr=x.error,
+                yerr=y.error,
+                color=_COLORS[row.objective],
+                marker="s" if row.negatives else "o",
+                # The smallest symbol for the smallest alpha.
+                markersize=5 + 2 * math.log10(max(1.0, row.alpha or 1.0)),
+                label=row.name,
+                alpha=0.8,
+                linestyle="none",
+            )
+        axes.set(xlabel="prevalence, % of outputs", ylabel=label)
+    left.set_yscale("log")
+    _legend(figure, left)
+    return _embedded(figure)
+
+
+def _training_plot(results: Results) -> str:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in _gentle([row for row in results.rows if row.history]):
+        style = {"color": _COLORS[row.objective], "linestyle": "--" if row.negatives else "-"}
+        _curve(left, _means(row.history["loss"]), label=row.name, **style)
+        marked, said = _means(row.history["marked"]), _means(row.history["said"])
+        if any(marked):
+            _curve(
+                right,
+                [100 * s / m if m else math.nan for s, m in zip(said, marked, strict=True)],
+                **style,
+            )
+    left.set(xlabel="step", ylabel="loss a token (not comparable across objectives)")
+    right.set(xlabel="step", ylabel="% of marked tokens that are still the likeliest")
+    _legend(figure, left)
+    return _embedded(figure)
+
+
+def _curve(axes: Axes, values: Sequence[float], **style: Any) -> None:
+    axes.plot([_SMOOTHED * (i + 0.5) for i in range(len(values))], values, **style)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+
+
+_SMOOTHED = 5
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """Means of a few steps each, as single batches are noisy."""
+    parts = [values[i : i + _SMOOTHED] for i in range(0, len(values), _SMOOTHED)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _embedded(figure: Figure) -> str:
+    """The figure as a `data:` address."""
+    content = io.BytesIO()
+    # The same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "t5patches"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _html_table(results: Results) -> str:
+    heads = "".join(
+        f'<th title="{_escape(meaning)}">{_escape(heading)}</th>'
+        for heading, meaning in COLUMNS.values()
+    )
+    lines = "".join(
+        f"<tr><td>{_escape(name)}</td>"
+        + "".join(f"<td>{_escape(_cell(key, measures.get(key)))}</td>" for key in COLUMNS)
+        + "</tr>"
+        for name, measures in _lines(results)
+    )
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.values())
+    return (
+        f"<table><tr><th>edit</th>{heads}</tr>{lines}</table>"
+        f"<p>± standard error {_escape(results.errors)}. {_escape(meanings)}.</p>"
+    )
+
+
+def _html_texts(results: Results, count: int = 5) -> str:
+    """A few outputs before and after, those with something unwanted first."""
+    rows = [row for row in _gentle(results.rows) if row.outputs]
+    if not rows:
+        return ""
+    order = sorted(range(len(results.outputs)), key=lambda i: not any(results.outputs[i].marked))
+    unwanted = sum(any(example.marked) for example in results.outputs)
+    # One that should stay as it is, after the ones that should not.
+    shown = [*order[: min(count, unwanted)], *order[unwanted : unwanted + 1]]
+    parts = ["<h2>Before and after</h2>"]
+    for i in shown:
+        parts.append(f"<h3>{_escape(results.outputs[i].inputs)}</h3><table>")
+        for name, outputs in (("before", results.outputs), *((r.name, r.outputs) for r in rows)):
+            marked = _marked(outputs[i].outputs, outputs[i].spans)
+            parts.append(f'<tr><td>{_escape(name)}</td><td class="text">{marked}</td></tr>')
+        parts.append("</table>")
+    return "\n".join(parts)
+
+
+def _marked(text: str, spans: Sequence[Span]) -> str:
+    """The text as HTML, with the spans marked, and no text twice."""
+    parts, at = [], 0
+    for start, end in sorted(spans):
+        start = max(start, at)
+        if start < end:
+            parts += [_escape(text[at:start]), f"<mark>{_escape(text[start:end])}</mark>"]
+            at = end
+    return "".join([*parts, _escape(text[at:])])
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child, td.text {{ text-align: left }}
+h3 {{ font-size: 1rem; font-weight: normal; font-style: italic }}
+mark {{ background: #ffc9c9 }}
+img {{ max-width: 100% }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

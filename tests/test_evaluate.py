@@ -1,0 +1,167 @@
+"""Measures of an edit against numbers worked out by hand or by another way."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from editing_samples import example, tiny_model, tiny_params, tokenizer
+
+from t5patches.editing.annotate import pattern
+from t5patches.editing.data import to_arrays
+from t5patches.editing.evaluate import (
+    Measure,
+    evaluate,
+    kept_divergence,
+    malformed,
+    over_seeds,
+    prevalence,
+    ratio,
+    similarity,
+    speak,
+)
+from t5patches.editing.forward import forward
+
+BEFORE = [
+    example("a", "a fire in Paris", "Paris"),
+    example("b", "the mayor sold the bridge in New York", "New York"),
+    example("c", "a flood hit the library"),
+    example("d", "London is near the river"),
+]
+AFTER = [
+    example("a", "a fire in the library"),
+    example("b", "the mayor sold the bridge in Rome", "Rome"),
+    example("c", "a flood hit the library"),
+    example("d", "London is near"),
+]
+
+
+def test_prevalence_counts_outputs_and_tokens():
+    found = prevalence(BEFORE)
+    assert found["prevalence"].value == 50
+    marked = sum(sum(e.marked) for e in BEFORE)
+    assert found["prevalence_tokens"].value == pytest.approx(
+        100 * marked / sum(len(e.marked) for e in BEFORE)
+    )
+
+
+def test_similarity_of_the_same_outputs_is_whole():
+    found = similarity(BEFORE, BEFORE)
+    assert {name: round(m.value, 9) for name, m in found.items()} == {
+        "bleu": 100,
+        "rouge_l": 100,
+        "exact_match": 100,
+        "exact_match_clean": 100,
+    }
+    assert all(m.error == pytest.approx(0, abs=1e-9) for m in found.values())
+
+
+def test_similarity_of_changed_outputs():
+    found = similarity(AFTER, BEFORE)
+    assert found["exact_match"].value == 25
+    assert found["exact_match_clean"].value == 50  # one of the two that had nothing unwanted
+    # Longest common subsequences: 3 of 4 and 5 words, 6 of 8 and 7, 5 of 5, 3 of 5 and 3.
+    f = [2 * 3 / (4 + 5), 2 * 6 / (8 + 7), 1, 2 * 3 / (5 + 3)]
+    assert found["rouge_l"].value == pytest.approx(100 * np.mean(f))
+    assert 40 < found["bleu"].value < 90
+    assert found["bleu"].error > 0
+
+
+def test_outputs_must_be_paired():
+    with pytest.raises(ValueError, match="got 3 new and 4 original outputs"):
+        similarity(AFTER[:3], BEFORE)
+    with pytest.raises(ValueError, match="at least one is needed"):
+        evaluate(
+            tiny_model(), tiny_params(), tiny_params(), [], pattern("x"), tokenizer(), max_length=4
+        )
+
+
+def test_empty_outputs_score_nothing_and_break_nothing():
+    empty = [example("a", " "), example("b", " ")]
+    found = similarity(empty, BEFORE[:2])
+    assert found["bleu"].value == 0
+    assert math.isnan(found["bleu"].error)
+    assert found["rouge_l"].value == 0
+
+
+def test_malformed_outputs_never_end_or_are_empty_or_break_the_form():
+    endless = example("x", "a fire")
+    endless = type(endless)(**vars(endless) | {"output_ids": endless.output_ids[:-1]})
+    outputs = [*BEFORE, endless, example("x", " ")]
+    assert malformed(outputs, tokenizer()).value == pytest.approx(100 * 2 / 6)
+    found = malformed(outputs, tokenizer(), lambda text: text.startswith("a "))
+    assert found.value == pytest.approx(100 * 4 / 6)
+
+
+def test_divergence_is_the_mean_over_kept_tokens():
+    params, original = tiny_params(0), tiny_params(1)
+    arrays = to_arrays(BEFORE)
+    log_p, log_q = (
+        np.asarray(jax.nn.log_softmax(forward(tiny_model(), tree, arrays)), np.float64)
+        for tree in (params, original)
+    )
+    kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
+    kept = arrays["decoder_loss_weights"] > 0
+    for batch_size in (3, 4, 7):
+        found = kept_divergence(tiny_model(), params, original, BEFORE, batch_size=batch_size)
+        assert found.value == pytest.approx(kl[kept].mean(), rel=1e-4)
+    assert kept_divergence(tiny_model(), params, params, BEFORE).value == pytest.approx(0, abs=1e-6)
+
+
+def test_ratios_and_their_errors():
+    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0])
+    assert ratio(values).value == values.mean()
+    assert ratio(values).error == pytest.approx(values.std(ddof=1) / math.sqrt(5))
+    # As many tokens in each example: the same as a mean over examples.
+    assert ratio(values, np.full(5, 2)).error == pytest.approx(ratio(values / 2).error)
+    assert ratio([1.0], [2.0])[0] == 0.5
+    assert math.isnan(ratio([1.0]).error)
+    assert math.isnan(ratio([0.0], [0.0]).value)
+
+
+def test_the_error_of_a_ratio_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 30, (2000, 100))
+    hits = rng.binomial(lengths, rng.beta(2, 5, (2000, 100)))
+    values, errors = np.transpose([ratio(*row) for row in zip(hits, lengths, strict=True)])
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.05)
+
+
+def test_seeds_replace_the_error_over_examples():
+    assert over_seeds([Measure(3.0, 0.5)]) == Measure(3.0, 0.5)
+    assert over_seeds([Measure(3.0, 0.5), Measure(5.0, 0.1)]) == Measure(4.0, 1.0)
+
+
+def test_evaluation_compares_what_both_models_say():
+    rule, model = pattern(r"\S*[aeo]\S*"), tiny_model()
+    inputs = [f"news {i}" for i in range(6)]
+    before = speak(model, tiny_params(1), inputs, rule, tokenizer(), max_length=6)
+    same = evaluate(model, tiny_params(1), tiny_params(1), before, rule, tokenizer(), max_length=6)
+    assert same.outputs == before
+    assert same.measures["exact_match"].value == 100
+    assert same.measures["kl"].value == pytest.approx(0, abs=1e-6)
+    other = evaluate(
+        model,
+        tiny_params(0),
+        tiny_params(1),
+        before,
+        rule,
+        tokenizer(),
+        max_length=6,
+        well_formed=lambda text: False,
+    )
+    assert other.measures["kl"].value > 0
+    assert other.measures["malformed"].value == 100
+    assert other.measures["exact_match"].value < 100
+    assert [e.inputs for e in other.outputs] == inputs
+    assert set(other.measures) == {
+        "kl",
+        "prevalence",
+        "prevalence_tokens",
+        "prevalence_sampled",
+        "bleu",
+        "rouge_l",
+        "exact_match",
+        "exact_match_clean",
+        "malformed",
+    }

@@ -1,0 +1,219 @@
+"""The table, the sentences and the HTML file: what they say follows from the numbers."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from editing_samples import example
+from rich.console import Console
+
+from t5patches.editing.evaluate import Measure
+from t5patches.editing.report import (
+    COLUMNS,
+    Results,
+    Row,
+    findings,
+    terminal_table,
+    to_json,
+    write_html,
+)
+
+HISTORY = {"loss": [2.0, 1.0, 0.5] * 4, "marked": [3.0] * 12, "said": [3.0, 2.0, 0.0] * 4}
+NAUGHTY = "<script>alert('x')</script> & \"Paris\""
+
+
+def measures(
+    kl=0.01, prevalence=5.0, bleu=90.0, exact=60.0, malformed=0.0, sampled=10.0, error=1.0
+):
+    values = {
+        "prevalence": prevalence,
+        "prevalence_sampled": sampled,
+        "bleu": bleu,
+        "rouge_l": 95.0,
+        "exact_match": exact,
+        "exact_match_clean": 97.0,
+        "malformed": malformed,
+    }
+    return {"kl": Measure(kl, error / 1000)} | {k: Measure(v, error) for k, v in values.items()}
+
+
+def row(objective="tnff", alpha=1.0, negatives=0, history=HISTORY, outputs=(), **values):
+    return Row(objective, alpha, negatives, measures(**values), history, outputs)
+
+
+def results(*rows, outputs=(), settings=None):
+    return Results(
+        "An edit", "over 9 inputs", measures(prevalence=36.0), outputs, rows, settings or {}
+    )
+
+
+def about(name, *rows):
+    (sentence,) = [s for s in findings(results(*rows)) if s.startswith(f"{name} leaves")]
+    return sentence
+
+
+def test_a_baseline_that_is_as_good_is_said_to_be():
+    sentence = about("TNFF, alpha 1", row(kl=0.010), row("ul", kl=0.011))
+    assert "UL, alpha 1 has the smallest KL (5.0%)" in sentence
+    assert "in KL it is no different (0.0100 and 0.0110)" in sentence
+    assert "in BLEU no different" in sentence
+
+
+def test_a_baseline_that_is_better_is_said_to_be():
+    sentence = about("TNRR, alpha 1", row("tnrr", kl=0.020, bleu=80.0), row("ul", kl=0.004))
+    assert "in KL it is further from the original (0.0200 and 0.0040)" in sentence
+    assert "in BLEU further from the original (80.0 and 90.0)" in sentence
+    assert "in exact match no different" in sentence
+
+
+def test_a_targeted_objective_that_is_closer_is_said_to_be():
+    sentence = about(
+        "TNFF, sets of 8, alpha 1",
+        row(kl=0.004, negatives=8, exact=70.0),
+        row("nl", kl=0.06),
+        row("ul", kl=0.03),
+    )
+    assert "UL, alpha 1 has the smallest KL" in sentence
+    assert "in KL it is closer to the original (0.0040 and 0.0300)" in sentence
+    assert "in exact match closer to the original (70.0 and 60.0)" in sentence
+
+
+def test_baselines_that_remove_less_are_no_rivals():
+    rows = row(prevalence=5.0), row("ul", prevalence=12.0, kl=0.0001)
+    assert about("TNFF, alpha 1", *rows).endswith("no baseline removes as much.")
+    rows = row(prevalence=15.0), row("ce", None, prevalence=2.0)
+    assert "corrective has the smallest KL and removes more (2.0%)" in about("TNFF, alpha 1", *rows)
+
+
+def test_what_sets_and_alpha_change_is_said():
+    rows = [
+        row(prevalence=15.0),
+        row(prevalence=2.0, negatives=8),
+        row("tnrr", prevalence=5.0),
+        row("tnrr", prevalence=4.0, negatives=8),
+        row("tnrf", prevalence=2.0),
+        row("tnrf", prevalence=9.0, negatives=8),
+        row("nl", alpha=100.0, kl=0.5, malformed=48.0, sampled=1.0),
+        row("nl", alpha=0.3),
+    ]
+    said = findings(results(*rows))
+    assert said[0].startswith("Before, 36.0% of the outputs have something unwanted")
+    assert any(s.startswith("TNFF with sets of 8 leaves less") and "(2.0%) than" in s for s in said)
+    assert any(s.startswith("TNRR with sets of 8 leaves as much") for s in said)
+    assert any(s.startswith("TNRF with sets of 8 leaves more") for s in said)
+    assert (
+        "NL from alpha 0.3 to 100: KL 0.0100 to 0.5000, BLEU 90.0 to 90.0, malformed 0.0% to 48.0%."
+    ) in said
+    # The gentlest alpha of each objective speaks for it.
+    assert not any("NL, alpha 100" in s for s in said)
+
+
+def test_numbers_without_errors_are_compared_as_they_are():
+    nan = math.nan
+    rows = [row(kl=0.01, error=nan), row("ul", kl=0.01, error=nan)]
+    assert "in KL it is no different" in about("TNFF, alpha 1", *rows)
+    rows = [row(kl=0.01, error=nan), row("ul", kl=0.02, error=nan)]
+    assert "in KL it is closer" in about("TNFF, alpha 1", *rows)
+    assert findings(results()) == [findings(results(*rows))[0]]
+
+
+def test_the_table_has_every_number():
+    out = io.StringIO()
+    Console(file=out, width=160).print(
+        terminal_table(results(row(kl=0.0123, malformed=math.nan), row("ce", None)))
+    )
+    shown = out.getvalue()
+    for heading, _ in COLUMNS.values():
+        assert heading in shown
+    assert re.search(r"TNFF, alpha 1 +│ +0.0123 ±0.0010 │ +5.0 ±1.0 .* – │\n", shown)
+    assert re.search(r"before .*36.0 ±1.0", shown)
+    assert "corrective" in shown
+    assert "standard error over 9 inputs" in shown
+
+
+class Page(HTMLParser):
+    """Collects tags and what would make a browser fetch something."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.marks, self.images = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "action", "data"):
+                (self.images if value.startswith("data:") else self.links).append(value)
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "mark":
+            self.marks.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    before = [example(NAUGHTY, "a fire in Paris", "Paris"), example("b", f"clean {NAUGHTY}")]
+    after = [example(NAUGHTY, "a fire in <b>"), example("b", "clean")]
+    rows = row(outputs=after), row("ul", outputs=after), row("ce", None, history={})
+    shown = results(*rows, outputs=before, settings={"note": NAUGHTY})
+    write_html(tmp_path / "report.html", shown)
+    return (tmp_path / "report.html").read_text()
+
+
+def test_the_report_is_one_file_that_fetches_nothing(page):
+    found = Page(page)
+    assert found.links == []
+    assert "url(" not in page
+    assert len(found.images) == 2
+    for image in found.images:
+        svg = base64.b64decode(image.split(",", 1)[1]).decode()
+        assert svg.rstrip().endswith("</svg>")
+        assert "<image" not in svg
+        assert "prevalence" in svg or "step" in svg or "<path" in svg
+
+
+def test_texts_and_settings_are_escaped(page):
+    found = Page(page)
+    assert "script" not in found.tags
+    assert "b" not in found.tags
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;Paris&quot;" in page
+    assert "a fire in &lt;b&gt;" in page
+
+
+def test_pushed_down_words_are_marked_before_and_after(page):
+    assert "a fire in <mark>Paris</mark>" in page
+    assert page.count("<mark>") == 1
+    assert page.index("Before and after") < page.index("<mark>")
+
+
+def test_the_report_holds_table_findings_and_numbers(page):
+    for text in ("TNFF, alpha 1", "UL, alpha 1", "corrective", "0.0100 ±0.0010", "no different"):
+        assert text in page
+
+
+def test_overlapping_marks_repeat_no_text(tmp_path):
+    marked = example("a", "in New York", "New York")
+    marked = type(marked)(**vars(marked) | {"spans": ((3, 8), (5, 11))})
+    shown = results(row(outputs=[marked]), outputs=[marked])
+    write_html(tmp_path / "x.html", shown)
+    assert "in <mark>New Y</mark><mark>ork</mark>" in (tmp_path / "x.html").read_text()
+
+
+def test_numbers_for_programs_are_strict_json(tmp_path):
+    history = {"loss": [1.0, math.nan, math.inf], "marked": [0.0] * 3, "said": [0.0] * 3}
+    shown = results(row(kl=math.nan, history=history), settings={"seeds": 1})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    content = json.loads(to_json(shown), parse_constant=refuse)
+    assert content["rows"][0]["measures"]["kl"]["value"] is None
+    assert content["rows"][0]["history"]["loss"] == [1.0, None, None]
+    assert content["before"]["prevalence"] == {"value": 36.0, "error": 1.0}
+    assert content["findings"] == findings(shown)
+    # Nor does it stop the plots.
+    write_html(tmp_path / "x.html", shown)
