@@ -1,0 +1,410 @@
+"""The whole loop on a built-in task: train a model, find what it invents, edit it away, measure.
+
+A killed demo goes on where it was: everything that took long is kept under the output directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from t5patches.editing.annotate import expand_negatives
+from t5patches.editing.data import (
+    Example,
+    corrected_examples,
+    make_example,
+    read_examples,
+    to_arrays,
+    with_end,
+    write_examples,
+    write_text,
+)
+from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
+from t5patches.editing.evaluate import Measure, evaluate, over_seeds, prevalence, speak
+from t5patches.editing.report import Results, Row, findings, terminal_table, to_json, write_html
+from t5patches.editing.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from t5patches.editing.train import (
+    TARGETED,
+    History,
+    Params,
+    Trained,
+    TrainSettings,
+    finished_run,
+    train,
+    training_progress,
+)
+from t5patches.network import T5Config, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """An objective to edit with.
+
+    Attributes:
+        objective: one of `t5patches.editing.train.OBJECTIVES`.
+        alpha: factor on the loss of pushed-down tokens.
+        with_sets: push down sets of negatives and not the emitted token only.
+    """
+
+    objective: str
+    alpha: float = 1.0
+    with_sets: bool = False
+
+
+EDITS = (
+    *(Edit(objective, alpha) for objective in TARGETED for alpha in (1.0, 100.0)),
+    *(Edit(objective, with_sets=True) for objective in TARGETED),
+    *(Edit("ul", alpha) for alpha in (0.1, 1.0, 100.0)),
+    Edit("ul", with_sets=True),
+    *(Edit("nl", alpha) for alpha in (0.3, 100.0)),
+    Edit("ce"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo.
+
+    Attributes:
+        texts: news and summaries that the base model learns from.
+        vocab_size: pieces of the vocabulary.
+        width: of the model.
+        layers: of the encoder, and of the decoder.
+        base_steps: updates of the base model.
+        base_batch_size: examples in each.
+        edit_inputs: news whose summaries, by the base model, are what the edits train on.
+        edit_steps: updates of an edit.
+        edit_batch_size: examples in each.
+        held_out: news to evaluate on.
+        max_length: tokens of a summary.
+        negatives: K, alternatives tried at each marked position, and the size of the sets.
+        seeds: how often to repeat all of it.
+        edits: the objectives to compare.
+    """
+
+    texts: int = 30_000
+    vocab_size: int = 1000
+    width: int = 128
+    layers: int = 2
+    base_steps: int = 600
+    base_batch_size: int = 64
+    edit_inputs: int = 3000
+    edit_steps: int = 100
+    edit_batch_size: int = 32
+    held_out: int = 1000
+    max_length: int = 20
+    negatives: int = 32
+    seeds: int = 1
+    edits: tuple[Edit, ...] = EDITS
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that make no demo."""
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}: at least 1 is needed")
+        if self.negatives > self.vocab_size - 3:
+            raise ValueError(
+                f"negatives is {self.negatives}: a vocabulary of {self.vocab_size} leaves at most "
+                f"{self.vocab_size - 3} to try"
+            )
+
+
+def run_demo(
+    config: DemoConfig, output: str | os.PathLike[str], console: Console | None = None
+) -> Results:
+    """Runs the demo and writes `report.html` and `results.json`.
+
+    Args:
+        config: its sizes.
+        output: a directory for the report and, under `work`, for what a killed demo goes on from.
+        console: where to tell what happens; default, the terminal's standard error.
+
+    Returns:
+        The results.
+
+    Raises:
+        ValueError: `output` holds a finished demo, or an unfinished one of other sizes.
+    """
+    output = Path(output)
+    console = console or Console(stderr=True)
+    began = time.monotonic()
+    _claim(output, config)
+    repetitions = []
+    for seed in range(config.seeds):
+        with training_progress(console) as progress:
+            stage = _Stage(config, seed, output / "work" / f"seed-{seed}", progress)
+            repetitions.append(_repetition(stage))
+    results = _merged(config, repetitions, time.monotonic() - began)
+    write_html(output / "report.html", results)
+    # Last, as its presence says that the demo is finished.
+    write_text(output / "results.json", to_json(results))
+    return results
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints the table and what it says.
+
+    Args:
+        results: of a demo.
+        console: where to.
+    """
+    console.print(terminal_table(results))
+    for sentence in findings(results):
+        console.print(f"• {sentence}", markup=False, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """What every step of one repetition needs."""
+
+    config: DemoConfig
+    seed: int
+    directory: Path
+    progress: Progress
+
+    def news(self, count: int, use: int) -> list[str]:
+        """Inputs that no other use and no other repetition sees."""
+        return [pair.news for pair in make_pairs(count, seed=100 * self.seed + use)]
+
+
+_BASE, _EDIT, _HELD_OUT = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repetition:
+    before: dict[str, Measure]
+    outputs: list[Example]
+    rows: list[Row]
+
+
+def _claim(output: Path, config: DemoConfig) -> None:
+    if (output / "results.json").exists():
+        raise ValueError(
+            f"{output} holds a finished demo: see {output / 'report.html'}, or give "
+            "another --output"
+        )
+    path = output / "work" / "config.json"
+    asked = json.dumps(dataclasses.asdict(config), indent=1)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, asked)
+    elif path.read_text() != asked:
+        raise ValueError(
+            f"{output} holds an unfinished demo of other sizes ({path}): repeat that one to finish "
+            "it, or give another --output"
+        )
+
+
+def _repetition(stage: _Stage) -> _Repetition:
+    config, rule = stage.config, places_not_in_source()
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _vocabulary(stage)
+    model = _model(config, tokenizer)
+    base = _base_model(stage, model, tokenizer)
+    marked = _marked_outputs(stage, model, base.params, tokenizer)
+    held_out, measures = [], []
+    for temperature in (0.0, 1.0):
+        said = speak(
+            model,
+            base.params,
+            stage.news(config.held_out, _HELD_OUT),
+            rule,
+            tokenizer,
+            max_length=config.max_length,
+            temperature=temperature,
+        )
+        held_out.append(said)
+        measures.append(prevalence(said))
+    before = measures[0] | {"prevalence_sampled": measures[1]["prevalence"]}
+    rows = []
+    task = stage.progress.add_task("edits", total=len(config.edits), note="")
+    for edit in config.edits:
+        rows.append(_edited(stage, edit, model, base.params, marked, held_out[0], tokenizer))
+        stage.progress.advance(task)
+    return _Repetition(before, held_out[0], rows)
+
+
+def _vocabulary(stage: _Stage) -> Tokenizer:
+    path = stage.directory / "spiece.model"
+    if not path.exists():
+        texts = [text for pair in _training_pairs(stage)[:5000] for text in pair]
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_bytes(train_sentencepiece(texts, stage.config.vocab_size))
+        unfinished.replace(path)
+    return SentencePieceTokenizer(path)
+
+
+def _training_pairs(stage: _Stage) -> Any:
+    return make_pairs(stage.config.texts, seed=100 * stage.seed + _BASE)
+
+
+def _model(config: DemoConfig, tokenizer: Tokenizer) -> T5Config:
+    return T5Config(
+        vocab_size=tokenizer.vocab_size,
+        emb_dim=config.width,
+        num_heads=4,
+        head_dim=config.width // 4,
+        mlp_dim=2 * config.width,
+        num_encoder_layers=config.layers,
+        num_decoder_layers=config.layers,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+    )
+
+
+def _base_model(stage: _Stage, model: T5Config, tokenizer: Tokenizer) -> Trained:
+    ids = np.ones((1, 2), np.int32)
+    variables = Transformer(model).init(
+        jax.random.key(stage.seed), ids, ids, ids, enable_dropout=False
+    )
+    settings = TrainSettings(
+        objective="ce",
+        steps=stage.config.base_steps,
+        batch_size=stage.config.base_batch_size,
+        learning_rate=1e-3,
+        warmup_steps=50,
+        optimizer="adam",
+        seed=stage.seed,
+    )
+    examples = [
+        make_example(news, with_end(tokenizer.encode(summary), tokenizer), [], tokenizer)
+        for news, summary in _training_pairs(stage)
+    ]
+    return _run(stage, "base", model, variables["params"], examples, settings)
+
+
+def _marked_outputs(
+    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+) -> list[Example]:
+    """The base model's own outputs, marked, with sets of negatives and corrections."""
+    path = stage.directory / "edits.jsonl"
+    if path.exists():
+        return read_examples(path, tokenizer)
+    rule, config = places_not_in_source(), stage.config
+    outputs = speak(
+        model,
+        params,
+        stage.news(config.edit_inputs, _EDIT),
+        rule,
+        tokenizer,
+        max_length=config.max_length,
+    )
+    outputs = expand_negatives(
+        outputs,
+        rule,
+        tokenizer,
+        model,
+        params,
+        count=config.negatives,
+        max_length=config.max_length,
+        progress=stage.progress,
+    )
+    outputs = [
+        dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
+        for e in outputs
+    ]
+    write_examples(path, outputs)
+    return outputs
+
+
+def _edited(
+    stage: _Stage,
+    edit: Edit,
+    model: T5Config,
+    original: Params,
+    marked: Sequence[Example],
+    held_out: Sequence[Example],
+    tokenizer: Tokenizer,
+) -> Row:
+    config = stage.config
+    negatives = config.negatives if edit.with_sets else 0
+    settings = TrainSettings(
+        objective=edit.objective,
+        alpha=edit.alpha,
+        negatives=negatives,
+        steps=config.edit_steps,
+        batch_size=config.edit_batch_size,
+        learning_rate=1e-4,
+        optimizer="adam",
+        seed=stage.seed,
+    )
+    examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
+    name = f"{edit.objective}-{edit.alpha:g}" + ("-sets" if edit.with_sets else "")
+    trained = _run(stage, name, model, original, examples, settings)
+    found = evaluate(
+        model,
+        trained.params,
+        original,
+        held_out,
+        places_not_in_source(),
+        tokenizer,
+        max_length=config.max_length,
+        well_formed=well_formed,
+    )
+    return Row(
+        edit.objective,
+        None if edit.objective == "ce" else edit.alpha,
+        negatives,
+        found.measures,
+        trained.history,
+        found.outputs,
+    )
+
+
+def _run(
+    stage: _Stage,
+    name: str,
+    model: T5Config,
+    params: Params,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+) -> Trained:
+    """Trains, unless an earlier, killed demo did it already."""
+    directory = stage.directory / name
+    return finished_run(directory, params) or train(
+        model,
+        params,
+        to_arrays(examples, negatives=settings.negatives),
+        settings,
+        directory,
+        progress=stage.progress,
+    )
+
+
+def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: float) -> Results:
+    """Means over the repetitions; texts and curves are those of the first."""
+    first = repetitions[0]
+    rows = [
+        dataclasses.replace(row, measures=_mean([r.rows[i].measures for r in repetitions]))
+        for i, row in enumerate(first.rows)
+    ]
+    over = f"{config.held_out} held-out inputs" if config.seeds == 1 else f"{config.seeds} seeds"
+    settings: dict[str, Any] = dataclasses.asdict(config)
+    settings["seconds"] = round(seconds)
+    settings["jax"] = jax.__version__
+    settings["device"] = jax.devices()[0].device_kind
+    return Results(
+        title="Editing away places that the news does not name",
+        errors=f"over {over}",
+        before=_mean([r.before for r in repetitions]),
+        outputs=first.outputs,
+        rows=rows,
+        settings=settings,
+    )
+
+
+def _mean(measures: Sequence[Mapping[str, Measure]]) -> dict[str, Measure]:
+    return {name: over_seeds([m[name] for m in measures]) for name in measures[0]}
+
+
+__all__ = ["EDITS", "DemoConfig", "Edit", "History", "run_demo", "show"]

@@ -1,0 +1,206 @@
+"""The command line, and through it the whole loop at the smallest size."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from t5patches import cli
+from t5patches.editing import demo
+from t5patches.editing.annotate import pattern
+from t5patches.editing.data import read_examples
+from t5patches.editing.demo import DemoConfig, Edit
+from t5patches.editing.demo_task import (
+    PLACES,
+    correct,
+    make_pairs,
+    places_not_in_source,
+    well_formed,
+)
+from t5patches.editing.tokenizer import SentencePieceTokenizer
+
+TINY = {
+    "texts": 200,
+    "vocab_size": 300,
+    "width": 16,
+    "layers": 1,
+    "base_steps": 20,
+    "base_batch_size": 8,
+    "edit_inputs": 12,
+    "edit_steps": 3,
+    "edit_batch_size": 4,
+    "held_out": 8,
+    "negatives": 3,
+    "edits": (Edit("tnff", with_sets=True), Edit("ce")),
+}
+
+
+def run(*arguments):
+    """The exit code, also where argparse exits by itself."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as left:
+        return left.code
+
+
+def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "DemoConfig", functools.partial(DemoConfig, **TINY))
+    # A model of this size names no places; it says enough words with an e.
+    monkeypatch.setattr(demo, "places_not_in_source", lambda: pattern(r"\w*e\w*"))
+    evaluated = []
+
+    def evaluate(*arguments, real=demo.evaluate, **options):
+        evaluated.append(arguments)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(demo, "evaluate", evaluate)
+    output = tmp_path / "demo"
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam multiplies a float by a count.
+        assert run("demo", "--output", str(output)) == 130
+        assert "repeat the command to go on" in capsys.readouterr().err
+        assert not (output / "results.json").exists()
+        # Another size does not go on from there.
+        assert run("demo", "--output", str(output), "--seeds", "2") == 1
+        assert "holds an unfinished demo of other sizes" in capsys.readouterr().err
+        kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
+        assert run("demo", "--output", str(output)) == 0
+    shown = capsys.readouterr().out
+    assert "TNFF, sets of 3, alpha 1" in shown
+    assert "corrective" in shown
+    assert "• Before, " in shown
+    assert "report.html" in shown
+    # What took long was not done again.
+    for name in ("base", "tnff-1-sets", "edits.jsonl"):
+        files = [p for p in kept if f"seed-0/{name}" in str(p)]
+        assert files
+        assert all(
+            p.stat().st_mtime_ns == kept[p] for p in files if p.name != "_CHECKPOINT_METADATA"
+        )
+    check_results(output)
+    assert run("demo", "--output", str(output)) == 1
+    assert "holds a finished demo" in capsys.readouterr().err
+
+
+def check_results(output):
+    results = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["TNFF, sets of 3, alpha 1", "corrective"]
+    assert results["settings"]["held_out"] == 8
+    assert results["before"]["prevalence"]["value"] > 0
+    assert all(row["measures"]["kl"]["value"] >= 0 for row in results["rows"])
+    assert all(len(row["history"]["loss"]) == 3 for row in results["rows"])
+    report = (output / "report.html").read_text()
+    assert "<mark>" in report
+    work = output / "work" / "seed-0"
+    examples = read_examples(work / "edits.jsonl", SentencePieceTokenizer(work / "spiece.model"))
+    assert len(examples) == 12
+    assert any(e.negatives for e in examples)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--help"], ["Stop a T5 from saying what it must not", "demo", "exit codes"]),
+        (["demo", "--help"], ["five targeted ones", "--seeds N", "--output DIR", "goes on"]),
+    ],
+)
+def test_help_teaches(arguments, needed, capsys):
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    for text in needed:
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["dem"], "invalid choice"),
+        (["demo", "--seeds", "0"], "'0' is not a whole number above 0"),
+        (["demo", "--seeds", "x"], "'x' is not a whole number above 0"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments, message, capsys):
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys; from t5patches import cli\n"
+        "try: cli.main(['demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+NOT_INSTALLED = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("t5x", "tensorflow", "torch"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_editing_needs_neither_t5x_nor_tensorflow_nor_torch():
+    names = ("annotate", "data", "demo", "evaluate", "generate", "report", "tokenizer", "train")
+    code = NOT_INSTALLED + "".join(f"import t5patches.editing.{name}\n" for name in names)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"held_out": 0}, "held_out is 0: at least 1 is needed"),
+        ({"negatives": 40, "vocab_size": 42}, "a vocabulary of 42 leaves at most 39 to try"),
+    ],
+)
+def test_demo_sizes_are_checked(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**sizes)
+
+
+# The demo's task.
+
+
+def test_summaries_are_well_formed_and_a_third_names_what_the_news_does_not():
+    pairs = make_pairs(2000, seed=5)
+    rule = places_not_in_source()
+    assert all(well_formed(pair.summary) for pair in pairs)
+    unwanted = [bool(list(rule(*pair))) for pair in pairs]
+    assert 0.3 < sum(unwanted) / len(pairs) < 0.45
+    for pair, bad in zip(pairs, unwanted, strict=True):
+        fixed = correct(pair.summary, list(rule(*pair)))
+        assert well_formed(fixed)
+        assert not list(rule(pair.news, fixed))
+        assert (fixed != pair.summary) == bad
+    assert make_pairs(5, seed=5) == pairs[:5]
+    assert make_pairs(5, seed=6) != pairs[:5]
+
+
+def test_broken_summaries_are_not_well_formed():
+    good = f"Fire closes library in {PLACES[0]}, 3 people hurt"
+    assert well_formed(good)
+    for bad in ("", good + ".", good.replace("3", ""), good.replace("in", "in in"), good[:-2]):
+        assert not well_formed(bad)
+
+
+def test_errors_of_the_machine_are_told_and_not_traced(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_run_demo", full)
+    assert run("demo") == 1
+    assert capsys.readouterr().err == "t5patches demo: [Errno 28] No space left on device\n"
+
+
+def test_the_exit_code_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(cli, "_run_demo", lambda options: options.seeds)
+    assert run("demo", "--seeds", "7") == 7
