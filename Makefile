@@ -1,0 +1,39 @@
+# Every target makes its own virtual environment from pyproject.toml and needs nothing but Python
+# 3.11 or newer, make and a package index. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+SEEDS ?= 1
+PYTEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
+
+# One stamp per extra, so that each target installs no more than it needs.
+$(VENV)/.has-%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away with every objective, report
+	$(BIN)/t5patches demo --seeds $(SEEDS) --output demo-report
+
+test: $(VENV)/.has-test ## the whole suite
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist worksteal
+
+test-slow: $(VENV)/.has-test ## the long sweeps
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense formula
+	$(BIN)/python -m bench.host
+
+clean: ## remove the virtual environments and caches
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,0 +1,155 @@
+"""What all benchmarks share: the baseline, the inputs, and how a figure is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+# Vocabulary sizes by the models that have them.
+VOCABULARIES = {"T5": 32128, "Llama 3": 128256, "mT5": 250112}
+OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+
+
+# --- The baseline: T5Patches' formulas in plain jnp ----------------------------------------------
+
+
+@jax.custom_vjp
+def _cross_entropy(logits, targets):
+    """``-sum targets log_softmax(logits)`` with T5X's stable gradient."""
+    log_z = jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True)
+    return -jnp.sum(targets * (logits - log_z), axis=-1)
+
+
+def _cross_entropy_forward(logits, targets):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    e = jnp.exp(shifted)
+    total = e.sum(axis=-1, keepdims=True)
+    log_p = shifted - jnp.log(total)
+    return -jnp.sum(targets * log_p, axis=-1), (targets, e, total, log_p)
+
+
+def _cross_entropy_backward(residuals, ct):
+    targets, e, total, log_p = residuals
+    return ct[..., None] * (e / total - targets), -ct[..., None] * log_p
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def dense(name: str, z, r, y, w, alpha: float = 1e4, smoothing: float = 1e-6):
+    """The losses ``[...]`` as T5Patches computes them: whole arrays, in float32."""
+    z, r = z.astype(jnp.float32), r.astype(jnp.float32)
+    onehot = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
+    sign = w[..., None]
+    kept, pushed = (w > 0).astype(z.dtype), (w < 0).astype(z.dtype)
+    if name in ("tnff", "tnfll"):
+        q = jax.nn.softmax(r)
+        target = jnp.where(sign > 0, onehot if name == "tnfll" else q, q + onehot * sign * q)
+        target = target / target.sum(axis=-1, keepdims=True)
+        return _cross_entropy(z, target) * (pushed * alpha + kept)
+    wanted = jnp.where(sign > 0, onehot * 1e9 if name == "tnrll" else r, r + onehot * sign * 1e9)
+    s = jax.nn.softmax(wanted) + smoothing
+    log_s = jnp.log(s / s.sum(axis=-1, keepdims=True))
+    p = jax.nn.softmax(z)
+    reverse = _cross_entropy(log_s, p) - _cross_entropy(z, p)
+    if name == "tnrr":
+        return reverse * (pushed * alpha + kept)
+    return reverse * pushed * alpha + _cross_entropy(z, jax.nn.softmax(log_s)) * kept
+
+
+def value_and_gradient(losses: Callable) -> Callable:
+    """``(z, r, y, w) -> (sum of the losses, its gradient by z)``."""
+    return lambda z, r, y, w: jax.value_and_grad(lambda z: losses(z, r, y, w).sum())(z)
+
+
+def inputs(tokens: tuple[int, ...], vocabulary: int, dtype=jnp.float32, seed: int = 0):
+    """Logits of a model near its original, targets, and one token in four pushed down.
+
+    `tokens` are the leading dimensions: ``(batch, length)`` as a trainer has them.
+    """
+    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    z = 3 * jax.random.normal(a, (*tokens, vocabulary), jnp.float32)
+    r = z + jax.random.normal(b, z.shape, jnp.float32)
+    y = jax.random.randint(c, tokens, 0, vocabulary)
+    w = jnp.where(jnp.arange(math.prod(tokens)) % 4 == 0, -1.0, 1.0).reshape(tokens)
+    return z.astype(dtype), r.astype(dtype), y, w
+
+
+# --- How a figure is taken -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of several runs."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
+
+
+def timed(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, Timing]:
+    """Times calls in turn, A B C A B C ..., so that a drift of the machine meets all of them."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Timing(*np.percentile(ms, [50, 25, 75])) for name, ms in taken.items()}
+
+
+def temporaries(compiled, unit: float) -> float:
+    """Bytes that a compiled program holds beyond inputs and outputs, over `unit`."""
+    return compiled.memory_analysis().temp_size_in_bytes / unit
+
+
+def _processor() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def setting() -> dict[str, str]:
+    """What a figure depends on besides the code."""
+    device = jax.devices()[0]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    on_host = device.platform == "cpu"
+    return {
+        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        if on_host
+        else device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
+
+
+def save(name: str, rows: list[dict]) -> pathlib.Path:
+    """Writes rows with their setting to ``bench/results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"setting": setting(), "rows": rows}, indent=1) + "\n")
+    return path

@@ -1,0 +1,78 @@
+"""Speed and memory on this machine's CPU, beside T5Patches' dense formula: `make bench`.
+
+Value and gradient of each objective's summed loss, T = 8 x 64, V = 32128, float32; both jitted, timed
+in turn in one process. `a + b` over the same arrays is the time of three passes over memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from bench import common
+from t5patches_kernels import targeted_negative_loss
+
+TOKENS = (8, 64)
+VOCABULARY = common.VOCABULARIES["T5"]
+
+
+def _row(name: str, arrays, add) -> dict:
+    unit = 4 * math.prod(TOKENS) * VOCABULARY
+    fused = functools.partial(targeted_negative_loss, objective=name, implementation="xla")
+    programs = {
+        "dense": jax.jit(common.value_and_gradient(functools.partial(common.dense, name))),
+        "fused": jax.jit(common.value_and_gradient(lambda *a: fused(*a).loss)),
+    }
+    compiled = {k: f.lower(*arrays).compile() for k, f in programs.items()}
+    calls = {k: functools.partial(f, *arrays) for k, f in compiled.items()}
+    times = common.timed(calls | {"a + b": functools.partial(add, *arrays[:2])})
+    return {
+        "objective": name,
+        **{f"{k} ms": vars(t) for k, t in times.items()},
+        "times faster": times["dense"].median / times["fused"].median,
+        **{f"{k} temporaries / TV": common.temporaries(c, unit) for k, c in compiled.items()},
+        "shown": times,
+    }
+
+
+def main() -> None:
+    """Prints the table and stores it."""
+    arrays = common.inputs(TOKENS, VOCABULARY)
+    add = jax.jit(lambda a, b: a + b)
+    table = Table(
+        title=f"Value and gradient, T = {TOKENS[0]} x {TOKENS[1]}, V = {VOCABULARY}, float32: milliseconds, median "
+        "and quartiles; temporaries in [T, V] float32 arrays (TV)"
+    )
+    for column in (
+        "objective",
+        "dense",
+        "fused (xla)",
+        "a + b",
+        "times faster",
+        "dense TV",
+        "fused TV",
+    ):
+        table.add_column(column, justify="left" if column == "objective" else "right")
+    rows = []
+    for name in common.OBJECTIVES:
+        row = _row(name, arrays, add)
+        shown = row.pop("shown")
+        rows.append(row)
+        table.add_row(
+            name,
+            *(str(shown[k]) for k in ("dense", "fused", "a + b")),
+            f"{row['times faster']:.1f}",
+            *(f"{row[f'{k} temporaries / TV']:.2f}" for k in ("dense", "fused")),
+        )
+    console = Console(width=140)
+    console.print(table)
+    console.print(", ".join(f"{k} {v}" for k, v in common.setting().items()))
+    console.print(f"stored in {common.save('host-cpu', rows)}")
+
+
+if __name__ == "__main__":
+    main()
