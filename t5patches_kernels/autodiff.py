@@ -1,10 +1,10 @@
 """Gradients: the only place with a custom derivative.
 
-Two rules. `_visit` is for logits whose rows a driver sees whole: the forward pass computes the loss
+Two rules. `_visit` is for losses whose rows a driver sees whole: the forward pass computes the loss
 and, because it is looking at the row anyway, its gradient for a cotangent of 1; the backward pass
 multiplies each row by its own cotangent, which XLA fuses into whatever follows. `_read` is for
-everything else (the other outputs, a split vocabulary, hidden states): the row's numbers are kept
-and the backward pass makes the gradient from them, the operands and the cotangents.
+everything else (the other outputs, a split vocabulary): the row's numbers are kept and the backward
+pass makes the gradient from them, the operands and the cotangents.
 """
 
 from __future__ import annotations
@@ -68,13 +68,47 @@ def _visit_forward(driver, op, model, reference, tokens):
     def visit(model, reference, tokens) -> Result:
         return driver(op, Stage.VISIT, Operands(model, reference), tokens)
 
-    numbers, dz = _first_order_only(visit)(model, reference, tokens)
-    return (objectives.evaluate(numbers, op.settings, "loss"), numbers), dz
+    numbers, gradient = _first_order_only(visit)(model, reference, tokens)
+    again = None if op.head is None else (model, reference, tokens, numbers)
+    return (objectives.evaluate(numbers, op.settings, "loss"), numbers), (gradient, again)
 
 
-def _visit_backward(driver, op, dz, cotangents):
+def _visit_backward(driver, op, residuals, cotangents):
+    (by_row, *by_kernel), again = residuals
     ct, _ = cotangents  # the numbers leave through stop_gradient
-    return tuple((x.astype(ct.dtype) * ct).astype(x.dtype) for x in dz), None, None
+    model = (_scaled(by_row, ct),)
+    if again is not None:
+        model += (_kernel_gradient(driver, op, by_kernel[0], again, ct),)
+    return model, None, None
+
+
+def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+    return (x.astype(by.dtype) * by).astype(x.dtype)
+
+
+def _kernel_gradient(driver, op, for_ones, again, ct):
+    """The gradient to a head's kernel, from that for cotangents of 1 where one factor is enough.
+
+    It is summed over tokens, so it can be scaled only where all tokens that count have the same
+    cotangent, as in a sum or a mean; else the logits are made again.
+    """
+    *_, tokens, numbers = again
+    counts = tokens.weights[:, None] != 0
+    common = jnp.max(jnp.where(counts, ct, -jnp.inf))
+    same = jnp.all((ct == common) | ~counts)
+    common = jnp.where(jnp.any(counts), common, 0.0)
+
+    def anew(model, reference, tokens, numbers, ct):
+        by = objectives.derivatives(numbers, op.settings, {"loss": ct})
+        operands = Operands(model, reference)
+        return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient[1]
+
+    return jax.lax.cond(
+        same,
+        lambda for_ones, *_: _scaled(for_ones, common),
+        lambda for_ones, *rest: _first_order_only(anew)(*rest),
+        *(for_ones, *again, ct),
+    )
 
 
 _visit.defvjp(_visit_forward, _visit_backward)
@@ -135,7 +169,7 @@ def apply(
     outputs: dict[str, jax.Array] = {}
     names = objectives.lines_of(op.settings)
     try:
-        if "loss" in names and op.vocab_axis is None and op.head is None:
+        if "loss" in names and op.vocab_axis is None:
             outputs["loss"], numbers = _visit(driver, op, operands.model, reference, tokens)
         else:
             fixed = jax.lax.stop_gradient(operands.model)

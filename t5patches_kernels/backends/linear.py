@@ -25,14 +25,18 @@ from t5patches_kernels.operation import (
 )
 from t5patches_kernels.spec.statistics import Array, Numbers
 
-# A float32 chunk of one logits array.
+# A float32 chunk of one logits array: small enough for a CPU's caches; on a GPU large enough for
+# its matrix units, and for the kernel's float32 gradient to be read and written seldom.
 _CHUNK_BYTES = 16 << 20
+GPU_CHUNK_BYTES = 1 << 30
 _LEAST_ROWS = 8
+_MATRIX_ROWS = 128
 
 
-def chunk_rows(columns: int) -> int:
-    """Tokens a chunk."""
-    return max(_LEAST_ROWS, _CHUNK_BYTES // (4 * columns))
+def chunk_rows(columns: int, chunk_bytes: int = _CHUNK_BYTES) -> int:
+    """Tokens a chunk: whole tiles of a matrix unit where there is room for one."""
+    rows = chunk_bytes // (4 * columns)
+    return max(_LEAST_ROWS, rows // _MATRIX_ROWS * _MATRIX_ROWS or rows)
 
 
 def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
@@ -67,6 +71,25 @@ def run(
     by: Numbers | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of operands that are hidden states and kernels."""
+    chunked = partial(_chunked, driver, op, stage)
+    return jax.lax.platform_dependent(
+        *(operands, tokens, numbers, by),
+        cuda=partial(chunked, GPU_CHUNK_BYTES),
+        rocm=partial(chunked, GPU_CHUNK_BYTES),
+        default=partial(chunked, _CHUNK_BYTES),
+    )
+
+
+def _chunked(
+    driver: Driver,
+    op: Operation,
+    stage: Stage,
+    chunk_bytes: int,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None,
+    by: Numbers | None,
+) -> Result:
     hidden, kernel = operands.model
     assert op.head is not None
     head = op.head
@@ -87,7 +110,7 @@ def run(
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, numbers, by)
-    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns))
+    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns, chunk_bytes))
     if out.gradient is None:
         return out
     dh = sharding.whole_gradient(out.gradient[0], hidden)

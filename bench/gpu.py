@@ -1,0 +1,281 @@
+r"""The table of the GPU: value and gradient of a loss, ours beside what one would use instead.
+
+    python -m bench.gpu --out bench/results/h200.json             # the whole table
+    python -m bench.gpu --tokens 2048 --vocabularies 32128        # a part of it
+    python -m bench.gpu --linear --out bench/results/h200-linear.json
+
+Times are of the device: calls are queued back to back and the queue's time is divided by their
+number, so that a call's launch hides behind the one before it. GB/s counts the floor, two arrays
+read once and one written once, whatever the program really moves; it stands beside a
+device-to-device copy measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import t5patches_kernels as tk
+from bench import dense
+from t5patches_kernels.backends import linear
+
+ROUNDS = 7
+ROUND_SECONDS = 0.06
+HEAD = {"tokens": 32768, "vocabulary": 250112, "width": 1024}
+
+
+def time_of(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict[str, float]:
+    """Milliseconds a call: the median and the extremes of some rounds."""
+    wait(call())
+    start = time.perf_counter()
+    wait(call())
+    count = max(2, min(200, int(ROUND_SECONDS / (time.perf_counter() - start))))
+    rounds = []
+    for _ in range(ROUNDS):
+        start, out = time.perf_counter(), None
+        for _ in range(count):
+            del out  # or two results would be held
+            out = call()
+        wait(out)
+        rounds.append(1e3 * (time.perf_counter() - start) / count)
+    return {"ms": statistics.median(rounds), "least": min(rounds), "most": max(rounds)}
+
+
+# --- What is compared -----------------------------------------------------------------------------
+
+JAX = dense.Module(
+    softmax=functools.partial(jax.nn.softmax, axis=-1),
+    log_softmax=functools.partial(jax.nn.log_softmax, axis=-1),
+    one_hot=jax.nn.one_hot,
+    where=jnp.where,
+    log=jnp.log,
+)
+
+
+def of_dense(objective: str, z: Any, r: Any, y: Any, w: Any) -> Any:
+    """T5Patches' formula."""
+    return dense.loss(JAX, objective, z.astype(jnp.float32), r.astype(jnp.float32), y, w)
+
+
+def of_ours(implementation: str) -> Callable[..., Any]:
+    """The library's loss."""
+
+    def total(objective, z, r, y, w):
+        out = tk.targeted_negative_loss(
+            z, r, y, w, objective=objective, implementation=implementation
+        )
+        return out.loss.sum()
+
+    return total
+
+
+WHAT = {"dense": of_dense, "xla": of_ours("xla"), "pallas_gpu": of_ours("pallas_gpu")}
+
+
+def operands(tokens: int, vocabulary: int, dtype: str) -> tuple[jax.Array, ...]:
+    """Logits of two models that agree somewhat; a quarter of the tokens pushed down."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    make = jax.jit(lambda k: (3 * jax.random.normal(k, (tokens, vocabulary), dtype)).astype(dtype))
+    y = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
+    w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
+    return make(keys[0]), make(keys[1]), y, w
+
+
+def run_jax(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
+    """Value and gradient by JAX: time, and memory beyond the inputs."""
+    f = jax.jit(jax.value_and_grad(functools.partial(WHAT[what], objective)))
+    compiled = f.lower(*args).compile()
+    memory = compiled.memory_analysis()
+    row = time_of(lambda: compiled(*args), jax.block_until_ready)
+    return row | {"temporary_bytes": memory.temp_size_in_bytes}
+
+
+@functools.cache
+def _torch_loss(objective: str) -> Any:
+    import torch
+
+    module = dense.Module(
+        softmax=lambda x: torch.softmax(x, -1),
+        log_softmax=lambda x: torch.log_softmax(x, -1),
+        one_hot=lambda y, size: torch.nn.functional.one_hot(y, size).to(torch.float32),
+        where=torch.where,
+        log=torch.log,
+    )
+
+    def total(z, r, y, w):
+        return dense.loss(module, objective, z.float(), r.float(), y, w)
+
+    return torch.compile(total, dynamic=False)
+
+
+def run_torch(objective: str, tokens: int, vocabulary: int, dtype: str) -> dict[str, Any]:
+    """Value and gradient of the dense formula by ``torch.compile``."""
+    import torch
+
+    torch._dynamo.reset()
+    _torch_loss.cache_clear()
+    kind = getattr(torch, dtype)
+    z = (3 * torch.randn(tokens, vocabulary, device="cuda", dtype=kind)).requires_grad_()
+    r = 3 * torch.randn(tokens, vocabulary, device="cuda", dtype=kind)
+    y = torch.randint(vocabulary, (tokens,), device="cuda")
+    w = torch.where(torch.arange(tokens, device="cuda") % 4 == 0, -1.0, 1.0)
+
+    def call():
+        return torch.autograd.grad(_torch_loss(objective)(z, r, y, w), z)
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    row = time_of(call, lambda _: torch.cuda.synchronize())
+    peak = torch.cuda.max_memory_allocated() - before
+    return row | {"temporary_bytes": peak - z.numel() * z.element_size()}
+
+
+def copy_gb_per_second() -> float:
+    """Bytes read and written by a copy of 4 GiB, a second."""
+    x = jax.random.bits(jax.random.key(1), (1 << 30,), jnp.uint32)
+    copy = jax.jit(jnp.copy)
+    return 2 * x.nbytes / 1e6 / time_of(lambda: copy(x), jax.block_until_ready)["ms"]
+
+
+# --- The head -------------------------------------------------------------------------------------
+
+
+def head_operands(tokens: int, vocabulary: int, width: int) -> tuple[jax.Array, ...]:
+    """Hidden states and kernels of two models in bfloat16, logits of a few units."""
+    k = jax.random.split(jax.random.key(0), 5)
+    h = jax.random.normal(k[0], (tokens, width), jnp.bfloat16)
+    kernel = jax.random.normal(k[1], (width, vocabulary), jnp.bfloat16) * 0.1
+    y = jax.random.randint(k[4], (tokens,), 0, vocabulary)
+    w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
+    noise = [0.3 * jax.random.normal(i, x.shape, x.dtype) for i, x in ((k[2], h), (k[3], kernel))]
+    return h, kernel, h + noise[0], kernel + 0.1 * noise[1], y, w
+
+
+def head_of(what: str, objective: str) -> Callable[..., Any]:
+    """The loss of hidden states: the logits whole, or made in chunks."""
+
+    def whole(h, kernel, rh, rk, y, w):
+        return of_dense(objective, h @ kernel, rh @ rk, y, w)
+
+    def ours(h, kernel, rh, rk, y, w):
+        out = tk.linear_targeted_negative_loss(
+            h, kernel, rh, rk, y, w, objective=objective, implementation=what
+        )
+        return out.loss.sum()
+
+    return whole if what == "dense" else ours
+
+
+def run_head(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
+    """Value and both gradients of the head."""
+    compiled = jax.jit(jax.value_and_grad(head_of(what, objective), (0, 1))).lower(*args).compile()
+    row = time_of(lambda: compiled(*args), jax.block_until_ready)
+    return row | {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+
+
+# --- The tables -----------------------------------------------------------------------------------
+
+
+def guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row, or why there is none: a shape that one program cannot hold is a result."""
+    try:
+        return run()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The losses on logits."""
+    for dtype in options.dtypes:
+        for vocabulary in options.vocabularies:
+            for tokens in options.tokens:
+                floor = 3 * tokens * vocabulary * jnp.dtype(dtype).itemsize
+                shape = {"tokens": tokens, "vocabulary": vocabulary, "dtype": dtype}
+                ours = [what for what in options.what if what in WHAT]
+                args = operands(tokens, vocabulary, dtype) if ours else ()
+                for objective in options.objectives:
+                    for what in options.what:
+                        if what == "torch":
+                            run = functools.partial(run_torch, objective, tokens, vocabulary, dtype)
+                        else:
+                            run = functools.partial(run_jax, what, objective, args)
+                        row = guarded(run)
+                        if "ms" in row:
+                            row["gb_per_second"] = floor / 1e6 / row["ms"]
+                        yield shape | {"objective": objective, "what": what} | row
+
+
+def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The losses on hidden states, by bytes a chunk."""
+    args = head_operands(**HEAD)
+    for objective in options.objectives:
+        for what in options.what:
+            sizes = options.chunk_mib if what != "dense" and options.chunk_mib else [None]
+            for mib in sizes:
+                if mib is not None:
+                    linear.GPU_CHUNK_BYTES = mib << 20
+                    jax.clear_caches()
+                row = guarded(functools.partial(run_head, what, objective, args))
+                chunk = {} if what == "dense" else {"chunk_mib": linear.GPU_CHUNK_BYTES >> 20}
+                yield (
+                    HEAD | {"dtype": "bfloat16", "objective": objective, "what": what} | chunk | row
+                )
+
+
+def line_of(row: dict[str, Any], copy: float) -> str:
+    """A row as a reader wants it."""
+    size = f"{row['tokens']:6d} x {row['vocabulary']:6d} {row['dtype']:9s}"
+    name = f"{size} {row['objective']:6s}{row['what']:11s}"
+    if "chunk_mib" in row:
+        name += f"{row['chunk_mib']:5d} MiB "
+    if "error" in row:
+        return f"{name} {row['error'][:70]}"
+    out = f"{name} {row['ms']:9.3f} ms [{row['least']:.3f}, {row['most']:.3f}]"
+    if "gb_per_second" in row:
+        share = row["gb_per_second"] / copy if copy else 0.0
+        out += f" {row['gb_per_second']:6.0f} GB/s of the floor ({share:4.0%} of a copy)"
+    return out + f" temporaries {row['temporary_bytes'] / 2**20:9.1f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32128, 128256, 250112])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--objectives", nargs="+", default=["tnff", "tnrr"])
+    parser.add_argument("--what", nargs="+", default=["dense", "xla"])
+    parser.add_argument("--linear", action="store_true", help="hidden states instead of logits")
+    parser.add_argument("--chunk-mib", type=int, nargs="+", help="with --linear: sizes to try")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    only_torch = options.what == ["torch"]
+    if only_torch:
+        import torch
+
+        versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    else:
+        versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    about: dict[str, Any] = versions | {"date": today}
+    about["copy_gb_per_second"] = 0.0 if only_torch else copy_gb_per_second()
+    print(about, flush=True)
+    rows = []
+    for row in (head_table if options.linear else table)(options):
+        rows.append(row)
+        print(line_of(row, about["copy_gb_per_second"]), flush=True)
+        if options.out:  # after every row: a run that is cut short keeps what it has
+            options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
