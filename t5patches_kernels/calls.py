@@ -197,6 +197,19 @@ def _run_driver(
     return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
 
 
+def _is_intermediate(x: Array) -> bool:
+    """Whether `x` is computed inside the function being traced, and is not an argument of it.
+
+    Only a hint: where JAX no longer tells, the answer is no.
+    """
+    while isinstance(x, jax.core.Tracer):
+        under = getattr(x, "primal", getattr(x, "val", None))  # of a tracer of grad or vmap
+        if not isinstance(under, jax.Array):
+            return getattr(x, "parent", None) is not None
+        x = under
+    return False
+
+
 def call(
     c: Settings,
     inputs: Inputs,
@@ -212,7 +225,7 @@ def call(
       Its outputs by name and whether the target holds the largest logit, with the tokens' leading
       dimensions.
     """
-    op = Operation(c, vocab_axis, inputs.head)
+    op = Operation(c, vocab_axis, inputs.head, _is_intermediate(inputs.model[0]))
     implementation = dispatch.choose(implementation, op)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
 

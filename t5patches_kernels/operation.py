@@ -29,6 +29,7 @@ class Operation:
     settings: Settings
     vocab_axis: str | None = None
     head: Head | None = None  # None: the operands are logits
+    spare: bool = False  # the gradient may take the place of the model's logits
 
 
 class Tokens(NamedTuple):

@@ -511,7 +511,7 @@ def call_of(
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
-    op = dataclasses.replace(op, head=None)
+    op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
     return _Call(op, stage, plan, columns, plan.rows * per_row * private, given, by)
 
 
@@ -529,9 +529,8 @@ def run(
     call = call_of(op, stage, chip or block_sizes.LEAST, operands, tokens, *names)
     if call is None:
         return _in_phases(op, stage, operands, tokens)
-    # A kernel that writes over its logits needs them to be its own: those of a caller outside of
-    # jit never are. Inside, XLA copies them first where they live on.
-    in_place = call.makes_gradient and isinstance(operands.model[0], jax.core.Tracer)
+    # Those of a head are made for this. Where logits live on after all, XLA copies them first.
+    in_place = call.makes_gradient and (op.spare or op.head is not None)
     interpret = False if chip else INTERPRET
     return _folding(call, in_place, interpret)(operands, tokens, numbers, by)
 
