@@ -89,7 +89,7 @@ def inputs(tokens: tuple[int, ...], vocabulary: int, dtype=jnp.float32, seed: in
     return z.astype(dtype), r.astype(dtype), y, w
 
 
-# --- How a figure is taken -------------------------------------------------------------------------
+# --- How a figure is taken ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +104,22 @@ class Timing:
         return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
 
 
-def timed(calls: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, Timing]:
-    """Times calls in turn, A B C A B C ..., so that a drift of the machine meets all of them."""
+def timed(calls: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, Timing]:
+    """Times calls in turn, so that a drift of the machine meets all of them.
+
+    Each round runs a call three times and counts the last two: giving back what the call before it
+    held goes on after that one has returned, and would be charged to the wrong program.
+    """
     for call in calls.values():
         jax.block_until_ready(call())
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
             jax.block_until_ready(call())
-            taken[name].append(1e3 * (time.perf_counter() - start))
+            for _ in range(2):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: Timing(*np.percentile(ms, [50, 25, 75])) for name, ms in taken.items()}
 
 

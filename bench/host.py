@@ -1,7 +1,7 @@
 """Speed and memory on this machine's CPU, beside T5Patches' dense formula: `make bench`.
 
-Value and gradient of each objective's summed loss, T = 8 x 64, V = 32128, float32; both jitted, timed
-in turn in one process. `a + b` over the same arrays is the time of three passes over memory.
+Value and gradient of each objective's summed loss, T = 8 x 64, V = 32128, float32; both jitted,
+timed in turn in one process. `a + b` over the same arrays is the time of three passes over memory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def main() -> None:
     arrays = common.inputs(TOKENS, VOCABULARY)
     add = jax.jit(lambda a, b: a + b)
     table = Table(
-        title=f"Value and gradient, T = {TOKENS[0]} x {TOKENS[1]}, V = {VOCABULARY}, float32: milliseconds, median "
-        "and quartiles; temporaries in [T, V] float32 arrays (TV)"
+        title=f"Value and gradient, T = {TOKENS[0]} x {TOKENS[1]}, V = {VOCABULARY}, float32: "
+        "milliseconds, median and quartiles; temporaries in [T, V] float32 arrays (TV)"
     )
     for column in (
         "objective",
