@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import sharding
+from t5patches_kernels import sharding, tiling
 from t5patches_kernels.operation import Driver, Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives
 from t5patches_kernels.spec.statistics import Numbers
@@ -76,7 +76,7 @@ def _visit_forward(driver, op, model, reference, tokens):
 def _visit_backward(driver, op, residuals, cotangents):
     (by_row, *by_kernel), again = residuals
     ct, _ = cotangents  # the numbers leave through stop_gradient
-    model = (_scaled(by_row, ct),)
+    model: tuple = (_scaled(by_row, ct),)
     if again is not None:
         model += (_kernel_gradient(driver, op, by_kernel[0], again, ct),)
     return model, None, None
@@ -92,7 +92,7 @@ def _kernel_gradient(driver, op, for_ones, again, ct):
     It is summed over tokens, so it can be scaled only where all tokens that count have the same
     cotangent, as in a sum or a mean; else the logits are made again.
     """
-    *_, tokens, numbers = again
+    *_, tokens, _ = again
     counts = tokens.weights[:, None] != 0
     common = jnp.max(jnp.where(counts, ct, -jnp.inf))
     same = jnp.all((ct == common) | ~counts)
@@ -165,6 +165,9 @@ def apply(
     Returns:
       Every output of the operation ``[T]``, differentiable, and the rows' numbers ``[T, 1]``, not.
     """
+    axes = tiling.all_axes((operands, tokens))
+    operands = tiling.vary_over(operands, axes)
+    tokens = tiling.vary_over(tokens, axes - {op.vocab_axis})
     reference, tokens = jax.lax.stop_gradient((operands.reference, tokens))
     outputs: dict[str, jax.Array] = {}
     names = objectives.lines_of(op.settings)

@@ -193,7 +193,8 @@ def _run_driver(
         None if e is None else local(e.ids),
         None if e is None else jnp.log(e.factors),
     )
-    outputs, numbers = autodiff.apply(dispatch.driver(implementation, op), op, operands, flat)
+    driver = dispatch.driver(implementation, linear=op.head is not None)
+    outputs, numbers = autodiff.apply(driver, op, operands, flat)
     return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
-from functools import partial
 
 import jax
 
 from t5patches_kernels import checks
-from t5patches_kernels.backends import linear, pallas_tpu, streaming
+from t5patches_kernels.backends import linear as linear_backend
+from t5patches_kernels.backends import streaming
 from t5patches_kernels.operation import Driver, Operation
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
-_ROW_DRIVERS: dict[str, Driver] = {"xla": streaming.run, "pallas_tpu": pallas_tpu.run}
+_BUILT = ("xla", "pallas_tpu")
 # The best proven by the platform that JAX runs on; elsewhere "xla".
 _BEST = {"tpu": "pallas_tpu"}
 
@@ -26,7 +28,7 @@ def why_not(implementation: str, op: Operation) -> str | None:
                 "the reference is dense and takes whole rows: leave vocab_axis out and gather the "
                 'logits first, or use implementation="xla"'
             )
-    elif implementation not in _ROW_DRIVERS:
+    elif implementation not in _BUILT:
         return f'{implementation} is not in this version of the library: use implementation="xla"'
     elif implementation == "pallas_tpu" and jax.default_backend() not in ("tpu", "cpu"):
         return (
@@ -54,11 +56,20 @@ def choose(implementation: str | None, op: Operation) -> str:
     return implementation
 
 
-def driver(implementation: str, op: Operation) -> Driver:
-    """The driver of an implementation that has been chosen."""
-    rows = _ROW_DRIVERS[implementation]
-    return _LINEAR[implementation] if op.head else rows
+@functools.cache  # one object a choice: programs are cached under their driver
+def driver(implementation: str, *, linear: bool) -> Driver:
+    """The driver of an implementation that has been chosen.
+
+    Args:
+      implementation: any but ``"reference"``.
+      linear: whether the operands are hidden states and a head.
+    """
+    rows = _row_driver(implementation)
+    return functools.partial(linear_backend.run, rows) if linear else rows
 
 
-# One object per implementation: a driver is part of what a compiled program is cached under.
-_LINEAR: dict[str, Driver] = {name: partial(linear.run, run) for name, run in _ROW_DRIVERS.items()}
+def _row_driver(implementation: str) -> Driver:
+    if implementation == "xla":
+        return streaming.run
+    # Imported when it is used: Pallas takes longer to import than all of the rest.
+    return importlib.import_module(f"t5patches_kernels.backends.{implementation}").run

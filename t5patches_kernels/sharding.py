@@ -51,14 +51,3 @@ def cotangent(x: Array, like: Array, vocab_axis: str | None) -> Array:
     if vocab_axis is None or vocab_axis in tiling.varying_axes(like):
         return x
     return jax.lax.psum(x, vocab_axis)
-
-
-def whole_gradient(x: Array, like: Array) -> Array:
-    """The gradient `x` of `like`, summed over the mesh axes that split the sum but not `like`.
-
-    A kernel is the same on every device that holds other tokens; hidden states are the same on
-    every device that holds other columns. With `check_vma=False` the transpose of `jax.shard_map`
-    does this sum itself.
-    """
-    axes = tuple(sorted(tiling.varying_axes(x) - tiling.varying_axes(like)))
-    return jax.lax.psum(x, axes) if axes else x

@@ -18,15 +18,42 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset() if manual is None else frozenset(manual.varying)
 
 
-def vary_over(x: Array, axes: frozenset[str]) -> Array:
-    """Gives `x` the mesh axes that it lacks."""
-    missing = tuple(axes - varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+def vary_over(x: Any, axes: frozenset[str]) -> Any:
+    """Gives every array of `x` the mesh axes that it does not vary over yet.
+
+    The transpose is the sum over those axes, so the gradient of what every device holds alike, a
+    kernel say, is summed over the devices that hold other tokens.
+    """
+
+    def cast(leaf):
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, x)
 
 
 def vary_like(x: Any, example: Any) -> Any:
     """Gives `x` the mesh axes over which `example` varies: a loop's carry must have both's type."""
     return jax.tree.map(lambda leaf, like: vary_over(leaf, varying_axes(like)), x, example)
+
+
+def all_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which any array of `x` varies."""
+    return frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(x)))
+
+
+def by_platform(inputs: tuple, *, gpu: Callable, default: Callable) -> Any:
+    """Runs the form of a computation that suits the platform it is lowered for.
+
+    Right for `jax.jit` on another device than the default one and for compiling ahead of time.
+    """
+    axes = all_axes(inputs)
+
+    def typed(form):
+        return lambda *args: vary_over(form(*args), axes)
+
+    forms = {"cuda": typed(gpu), "rocm": typed(gpu), "default": typed(default)}
+    return jax.lax.platform_dependent(*inputs, **forms)
 
 
 def for_row_blocks(

@@ -87,6 +87,24 @@ def test_linear(transposed, check_vma):
     close(got, want)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_tokens_split_with_another_factor_on_each_device(check_vma):
+    """A kernel's gradient is summed over devices after each has weighed its own tokens."""
+    mesh = mesh_of((4, 1))
+
+    def per_shard(h, k, rh, y, w):
+        return LINEAR["tnff"](h, k, rh, k, y, w).loss
+
+    call = jax.shard_map(
+        per_shard, mesh=mesh, in_specs=(P("data"), P(), P("data"), ROWS, ROWS), out_specs=ROWS,
+        check_vma=check_vma,
+    )  # fmt: skip
+    factor = jnp.arange(1.0, len(Y) + 1)[:, None]
+    got = jax.jit(jax.grad(lambda h, k: (call(h, k, H, Y, W) * factor).sum(), (0, 1)))(H, K)
+    want = jax.grad(lambda h, k: (per_shard(h, k, H, Y, W) * factor).sum(), (0, 1))(H, K)
+    close(got, want)
+
+
 def test_edits_and_targets_are_global_ids():
     mesh, logits = mesh_of((1, 8)), P(None, None, "model")
     ids = jax.random.randint(jax.random.key(9), (*Y.shape, 3), -1, V)

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import sharding, tiling
+from t5patches_kernels import tiling
 from t5patches_kernels.operation import (
     Driver,
     Head,
@@ -28,7 +28,7 @@ from t5patches_kernels.spec.statistics import Array, Numbers
 # A float32 chunk of one logits array: small enough for a CPU's caches; on a GPU large enough for
 # its matrix units, and for the kernel's float32 gradient to be read and written seldom.
 _CHUNK_BYTES = 16 << 20
-GPU_CHUNK_BYTES = 1 << 30
+GPU_CHUNK_BYTES = 512 << 20
 _LEAST_ROWS = 8
 _MATRIX_ROWS = 128
 
@@ -72,12 +72,9 @@ def run(
 ) -> Result:
     """The driver (`operation.Driver`) of operands that are hidden states and kernels."""
     chunked = partial(_chunked, driver, op, stage)
-    return jax.lax.platform_dependent(
-        *(operands, tokens, numbers, by),
-        cuda=partial(chunked, GPU_CHUNK_BYTES),
-        rocm=partial(chunked, GPU_CHUNK_BYTES),
-        default=partial(chunked, _CHUNK_BYTES),
-    )
+    on_gpu = partial(chunked, GPU_CHUNK_BYTES)
+    inputs = (operands, tokens, numbers, by)
+    return tiling.by_platform(inputs, gpu=on_gpu, default=partial(chunked, _CHUNK_BYTES))
 
 
 def _chunked(
@@ -113,6 +110,5 @@ def _chunked(
     out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns, chunk_bytes))
     if out.gradient is None:
         return out
-    dh = sharding.whole_gradient(out.gradient[0], hidden)
-    dw = sharding.whole_gradient(dw, kernel)
-    return Result(out.numbers, (dh.astype(hidden.dtype), dw.astype(kernel.dtype)))
+    dh = out.gradient[0].astype(hidden.dtype)
+    return Result(out.numbers, (dh, dw.astype(kernel.dtype)))

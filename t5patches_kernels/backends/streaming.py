@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 
+from t5patches_kernels import tiling
 from t5patches_kernels.backends import xla, xla_gpu
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec.statistics import Numbers
@@ -25,12 +26,8 @@ def run(
     by: Numbers | None = None,
 ) -> Result:
     """The driver (`operation.Driver`)."""
-    return jax.lax.platform_dependent(
-        operands,
-        tokens,
-        numbers,
-        by,
-        cuda=partial(xla_gpu.run, op, stage),
-        rocm=partial(xla_gpu.run, op, stage),
+    return tiling.by_platform(
+        (operands, tokens, numbers, by),
+        gpu=partial(xla_gpu.run, op, stage),
         default=partial(xla.run, op, stage),
     )
