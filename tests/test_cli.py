@@ -1,6 +1,8 @@
 """The command line, and through it the whole loop at the smallest size."""
 
+import doctest
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -149,9 +151,28 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+EDITING = (
+    "annotate",
+    "data",
+    "demo",
+    "demo_task",
+    "evaluate",
+    "forward",
+    "generate",
+    "report",
+    "tokenizer",
+    "train",
+)
+
+
+@pytest.mark.parametrize("name", EDITING)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"t5patches.editing.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
 def test_editing_needs_neither_t5x_nor_tensorflow_nor_torch():
-    names = ("annotate", "data", "demo", "evaluate", "generate", "report", "tokenizer", "train")
-    code = NOT_INSTALLED + "".join(f"import t5patches.editing.{name}\n" for name in names)
+    code = NOT_INSTALLED + "".join(f"import t5patches.editing.{name}\n" for name in EDITING)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

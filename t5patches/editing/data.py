@@ -348,7 +348,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
 
     Example:
         >>> [batch_indices(4, 3, step, seed=0).tolist() for step in range(2)]
-        [[2, 0, 1], [3, 0, 1]]
+        [[2, 0, 1], [3, 3, 0]]
     """
     wanted = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = {
