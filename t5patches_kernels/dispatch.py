@@ -14,7 +14,7 @@ from t5patches_kernels.backends import streaming
 from t5patches_kernels.operation import Driver, Operation
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
-_BUILT = ("xla", "pallas_tpu")
+_HOPPER = 9.0
 # The best proven by the platform that JAX runs on; elsewhere "xla".
 _BEST = {"tpu": "pallas_tpu"}
 
@@ -28,11 +28,34 @@ def why_not(implementation: str, op: Operation) -> str | None:
                 "the reference is dense and takes whole rows: leave vocab_axis out and gather the "
                 'logits first, or use implementation="xla"'
             )
-    elif implementation not in _BUILT:
-        return f'{implementation} is not in this version of the library: use implementation="xla"'
+    elif implementation == "pallas_gpu":
+        return _why_not_pallas_gpu()
     elif implementation == "pallas_tpu" and jax.default_backend() not in ("tpu", "cpu"):
         return (
             f"it needs a TPU (or a CPU, to be interpreted), not {jax.default_backend()}: use "
+            'implementation="xla"'
+        )
+    return None
+
+
+def _why_not_pallas_gpu() -> str | None:
+    if jax.default_backend() not in ("gpu", "cpu"):
+        return (
+            "it needs a Hopper GPU (or a CPU, to be interpreted), not "
+            f'{jax.default_backend()}: use implementation="xla"'
+        )
+    if jax.default_backend() == "gpu":
+        capability = getattr(jax.devices()[0], "compute_capability", "none")
+        if not capability[:1].isdigit() or float(capability) < _HOPPER:
+            return (
+                f"it needs a GPU of compute capability {_HOPPER} (Hopper) or newer, not "
+                f'{capability}: use implementation="xla"'
+            )
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError as error:
+        return (
+            f"Mosaic GPU cannot be imported ({error}): install what is missing, or use "
             'implementation="xla"'
         )
     return None

@@ -282,10 +282,14 @@ def second_terms(
     return terms
 
 
+def finish_second(sums: Numbers, row: Numbers) -> Numbers:
+    """The sums of the second look over whole rows, with those that are a mean made one."""
+    return sums | ({"rkl": sums["rkl"] / row["s"]} if "rkl" in sums else {})
+
+
 def second_sums(terms: Numbers, row: Numbers) -> Numbers:
     """The sums among `SECOND_LOOK`, from their terms. They add up across tiles."""
-    sums = row_sums(terms)
-    return sums | ({"rkl": sums["rkl"] / row["s"]} if "rkl" in sums else {})
+    return finish_second(row_sums(terms), row)
 
 
 def second_look(
@@ -352,7 +356,9 @@ def entries(
     """
     reference = reference or {}
     tile = _Entries(z, r, reference, smoothing, size)
-    numbers = tile.maxima | {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    numbers = tile.maxima | {
+        name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names
+    }
     if "sls" in names:
         numbers["sls"] = _smoothed_entropy(tile, reference, smoothing, size)
     return numbers

@@ -1,0 +1,389 @@
+"""Mosaic GPU, for Hopper: a row's logits wait in shared memory from one look to the next.
+
+A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a look works on each
+chunk in turn, and when it is done with one fetches the one that shares its slot. The next look goes
+through the chunks the other way round, so that it begins with those that are still there: a row that
+fits into the ring is read once, of a longer one the ring's share is. Two blocks share an SM, so that
+one computes while the other waits.
+
+A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
+own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a look.
+
+The kernel runs whatever visits a row more than once; a single look is left to the streaming form,
+which already makes no more passes than it must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import core
+
+from t5patches_kernels.backends import xla_gpu
+from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.spec import objectives, statistics
+from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+
+# What a block may take of an SM's 228 KiB of shared memory, for two to fit beside each other.
+_SHARED_BYTES = 108 << 10
+_THREADS = 128
+_WIDE = 4 * _THREADS  # lanes of a piece: 4 entries a thread make loads of 16 bytes of float32
+_PIECES = 4
+_COPY_BYTES = 16  # a bulk copy moves multiples of this
+_OUT_SLOTS = 2
+MAX_COLUMNS = 262144
+
+
+def why_not(columns: int, itemsizes: tuple[int, ...]) -> str | None:
+    """The reason for which rows of this shape cannot go through the kernel."""
+    for itemsize in itemsizes:
+        if columns * itemsize % _COPY_BYTES:
+            return (
+                f"its bulk copies move multiples of {_COPY_BYTES} bytes, and a row of {columns} "
+                f"entries has {columns * itemsize}: pad the vocabulary to a multiple of "
+                f"{_COPY_BYTES // itemsize} with logits of -inf"
+            )
+    if not _THREADS <= columns <= MAX_COLUMNS:
+        return f"it takes rows of {_THREADS} to {MAX_COLUMNS} entries, not {columns}"
+    return None
+
+
+def _for_gpu() -> bool:
+    """Whether a GPU is compiled for: by the enclosing abstract device where there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a row is cut up."""
+
+    lanes: int
+    pieces: int
+    chunks: int
+    slots: int
+
+    @property
+    def chunk(self) -> int:
+        """Entries of a chunk."""
+        return self.lanes * self.pieces
+
+
+def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
+    """Chunks as large as registers allow, and as many slots as shared memory does.
+
+    Args:
+      columns: entries of a row.
+      itemsizes: of the logits that are read; the first are the model's, and the gradient's too.
+    """
+    lanes = _WIDE if columns >= _WIDE else _THREADS
+    pieces = min(_PIECES, columns // lanes)
+    chunks = pl.cdiv(columns, lanes * pieces)
+    budget = _SHARED_BYTES // (lanes * pieces) - _OUT_SLOTS * itemsizes[0]
+    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything static about one kernel."""
+
+    op: Operation
+    stage: Stage
+    plan: Plan
+    columns: int
+    edits: int  # ids a row
+
+    @property
+    def reference(self) -> str | None:
+        return objectives.reference_of(self.op.settings)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return objectives.needs(self.op.settings)
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """The numbers that leave the kernel, in order."""
+        pair = {"rm", "ry"} if self.reference else set()
+        return tuple(sorted(self.names | {"m", "zy", "bad"} | pair))
+
+
+class _Row:
+    """A row as the looks see it."""
+
+    def __init__(self, call: _Call, interpret: bool, refs: dict[str, Any]):
+        self.call, self.plan, self.refs = call, call.plan, refs
+        self.interpret = interpret
+        self.index = jax.lax.axis_index("row")
+        ids, scalars = refs["ids"], refs["scalars"]
+        self.target = ids[self.index, 0]
+        self.weight, bad, self.zy, self.ry = (scalars[self.index, k] for k in range(4))
+        self.bad = bad != 0.0
+        self.edits = [
+            (ids[self.index, 1 + k], scalars[self.index, 4 + k]) for k in range(call.edits)
+        ]
+        self.sweeps = 0
+        self.rings = [name for name in ("z", "r") if name in refs]
+        for chunk in range(self.plan.slots):
+            self.load(jnp.int32(chunk), jnp.int32(chunk))
+
+    # --- Chunks ------------------------------------------------------------------------------
+
+    def start(self, chunk: Array) -> Array:
+        """The first column of a chunk; the last chunk ends with the row and overlaps the others."""
+        first = jnp.minimum(chunk * self.plan.chunk, self.call.columns - self.plan.chunk)
+        return pl.multiple_of(first, _COPY_BYTES // 4)
+
+    def load(self, chunk: Array, slot: Array) -> None:
+        columns = pl.ds(self.start(chunk), self.plan.chunk)
+        for name in self.rings:
+            plgpu.copy_gmem_to_smem(
+                self.refs[name].at[self.index, columns],
+                self.refs[f"{name}_ring"].at[slot],
+                self.refs["arrived"].at[slot],
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )
+
+    def sweep(self, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
+        """Calls ``body(step, chunk, slot, carry)`` on every chunk."""
+        chunks, slots = self.plan.chunks, self.plan.slots
+        forward = self.sweeps % 2 == 0
+        here = 0 if self.sweeps == 0 else slots  # what the sweep before has left
+        self.sweeps += 1
+
+        def step(i: Array, carry: Any, *, wait: bool) -> Any:
+            chunk = i if forward else chunks - 1 - i
+            slot = jax.lax.rem(chunk, jnp.int32(slots))
+            if wait:
+                plgpu.barrier_wait(self.refs["arrived"].at[slot])
+            carry = body(i, chunk, slot, carry)
+            if slots < chunks:
+                following = chunk + slots if forward else chunk - slots
+                within = following < chunks if forward else following >= 0
+                pl.when(within)(lambda: self.load(following, slot))
+            return carry
+
+        for first, last in ((0, here), (here, chunks)):
+            if first < last:
+                carry = jax.lax.fori_loop(first, last, partial(step, wait=first >= here), carry)
+        return carry
+
+    def pieces(self, chunk: Array, slot: Array, *, once: bool):
+        """The pieces of a chunk, edited, in float32: ``(z, r, column - first)``.
+
+        With `once`, entries that the chunk before has had are masked.
+        """
+        start, lanes = self.start(chunk), self.plan.lanes
+        lane = self.across(jax.lax.broadcasted_iota(jnp.int32, (lanes,), 0))
+        for k in range(self.plan.pieces):
+            first = start + k * lanes
+            z = self.read("z", slot, k)
+            r = self.read("r", slot, k) if "r" in self.rings else z
+            for edited, log_factor in self.edits:
+                r = r + jnp.where(lane == edited - first, log_factor, jnp.float32(0))
+            if once and self.call.columns % self.plan.chunk:
+                fresh = lane >= chunk * self.plan.chunk - first
+                z, r = (jnp.where(fresh, x, -jnp.inf) for x in (z, r))
+            yield k, z, r if self.call.reference else None, lane == self.target - first
+
+    def read(self, name: str, slot: Array, piece: int) -> Array:
+        entries = pl.ds(piece * self.plan.lanes, self.plan.lanes)
+        ring = self.refs[f"{name}_ring"]
+        return self.across(ring[slot, entries]).astype(jnp.float32)
+
+    def across(self, x: Array) -> Array:
+        """Spreads a piece over the threads as all pieces are; the interpreter has no threads."""
+        if self.interpret:
+            return x
+        layout = plgpu.Layout.WG_STRIDED((self.plan.lanes,), self.plan.lanes // _THREADS)
+        return plgpu.layout_cast(x, layout)
+
+    def each_lane(self, x: float) -> Array:
+        return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
+
+    # --- Looks -------------------------------------------------------------------------------
+
+    def first_look(self) -> Numbers:
+        """The maxima and sums of the row."""
+        names = self.call.names - set(statistics.SECOND_LOOK)
+        tops = {"m": FLOOR} | ({"rm": FLOOR} if self.call.reference else {})
+
+        def body(_, chunk: Array, slot: Array, numbers: Numbers) -> Numbers:
+            pieces = [(z, r) for _, z, r, _ in self.pieces(chunk, slot, once=True)]
+            maxima = {
+                m: functools.reduce(jnp.maximum, (p[of] for p in pieces), numbers[m])
+                for of, m in enumerate(tops)
+            }
+            numbers = statistics.rebase(numbers, maxima)
+            for z, r in pieces:
+                for name, x in statistics.first_terms(z, r, maxima, names).items():
+                    numbers[name] = numbers[name] + x
+            return numbers
+
+        start = tops | dict.fromkeys(sorted(names), 0.0)
+        lanes = self.sweep(body, {name: self.each_lane(x) for name, x in start.items()})
+        row = {m: jnp.max(lanes[m]) for m in tops}
+        lanes = statistics.rebase(lanes, row)
+        return row | {name: jnp.sum(lanes[name]) for name in sorted(names)}
+
+    def second_look(self, row: Numbers) -> Numbers:
+        """The sums that need the row's normalisers."""
+        c = self.call.op.settings
+        names = self.call.names & set(statistics.SECOND_LOOK)
+
+        def body(_, chunk: Array, slot: Array, sums: Numbers) -> Numbers:
+            for _, z, r, _ in self.pieces(chunk, slot, once=True):
+                terms = statistics.second_terms(z, r, row, names, c.smoothing, c.vocab_size)
+                sums = {name: sums[name] + x for name, x in terms.items()}
+            return sums
+
+        sums = self.sweep(body, {name: self.each_lane(0.0) for name in sorted(names)})
+        return statistics.finish_second({k: jnp.sum(x) for k, x in sums.items()}, row)
+
+    def gradient(self, row: Numbers) -> None:
+        """Writes the gradient of the loss."""
+        c = self.call.op.settings
+        derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
+        by = _plainly(derivatives, row)
+        out = self.refs["out"]
+
+        def body(i: Array, chunk: Array, slot: Array, carry: Array) -> Array:
+            part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
+            plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
+            for k, z, r, is_target in self.pieces(chunk, slot, once=False):
+                dz = statistics.gradient(z, r, row, by, is_target, c.smoothing, c.vocab_size)
+                out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(self.start(chunk), self.plan.chunk)
+            plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.index, columns])
+            return carry
+
+        self.sweep(body, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
+    """``f(x)`` without the one primitive of derivatives that Mosaic GPU does not know."""
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(x)
+
+    def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            if eqn.primitive.name == "add_any":
+                found = [inputs[0] + inputs[1]]
+            elif eqn.primitive.name in ("jit", "pjit"):
+                inner = eqn.params["jaxpr"]
+                found = evaluate(inner.jaxpr, inner.consts, inputs)
+            else:
+                found = eqn.primitive.bind(*inputs, **eqn.params)
+                found = found if eqn.primitive.multiple_results else [found]
+            values.update(zip(eqn.outvars, found, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    found = evaluate(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(x))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _kernel(call: _Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
+    """One stage on one row."""
+    row = _Row(call, interpret, dict(zip(names, refs, strict=True)))
+    numbers = row.first_look() | {"zy": row.zy}
+    if call.reference:
+        numbers["ry"] = row.ry
+    numbers = objectives.finish(numbers, row.weight, row.bad)
+    if objectives.looks_twice(call.op.settings):
+        numbers = numbers | row.second_look(numbers)
+    for k, name in enumerate(call.returned):
+        row.refs["numbers"][k, row.index] = jnp.where(numbers[name], 1.0, 0.0) if (
+            name == "bad"
+        ) else numbers[name]
+    if call.stage is Stage.VISIT:
+        row.gradient(numbers)
+
+
+def _interpret(interpret: bool) -> Any:
+    if not interpret:
+        return None
+    if hasattr(plgpu, "InterpretGPUParams"):  # from jax 0.11
+        return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
+    """What the kernel reads, by name: per row, then the logits."""
+    (z,) = operands.model
+    plain = (operands.reference or operands.model)[0]
+    own = [xla_gpu.own_logit(x, tokens.targets) for x in (z, plain)]
+    scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
+    ids = [tokens.targets[:, None]]
+    if call.edits:
+        ids.append(tokens.edit_ids)
+        scalars.append(tokens.log_factors)
+    rows = {"ids": jnp.concatenate(ids, 1), "scalars": jnp.concatenate(scalars, 1), "z": z}
+    return rows | ({"r": plain} if call.reference == "given" else {})
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Result:
+    inputs = _inputs(call, operands, tokens)
+    (z,) = operands.model
+    rows, chunk = z.shape[0], call.plan.chunk
+    outputs = {"numbers": jax.ShapeDtypeStruct((len(call.returned), rows), jnp.float32)}
+    logits = [name for name in ("z", "r") if name in inputs]
+    rings = {f"{name}_ring": inputs[name].dtype for name in logits}
+    scratch = {k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()}
+    scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
+    if call.stage is Stage.VISIT:
+        outputs["dz"] = jax.ShapeDtypeStruct(z.shape, z.dtype)
+        scratch["out"] = plgpu.SMEM((_OUT_SLOTS, chunk), z.dtype)
+    kernel = plgpu.kernel(
+        partial(_kernel, call, interpret, (*inputs, *outputs, *scratch)),
+        out_type=tuple(outputs.values()),
+        scratch_types=tuple(scratch.values()),
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=_interpret(interpret),
+    )
+    found, *dz = kernel(*inputs.values())
+    numbers = {name: found[k][:, None] for k, name in enumerate(call.returned)}
+    numbers |= {"w": tokens.weights[:, None], "bad": numbers["bad"] != 0.0}
+    return Result(numbers, tuple(dz) or None)
+
+
+def run(
+    op: Operation,
+    stage: Stage,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None = None,
+    by: Numbers | None = None,
+) -> Result:
+    """The driver (`operation.Driver`)."""
+    if stage not in (Stage.NUMBERS, Stage.VISIT):
+        return xla_gpu.run(op, stage, operands, tokens, numbers, by)
+    logits = (*operands.model, *operands.reference)
+    columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
+    reason = why_not(columns, itemsizes)
+    if reason:
+        raise NotImplementedError(
+            f'implementation="pallas_gpu": {reason}, or use implementation="xla".'
+        )
+    edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
+    op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
+    call = _Call(op, stage, plan(columns, itemsizes), columns, edits)
+    return _run(call, not _for_gpu(), operands, tokens)
