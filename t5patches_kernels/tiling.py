@@ -42,7 +42,9 @@ def all_axes(x: Any) -> frozenset[str]:
     return frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(x)))
 
 
-def by_platform(inputs: tuple, *, gpu: Callable, default: Callable) -> Any:
+def by_platform(
+    inputs: tuple, *, gpu: Callable, default: Callable, tpu: Callable | None = None
+) -> Any:
     """Runs the form of a computation that suits the platform it is lowered for.
 
     Right for `jax.jit` on another device than the default one and for compiling ahead of time.
@@ -53,6 +55,8 @@ def by_platform(inputs: tuple, *, gpu: Callable, default: Callable) -> Any:
         return lambda *args: vary_over(form(*args), axes)
 
     forms = {"cuda": typed(gpu), "rocm": typed(gpu), "default": typed(default)}
+    if tpu is not None:
+        forms["tpu"] = typed(tpu)
     return jax.lax.platform_dependent(*inputs, **forms)
 
 

@@ -38,6 +38,10 @@ from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
 INTERPRET: Any = True
 
+_NO_VMA = (
+    'implementation="pallas_tpu" on a machine without a TPU: JAX cannot interpret a kernel inside '
+    'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
+)
 _NONE = -(1 << 30)  # no column, however rows and groups are added to it
 Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
 
@@ -441,6 +445,8 @@ def _run(
     inputs = [*scalars, _lanes(call, tokens, numbers, by), z, *operands.reference]
     in_specs, out_specs = _specs(call, scalars)
     axes = frozenset().union(*(tiling.varying_axes(x) for x in inputs))
+    if interpret and axes:
+        raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
     shapes: list[Any] = [((call.tiles, rows, LANES), jnp.float32)] * bool(call.returned)
     shapes += [(z.shape, z.dtype)] * call.makes_gradient

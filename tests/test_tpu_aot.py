@@ -1,0 +1,202 @@
+"""Every TPU kernel through the real TPU compiler, ahead of time: no TPU takes part.
+
+Static figures: what compiles, how often arrays of [T, V] are read and written by the optimised
+program, and what it holds.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from gpu_topology import passes
+from harness import CASES, MAIN
+from tpu_topology import CHIPS, compile_for, needs_compiler, target
+
+import t5patches_kernels as tk
+from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE
+
+pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*TPU")]
+
+NAME = "pallas_tpu"
+DTYPES = (jnp.float32, jnp.bfloat16)
+MODES = ("value", "gradient")
+COLUMNS = (32128, 32100, 250112)
+ROWS = (2048, 2044, 1)
+ALONE = ("ul", "nl", "ce")  # objectives without a reference
+
+
+def shapes(t, v, dtype):
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    logits = jax.ShapeDtypeStruct((t, v), dtype)
+    return logits, logits, jax.ShapeDtypeStruct((t,), jnp.int32), f32((t,))
+
+
+def total(name, mode, edits=None):
+    def f(z, r, y, w):
+        return CASES[name](z, r, y, w, edits, NAME).loss.sum()
+
+    return jax.value_and_grad(f) if mode == "gradient" else f
+
+
+def compiled(chip, name, dtype, mode, v, t):
+    return compile_for(chip, total(name, mode), *shapes(t, v, dtype))
+
+
+GRID = list(itertools.product(CHIPS, MAIN, DTYPES, MODES, COLUMNS, ROWS))
+# Of the grid every chip with every objective, the other choices taking turns.
+SOME = [
+    (chip, name, DTYPES[(i + j) % 2], MODES[(i + j // 2) % 2], COLUMNS[(i + j) % 3],
+     ROWS[(i + 2 * j) % 3])
+    for i, chip in enumerate(CHIPS)
+    for j, name in enumerate(MAIN)
+]  # fmt: skip
+
+
+def assert_compiles(chip, name, dtype, mode, v, t):
+    text = compiled(chip, name, dtype, mode, v, t).as_text()
+    objective = name.partition("-")[0]
+    assert 'custom_call_target="tpu_custom_call"' in text
+    assert f"t5patches_{objective}_" in text  # by this name profiles know it
+
+
+@pytest.mark.parametrize(("chip", "name", "dtype", "mode", "v", "t"), SOME)
+def test_compiles(chip, name, dtype, mode, v, t):
+    assert_compiles(chip, name, dtype, mode, v, t)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "name", "dtype", "mode", "v", "t"), GRID)
+def test_compiles_all(chip, name, dtype, mode, v, t):
+    assert_compiles(chip, name, dtype, mode, v, t)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_sets_of_edits_and_statistics(chip):
+    z, r, y, w = shapes(2048, 32128, jnp.bfloat16)
+    ids, factors = (jax.ShapeDtypeStruct((2048, 64), d) for d in (jnp.int32, jnp.float32))
+
+    def edited(z, r, y, w, ids, factors):
+        return total("tnrf", "gradient", tk.Edits(ids, factors))(z, r, y, w)
+
+    def statistics(z, r, y):
+        out = tk.token_statistics(z, y, r, implementation=NAME)
+        return (out.log_prob + out.entropy + out.kl).sum()
+
+    assert "tnrf_visit" in compile_for(chip, edited, z, r, y, w, ids, factors).as_text()
+    assert "statistics_gradient" in compile_for(chip, jax.grad(statistics), z, r, y).as_text()
+
+
+def test_control_xla_has_no_kernel():
+    def f(z, r, y, w):
+        return CASES["tnff"](z, r, y, w, None, "xla").loss.sum()
+
+    assert "tpu_custom_call" not in compile_for("v4", f, *shapes(64, 32128, jnp.float32)).as_text()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TARGETED_NEGATIVE)
+@pytest.mark.parametrize("chip", ["v4", pytest.param("v5e", marks=pytest.mark.slow),
+                                  pytest.param("v5p", marks=pytest.mark.slow),
+                                  pytest.param("v6e", marks=pytest.mark.slow),
+                                  pytest.param("tpu7x", marks=pytest.mark.slow)])  # fmt: skip
+def test_three_passes(chip, name, dtype):
+    """Both logits are read once, the gradient is written once."""
+    program = compiled(chip, name, dtype, "gradient", 32128, 2048)
+    assert passes(program, (2048, 32128)) == 3
+    assert program.memory_analysis().temp_size_in_bytes < 0.01 * 2048 * 32128 * dtype.dtype.itemsize
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_value_reads_every_array_once(name):
+    program = compiled("v4", name, jnp.float32, "value", 32128, 2048)
+    assert passes(program, (2048, 32128)) == (1 if name in ALONE else 2)
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "most"),
+    [(chip, name, 3) for chip in ("v5e", "v5p", "v6e", "tpu7x") for name in ("tnff", "tnrf")]
+    + [("v4", "tnff", 5), ("v4", "tnrf", 7)],
+)
+def test_passes_of_a_large_vocabulary(chip, name, most):
+    """Rows of 250112 entries fit but on v4, where they go through in tiles."""
+    program = compiled(chip, name, jnp.float32, "gradient", 250112, 2048)
+    assert passes(program, (2048, 250112)) == most
+
+
+@pytest.mark.parametrize("name", TARGETED_NEGATIVE)
+def test_gradient_takes_the_place_of_logits(name):
+    """From hidden states to loss and gradients, the two logit arrays are all that is held."""
+    t, d, v = 2048, 768, 32128
+    hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((t, d), (d, v)))
+
+    def step(h, k, rh, rk, y, w):
+        z, r = (jnp.dot(*x, preferred_element_type=jnp.float32) for x in ((h, k), (rh, rk)))
+        return total(name, "value")(z, r, y, w)
+
+    tokens = shapes(t, v, jnp.float32)[2:]
+    program = compile_for(
+        "v4", jax.value_and_grad(step, (0, 1)), hidden, kernel, hidden, kernel, *tokens
+    )
+    assert program.memory_analysis().temp_size_in_bytes <= 2.1 * 4 * t * v
+    assert passes(program, (t, v)) == 7  # two products in, the kernel's three, two products out
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf"])
+def test_linear_holds_no_logits(name):
+    """Beyond the gradients, 5% of what XLA's dense form holds (10.24 GB).
+
+    Those are the float32 accumulator, and the kernel's gradient from the forward visit beside the
+    one that a backward pass makes where tokens' cotangents differ, in the kernel's dtype.
+    """
+    t, d, v = 4096, 1024, 250112
+    hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((t, d), (d, v)))
+
+    def step(h, k, rh, rk, y, w):
+        return tk.linear_targeted_negative_loss(
+            h, k, rh, rk, y, w, objective=name, implementation=NAME
+        ).loss.sum()
+
+    tokens = shapes(t, v, jnp.float32)[2:]
+    program = compile_for(
+        "v4", jax.value_and_grad(step, (0, 1)), hidden, kernel, hidden, kernel, *tokens
+    )
+    gradients = (4 + 2 + 2) * d * v
+    held = program.memory_analysis().temp_size_in_bytes
+    assert "tpu_custom_call" in program.as_text()
+    assert held - gradients <= 0.05 * 10.24e9
+
+
+def test_a_split_vocabulary_compiles():
+    """Four chips, each with a quarter of every row; nothing of size V moves."""
+    from jax.experimental import topologies
+
+    with target("v4"):
+        pass
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore"
+    ).devices
+    mesh = jax.sharding.Mesh(devices, ("model",))
+    logits, rows = jax.P(None, "model"), jax.P()
+    t, v = 2048, 32128 * 4
+
+    def per_shard(z, r, y, w):
+        loss = tk.targeted_negative_loss(
+            z, r, y, w, objective="tnrf", vocab_axis="model", implementation=NAME
+        )
+        return loss.loss
+
+    call = jax.shard_map(
+        per_shard, mesh=mesh, in_specs=(logits, logits, rows, rows), out_specs=rows
+    )
+    places = [jax.sharding.NamedSharding(mesh, p) for p in (logits, logits, rows, rows)]
+    arguments = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for x, place in zip(shapes(t, v, jnp.float32), places, strict=True)
+    ]
+    f = jax.jit(jax.value_and_grad(lambda z, r, y, w: call(z, r, y, w).sum()))
+    with target("v4"):
+        text = f.lower(*arguments).compile().as_text()
+    assert "tnrf_first" in text
+    assert "tnrf_gradient" in text
