@@ -117,28 +117,32 @@ def _flat_tokens(
     checks.per_token("targets", targets, inputs.name, like)
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
-    y = jnp.reshape(jnp.asarray(targets), -1)
-    w = jnp.reshape(jnp.asarray(weights).astype(dtype), -1)
+    tokens = math.prod(lead)
+    y = jnp.reshape(jnp.asarray(targets), tokens)
+    w = jnp.reshape(jnp.asarray(weights).astype(dtype), tokens)
     bad = (y < 0) | (y >= c.vocab_size)
     y = y.astype(jnp.int32)
-    if edits is not None:
-        checks.edits(edits, inputs.name, like)
-        k = jnp.shape(edits.ids)[-1]
-        ids = jnp.reshape(jnp.asarray(edits.ids), (-1, k)) if k else None
-        if ids is None:
-            return _Tokens(y, w, bad, None)
-        factors = jnp.reshape(jnp.asarray(edits.factors).astype(dtype), (-1, k))
-        wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
-        bad = bad | jnp.any(wrong, axis=-1)
-        if c.objective == "ul":
-            factors = jnp.where(factors == 0, 0.0, 1.0)
-        return _Tokens(y, w, bad, Edits(ids.astype(jnp.int32), factors))
-    if c.objective not in (*objectives.TARGETED_NEGATIVE, "ul"):
+    if edits is None:
+        return _Tokens(y, w, bad, _implied_edits(c, y, w))
+    checks.edits(edits, inputs.name, like)
+    k = jnp.shape(edits.ids)[-1]
+    if k == 0:
         return _Tokens(y, w, bad, None)
-    # The edit that the weights imply: the target of a pushed-down token.
+    ids = jnp.reshape(jnp.asarray(edits.ids), (tokens, k))
+    factors = jnp.reshape(jnp.asarray(edits.factors).astype(dtype), (tokens, k))
+    wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
+    if c.objective == "ul":  # the set N: what is not removed is not in it
+        factors = jnp.where(factors == 0, 0.0, 1.0)
+    edits = Edits(ids.astype(jnp.int32), factors)
+    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), edits)
+
+
+def _implied_edits(c: Settings, y: Array, w: Array) -> Edits | None:
+    """What the weights say where no edits are given: the target of a pushed-down token."""
+    if c.objective not in (*objectives.TARGETED_NEGATIVE, "ul"):
+        return None
     left = jnp.zeros_like(w) if c.objective == "ul" else jnp.maximum(0.0, 1.0 + w)
-    factors = jnp.where(w < 0, left, 1.0)
-    return _Tokens(y, w, bad, Edits(y[:, None], factors[:, None]))
+    return Edits(y[:, None], jnp.where(w < 0, left, 1.0)[:, None])
 
 
 def _run_reference(
@@ -232,12 +236,12 @@ def call(
 
     def flat(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         first, *kernel = map(jnp.asarray, arrays)
-        return (jnp.reshape(first, (-1, first.shape[-1])), *kernel)
+        return (jnp.reshape(first, (math.prod(lead), first.shape[-1])), *kernel)
 
     reference = jax.lax.stop_gradient(flat(inputs.reference)) if inputs.reference else ()
     operands = Operands(flat(inputs.model), reference)
     tokens = jax.lax.stop_gradient(_flat_tokens(inputs, c, targets, weights, edits))
-    if implementation == "reference":
+    if implementation == "reference" or math.prod(lead) == 0:  # no rows: nothing to stream
         outputs, correct = _run_reference(op, operands, tokens)
     else:
         outputs, correct = _run_driver(implementation, op, operands, tokens)
