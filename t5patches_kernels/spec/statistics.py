@@ -235,7 +235,10 @@ def _log_smoothed(tile: _Tile, row: Mapping[str, Array], smoothing: float, size:
 def _smoothed_entropy(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
     """``s(q) log s(q)`` where the model does not mask."""
     log_s = _log_smoothed(tile, row, smoothing, size)
-    return jnp.where(tile.weight(None) > 0, jnp.exp(log_s) * log_s, 0.0)
+    # Not e^(log s): its rounding is the same in every entry of a flat row, and adds up.
+    per_mass = 1.0 / (row["rs"] * (1.0 + size * smoothing))
+    s = (tile.weight("r") + smoothing * row["rs"]) * per_mass
+    return jnp.where(tile.weight(None) > 0, s * log_s, 0.0)
 
 
 class _SecondTile(_Tile):

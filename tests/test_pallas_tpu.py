@@ -1,0 +1,247 @@
+"""The TPU kernels, interpreted: the oracle, the simulated memories, and every transform."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import CASES, MAIN, TAKES_EDITS, _compiled, assert_as_good_as_dense, batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax._src.state.types import WriteEffect
+from jax.experimental.pallas import tpu as pltpu
+from test_transforms import CT, LINEAR, LOSSES, B, H, K, R, W, Y, Z, close, weighed
+
+import t5patches_kernels as tk
+from t5patches_kernels import block_sizes
+from t5patches_kernels.backends import pallas_tpu
+from t5patches_kernels.operation import Operation, Stage
+from t5patches_kernels.spec.objectives import Settings
+
+NAME = "pallas_tpu"
+SEEDS = st.integers(0, 2**32 - 1)
+SWEEP = [(name, size) for name in CASES for size in ((7, 257) if name in MAIN else (257,))]
+
+
+@pytest.fixture
+def _fresh_programs():
+    """What a test changes about the kernels must be traced, and must not be left behind."""
+
+    def clear():
+        _compiled.cache_clear()
+        jax.clear_caches()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.parametrize(("name", "size"), SWEEP)
+@settings(max_examples=2)
+@given(seed=SEEDS)
+def test_float32(name, size, seed):
+    assert_as_good_as_dense(name, NAME, batch(seed, size))
+
+
+@pytest.mark.parametrize("name", MAIN)
+@settings(max_examples=2)
+@given(seed=SEEDS)
+def test_bfloat16(name, seed):
+    assert_as_good_as_dense(name, NAME, batch(seed, 257, dtype=jnp.bfloat16), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", TAKES_EDITS)
+@settings(max_examples=2)
+@given(seed=SEEDS)
+def test_sets_of_edits(name, seed):
+    assert_as_good_as_dense(name, NAME, batch(seed, 257, edits=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1, 130, 1000, 2049, 32100])
+@pytest.mark.parametrize("name", CASES)
+def test_sizes(name, size, dtype):
+    edits = 64 if name in TAKES_EDITS else 0
+    assert_as_good_as_dense(name, NAME, batch(0, size, edits=edits, dtype=dtype), dtype)
+
+
+# --- Rows that do not fit -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _little_vmem(monkeypatch, _fresh_programs):
+    least = block_sizes.Chip("little", block_sizes._RESERVED + 80 * 1024)
+    monkeypatch.setattr(block_sizes, "LEAST", least)
+
+
+def _plan(objective, stage, columns, itemsizes, vmem, private=True):
+    op = Operation(Settings(objective, columns, smoothing=1e-6))
+    return block_sizes.plan(op, stage, columns, itemsizes, private, vmem)
+
+
+@pytest.mark.usefixtures("_little_vmem")
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul", "ce-smoothed"])
+def test_in_tiles(name, dtype):
+    assert _plan("tnrf", Stage.VISIT, 1000, (4, 4), block_sizes.LEAST.vmem) is None
+    assert _plan("tnrf", Stage.GRADIENT, 1000, (2, 2), block_sizes.LEAST.vmem).columns < 1000
+    edits = 5 if name in TAKES_EDITS else 0
+    assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits, dtype=dtype), dtype)
+
+
+def test_plans_stay_within_every_chip():
+    for chip in block_sizes._CHIPS:
+        for columns in (1, 32100, 32128, 250112, 1_000_003):
+            for sizes in ((4, 4), (2, 2), (4, 2), (4,)):
+                for objective in ("tnff", "tnrf", "ce"):
+                    for stage in Stage:
+                        plan = _plan(objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
+                        assert plan is None or plan.limit <= chip.vmem
+                        whole = plan is not None and plan.columns >= columns
+                        assert whole or columns > 100_000
+
+
+# --- The simulated machine ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _simulated(monkeypatch, _fresh_programs):
+    """TPU memories and copies, NaN where nothing was written, and a watch for races."""
+    parameters = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
+    )
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", parameters)
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.usefixtures("_simulated")
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "tnfll", "ul", "ce"])
+def test_no_race_and_nothing_uninitialised(name):
+    edits = 3 if name in TAKES_EDITS else 0
+    assert_as_good_as_dense(name, NAME, batch(3, 200, edits=edits))
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_kernel_writes_to_an_operand(name):
+    """A window may be all there is of an operand, or be used again without being fetched again."""
+    loss = functools.partial(LOSSES[name], implementation=NAME)
+    program = jax.make_jaxpr(jax.grad(lambda z: loss(z, R, Y, W).loss.sum()))(Z)
+    kernels = list(_kernels(program.jaxpr))
+    assert kernels
+    for kernel in kernels:
+        body, operands = kernel.params["jaxpr"], kernel.params["grid_mapping"].num_inputs
+        written = {e.input for e in body.effects if isinstance(e, WriteEffect)}
+        assert written  # what would be seen
+        assert not written & set(body.invars[:operands])
+
+
+def _kernels(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _kernels(inner)
+
+
+@pytest.mark.usefixtures("_simulated")
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
+def test_a_grid_of_one_step_leaves_its_inputs_alone(name):
+    """An edit patches a copy, so the caller's arrays stay what they were."""
+    z, r, y = Z[0, :5], R[0, :5], Y[0, :5]
+    before = np.asarray(z), np.asarray(r)
+    w = -jnp.ones(5)
+    out = jax.grad(lambda z: LOSSES[name](z, r, y, w, implementation=NAME).loss.sum())(z)
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(z, before[0])
+    np.testing.assert_array_equal(r, before[1])
+
+
+# --- Transforms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrll", "ul", "nl"])
+def test_any_cotangent(name):
+    def grad(implementation):
+        loss = functools.partial(LOSSES[name], implementation=implementation)
+        return jax.grad(lambda z: weighed(loss(z, R, Y, W)))(Z)
+
+    close(grad(NAME), grad("reference"))
+
+
+@pytest.mark.parametrize("name", ["tnrf", "ce"])
+def test_vmap_folds_into_rows_and_remat(name):
+    loss = functools.partial(LOSSES[name], implementation=NAME)
+
+    def total(z, r, y, w, ct):
+        return weighed(loss(z, r, y, w), ct)
+
+    arguments = (Z, R, Y, W, CT)
+    want = jnp.stack([jax.grad(total)(*(x[b] for x in arguments)) for b in range(B)])
+    close(jax.vmap(jax.grad(total))(*arguments), want)
+    close(jax.grad(lambda z: jax.vmap(total)(z, *arguments[1:]).sum())(Z), want)
+    shared = jax.vmap(jax.grad(total), (0, None, None, None, None))
+    close(shared(Z, *(x[0] for x in arguments[1:]))[0], want[0])
+    close(jax.grad(jax.checkpoint(total))(*(x[0] for x in arguments)), want[0])
+    text = str(jax.make_jaxpr(jax.vmap(jax.grad(total)))(*arguments))
+    assert f"f32[{Z.size // Z.shape[-1]},{Z.shape[-1]}]" in text  # one kernel of all rows
+
+
+def _over_the_vocabulary(name, check_vma):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    logits, rows = jax.P("data", None, "model"), jax.P("data", None)
+    loss = functools.partial(LOSSES[name], vocab_axis="model", implementation=NAME)
+    return jax.shard_map(
+        lambda z, r, y, w: loss(z, r, y, w).loss, mesh=mesh,
+        in_specs=(logits, logits, rows, rows), out_specs=rows, check_vma=check_vma,
+    )  # fmt: skip
+
+
+def test_the_interpreter_says_what_it_cannot():
+    with pytest.raises(NotImplementedError, match="check_vma=False"):
+        _over_the_vocabulary("tnff", True)(Z, R, Y, W)
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrr"])
+def test_split_vocabulary(name):
+    call = _over_the_vocabulary(name, False)
+    f = jax.jit(jax.value_and_grad(lambda z: (call(z, R, Y, W) * CT).sum()))
+    want = jax.value_and_grad(
+        lambda z: (LOSSES[name](z, R, Y, W, implementation="reference").loss * CT).sum()
+    )
+    close(f(Z), want(Z))
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
+def test_linear(name):
+    def grads(implementation):
+        loss = functools.partial(LINEAR[name], implementation=implementation)
+        return jax.value_and_grad(lambda h, k: weighed(loss(h, k, H, K, Y, W)), (0, 1))(H, K)
+
+    close(grads(NAME), grads("reference"), rtol=1e-4)
+
+
+def test_statistics():
+    got, want = (tk.token_statistics(Z, Y, R, implementation=i) for i in (NAME, "reference"))
+    close(got._replace(correct=0), want._replace(correct=0))
+    np.testing.assert_array_equal(got.correct, want.correct)
+
+
+# --- Controls -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_fresh_programs")
+def test_control_an_unmasked_edge_is_seen(monkeypatch):
+    honest = pallas_tpu._Block.load
+
+    def careless(self, name, start, groups, edge):
+        return honest(self, name, start, groups, False)
+
+    monkeypatch.setattr(pallas_tpu._Block, "load", careless)
+    with pytest.raises(AssertionError):
+        assert_as_good_as_dense("tnff", NAME, batch(0, 257))
