@@ -102,3 +102,24 @@ def for_row_blocks(
         return whole, jax.tree.map(jnp.add, total, more)
 
     return jax.lax.fori_loop(0, count, step, carry)
+
+
+def folding(f: Callable) -> Callable:
+    """A function of rows that under `jax.vmap` takes the batch as more rows.
+
+    Args:
+      f: of arrays ``[T]`` or ``[T, n]`` in any containers, row by row, to arrays ``[T, n]``.
+    """
+    fold = jax.custom_batching.custom_vmap(f)
+
+    @fold.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        def flat(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.reshape(-1)
+
+        out = fold(*jax.tree.map(flat, args, tuple(batched)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, x.shape[-1]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return fold

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core
 
+from t5patches_kernels import tiling
 from t5patches_kernels.backends import xla_gpu
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
@@ -311,14 +312,20 @@ def _kernel(call: _Call, interpret: bool, names: tuple[str, ...], *refs: Any) ->
         row.gradient(numbers)
 
 
-def _interpret(interpret: bool) -> Any:
-    if not interpret:
-        return None
+# The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`).
+INTERPRET: dict[str, Any] = {}
+_NO_VMA = (
+    'implementation="pallas_gpu" on a machine without a GPU: JAX cannot interpret a kernel inside '
+    'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
+)
+
+
+def _interpreter() -> Any:
     if hasattr(plgpu, "InterpretGPUParams"):  # from jax 0.11
-        return plgpu.InterpretGPUParams()
+        return plgpu.InterpretGPUParams(**INTERPRET)
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    return InterpretGPUParams()
+    return InterpretGPUParams(**INTERPRET)
 
 
 def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
@@ -340,29 +347,40 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
     inputs = _inputs(call, operands, tokens)
     (z,) = operands.model
     rows, chunk = z.shape[0], call.plan.chunk
-    outputs = {"numbers": jax.ShapeDtypeStruct((len(call.returned), rows), jnp.float32)}
+    axes = tiling.all_axes(inputs)
+    if interpret and axes:
+        raise NotImplementedError(_NO_VMA)
+    varying = jax.sharding.ManualAxisType(varying=axes)
+    returned = {"numbers": ((len(call.returned), rows), jnp.float32)}
     logits = [name for name in ("z", "r") if name in inputs]
     rings = {f"{name}_ring": inputs[name].dtype for name in logits}
     scratch = {k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()}
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
     if call.stage is Stage.VISIT:
-        outputs["dz"] = jax.ShapeDtypeStruct(z.shape, z.dtype)
+        returned["dz"] = (z.shape, z.dtype)
         scratch["out"] = plgpu.SMEM((_OUT_SLOTS, chunk), z.dtype)
     kernel = plgpu.kernel(
-        partial(_kernel, call, interpret, (*inputs, *outputs, *scratch)),
-        out_type=tuple(outputs.values()),
+        partial(_kernel, call, interpret, (*inputs, *returned, *scratch)),
+        out_type=tuple(
+            jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in returned.values()
+        ),
         scratch_types=tuple(scratch.values()),
         grid=(rows,),
         grid_names=("row",),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        interpret=_interpret(interpret),
+        interpret=_interpreter() if interpret else None,
     )
-    found, *dz = kernel(*inputs.values())
+    found, *dz = kernel(*tiling.vary_over(tuple(inputs.values()), axes))
     numbers = {name: found[k][:, None] for k, name in enumerate(call.returned)}
     numbers |= {"w": tokens.weights[:, None], "bad": numbers["bad"] != 0.0}
     return Result(numbers, tuple(dz) or None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _folding(call: _Call, interpret: bool) -> Callable[..., Result]:
+    return tiling.folding(partial(_run, call, interpret))
 
 
 def run(
@@ -374,7 +392,7 @@ def run(
     by: Numbers | None = None,
 ) -> Result:
     """The driver (`operation.Driver`)."""
-    if stage not in (Stage.NUMBERS, Stage.VISIT):
+    if stage not in (Stage.NUMBERS, Stage.VISIT) or operands.model[0].shape[0] == 0:
         return xla_gpu.run(op, stage, operands, tokens, numbers, by)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
@@ -386,4 +404,4 @@ def run(
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
     call = _Call(op, stage, plan(columns, itemsizes), columns, edits)
-    return _run(call, not _for_gpu(), operands, tokens)
+    return _folding(call, not _for_gpu())(operands, tokens)

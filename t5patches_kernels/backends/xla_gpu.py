@@ -54,7 +54,8 @@ def _reduce(entries: Numbers) -> Numbers:
     start = {name: jnp.asarray(x, entries[name].dtype) for name, x in start.items()}
     rows, columns = next(iter(entries.values())).shape
     parts = parts_of(columns)
-    total = {name: jnp.reshape(x, (rows, parts, -1)) for name, x in entries.items()}
+    split = (rows, parts, columns // parts)
+    total = {name: jnp.reshape(x, split) for name, x in entries.items()}
     for axis in (2, 1):
         total = jax.lax.reduce(total, start, statistics.merge, (axis,))
     return {name: x[:, None] for name, x in total.items()}

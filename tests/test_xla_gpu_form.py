@@ -1,0 +1,79 @@
+"""The streaming form for GPUs, run on the CPU: the same text, another order of sums."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import CASES, TAKES_EDITS, assert_as_good_as_dense, batch
+
+from t5patches_kernels import dispatch
+from t5patches_kernels.backends import streaming, xla, xla_gpu
+from t5patches_kernels.operation import Operands, Operation, Stage, Tokens
+from t5patches_kernels.spec import objectives
+from t5patches_kernels.spec.objectives import Settings
+
+FORM = "xla_gpu"
+
+
+@pytest.fixture(autouse=True)
+def _form_by_name(monkeypatch):
+    """Short parts: a CPU adds a part up entry by entry, where a GPU's threads share it."""
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (*dispatch.IMPLEMENTATIONS, FORM))
+    monkeypatch.setattr(xla_gpu, "_PART", 16)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [7, 256])
+def test_as_good_as_dense(name, size, dtype):
+    assert_as_good_as_dense(name, FORM, batch(size, size, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("name", TAKES_EDITS)
+def test_sets_of_edits(name):
+    assert_as_good_as_dense(name, FORM, batch(3, 256, edits=5))
+
+
+def operands(c, rows=8, size=48):
+    rng = np.random.default_rng(0)
+    z, r = (jnp.asarray(rng.normal(size=(rows, size)), jnp.float32) for _ in range(2))
+    y = jnp.asarray(rng.integers(size, size=rows), jnp.int32)
+    w = jnp.asarray(np.tile([1.0, -1.0, 0.0, -0.5], rows // 4), jnp.float32)
+    edits = (y[:, None], jnp.full((rows, 1), -jnp.inf)) if objectives.reference_of(c) else ()
+    tokens = Tokens(y, w, jnp.zeros(rows, bool), *edits)
+    return Operands((z,), (r,) if objectives.reference_of(c) == "given" else ()), tokens
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul", "ce"])
+def test_every_stage_is_that_of_the_other_form(name):
+    c = Settings(name, 48, alpha=3.0, smoothing=1e-6 if name == "tnrf" else 0.0)
+    op = Operation(c)
+    rows, tokens = operands(c)
+    visit = xla.run(op, Stage.VISIT, rows, tokens)
+    by = objectives.derivatives(visit.numbers, c, {"loss": jnp.ones_like(visit.numbers["m"])})
+    for stage in Stage:
+        if stage is Stage.SECOND and not objectives.looks_twice(c):
+            continue
+        given = (visit.numbers, by) if stage in (Stage.SECOND, Stage.GRADIENT) else (None, None)
+        want, got = (form.run(op, stage, rows, tokens, *given) for form in (xla, xla_gpu))
+        assert set(want.numbers) <= set(got.numbers)
+        for key, x in want.numbers.items():
+            np.testing.assert_allclose(got.numbers[key], x, rtol=2e-5, atol=2e-5, err_msg=key)
+        assert (want.gradient is None) == (got.gradient is None)
+        if want.gradient is not None:
+            np.testing.assert_allclose(got.gradient[0], want.gradient[0], rtol=2e-5, atol=2e-5)
+
+
+def test_equal_parts():
+    for size in (1, 16, 17, 48, 251, 32128):
+        assert size % xla_gpu.parts_of(size) == 0
+    assert xla_gpu.parts_of(48) == 3
+
+
+def test_a_cpu_gets_the_form_for_cpus():
+    c = Settings("tnff", 48)
+    rows, tokens = operands(c)
+    text = jax.jit(streaming.run, static_argnums=(0, 1)).lower(
+        Operation(c), Stage.VISIT, rows, tokens
+    ).as_text()  # fmt: skip
+    assert "optimization_barrier" not in text
