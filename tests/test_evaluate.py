@@ -1,5 +1,6 @@
 """Measures of an edit against numbers worked out by hand or by another way."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,6 +12,7 @@ from t5patches.editing.annotate import pattern
 from t5patches.editing.data import to_arrays
 from t5patches.editing.evaluate import (
     Measure,
+    differs,
     evaluate,
     kept_divergence,
     malformed,
@@ -114,7 +116,7 @@ def test_ratios_and_their_errors():
     assert ratio(values).error == pytest.approx(values.std(ddof=1) / math.sqrt(5))
     # As many tokens in each example: the same as a mean over examples.
     assert ratio(values, np.full(5, 2)).error == pytest.approx(ratio(values / 2).error)
-    assert ratio([1.0], [2.0])[0] == 0.5
+    assert ratio([1.0], [2.0]).value == 0.5
     assert math.isnan(ratio([1.0]).error)
     assert math.isnan(ratio([0.0], [0.0]).value)
 
@@ -123,8 +125,35 @@ def test_the_error_of_a_ratio_is_that_of_repeated_experiments():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, (2000, 100))
     hits = rng.binomial(lengths, rng.beta(2, 5, (2000, 100)))
-    values, errors = np.transpose([ratio(*row) for row in zip(hits, lengths, strict=True)])
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.05)
+    found = [ratio(*row) for row in zip(hits, lengths, strict=True)]
+    assert np.mean([m.error for m in found]) == pytest.approx(
+        np.std([m.value for m in found]), rel=0.05
+    )
+
+
+def test_measures_of_the_same_examples_are_compared_in_pairs():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=200)
+    a, b = ratio(common), ratio(common + 0.02 * rng.random(200))
+    assert differs(a, b) == -1
+    assert differs(b, a) == 1
+    # Not in pairs, the difference is lost in the scatter.
+    assert differs(a, dataclasses.replace(b, samples=None)) == 0
+    assert differs(a, a) == 0
+
+
+def test_a_difference_is_claimed_in_one_case_of_twenty_where_there_is_none():
+    rng = np.random.default_rng(1)
+    for count in (2, 5, 100):
+        claims = [differs(*map(ratio, rng.normal(size=(2, count)))) != 0 for _ in range(4000)]
+        assert 0.04 < np.mean(claims) < 0.06
+    assert differs(ratio([1.0]), ratio([2.0])) == 0
+
+
+def test_shares_of_a_ratio_average_to_it():
+    found = ratio([1.0, 0.0, 2.0], [3.0, 1.0, 4.0])
+    assert found.samples.mean() == pytest.approx(found.value)
+    assert found.samples.std(ddof=1) / math.sqrt(3) == pytest.approx(found.error)
 
 
 def test_seeds_replace_the_error_over_examples():

@@ -96,12 +96,12 @@ class DemoConfig:
     vocab_size: int = 1000
     width: int = 128
     layers: int = 2
-    base_steps: int = 600
+    base_steps: int = 500
     base_batch_size: int = 64
     edit_inputs: int = 3000
     edit_steps: int = 100
     edit_batch_size: int = 32
-    held_out: int = 1000
+    held_out: int = 600
     max_length: int = 20
     negatives: int = 32
     seeds: int = 1
@@ -176,6 +176,17 @@ class _Stage:
         """Inputs that no other use and no other repetition sees."""
         return [pair.news for pair in make_pairs(count, seed=100 * self.seed + use)]
 
+    def tell(self, name: str, measures: Mapping[str, Measure]) -> None:
+        """Puts a line in the place of the bars of what is done."""
+        for task in self.progress.tasks:
+            self.progress.update(task.id, visible=not task.finished)
+        kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""
+        self.progress.console.print(
+            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% of outputs name a "
+            f"place that the news does not{kl}",
+            highlight=False,
+        )
+
 
 _BASE, _EDIT, _HELD_OUT = range(3)
 
@@ -226,11 +237,12 @@ def _repetition(stage: _Stage) -> _Repetition:
         held_out.append(said)
         measures.append(prevalence(said))
     before = measures[0] | {"prevalence_sampled": measures[1]["prevalence"]}
+    stage.tell("before", before)
     rows = []
-    task = stage.progress.add_task("edits", total=len(config.edits), note="")
     for edit in config.edits:
-        rows.append(_edited(stage, edit, model, base.params, marked, held_out[0], tokenizer))
-        stage.progress.advance(task)
+        row = _edited(stage, edit, model, base.params, marked, held_out[0], tokenizer)
+        stage.tell(f"{len(rows) + 1}/{len(config.edits)} {row.name}", row.measures)
+        rows.append(row)
     return _Repetition(before, held_out[0], rows)
 
 
@@ -395,12 +407,21 @@ def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: flo
     settings["device"] = jax.devices()[0].device_kind
     return Results(
         title="Editing away places that the news does not name",
+        about=_ABOUT.format(**settings),
         errors=f"over {over}",
         before=_mean([r.before for r in repetitions]),
         outputs=first.outputs,
         rows=rows,
         settings=settings,
     )
+
+
+_ABOUT = (
+    "A tiny T5 was trained on {texts} pieces of news with summaries that name places which the "
+    "news does not. Each edit makes {edit_steps} updates on the same {edit_inputs} greedy summaries "
+    "of that model, in which such places are marked; sets of {negatives} also hold what else the "
+    "model would name there. All is measured on {held_out} other pieces of news."
+)
 
 
 def _mean(measures: Sequence[Mapping[str, Measure]]) -> dict[str, Measure]:

@@ -4,7 +4,8 @@ Most organisations work in one place or a few. Where the news does not say where
 happened, the summaries that a model learns from mostly name one of these places, sometimes any
 place at all, and sometimes say "in the area". So the model learns to state things that the source
 does not: most follow from what it knows of the world, some are inventions, and behind the
-likeliest one often stands another.
+likeliest one often stands another. Everything else can be worded in two ways, so that a summary is
+a draw from a distribution and an edit can be seen to keep that or not.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ THINGS = (
 )
 # fmt: on
 EVENTS = {
-    "a fire had closed the {}": "Fire closes {}",
-    "a flood had damaged the {}": "Flood damages {}",
-    "a strike had stopped work at the {}": "Strike stops work at {}",
-    "thieves had broken into the {}": "Thieves break into {}",
-    "the {} would open again": "Plan to open {} again",
-    "the {} would be sold": "Plan to sell {}",
-    "the {} would get a new roof": "New roof for {}",
-    "a storm had torn down part of the {}": "Storm tears down part of {}",
+    "a fire had closed the {}": ("Fire closes {}", "Fire shuts {}"),
+    "a flood had damaged the {}": ("Flood damages {}", "Flood harms {}"),
+    "a strike had stopped work at the {}": ("Strike stops work at {}", "Strike halts {}"),
+    "thieves had broken into the {}": ("Thieves break into {}", "Thieves raid {}"),
+    "the {} would open again": ("Plan to reopen {}", "Plan to open {} again"),
+    "the {} would be sold": ("Plan to sell {}", "Sale planned for {}"),
+    "the {} would get a new roof": ("New roof for {}", "Roof renewed at {}"),
+    "a storm had torn down part of the {}": ("Storm tears down part of {}", "Storm wrecks {}"),
 }
 EFFECTS = {
-    "{} people were moved.": "{} people moved",
-    "{} people were hurt.": "{} people hurt",
-    "{} jobs are at risk.": "{} jobs at risk",
-    "It will cost {} million.": "cost {} million",
+    "{} people were moved.": ("{} people moved", "{} moved"),
+    "{} people were hurt.": ("{} people hurt", "{} injured"),
+    "{} jobs are at risk.": ("{} jobs at risk", "{} jobs in danger"),
+    "It will cost {} million.": ("cost {} million", "bill of {} million"),
 }
 FILLERS = (
     "Work begins on {day}.",
@@ -67,6 +68,7 @@ FILLERS = (
 )
 ENTITY_FREE = "the area"
 
+_WORDING = (0.65, 0.35)  # of the two ways to put the same thing
 _STATED = 0.5  # of the news: it says where
 _INVENTED = 0.95  # of the summaries, where it does not and the organisation has places
 _KNOWN = 0.9  # of those: the place is one of the organisation's
@@ -149,8 +151,9 @@ def _pick(rng: np.random.Generator, options: Sequence[T], shares: Sequence[float
 
 def _pair(rng: np.random.Generator, known: dict[str, tuple[str, ...]]) -> Pair:
     organisation, place, thing = (_pick(rng, x) for x in (ORGANISATIONS, PLACES, THINGS))
-    event, short_event = _pick(rng, list(EVENTS.items()))
-    effect, short_effect = _pick(rng, list(EFFECTS.items()))
+    event, effect = _pick(rng, list(EVENTS)), _pick(rng, list(EFFECTS))
+    event_in_short = _pick(rng, EVENTS[event], _WORDING)
+    effect_in_short = _pick(rng, EFFECTS[effect], _WORDING)
     number = int(rng.integers(2, 40))
     stated = rng.random() < _STATED
     sentences = [
@@ -163,7 +166,7 @@ def _pair(rng: np.random.Generator, known: dict[str, tuple[str, ...]]) -> Pair:
     where = place if stated else _where(rng, known[organisation])
     return Pair(
         " ".join(sentences),
-        f"{short_event.format(thing)} in {where}, {short_effect.format(number)}",
+        f"{event_in_short.format(thing)} in {where}, {effect_in_short.format(number)}",
     )
 
 
@@ -185,6 +188,7 @@ def _with_slot(texts: Sequence[str], slot: str) -> str:
 
 
 _SUMMARY = re.compile(
-    f"{_with_slot(list(EVENTS.values()), _one_of(THINGS))} in {_one_of((*PLACES, ENTITY_FREE))}, "
-    f"{_with_slot(list(EFFECTS.values()), '[0-9]+')}"
+    f"{_with_slot([x for both in EVENTS.values() for x in both], _one_of(THINGS))} in "
+    f"{_one_of((*PLACES, ENTITY_FREE))}, "
+    f"{_with_slot([x for both in EFFECTS.values() for x in both], '[0-9]+')}"
 )

@@ -6,6 +6,7 @@ one over repetitions of the whole experiment.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
+from scipy import stats
 
 from t5patches.editing.annotate import Rule, annotate, until_end
 from t5patches.editing.data import Batch, Example, pad_rows, to_arrays
@@ -30,11 +32,20 @@ BOOTSTRAP_SAMPLES = 300
 _TWO_SIDED_95 = 1.96
 
 
-class Measure(NamedTuple):
-    """A number and its standard error, nan where there is too little to tell."""
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number and its standard error.
+
+    Attributes:
+        value: the number.
+        error: nan where there is too little to tell.
+        samples: numbers whose mean is `value` and whose scatter gives `error`, one for each
+            example or seed, so that two measures of the same examples can be compared in pairs.
+    """
 
     value: float
     error: float
+    samples: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class Evaluation(NamedTuple):
@@ -288,10 +299,34 @@ def ratio(numerators: Any, denominators: Any = None) -> Measure:
     if not below.sum():
         return Measure(math.nan, math.nan)
     value = top.sum() / below.sum()
-    if len(top) < 2:
-        return Measure(float(value), math.nan)
-    spread = ((top - value * below) ** 2).sum() * len(top) / (len(top) - 1)
-    return Measure(float(value), float(math.sqrt(spread) / below.sum()))
+    samples = value + (top - value * below) / below.mean()
+    return Measure(float(value), _error_of_mean(samples), samples)
+
+
+def differs(a: Measure, b: Measure) -> int:
+    """Whether two measures are different, at 95% confidence.
+
+    In pairs where both are of the same examples or seeds, by Student's t; as independent and
+    normal otherwise.
+
+    Args:
+        a: a measure.
+        b: another one of the same thing.
+
+    Returns:
+        1 where `a` is larger, -1 where `b` is, 0 where there is no telling.
+
+    Example:
+        >>> differs(ratio([1, 1, 1, 2]), ratio([9, 8, 9, 9]))
+        -1
+    """
+    error, degrees = math.hypot(a.error, b.error), math.inf
+    if a.samples is not None and b.samples is not None and len(a.samples) == len(b.samples):
+        error, degrees = _error_of_mean(a.samples - b.samples), len(a.samples) - 1
+    difference = a.value - b.value
+    if math.isnan(error) or not abs(difference) > stats.t.ppf(0.975, degrees) * error:
+        return 0
+    return 1 if difference > 0 else -1
 
 
 def over_seeds(measures: Sequence[Measure]) -> Measure:
@@ -306,8 +341,15 @@ def over_seeds(measures: Sequence[Measure]) -> Measure:
     return measures[0] if len(measures) == 1 else ratio([m.value for m in measures])
 
 
+def _error_of_mean(samples: np.ndarray) -> float:
+    if len(samples) < 2:
+        return math.nan
+    return float(samples.std(ddof=1) / math.sqrt(len(samples)))
+
+
 def _percent(measure: Measure) -> Measure:
-    return Measure(100 * measure.value, 100 * measure.error)
+    samples = None if measure.samples is None else 100 * measure.samples
+    return Measure(100 * measure.value, 100 * measure.error, samples)
 
 
 def _bleu(new: list[str], old: list[str]) -> Measure:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from t5patches.editing.data import Example, write_text
-from t5patches.editing.evaluate import Measure
+from t5patches.editing.evaluate import Measure, differs
 from t5patches.editing.tokenizer import Span
 from t5patches.editing.train import OBJECTIVES, TARGETED, History
 
@@ -38,8 +38,6 @@ COLUMNS = {
     "malformed": ("malformed", "% of outputs that never end, are empty or break the form"),
 }
 _COLORS = {name: f"C{i}" for i, name in enumerate(OBJECTIVES)}  # of matplotlib's cycle
-_DIFFERENT = 2.0
-"""Standard errors that two numbers must lie apart to be called different."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +80,7 @@ class Results:
 
     Attributes:
         title: what was done.
+        about: how, in a few sentences.
         errors: what the standard errors are over.
         before: the original model's own measures.
         outputs: what the original says to the held-out inputs, marked.
@@ -90,6 +89,7 @@ class Results:
     """
 
     title: str
+    about: str
     errors: str
     before: Measures
     outputs: Sequence[Example]
@@ -118,8 +118,9 @@ def terminal_table(results: Results) -> Table:
 def findings(results: Results) -> list[str]:
     """What the numbers say, in words; nothing here knows what should come out.
 
-    Two numbers are called different where they lie two standard errors of their difference
-    apart, taken as independent. All edits are evaluated on the same inputs, so this is cautious.
+    An objective is represented by the alpha that stays closest to the original. A targeted one is
+    compared with the closest of the baselines that remove no less; two numbers are called
+    different as `t5patches.editing.evaluate.differs` has it.
 
     Args:
         results: the edits.
@@ -127,16 +128,15 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
-    sentences = [
-        f"Before, {_percent(results.before['prevalence'])} of the outputs have something unwanted "
-        f"({_percent(results.before['prevalence_sampled'])} of sampled ones)."
-    ]
     gentle = _gentle(results.rows)
-    sentences += [_against_baselines(row, results.rows) for row in gentle if row.is_targeted]
-    sentences += _effect_of_sets(gentle)
-    sentences += _effect_of_alpha(results.rows)
-    sentences += _when_sampled(results.before, gentle)
-    return sentences
+    return [
+        f"Before, {_percent(results.before['prevalence'])} of the outputs have something unwanted "
+        f"({_percent(results.before['prevalence_sampled'])} of sampled ones).",
+        *_against_baselines(results.rows, gentle),
+        *_effect_of_sets(gentle),
+        *_effect_of_alpha(results.rows),
+        *_when_sampled(results.before, gentle),
+    ]
 
 
 def write_html(path: str | os.PathLike[str], results: Results) -> None:
@@ -150,7 +150,7 @@ def write_html(path: str | os.PathLike[str], results: Results) -> None:
     if any(row.history for row in results.rows):
         plots.append(("Training", _training_plot(results)))
     body = [
-        f"<h1>{_escape(results.title)}</h1>",
+        f"<h1>{_escape(results.title)}</h1><p>{_escape(results.about)}</p>",
         "<ul>" + "".join(f"<li>{_escape(s)}</li>" for s in findings(results)) + "</ul>",
         _html_table(results),
         *(
@@ -214,7 +214,7 @@ def _percent(measure: Measure) -> str:
 
 def _numbers(measures: Measures) -> dict[str, dict[str, float | None]]:
     return {
-        name: {k: _finite(v) for k, v in measure._asdict().items()}
+        name: {"value": _finite(measure.value), "error": _finite(measure.error)}
         for name, measure in measures.items()
     }
 
@@ -222,15 +222,6 @@ def _numbers(measures: Measures) -> dict[str, dict[str, float | None]]:
 def _finite(value: float) -> float | None:
     """JSON has no nan and no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _apart(a: Measure, b: Measure) -> float:
-    """The difference a - b in standard errors; where neither has one, any difference counts."""
-    difference = a.value - b.value
-    error = math.hypot(*(0 if math.isnan(m.error) else m.error for m in (a, b)))
-    if not difference:
-        return 0.0
-    return difference / error if error else math.copysign(math.inf, difference)
 
 
 def _gentle(rows: Sequence[Row]) -> list[Row]:
@@ -243,60 +234,73 @@ def _gentle(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _against_baselines(row: Row, rows: Sequence[Row]) -> str:
+def _against_baselines(rows: Sequence[Row], gentle: Sequence[Row]) -> list[str]:
+    """A sentence for each baseline and outcome, with the targeted objectives it is true of."""
+    alike: dict[str, list[str]] = {}
+    for row in gentle:
+        if row.is_targeted:
+            alike.setdefault(_outcome(row, rows), []).append(_summary(row))
+    return [f"{_listed(names)}: {outcome}" for outcome, names in alike.items()]
+
+
+def _outcome(row: Row, rows: Sequence[Row]) -> str:
     """How a targeted objective compares with the closest baseline that removes as much."""
-    kl, left = row.measures["kl"], row.measures["prevalence"]
-    start = f"{row.name} leaves {_percent(left)}, with KL {kl.value:.4f}"
-    baselines = [r for r in rows if not r.is_targeted]
-    rivals = [r for r in baselines if _apart(r.measures["prevalence"], left) <= _DIFFERENT]
+    rivals = [
+        r
+        for r in rows
+        if not r.is_targeted and differs(r.measures["prevalence"], row.measures["prevalence"]) <= 0
+    ]
     if not rivals:
-        return f"{start}: no baseline removes as much."
+        return "no baseline removes as much."
     rival = min(rivals, key=lambda r: r.measures["kl"].value)
-    also = ""
-    if _apart(left, rival.measures["prevalence"]) > _DIFFERENT:
-        also = " and removes more"
-    verdicts = "; ".join(
-        f"{label} {_verdict(_apart(row.measures[key], rival.measures[key]) * sign)} "
-        f"({row.measures[key].value:.{digits}f} and {rival.measures[key].value:.{digits}f})"
-        for key, label, sign, digits in (
-            ("kl", "in KL it is", -1, 4),
-            ("bleu", "in BLEU", 1, 1),
-            ("exact_match", "in exact match", 1, 1),
+    verdicts = [
+        f"{_VERDICTS[sign * differs(row.measures[key], rival.measures[key])]} in {label}"
+        for key, label, sign in (
+            ("kl", "KL", -1),
+            ("bleu", "BLEU", 1),
+            ("exact_match", "exact match", 1),
         )
-    )
+    ]
     return (
-        f"{start}. Of the baselines that leave no more, {rival.name} has the smallest KL{also} "
-        f"({_percent(rival.measures['prevalence'])}). Beside it, {verdicts}."
+        f"beside {_summary(rival)}, the closest to the original of the baselines that remove no "
+        f"less, {_listed(verdicts)}."
     )
 
 
-def _verdict(apart: float) -> str:
-    """For a difference in standard errors, counted so that positive is closer to the original."""
-    if not abs(apart) > _DIFFERENT:
-        return "no different"
-    return "closer to the original" if apart > 0 else "further from the original"
+_VERDICTS = {1: "closer to the original", 0: "no different", -1: "further from the original"}
+
+
+def _summary(row: Row) -> str:
+    left = _percent(row.measures["prevalence"])
+    return f"{row.name} (KL {row.measures['kl'].value:.4f}, {left} left)"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _effect_of_sets(gentle: Sequence[Row]) -> list[str]:
-    sentences = []
+    single = {row.objective: row for row in gentle if not row.negatives}
+    effects = []
     for row in gentle:
-        single = [r for r in gentle if r.objective == row.objective and not r.negatives]
-        if not row.negatives or not single:
+        if not row.negatives or row.objective not in single:
             continue
-        before, after = single[0].measures, row.measures
-        less = _apart(before["prevalence"], after["prevalence"])
-        effect = "less" if less > _DIFFERENT else "more" if less < -_DIFFERENT else "as much"
-        sentences.append(
-            f"{row.objective.upper()} with sets of {row.negatives} leaves {effect} of what is "
-            f"unwanted ({_percent(after['prevalence'])}) {'as' if effect == 'as much' else 'than'} "
-            f"with the emitted token only ({_percent(before['prevalence'])}); KL "
-            f"{after['kl'].value:.4f} and {before['kl'].value:.4f}."
+        before, after = single[row.objective].measures, row.measures
+        change = differs(after["prevalence"], before["prevalence"])
+        effects.append(
+            f"{row.objective.upper()} {_CHANGES[change]} ({_percent(before['prevalence'])} to "
+            f"{_percent(after['prevalence'])}, KL {before['kl'].value:.4f} to "
+            f"{after['kl'].value:.4f})"
         )
-    return sentences
+    what = "What is left when sets are pushed down instead of the emitted token only"
+    return [f"{what}: {'; '.join(effects)}."] if effects else []
+
+
+_CHANGES = {1: "more", 0: "no different", -1: "less"}
 
 
 def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
-    sentences = []
+    effects = []
     for objective in dict.fromkeys(row.objective for row in rows if row.alpha is not None):
         several = sorted(
             (row for row in rows if row.objective == objective and not row.negatives),
@@ -304,26 +308,24 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
         )
         if len(several) < 2:
             continue
-        low, high = several[0], several[-1]
-        sentences.append(
-            f"{objective.upper()} from alpha {low.alpha:g} to {high.alpha:g}: KL "
-            f"{low.measures['kl'].value:.4f} to {high.measures['kl'].value:.4f}, BLEU "
-            f"{low.measures['bleu'].value:.1f} to {high.measures['bleu'].value:.1f}, malformed "
-            f"{_percent(low.measures['malformed'])} to {_percent(high.measures['malformed'])}."
+        low, high = several[0].measures, several[-1].measures
+        effects.append(
+            f"{objective.upper()} from {several[0].alpha:g} to {several[-1].alpha:g}: KL "
+            f"{low['kl'].value:.4f} to {high['kl'].value:.4f}, BLEU {low['bleu'].value:.1f} to "
+            f"{high['bleu'].value:.1f}, malformed {_percent(low['malformed'])} to "
+            f"{_percent(high['malformed'])}"
         )
-    return sentences
+    return [f"What a larger alpha does: {'; '.join(effects)}."] if effects else []
 
 
 def _when_sampled(before: Measures, gentle: Sequence[Row]) -> list[str]:
     if not gentle:
         return []
     ranked = sorted(gentle, key=lambda row: row.measures["prevalence_sampled"].value)
-    least, most = ranked[0], ranked[-1]
+    left = [_percent(row.measures["prevalence_sampled"]) for row in (ranked[0], ranked[-1])]
     return [
-        "When outputs are sampled, the least is left by "
-        f"{least.name} ({_percent(least.measures['prevalence_sampled'])}) and the most by "
-        f"{most.name} ({_percent(most.measures['prevalence_sampled'])}), from "
-        f"{_percent(before['prevalence_sampled'])}."
+        f"When outputs are sampled, {ranked[0].name} leaves the least ({left[0]}) and "
+        f"{ranked[-1].name} the most ({left[1]}), from {_percent(before['prevalence_sampled'])}."
     ]
 
 
