@@ -26,7 +26,7 @@ class Module(NamedTuple):
 def loss(m: Module, objective: str, z: Any, r: Any, y: Any, w: Any, alpha: float = 1e4) -> Any:
     """The summed loss of logits ``[T, V]`` that are float32 already."""
     onehot, w = m.one_hot(y, z.shape[-1]), w[:, None]
-    factor = m.where(w < 0, alpha * (w < 0), 1.0 * (w > 0))[:, 0]
+    factor = m.where(w[:, 0] < 0, alpha, m.where(w[:, 0] > 0, 1.0, 0.0))
     q = m.softmax(r)
     q = m.where(w < 0, q + onehot * w * q, q)
     q = q / q.sum(-1)[:, None]

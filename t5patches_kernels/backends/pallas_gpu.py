@@ -271,8 +271,16 @@ class _Row:
         plgpu.wait_smem_to_gmem(0)
 
 
+def _power(x: Array, y: int) -> Array:
+    product = functools.reduce(jnp.multiply, [x] * abs(y))
+    return product if y > 0 else 1 / product
+
+
+_PLAIN: dict[str, Callable[..., Array]] = {"add_any": jnp.add, "integer_pow": _power}
+
+
 def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
-    """``f(x)`` without the one primitive of derivatives that Mosaic GPU does not know."""
+    """``f(x)`` without the primitives of derivatives that Mosaic GPU does not know (`_PLAIN`)."""
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(x)
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
@@ -280,8 +288,8 @@ def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
         read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            if eqn.primitive.name == "add_any":
-                found = [inputs[0] + inputs[1]]
+            if eqn.primitive.name in _PLAIN:
+                found = [_PLAIN[eqn.primitive.name](*inputs, **eqn.params)]
             elif eqn.primitive.name in ("jit", "pjit"):
                 inner = eqn.params["jaxpr"]
                 found = evaluate(inner.jaxpr, inner.consts, inputs)

@@ -1,0 +1,148 @@
+"""What the real compiler makes of the losses for an H200, ahead of time: no card needed."""
+
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from gpu_topology import compile_for, device, passes
+from harness import CASES
+
+import t5patches_kernels as tk
+from bench import gpu as bench
+
+pytestmark = pytest.mark.skipif(isinstance(device(), str), reason=str(device()))
+
+T, V = 2048, 32128
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Arrays read and written for value and gradient, at best: those of one row, of two, and of two where
+# the reference's normaliser must be known first.
+OWN, FORWARD, REVERSE = 3, 5, 6
+PASSES = {
+    name: OWN
+    if name.split("-")[0] in ("ul", "nl", "ce")
+    else REVERSE
+    if name.split("-")[0] in ("tnrr", "tnrf", "tnrll") or name == "kl_reverse"
+    else FORWARD
+    for name in CASES
+}
+
+
+def program(name, implementation, dtype, *, gradient, rows=T, size=V):
+    """A loss, or its value and gradient, compiled."""
+
+    def total(z, r, y, w):
+        out = CASES[name](z, r, y, w, None, implementation)
+        return out.loss.sum(), out
+
+    f = jax.value_and_grad(total, has_aux=True) if gradient else total
+    z = jax.ShapeDtypeStruct((rows, size), DTYPES[dtype])
+    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
+    return compile_for(device(), f, z, z, y, w)
+
+
+# --- The streaming form ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_passes(name, dtype):
+    compiled = program(name, "xla", dtype, gradient=True)
+    assert passes(compiled, (T, V)) == PASSES[name]
+    large = T * V * jnp.dtype(DTYPES[dtype]).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.06 * large
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrr", "ce"])
+def test_passes_for_the_value_alone(name):
+    looks = {OWN: 1, FORWARD: 2, REVERSE: 3}
+    compiled = program(name, "xla", "float32", gradient=False)
+    assert passes(compiled, (T, V)) == looks[PASSES[name]]
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf-divergence"])
+@pytest.mark.parametrize("size", [50257, 250112])
+def test_passes_at_other_vocabularies(name, size):
+    compiled = program(name, "xla", "float32", gradient=True, rows=512, size=size)
+    assert passes(compiled, (512, size)) == PASSES[name]
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.06 * 512 * size * 4
+
+
+def test_a_pass_is_counted():
+    """A control: the dense formula makes more passes, a sum of two arrays three."""
+    assert passes(program("tnrr", "reference", "float32", gradient=True), (T, V)) > REVERSE
+    z = jax.ShapeDtypeStruct((T, V), jnp.float32)
+    assert passes(compile_for(device(), jnp.add, z, z), (T, V)) == 3
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spills(tmp_path, monkeypatch):
+    """What ptxas says it spilled, in bytes, once something has been compiled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+
+    def read() -> list[int]:
+        reports = [x.read_text() for x in pathlib.Path(tmp_path).glob("*.ptxas")]
+        return [int(n) for x in reports for n in re.findall(r"(\d+) bytes spill", x)]
+
+    return read
+
+
+def check_kernel(name, dtype, gradient, size, spills):
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+    text = program(name, "pallas_gpu", dtype, gradient=gradient, rows=264, size=size).as_text()
+    assert "mosaic_gpu" in text
+    assert not any(spills())  # none at all where the same kernel was compiled before
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas: pip install nvidia-cuda-nvcc")
+def test_spills_are_reported(spills):
+    """A control."""
+    check_kernel("tnff", "float32", True, V + 4, spills)
+    assert spills()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce"])
+def test_kernel(name, dtype, gradient, spills):
+    check_kernel(name, dtype, gradient, V, spills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_of_a_large_vocabulary(name, dtype, gradient, spills):
+    check_kernel(name, dtype, gradient, 250112, spills)
+
+
+def test_kernel_under_checkpoint():
+    """The interpreter cannot show this one: JAX does not rematerialise its callbacks."""
+
+    def total(z, r, y, w):
+        out = tk.targeted_negative_loss(z, r, y, w, objective="tnrr", implementation="pallas_gpu")
+        return out.loss.sum()
+
+    z = jax.ShapeDtypeStruct((264, V), jnp.float32)
+    y, w = (jax.ShapeDtypeStruct((264,), x) for x in (jnp.int32, jnp.float32))
+    compile_for(device(), jax.grad(jax.checkpoint(total)), z, z, y, w)
+
+
+# --- The head -------------------------------------------------------------------------------------
+
+
+def test_a_head_in_chunks_takes_little_memory():
+    rows, size, width = (bench.HEAD[k] for k in ("tokens", "vocabulary", "width"))
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width, size)))
+    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
+    temporaries = {}
+    for what in ("dense", "xla"):
+        f = jax.value_and_grad(bench.head_of(what, "tnff"), (0, 1))
+        compiled = compile_for(device(), f, h, k, h, k, y, w)
+        temporaries[what] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries["xla"] < 0.05 * temporaries["dense"]

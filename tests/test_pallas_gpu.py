@@ -1,0 +1,137 @@
+"""The GPU kernel, interpreted: the oracle, races, the transforms, and what it cannot run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import CASES, Batch, _compiled, assert_as_good_as_dense, batch
+
+import t5patches_kernels as tk
+from t5patches_kernels import dispatch
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from t5patches_kernels.backends import pallas_gpu
+
+NAME = "pallas_gpu"
+SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Rows that do not fit, at sizes an interpreter can bear."""
+    monkeypatch.setattr(pallas_gpu, "_WIDE", 128)
+    monkeypatch.setattr(pallas_gpu, "_SHARED_BYTES", 8 << 10)
+    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2)
+
+
+def some_rows(b: Batch) -> Batch:
+    """A third of a batch: a row of every kind, of every weight in turn."""
+    kinds = np.arange(len(b.targets) // 3)
+    return Batch(*(x[3 * kinds + kinds % 3] for x in b))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name):
+    assert_as_good_as_dense(name, NAME, some_rows(batch(0, SIZE)))
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrr", "tnrf", "ul", "ce"])
+def test_bfloat16(name):
+    assert_as_good_as_dense(
+        name, NAME, some_rows(batch(1, SIZE, dtype=jnp.bfloat16)), jnp.bfloat16
+    )
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
+def test_sets_of_edits(name):
+    assert_as_good_as_dense(name, NAME, some_rows(batch(2, SIZE, edits=5)))
+
+
+@pytest.mark.parametrize("size", [128, 264, 512])
+def test_rows_that_fit(size):
+    assert_as_good_as_dense("tnrf", NAME, some_rows(batch(size, size)))
+
+
+@pytest.mark.parametrize("name", ["tnff", "tnrf"])
+def test_no_races(name, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "INTERPRET", {"detect_races": True})
+    _compiled.cache_clear()
+    jax.clear_caches()  # the option is not part of what a program is cached under
+    assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, SIZE))))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def operands(lead=(2, 3), size=136):
+    rng = np.random.default_rng(0)
+    z, r = (jnp.asarray(rng.normal(size=(*lead, size)), jnp.float32) for _ in range(2))
+    y = jnp.asarray(rng.integers(size, size=lead))
+    w = jnp.asarray(rng.choice([1.0, -1.0, 0.0], size=lead), jnp.float32)
+    return z, r, y, w
+
+
+def total(implementation):
+    def loss(z, r, y, w):
+        out = tk.targeted_negative_loss(
+            z, r, y, w, objective="tnrf", alpha=3.0, implementation=implementation
+        )
+        return (out.loss * jnp.arange(1.0, 1 + out.loss.size).reshape(out.loss.shape)).sum()
+
+    return loss
+
+
+def test_vmap():
+    args = operands()
+    want, got = (jax.vmap(jax.value_and_grad(total(name)))(*args) for name in ("xla", NAME))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_linear():
+    rng = np.random.default_rng(1)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (8, 136)))
+    _, _, y, w = operands(lead=(6,))
+
+    def loss(implementation, h, k):
+        return tk.linear_targeted_negative_loss(
+            h, k, h + 0.1, k, y, w, objective="tnrr", alpha=3.0, implementation=implementation
+        ).loss.sum()
+
+    want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("xla", NAME))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_no_rows():
+    z, r, y, w = (x[:0] for x in operands(lead=(3,)))
+    assert tk.targeted_negative_loss(z, r, y, w, implementation=NAME).loss.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(50257, "pad the vocabulary to a multiple of 4"), (64, "rows of 128 to 262144"),
+     (1 << 19, "rows of 128 to 262144")],
+)  # fmt: skip
+def test_why_not(size, message):
+    z, r, y, w = operands(lead=(1,), size=size)
+    with pytest.raises(NotImplementedError, match=message):
+        tk.targeted_negative_loss(z, r, y, w, implementation=NAME)
+
+
+class _Card:
+    compute_capability = "8.0"
+
+
+def test_older_cards(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [_Card()])
+    reason = dispatch.why_not(NAME, None)
+    assert reason is not None
+    assert "compute capability 9.0" in reason
+    monkeypatch.setattr(_Card, "compute_capability", "9.0")
+    assert dispatch.why_not(NAME, None) is None
+    assert dispatch.choose(None, None) == "xla"  # until a measurement says otherwise
+
+
+def test_other_machines(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "it needs a Hopper GPU" in dispatch.why_not(NAME, None)
