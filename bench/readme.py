@@ -46,8 +46,8 @@ def host_cpu(result: dict) -> str:
     return (
         '`make bench`: value and gradient, T = 8 x 64, V = 32128, float32, `implementation="xla"`\n'
         "beside T5Patches' formula in plain jnp, both jitted, in one run; median (quartiles); TV:\n"
-        f"one [T, V] float32 array held beyond inputs and outputs. {_setting(result['setting'])}.\n\n"
-        + _table(header, rows)
+        f"one [T, V] float32 array held beyond inputs and outputs.\n"
+        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
     )
 
 

@@ -1,4 +1,4 @@
-"""The promise, as code: error against float64 no worse than the dense float32 formula's, plus rounding.
+"""The promise as code: error against float64 no worse than the dense formula's, plus rounding.
 
 Every implementation is held to it on the same batches: each row of a batch is of another kind.
 """
@@ -147,7 +147,7 @@ class Outcome(NamedTuple):
     gradient: np.ndarray  # [T, V], of the sum of the losses
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(name: str, implementation: str, with_edits: bool):
     def total(z, r, y, w, ids, factors):
         edits = tk.Edits(ids, factors) if with_edits else None

@@ -47,7 +47,9 @@ def test_a_bad_edit_is_nan_where_it_counts(name, implementation, bad_id, bad_fac
     y = jnp.zeros(6, jnp.int32)
     # Traced, so that the values are not known when the call is checked.
     total = jax.jit(lambda f: CASES[name](Z, R, y, W, tk.Edits(ids, f), implementation).loss)
-    np.testing.assert_array_equal(np.isnan(total(factors)), [False, False, False, True, False, False])
+    np.testing.assert_array_equal(
+        np.isnan(total(factors)), [False, False, False, True, False, False]
+    )
 
 
 @pytest.mark.parametrize("implementation", ["xla"])
@@ -101,7 +103,9 @@ def test_no_tokens():
 def test_an_id_listed_twice_has_both_factors():
     def loss(ids, factors):
         edits = tk.Edits(jnp.tile(jnp.array(ids), (6, 1)), jnp.tile(jnp.array(factors), (6, 1)))
-        return [CASES["tnff"](Z, R, jnp.zeros(6, jnp.int32), W, edits, i).loss for i in IMPLEMENTATIONS]
+        return [
+            CASES["tnff"](Z, R, jnp.zeros(6, jnp.int32), W, edits, i).loss for i in IMPLEMENTATIONS
+        ]
 
     for twice, once in zip(loss([4, 4], [0.5, 3.0]), loss([4], [1.5]), strict=True):
         np.testing.assert_allclose(twice, once, rtol=1e-5)

@@ -19,9 +19,7 @@ def tn(logits=Z, ref=Z, targets=Y, weights=W, **options):
 
 
 def linear(hidden=H, kernel=K, ref_hidden=H, ref_kernel=K, **options):
-    return tk.linear_targeted_negative_loss(
-        hidden, kernel, ref_hidden, ref_kernel, Y, W, **options
-    )
+    return tk.linear_targeted_negative_loss(hidden, kernel, ref_hidden, ref_kernel, Y, W, **options)
 
 
 def _float64():
@@ -30,50 +28,149 @@ def _float64():
 
 
 BAD = {
-    "scalar logits": (lambda: tk.cross_entropy_loss(jnp.float32(0), Y), ValueError, r"\[\.\.\., V\].*\(\)"),
+    "scalar logits": (
+        lambda: tk.cross_entropy_loss(jnp.float32(0), Y),
+        ValueError,
+        r"\[\.\.\., V\].*\(\)",
+    ),
     "no vocabulary": (lambda: tn(Z[..., :0], Z[..., :0]), ValueError, r"empty.*\(2, 3, 0\)"),
     "list": (lambda: tn([[1.0]]), TypeError, "logits must be an array, got list"),
     "shapes": (lambda: tn(ref=Z[:1]), ValueError, r"same shape, got \(1, 3, 5\) and \(2, 3, 5\)"),
     "integer logits": (lambda: tn(Z.astype(jnp.int32)), TypeError, r"int32.*astype\(jnp.float32\)"),
-    "float16 logits": (lambda: tn(Z.astype(jnp.float16)), TypeError, "float16.*not tested.*float32 or bfloat16"),
+    "float16 logits": (
+        lambda: tn(Z.astype(jnp.float16)),
+        TypeError,
+        "float16.*not tested.*float32 or bfloat16",
+    ),
     "float16 reference": (lambda: tn(ref=Z.astype(jnp.float16)), TypeError, "ref_logits.*float16"),
-    "targets shape": (lambda: tn(targets=Y[:, :2]), ValueError, r"targets must have shape \(2, 3\).*got \(2, 2\)"),
+    "targets shape": (
+        lambda: tn(targets=Y[:, :2]),
+        ValueError,
+        r"targets must have shape \(2, 3\).*got \(2, 2\)",
+    ),
     "one-hot targets": (lambda: tn(targets=Z.astype(jnp.int32)), ValueError, "no one-hot"),
-    "float targets": (lambda: tn(targets=W), TypeError, r"targets.*integer.*float32.*astype\(jnp.int32\)"),
-    "weights shape": (lambda: tn(weights=W[0]), ValueError, r"weights must have shape \(2, 3\).*got \(3,\)"),
+    "float targets": (
+        lambda: tn(targets=W),
+        TypeError,
+        r"targets.*integer.*float32.*astype\(jnp.int32\)",
+    ),
+    "weights shape": (
+        lambda: tn(weights=W[0]),
+        ValueError,
+        r"weights must have shape \(2, 3\).*got \(3,\)",
+    ),
     "bool weights": (lambda: tn(weights=W > 0), TypeError, "weights must be real numbers.*bool"),
-    "objective": (lambda: tn(objective="tnfr"), ValueError, "one of tnff, tnrr, tnrf, tnfll, tnrll, got 'tnfr'"),
-    "smoothing 0": (lambda: tn(objective="tnrf", smoothing=0.0), ValueError, "smoothing must be > 0.*tnrf.*infinite"),
-    "smoothing < 0": (lambda: tn(smoothing=-1.0), ValueError, "smoothing must be finite and >= 0.0, got -1.0"),
+    "objective": (
+        lambda: tn(objective="tnfr"),
+        ValueError,
+        "one of tnff, tnrr, tnrf, tnfll, tnrll, got 'tnfr'",
+    ),
+    "smoothing 0": (
+        lambda: tn(objective="tnrf", smoothing=0.0),
+        ValueError,
+        "smoothing must be > 0.*tnrf.*infinite",
+    ),
+    "smoothing < 0": (
+        lambda: tn(smoothing=-1.0),
+        ValueError,
+        "smoothing must be finite and >= 0.0, got -1.0",
+    ),
     "alpha": (lambda: tn(alpha=-2.0), ValueError, "alpha must be finite and >= 0"),
     "alpha NaN": (lambda: tn(alpha=float("nan")), ValueError, "alpha must be finite"),
     "alpha text": (lambda: tn(alpha="big"), TypeError, "alpha must be a number, got 'big'"),
-    "alpha traced": (lambda: jax.jit(lambda a: tn(alpha=a))(1.0), TypeError, "alpha.*traced.*static"),
-    "z_loss": (lambda: tn(z_loss=-1e-4), ValueError, "z_loss must be finite and >= 0"),
-    "no factors": (lambda: tn(edits=tk.Edits(NONE, None)), ValueError, r"both ids and factors.*ids=\(2, 3, 2\), factors=None"),
-    "bare ids": (lambda: tn(edits=NONE), ValueError, "both ids and factors"),
-    "factors shape": (lambda: tn(edits=tk.Edits(NONE, W)), ValueError, r"edits.factors and edits.ids.*\(2, 3\) and \(2, 3, 2\)"),
-    "edits shape": (lambda: tn(edits=tk.Edits(Y, W)), ValueError, r"\(2, 3, 'K'\).*got \(2, 3\).*-1"),
-    "edits float ids": (lambda: tn(edits=tk.Edits(W[..., None], W[..., None])), TypeError, "edits.ids must be integer"),
-    "integer factors": (lambda: tn(edits=tk.Edits(NONE, NONE)), TypeError, "edits.factors must be floating"),
-    "negative factors": (lambda: tn(edits=tk.Edits(NONE, -1.0 * jnp.ones(NONE.shape))), ValueError, "factors must be >= 0, got -1.0"),
-    "direction": (lambda: tk.kl_divergence(Z, Z, direction="back"), ValueError, "one of forward, reverse, got 'back'"),
-    "reverse with edits": (
-        lambda: tk.kl_divergence(Z, Z, direction="reverse", edits=tk.Edits(NONE, jnp.ones(NONE.shape))),
-        ValueError, "smoothing must be > 0.*reverse",
+    "alpha traced": (
+        lambda: jax.jit(lambda a: tn(alpha=a))(1.0),
+        TypeError,
+        "alpha.*traced.*static",
     ),
-    "label smoothing": (lambda: tk.cross_entropy_loss(Z, Y, label_smoothing=1.0), ValueError, r"\[0, 1\), got 1.0"),
-    "label smoothing of one entry": (lambda: tk.cross_entropy_loss(Z[..., :1], Y, label_smoothing=0.1), ValueError, "at least 2 entries"),
-    "implementation": (lambda: tn(implementation="cuda"), ValueError, "one of pallas_tpu, pallas_gpu, xla, reference, got 'cuda'"),
-    "axis": (lambda: tn(vocab_axis="model"), ValueError, "vocab_axis='model' is not an axis.*shard_map"),
+    "z_loss": (lambda: tn(z_loss=-1e-4), ValueError, "z_loss must be finite and >= 0"),
+    "no factors": (
+        lambda: tn(edits=tk.Edits(NONE, None)),
+        ValueError,
+        r"both ids and factors.*ids=\(2, 3, 2\), factors=None",
+    ),
+    "bare ids": (lambda: tn(edits=NONE), ValueError, "both ids and factors"),
+    "factors shape": (
+        lambda: tn(edits=tk.Edits(NONE, W)),
+        ValueError,
+        r"edits.factors and edits.ids.*\(2, 3\) and \(2, 3, 2\)",
+    ),
+    "edits shape": (
+        lambda: tn(edits=tk.Edits(Y, W)),
+        ValueError,
+        r"\(2, 3, 'K'\).*got \(2, 3\).*-1",
+    ),
+    "edits float ids": (
+        lambda: tn(edits=tk.Edits(W[..., None], W[..., None])),
+        TypeError,
+        "edits.ids must be integer",
+    ),
+    "integer factors": (
+        lambda: tn(edits=tk.Edits(NONE, NONE)),
+        TypeError,
+        "edits.factors must be floating",
+    ),
+    "negative factors": (
+        lambda: tn(edits=tk.Edits(NONE, -1.0 * jnp.ones(NONE.shape))),
+        ValueError,
+        "factors must be >= 0, got -1.0",
+    ),
+    "direction": (
+        lambda: tk.kl_divergence(Z, Z, direction="back"),
+        ValueError,
+        "one of forward, reverse, got 'back'",
+    ),
+    "reverse with edits": (
+        lambda: tk.kl_divergence(
+            Z, Z, direction="reverse", edits=tk.Edits(NONE, jnp.ones(NONE.shape))
+        ),
+        ValueError,
+        "smoothing must be > 0.*reverse",
+    ),
+    "label smoothing": (
+        lambda: tk.cross_entropy_loss(Z, Y, label_smoothing=1.0),
+        ValueError,
+        r"\[0, 1\), got 1.0",
+    ),
+    "label smoothing of one entry": (
+        lambda: tk.cross_entropy_loss(Z[..., :1], Y, label_smoothing=0.1),
+        ValueError,
+        "at least 2 entries",
+    ),
+    "implementation": (
+        lambda: tn(implementation="cuda"),
+        ValueError,
+        "one of pallas_tpu, pallas_gpu, xla, reference, got 'cuda'",
+    ),
+    "axis": (
+        lambda: tn(vocab_axis="model"),
+        ValueError,
+        "vocab_axis='model' is not an axis.*shard_map",
+    ),
     "float64": (_float64, TypeError, 'float64.*implementation="reference"'),
-    "kernel rank": (lambda: linear(kernel=jnp.zeros(4)), ValueError, r"kernel must be a matrix \[D, V\].*\(4,\)"),
-    "kernel shape": (lambda: linear(kernel=jnp.zeros((6, 7))), ValueError, r"\[D, V\] with D = 4.*got \(6, 7\)"),
+    "kernel rank": (
+        lambda: linear(kernel=jnp.zeros(4)),
+        ValueError,
+        r"kernel must be a matrix \[D, V\].*\(4,\)",
+    ),
+    "kernel shape": (
+        lambda: linear(kernel=jnp.zeros((6, 7))),
+        ValueError,
+        r"\[D, V\] with D = 4.*got \(6, 7\)",
+    ),
     "kernel flipped": (lambda: linear(kernel=K.T), ValueError, "Pass transposed=True"),
-    "vocabularies": (lambda: linear(ref_kernel=jnp.zeros((4, 6))), ValueError, "same vocabulary, got 5 and 6"),
+    "vocabularies": (
+        lambda: linear(ref_kernel=jnp.zeros((4, 6))),
+        ValueError,
+        "same vocabulary, got 5 and 6",
+    ),
     "hidden shapes": (lambda: linear(ref_hidden=H[:1]), ValueError, r"\(1, 3, 4\) and \(2, 3, 4\)"),
-    "half a reference": (lambda: tk.linear_token_statistics(H, K, Y, H), ValueError, "ref_kernel is missing"),
-}  # fmt: skip
+    "half a reference": (
+        lambda: tk.linear_token_statistics(H, K, Y, H),
+        ValueError,
+        "ref_kernel is missing",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -95,13 +192,13 @@ def test_the_reference_takes_whole_rows():
         lambda z: tn(z, z, implementation="reference", vocab_axis="model").loss,
         mesh=mesh, in_specs=spec, out_specs=jax.P(),
     )  # fmt: skip
-    with pytest.raises(NotImplementedError, match="reference.*whole rows.*gather"):
+    with pytest.raises(NotImplementedError, match=r"reference.*whole rows.*gather"):
         call(Z)
 
 
 @pytest.mark.parametrize("differentiate", [jax.jacfwd, lambda f: lambda z: jax.jvp(f, (z,), (z,))])
 def test_forward_mode_names_the_remedy(differentiate):
-    with pytest.raises(NotImplementedError, match='forward-mode.*implementation="reference"'):
+    with pytest.raises(NotImplementedError, match=r'forward-mode.*implementation="reference"'):
         differentiate(lambda z: tn(z).loss)(Z)
     assert np.isfinite(jax.jacfwd(lambda z: tn(z, implementation="reference").loss)(Z)).all()
 
@@ -112,7 +209,9 @@ def test_second_order_names_the_remedy(wrap, output):
     def total(z, implementation=None):
         return getattr(tn(z, implementation=implementation), output).sum()
 
-    with pytest.raises(NotImplementedError, match='second derivatives.*implementation="reference"'):
+    with pytest.raises(
+        NotImplementedError, match=r'second derivatives.*implementation="reference"'
+    ):
         jax.grad(lambda z: (wrap(jax.grad(total))(z) ** 2).sum())(Z)
     jax.grad(lambda z: (jax.grad(total)(z, "reference") ** 2).sum())(Z)
 

@@ -22,7 +22,9 @@ def _modules():
 
 @pytest.mark.parametrize("name", list(_modules()))
 def test_examples_in_docstrings(name):
-    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    results = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert results.failed == 0
 
 

@@ -59,9 +59,9 @@ def close(got, want, rtol=2e-5):
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_cotangent(name):
     def grad(implementation, z):
-        return jax.grad(
-            lambda z: weighed(LOSSES[name](z, R, Y, W, implementation=implementation))
-        )(z)
+        return jax.grad(lambda z: weighed(LOSSES[name](z, R, Y, W, implementation=implementation)))(
+            z
+        )
 
     close(grad("xla", Z), grad("reference", Z))
     close(jax.jit(grad, static_argnums=0)("xla", Z), grad("reference", Z))
@@ -184,7 +184,7 @@ def test_float64_in_the_reference():
         assert out.loss.dtype == jnp.float64
 
 
-# --- The drop-in for T5X ----------------------------------------------------------------------------
+# --- The drop-in for T5X --------------------------------------------------------------------------
 
 
 def t5x_cross_entropy(logits, soft_targets, z_loss):
