@@ -68,6 +68,15 @@ class _Call:
         return pl.cdiv(self.columns, self.plan.columns)
 
     @property
+    def steps(self) -> int:
+        """Steps of a sweep's loop.
+
+        What is left for after it has the row's edge: the last of several windows reaches beyond the
+        row by less than a group for each window.
+        """
+        return max(self.plan.columns // LANES - self.tiles, 0) // self.plan.unroll
+
+    @property
     def looks_first(self) -> bool:
         return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
 
@@ -174,9 +183,7 @@ class _Block:
             return carry
 
         groups, unroll = self.call.plan.columns // LANES, self.call.plan.unroll
-        # The rest has the edge: tiles are chosen so that the last reaches beyond the row by less
-        # than a group for each.
-        steps = max(groups - self.call.tiles, 0) // unroll
+        steps = self.call.steps
 
         def full_step(i: Array, carry: Any) -> Any:
             return step(pl.multiple_of(i * (unroll * LANES), unroll * LANES), unroll, False, carry)
@@ -485,19 +492,7 @@ def _together(call: _Call, tiles: list[Numbers]) -> Numbers:
 @functools.lru_cache(maxsize=1024)
 def _folding(call: _Call, in_place: bool, interpret: Any) -> Callable[..., Result]:
     """A kernel that under `jax.vmap` takes the batch as more rows."""
-    fold = jax.custom_batching.custom_vmap(partial(_run, call, in_place, interpret))
-
-    @fold.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> tuple[Result, Result]:
-        def flat(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.reshape(-1)
-
-        out = fold(*jax.tree.map(flat, args, tuple(batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, x.shape[-1]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return fold
+    return tiling.folding(partial(_run, call, in_place, interpret))
 
 
 def call_of(

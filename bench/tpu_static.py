@@ -1,0 +1,262 @@
+r"""The static table of the TPU kernels: what the compiler says of them, ahead of time.
+
+    make bench-tpu-static
+    python -m bench.tpu_static --chips v4 --objectives tnff,tnrr --out table.json
+
+**Nothing here ran on a TPU.** The real compiler's schedule gives the cycles of a block of rows (one
+bundle of instructions a cycle, stalls not counted); arithmetic gives the time that its copies need
+at the chip's bandwidth. Where the second is longer, a kernel runs at the memory roofline.
+
+How the schedule is read: `*-packed-bundles-post-ra.txt` has the bundles in order, and a loop is a
+backward branch to a bundle's number. The kernels' loops are their sweeps in the order of
+`pallas_tpu._kernel`, each of which has a known number of steps; the widest loop is the grid's. The
+`final_*` files do not serve: idle bundles have been taken out of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+HERE = pathlib.Path(__file__).parent
+OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
+TOKENS = 2048
+
+
+class Core(NamedTuple):
+    """A core's clock and its share of the chip's bandwidth, as published or assumed."""
+
+    ghz: float
+    gigabytes: float
+
+
+# tpu7x has no published clock: its cycles are shown, its times are not.
+CORES = {
+    "v4": Core(1.05, 614),
+    "v5e": Core(1.5, 819),
+    "v5p": Core(1.75, 1382),
+    "v6e": Core(1.75, 1640),
+    "tpu7x": Core(float("nan"), 3690),
+}
+
+
+# --- The compiler's schedule ----------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """The bundles of one kernel."""
+
+    grid: tuple[int, int]  # the loop over steps: first bundle, one past the last
+    sweeps: list[tuple[int, int]]  # the loops in it, in order
+
+
+def schedule(path: str) -> Schedule:
+    """Reads the loops of a kernel."""
+    loops, at = [], -1
+    for line in pathlib.Path(path).read_text().splitlines():
+        bundle = re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)
+        if bundle is None:
+            continue
+        at = int(bundle[1], 16)
+        for target in re.findall(r"sbr\.rel (?:\([^)]*\) )?target bundleno = (\d+)", line):
+            if int(target) <= at:
+                loops.append((int(target), at + 1))
+    grid = max(loops, key=lambda loop: loop[1] - loop[0])
+    return Schedule(grid, sorted(loop for loop in loops if loop != grid))
+
+
+def cycles(found: Schedule, steps: int, private: bool, edits: int) -> int:
+    """The bundles that one grid step goes through.
+
+    Args:
+      found: the kernel's loops.
+      steps: the steps of a sweep.
+      private: whether the second and third loop are for edits.
+      edits: how many the block has.
+    """
+    total = found.grid[1] - found.grid[0]
+    for k, (first, last) in enumerate(found.sweeps):
+        times = steps
+        if private and k == 1:
+            times = edits
+        elif private and k == 2 and not edits:
+            times = 0
+        total += (last - first) * (times - 1)
+    return total
+
+
+# --- One program, in a process of its own: the compiler is told at start-up where to write --------
+
+
+def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
+    """Compiles value and gradient; returns what the compiled program says of itself."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import jax
+    import jax.numpy as jnp
+    from gpu_topology import passes
+    from harness import CASES
+    from tpu_topology import compile_for, target
+
+    from bench import common
+    from t5patches_kernels import block_sizes
+    from t5patches_kernels.backends import pallas_tpu
+    from t5patches_kernels.operation import Operands, Operation, Stage, Tokens
+    from t5patches_kernels.spec import objectives
+    from t5patches_kernels.spec.objectives import Settings
+
+    logits = jax.ShapeDtypeStruct((TOKENS, columns), jnp.dtype(dtype))
+    ids, weights = (jax.ShapeDtypeStruct((TOKENS,), d) for d in (jnp.int32, jnp.float32))
+
+    def ours(z, r, y, w):
+        return CASES[name](z, r, y, w, None, "pallas_tpu").loss.sum()
+
+    def dense(z, r, y, w):
+        if name in common.OBJECTIVES:
+            return common.dense(name, z, r, y, w).sum()
+        return CASES[name](z, r, y, w, None, "reference").loss.sum()
+
+    ours, dense = (
+        compile_for(chip, jax.value_and_grad(f), logits, logits, ids, weights)
+        for f in (ours, dense)
+    )
+    c = Settings(name, columns, smoothing=1e-6)
+    reference = (logits,) if objectives.reference_of(c) == "given" else ()
+    edits = jax.ShapeDtypeStruct((TOKENS, 1), jnp.int32) if name not in ("nl", "ce") else None
+    tokens = Tokens(ids, weights, weights, edits, edits)
+    with target(chip):
+        chip_ = block_sizes.target() or block_sizes.LEAST
+        calls = {
+            stage.value: pallas_tpu.call_of(
+                Operation(c), stage, chip_, Operands((logits,), reference), tokens
+            )
+            for stage in Stage
+        }
+    return {
+        "passes": passes(ours, (TOKENS, columns)),
+        "dense_passes": passes(dense, (TOKENS, columns)),
+        "temporaries_tv": ours.memory_analysis().temp_size_in_bytes
+        / (TOKENS * columns * jnp.dtype(dtype).itemsize),
+        "kernels": {
+            stage: {
+                "steps": call.steps,
+                "tiles": call.tiles,
+                "rows": call.plan.rows,
+                "private": call.plan.private,
+                "vmem_mib": round(call.plan.vmem / 2**20, 2),
+                "arrays": 1 + len(reference) + call.makes_gradient,
+            }
+            for stage, call in calls.items()
+            if call is not None
+        },
+    }
+
+
+def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
+        }
+        command = [sys.executable, "-m", "bench.tpu_static", "--one"]
+        done = subprocess.run(
+            [*command, f"{chip},{name},{dtype},{columns}"],
+            env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{chip} {name} {dtype} {columns}:\n{done.stderr[-2000:]}")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        took = {}
+        for path in glob.glob(f"{folder}/*t5patches_*packed-bundles-post-ra.txt"):
+            if "schedule-analysis" not in path:
+                stage = re.search(rf"t5patches_{name}_([a-z]+)", path)
+                assert stage is not None
+                took[stage[1]] = schedule(path)
+    row = {"chip": chip, "objective": name, "dtype": dtype, "V": columns, **facts}
+    return row | _times(row, took)
+
+
+def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
+    """Cycles and copies of a block of rows, over all kernels that it goes through."""
+    core, size = CORES[row["chip"]], 2 if row["dtype"] == "bfloat16" else 4
+    compute = copies = 0.0
+    for stage, found in took.items():
+        kernel = row["kernels"][stage]
+        compute += kernel["tiles"] * cycles(found, kernel["steps"], kernel["private"], 0)
+        copies += kernel["arrays"] * kernel["rows"] * row["V"] * size
+    at, moved = compute / core.ghz / 1e3, copies / core.gigabytes / 1e3
+    return {
+        "compiled": sorted(took),
+        "kernels": {stage: row["kernels"][stage] for stage in took},
+        "cycles": compute,
+        "compute_us": at,
+        "copies_us": moved,
+        "ratio": at / moved,
+        "roofline": min(1.0, moved / at) if at == at else None,
+        "bound": "HBM" if at < moved else "vector unit",
+    }
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+HEADER = """\
+| chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles \
+| compute / copies us | ratio | bound | of roofline |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as Markdown."""
+    vmem = max(kernel["vmem_mib"] for kernel in row["kernels"].values())
+    known = row["compute_us"] == row["compute_us"]
+    times = f"{row['compute_us']:.2f} / {row['copies_us']:.2f}" if known else "-"
+    ratio, roofline = (f"{row['ratio']:.2f}", f"{row['roofline']:.0%}") if known else ("-", "-")
+    return (
+        f"| {row['chip']} | {row['objective']} | {row['dtype']} | {row['V']} "
+        f"| {' '.join(row['compiled'])} | {vmem} | {row['passes']:g} | {row['dense_passes']:g} "
+        f"| {row['cycles']:.0f} | {times} | {ratio} | {row['bound'] if known else '-'} "
+        f"| {roofline} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--chips", default=",".join(CORES))
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES))
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--vocabularies", default="32128,250112")
+    parser.add_argument("--out", default=str(HERE / "results" / "tpu_static.json"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        chip, name, dtype, columns = options.one.split(",")
+        print(json.dumps(compile_one(chip, name, dtype, int(columns))))
+        return
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        print("The static table needs the TPU compiler: pip install libtpu")
+        return
+    print(f"Static, ahead of time; T = {TOKENS}; nothing ran on a TPU.\n{HEADER}")
+    rows = []
+    for chip in options.chips.split(","):
+        for name in options.objectives.split(","):
+            for dtype in options.dtypes.split(","):
+                for columns in options.vocabularies.split(","):
+                    rows.append(measure(chip, name, dtype, int(columns)))
+                    print(line(rows[-1]), flush=True)
+    pathlib.Path(options.out).write_text(
+        json.dumps({"static": True, "rows": rows}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
