@@ -3,6 +3,7 @@ r"""The table of the GPU: value and gradient of a loss, ours beside what one wou
     python -m bench.gpu --out bench/results/h200.json             # the whole table
     python -m bench.gpu --tokens 2048 --vocabularies 32128        # a part of it
     python -m bench.gpu --linear --out bench/results/h200-linear.json
+    JAX_PLATFORMS=cpu python -m bench.gpu --what torch --out bench/results/h200-torch.json
 
 Times are of the device: calls are queued back to back and the queue's time is divided by their
 number, so that a call's launch hides behind the one before it. GB/s counts the floor, two arrays
@@ -13,8 +14,8 @@ device-to-device copy measured in the same process.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 import t5patches_kernels as tk
-from bench import dense
+from bench import common
 from t5patches_kernels.backends import linear
 
 ROUNDS = 7
@@ -53,18 +54,10 @@ def time_of(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict[str, fl
 
 # --- What is compared -----------------------------------------------------------------------------
 
-JAX = dense.Module(
-    softmax=functools.partial(jax.nn.softmax, axis=-1),
-    log_softmax=functools.partial(jax.nn.log_softmax, axis=-1),
-    one_hot=jax.nn.one_hot,
-    where=jnp.where,
-    log=jnp.log,
-)
-
 
 def of_dense(objective: str, z: Any, r: Any, y: Any, w: Any) -> Any:
     """T5Patches' formula."""
-    return dense.loss(JAX, objective, z.astype(jnp.float32), r.astype(jnp.float32), y, w)
+    return common.dense(objective, z, r, y, w).sum()
 
 
 def of_ours(implementation: str) -> Callable[..., Any]:
@@ -82,13 +75,19 @@ def of_ours(implementation: str) -> Callable[..., Any]:
 WHAT = {"dense": of_dense, "xla": of_ours("xla"), "pallas_gpu": of_ours("pallas_gpu")}
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def logits(key: Any, tokens: int, vocabulary: int, dtype: str) -> jax.Array:
+    """Row by row: the random bits of a whole array would not fit beside the largest."""
+    row = lambda k: (3 * jax.random.normal(k, (vocabulary,), dtype)).astype(dtype)  # noqa: E731
+    return jax.lax.map(row, jax.random.split(key, tokens))
+
+
 def operands(tokens: int, vocabulary: int, dtype: str) -> tuple[jax.Array, ...]:
-    """Logits of two models that agree somewhat; a quarter of the tokens pushed down."""
+    """Logits of two models; a quarter of the tokens pushed down."""
     keys = jax.random.split(jax.random.key(0), 3)
-    make = jax.jit(lambda k: (3 * jax.random.normal(k, (tokens, vocabulary), dtype)).astype(dtype))
     y = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
     w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
-    return make(keys[0]), make(keys[1]), y, w
+    return *(logits(k, tokens, vocabulary, dtype) for k in keys[:2]), y, w
 
 
 def run_jax(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
@@ -100,30 +99,14 @@ def run_jax(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str,
     return row | {"temporary_bytes": memory.temp_size_in_bytes}
 
 
-@functools.cache
-def _torch_loss(objective: str) -> Any:
-    import torch
-
-    module = dense.Module(
-        softmax=lambda x: torch.softmax(x, -1),
-        log_softmax=lambda x: torch.log_softmax(x, -1),
-        one_hot=lambda y, size: torch.nn.functional.one_hot(y, size).to(torch.float32),
-        where=torch.where,
-        log=torch.log,
-    )
-
-    def total(z, r, y, w):
-        return dense.loss(module, objective, z.float(), r.float(), y, w)
-
-    return torch.compile(total, dynamic=False)
-
-
 def run_torch(objective: str, tokens: int, vocabulary: int, dtype: str) -> dict[str, Any]:
     """Value and gradient of the dense formula by ``torch.compile``."""
     import torch
 
+    from bench import torch_dense
+
     torch._dynamo.reset()
-    _torch_loss.cache_clear()
+    losses = torch.compile(functools.partial(torch_dense.dense, objective), dynamic=False)
     kind = getattr(torch, dtype)
     z = (3 * torch.randn(tokens, vocabulary, device="cuda", dtype=kind)).requires_grad_()
     r = 3 * torch.randn(tokens, vocabulary, device="cuda", dtype=kind)
@@ -131,7 +114,7 @@ def run_torch(objective: str, tokens: int, vocabulary: int, dtype: str) -> dict[
     w = torch.where(torch.arange(tokens, device="cuda") % 4 == 0, -1.0, 1.0)
 
     def call():
-        return torch.autograd.grad(_torch_loss(objective)(z, r, y, w), z)
+        return torch.autograd.grad(losses(z, r, y, w).sum(), z)
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -140,11 +123,18 @@ def run_torch(objective: str, tokens: int, vocabulary: int, dtype: str) -> dict[
     return row | {"temporary_bytes": peak - z.numel() * z.element_size()}
 
 
-def copy_gb_per_second() -> float:
-    """Bytes read and written by a copy of 4 GiB, a second."""
-    x = jax.random.bits(jax.random.key(1), (1 << 30,), jnp.uint32)
-    copy = jax.jit(jnp.copy)
-    return 2 * x.nbytes / 1e6 / time_of(lambda: copy(x), jax.block_until_ready)["ms"]
+def copy_gb_per_second(torch_only: bool) -> float:
+    """Bytes read and written by a copy of 4 GiB on the device, a second."""
+    if torch_only:
+        import torch
+
+        x = torch.randint(1 << 30, (1 << 30,), device="cuda", dtype=torch.int32)
+        row = time_of(x.clone, lambda _: torch.cuda.synchronize())
+    else:
+        x = jax.random.bits(jax.random.key(1), (1 << 30,), jnp.uint32)
+        copy = jax.jit(jnp.copy)
+        row = time_of(lambda: copy(x), jax.block_until_ready)
+    return 2 * x.nbytes / 1e6 / row["ms"]
 
 
 # --- The head -------------------------------------------------------------------------------------
@@ -196,23 +186,21 @@ def guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The losses on logits."""
-    for dtype in options.dtypes:
-        for vocabulary in options.vocabularies:
-            for tokens in options.tokens:
-                floor = 3 * tokens * vocabulary * jnp.dtype(dtype).itemsize
-                shape = {"tokens": tokens, "vocabulary": vocabulary, "dtype": dtype}
-                ours = [what for what in options.what if what in WHAT]
-                args = operands(tokens, vocabulary, dtype) if ours else ()
-                for objective in options.objectives:
-                    for what in options.what:
-                        if what == "torch":
-                            run = functools.partial(run_torch, objective, tokens, vocabulary, dtype)
-                        else:
-                            run = functools.partial(run_jax, what, objective, args)
-                        row = guarded(run)
-                        if "ms" in row:
-                            row["gb_per_second"] = floor / 1e6 / row["ms"]
-                        yield shape | {"objective": objective, "what": what} | row
+    shapes = itertools.product(options.dtypes, options.vocabularies, options.tokens)
+    for dtype, vocabulary, tokens in shapes:
+        floor = 3 * tokens * vocabulary * jnp.dtype(dtype).itemsize
+        shape = {"tokens": tokens, "vocabulary": vocabulary, "dtype": dtype}
+        args = () if options.what == ["torch"] else operands(tokens, vocabulary, dtype)
+        for objective, what in itertools.product(options.objectives, options.what):
+            if what == "torch":
+                run = functools.partial(run_torch, objective, tokens, vocabulary, dtype)
+            else:
+                run = functools.partial(run_jax, what, objective, args)
+            row = guarded(run)
+            if "ms" in row:
+                row["gb_per_second"] = floor / 1e6 / row["ms"]
+            yield shape | {"objective": objective, "what": what} | row
+        del args, run  # before the next shape's operands are made
 
 
 def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -247,34 +235,38 @@ def line_of(row: dict[str, Any], copy: float) -> str:
     return out + f" temporaries {row['temporary_bytes'] / 2**20:9.1f} MiB"
 
 
+def about(torch_only: bool) -> dict[str, Any]:
+    """What was measured on, with what, and when."""
+    found: dict[str, Any] = dict(common.setting())
+    if torch_only:
+        import torch
+
+        found |= {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    return found | {"copy_gb_per_second": copy_gb_per_second(torch_only)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32128, 128256, 250112])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--objectives", nargs="+", default=["tnff", "tnrr"])
-    parser.add_argument("--what", nargs="+", default=["dense", "xla"])
+    parser.add_argument("--what", nargs="+", default=["dense", "xla", "pallas_gpu"])
     parser.add_argument("--linear", action="store_true", help="hidden states instead of logits")
     parser.add_argument("--chunk-mib", type=int, nargs="+", help="with --linear: sizes to try")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    only_torch = options.what == ["torch"]
-    if only_torch:
-        import torch
-
-        versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    else:
-        versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    about: dict[str, Any] = versions | {"date": today}
-    about["copy_gb_per_second"] = 0.0 if only_torch else copy_gb_per_second()
-    print(about, flush=True)
+    if "torch" in options.what and options.what != ["torch"]:
+        parser.error("torch and JAX do not share a card's memory: --what torch has its own run")
+    measured = about(options.what == ["torch"])
+    print(measured, flush=True)
     rows = []
     for row in (head_table if options.linear else table)(options):
         rows.append(row)
-        print(line_of(row, about["copy_gb_per_second"]), flush=True)
+        print(line_of(row, measured["copy_gb_per_second"]), flush=True)
         if options.out:  # after every row: a run that is cut short keeps what it has
-            options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            report = {"about": measured, "rows": rows}
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

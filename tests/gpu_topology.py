@@ -1,4 +1,4 @@
-"""A Hopper card to compile for where there is none, and what the compiled program says of itself."""
+"""A Hopper card to compile for where there is none, and what the compiled program does."""
 
 from __future__ import annotations
 

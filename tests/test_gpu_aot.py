@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(isinstance(device(), str), reason=str(device()))
 
 T, V = 2048, 32128
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Arrays read and written for value and gradient, at best: those of one row, of two, and of two where
-# the reference's normaliser must be known first.
+# Arrays read and written for value and gradient, at best: those of one row, of two, and of two
+# where the reference's normaliser must be known first.
 OWN, FORWARD, REVERSE = 3, 5, 6
 PASSES = {
     name: OWN
@@ -99,7 +99,9 @@ def check_kernel(name, dtype, gradient, size, spills):
     assert not any(spills())  # none at all where the same kernel was compiled before
 
 
-@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas: pip install nvidia-cuda-nvcc")
+@pytest.mark.skipif(
+    shutil.which("ptxas") is None, reason="needs ptxas: pip install nvidia-cuda-nvcc"
+)
 def test_spills_are_reported(spills):
     """A control."""
     check_kernel("tnff", "float32", True, V + 4, spills)

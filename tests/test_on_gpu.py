@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -39,9 +39,7 @@ def test_float32(name):
 
 @pytest.mark.parametrize("name", ["tnff", "tnrr", "tnrf", "ul", "ce"])
 def test_bfloat16(name):
-    assert_as_good_as_dense(
-        name, NAME, some_rows(batch(1, SIZE, dtype=jnp.bfloat16)), jnp.bfloat16
-    )
+    assert_as_good_as_dense(name, NAME, some_rows(batch(1, SIZE, dtype=jnp.bfloat16)), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])

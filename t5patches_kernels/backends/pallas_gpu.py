@@ -1,10 +1,10 @@
 """Mosaic GPU, for Hopper: a row's logits wait in shared memory from one look to the next.
 
-A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a look works on each
-chunk in turn, and when it is done with one fetches the one that shares its slot. The next look goes
-through the chunks the other way round, so that it begins with those that are still there: a row that
-fits into the ring is read once, of a longer one the ring's share is. Two blocks share an SM, so that
-one computes while the other waits.
+A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a look works on
+each chunk in turn, and when it is done with one fetches the one that shares its slot. The next look
+goes through the chunks the other way round, so that it begins with those that are still there: a
+row that fits into the ring is read once, and of a longer one the ring's share is. Two blocks share
+an SM, so that one computes while the other waits.
 
 A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
 own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a look.
@@ -312,12 +312,11 @@ def _kernel(call: _Call, interpret: bool, names: tuple[str, ...], *refs: Any) ->
     numbers = objectives.finish(numbers, row.weight, row.bad)
     if objectives.looks_twice(call.op.settings):
         numbers = numbers | row.second_look(numbers)
-    for k, name in enumerate(call.returned):
-        row.refs["numbers"][k, row.index] = jnp.where(numbers[name], 1.0, 0.0) if (
-            name == "bad"
-        ) else numbers[name]
     if call.stage is Stage.VISIT:
         row.gradient(numbers)
+    numbers["bad"] = jnp.where(numbers["bad"], 1.0, 0.0)
+    for k, name in enumerate(call.returned):
+        row.refs["numbers"][k, row.index] = numbers[name]
 
 
 # The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`).
@@ -343,7 +342,7 @@ def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]
     own = [xla_gpu.own_logit(x, tokens.targets) for x in (z, plain)]
     scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
     ids = [tokens.targets[:, None]]
-    if call.edits:
+    if tokens.edit_ids is not None and tokens.log_factors is not None:
         ids.append(tokens.edit_ids)
         scalars.append(tokens.log_factors)
     rows = {"ids": jnp.concatenate(ids, 1), "scalars": jnp.concatenate(scalars, 1), "z": z}
@@ -359,10 +358,12 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
     if interpret and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
-    returned = {"numbers": ((len(call.returned), rows), jnp.float32)}
+    returned: dict[str, Any] = {"numbers": ((len(call.returned), rows), jnp.float32)}
     logits = [name for name in ("z", "r") if name in inputs]
     rings = {f"{name}_ring": inputs[name].dtype for name in logits}
-    scratch = {k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()}
+    scratch: dict[str, Any] = {
+        k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()
+    }
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
     if call.stage is Stage.VISIT:
         returned["dz"] = (z.shape, z.dtype)

@@ -17,9 +17,8 @@ from t5patches_kernels.operation import Operands, Operation, Result, Stage, Toke
 from t5patches_kernels.spec import objectives, statistics
 from t5patches_kernels.spec.statistics import Array, Numbers
 
-
 # The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
-# which pays for the merges between threads (`make bench-gpu`).
+# which pays for merges between threads (seen in the optimised HLO; not yet timed on hardware).
 _PART = 16384
 
 
@@ -40,7 +39,7 @@ def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
     if of is None:
         return z, None
     r = z if of == "self" else operands.reference[0].astype(jnp.float32)
-    if tokens.edit_ids is not None:
+    if tokens.edit_ids is not None and tokens.log_factors is not None:
         column = jax.lax.broadcasted_iota(jnp.int32, r.shape, 1)
         for k in range(tokens.edit_ids.shape[1]):
             edited = column == tokens.edit_ids[:, k : k + 1]
@@ -50,8 +49,8 @@ def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
 
 def _reduce(entries: Numbers) -> Numbers:
     """The numbers of whole rows ``[T, 1]`` from those of their entries ``[T, V]``."""
-    start = {name: statistics.FLOOR if name in statistics.MAXIMA else 0.0 for name in entries}
-    start = {name: jnp.asarray(x, entries[name].dtype) for name, x in start.items()}
+    least = dict.fromkeys(statistics.MAXIMA, statistics.FLOOR)
+    start = {name: jnp.asarray(least.get(name, 0.0), x.dtype) for name, x in entries.items()}
     rows, columns = next(iter(entries.values())).shape
     parts = parts_of(columns)
     split = (rows, parts, columns // parts)
@@ -79,7 +78,7 @@ def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Nu
     z, r, of_reference = _next_pass(op, operands, tokens, of_reference)
     sums = {"zs" if name == "rkl" else name for name in names - alone}
     known = objectives.finish_reference(of_reference)
-    entries = {}
+    entries: Numbers = {}
     for name in sorted(statistics.with_normalisers(frozenset(sums))):
         # What several sums have in common, XLA would store. Of copies of what is known it cannot
         # tell that they are equal, and computes each sum's entries afresh.
@@ -105,7 +104,7 @@ def run(
 ) -> Result:
     """The driver (`operation.Driver`)."""
     c = op.settings
-    if stage is Stage.SECOND:
+    if stage is Stage.SECOND and numbers is not None:
         z, r = _read(op, operands, tokens)
         names = objectives.needs(c)
         return Result(statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size))

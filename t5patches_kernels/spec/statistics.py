@@ -82,7 +82,8 @@ MAXIMA = ("m", "rm")
 _MAXIMUM = {"z": "m", "r": "rm"}
 _NORMALISER = {"z": "s", "r": "rs", None: "n"}
 OF_REFERENCE = ("rs", "qr")  # the sums that read the reference alone
-_MOVES = {"z": "z", "r": "r", "ratio": "z"}  # which maximum a value is relative to
+# Which maximum a value is relative to.
+_MOVES: Mapping[str | None, str] = {"z": "z", "r": "r", "ratio": "z"}
 
 
 def with_normalisers(names: frozenset[str]) -> frozenset[str]:
@@ -303,7 +304,7 @@ def second_look(
 
 
 class _Entries(_SecondTile):
-    """Every entry as a tile of its own, relative to itself, or to `reference` where that is known."""
+    """Every entry as a tile of its own, relative to itself, or to a `reference` that is known."""
 
     def __init__(
         self, z: Array | None, r: Array | None, reference: Numbers, smoothing: float, size: int
@@ -315,13 +316,13 @@ class _Entries(_SecondTile):
         super().__init__(z, r, own | reference | like, smoothing, size)
 
     def _own(self, of: str | None) -> bool:
-        """Whether entries are relative to themselves: masked or not is then all there is to them."""
+        """Whether entries are relative to themselves: masked or not is all there is to them."""
         return of is None or _MAXIMUM.get(of) in self.maxima
 
     def _present(self, of: str | None, then: float, otherwise: float) -> Array:
         logits = self._logits[of or "z"]
-        pair = (jnp.asarray(x, logits.dtype) for x in (then, otherwise))
-        return jnp.where(logits > FLOOR, *pair)
+        yes, no = (jnp.asarray(x, logits.dtype) for x in (then, otherwise))
+        return jnp.where(logits > FLOOR, yes, no)
 
     def weight(self, of: str | None) -> Array:
         if not self._own(of):
