@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import operator
 import os
 import pathlib
 import re
@@ -34,7 +35,7 @@ TOKENS = 2048
 class Core(NamedTuple):
     """A core's clock and its share of the chip's bandwidth, as published or assumed."""
 
-    ghz: float
+    ghz: float | None
     gigabytes: float
 
 
@@ -44,7 +45,7 @@ CORES = {
     "v5e": Core(1.5, 819),
     "v5p": Core(1.75, 1382),
     "v6e": Core(1.75, 1640),
-    "tpu7x": Core(float("nan"), 3690),
+    "tpu7x": Core(None, 3690),
 }
 
 
@@ -192,17 +193,20 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         kernel = row["kernels"][stage]
         compute += kernel["tiles"] * cycles(found, kernel["steps"], kernel["private"], 0)
         copies += kernel["arrays"] * kernel["rows"] * row["V"] * size
-    at, moved = compute / core.ghz / 1e3, copies / core.gigabytes / 1e3
-    return {
+    moved = copies / core.gigabytes / 1e3
+    facts = {
         "compiled": sorted(took),
         "kernels": {stage: row["kernels"][stage] for stage in took},
         "cycles": compute,
-        "compute_us": at,
         "copies_us": moved,
-        "ratio": at / moved,
-        "roofline": min(1.0, moved / at) if at == at else None,
-        "bound": "HBM" if at < moved else "vector unit",
     }
+    if core.ghz is None:
+        return facts
+    at = compute / core.ghz / 1e3
+    bound = "HBM" if at < moved else "vector unit"
+    return facts | {
+        "compute_us": at, "ratio": at / moved, "roofline": min(1.0, moved / at), "bound": bound
+    }  # fmt: skip
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -216,15 +220,25 @@ HEADER = """\
 def line(row: dict[str, Any]) -> str:
     """A row as Markdown."""
     vmem = max(kernel["vmem_mib"] for kernel in row["kernels"].values())
-    known = row["compute_us"] == row["compute_us"]
-    times = f"{row['compute_us']:.2f} / {row['copies_us']:.2f}" if known else "-"
-    ratio, roofline = (f"{row['ratio']:.2f}", f"{row['roofline']:.0%}") if known else ("-", "-")
+    times = "- | - | - | -"
+    if "ratio" in row:
+        times = (
+            f"{row['compute_us']:.2f} / {row['copies_us']:.2f} | {row['ratio']:.2f} "
+            f"| {row['bound']} | {row['roofline']:.0%}"
+        )
     return (
         f"| {row['chip']} | {row['objective']} | {row['dtype']} | {row['V']} "
         f"| {' '.join(row['compiled'])} | {vmem} | {row['passes']:g} | {row['dense_passes']:g} "
-        f"| {row['cycles']:.0f} | {times} | {ratio} | {row['bound'] if known else '-'} "
-        f"| {roofline} |"
+        f"| {row['cycles']:.0f} | {times} |"
     )
+
+
+def _store(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows, in the place of those that were there for the same programs."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    key = operator.itemgetter("chip", "objective", "dtype", "V")
+    merged = {key(row): row for row in (*before, *rows)}
+    path.write_text(json.dumps({"static": True, "rows": list(merged.values())}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -246,16 +260,14 @@ def main() -> None:
         print("The static table needs the TPU compiler: pip install libtpu")
         return
     print(f"Static, ahead of time; T = {TOKENS}; nothing ran on a TPU.\n{HEADER}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chip in options.chips.split(","):
         for name in options.objectives.split(","):
             for dtype in options.dtypes.split(","):
                 for columns in options.vocabularies.split(","):
                     rows.append(measure(chip, name, dtype, int(columns)))
                     print(line(rows[-1]), flush=True)
-    pathlib.Path(options.out).write_text(
-        json.dumps({"static": True, "rows": rows}, indent=1) + "\n"
-    )
+                    _store(pathlib.Path(options.out), rows)
 
 
 if __name__ == "__main__":
