@@ -54,20 +54,25 @@ class Edit:
         objective: one of `t5patches.editing.train.OBJECTIVES`.
         alpha: factor on the loss of pushed-down tokens.
         with_sets: push down sets of negatives and not the emitted token only.
+        on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
+            distribution to objectives that know it from nowhere else.
     """
 
     objective: str
     alpha: float = 1.0
     with_sets: bool = False
+    on_sampled: bool = False
 
 
 EDITS = (
     *(Edit(objective, alpha) for objective in TARGETED for alpha in (1.0, 100.0)),
     *(Edit(objective, with_sets=True) for objective in TARGETED),
-    *(Edit("ul", alpha) for alpha in (0.1, 1.0, 100.0)),
+    *(Edit("ul", alpha) for alpha in (1.0, 100.0)),
     Edit("ul", with_sets=True),
     *(Edit("nl", alpha) for alpha in (0.3, 100.0)),
     Edit("ce"),
+    Edit("ul", on_sampled=True),
+    Edit("ce", on_sampled=True),
 )
 
 
@@ -182,8 +187,7 @@ class _Stage:
             self.progress.update(task.id, visible=not task.finished)
         kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""
         self.progress.console.print(
-            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% of outputs name a "
-            f"place that the news does not{kl}",
+            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% unwanted{kl}",
             highlight=False,
         )
 
@@ -222,7 +226,8 @@ def _repetition(stage: _Stage) -> _Repetition:
     tokenizer = _vocabulary(stage)
     model = _model(config, tokenizer)
     base = _base_model(stage, model, tokenizer)
-    marked = _marked_outputs(stage, model, base.params, tokenizer)
+    greedy = _greedy_outputs(stage, model, base.params, tokenizer)
+    sampled = _sampled_outputs(stage, model, base.params, tokenizer)
     held_out, measures = [], []
     for temperature in (0.0, 1.0):
         said = speak(
@@ -238,8 +243,9 @@ def _repetition(stage: _Stage) -> _Repetition:
         measures.append(prevalence(said))
     before = measures[0] | {"prevalence_sampled": measures[1]["prevalence"]}
     stage.tell("before", before)
-    rows = []
+    rows: list[Row] = []
     for edit in config.edits:
+        marked = sampled if edit.on_sampled else greedy
         row = _edited(stage, edit, model, base.params, marked, held_out[0], tokenizer)
         stage.tell(f"{len(rows) + 1}/{len(config.edits)} {row.name}", row.measures)
         rows.append(row)
@@ -295,38 +301,52 @@ def _base_model(stage: _Stage, model: T5Config, tokenizer: Tokenizer) -> Trained
     return _run(stage, "base", model, variables["params"], examples, settings)
 
 
-def _marked_outputs(
+def _greedy_outputs(
     stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
 ) -> list[Example]:
     """The base model's own outputs, marked, with sets of negatives and corrections."""
     path = stage.directory / "edits.jsonl"
     if path.exists():
         return read_examples(path, tokenizer)
-    rule, config = places_not_in_source(), stage.config
+    outputs = expand_negatives(
+        _own_outputs(stage, model, params, tokenizer, temperature=0.0),
+        places_not_in_source(),
+        tokenizer,
+        model,
+        params,
+        count=stage.config.negatives,
+        max_length=stage.config.max_length,
+        progress=stage.progress,
+    )
+    write_examples(path, outputs)
+    return outputs
+
+
+def _sampled_outputs(
+    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+) -> list[Example]:
+    path = stage.directory / "sampled.jsonl"
+    if not path.exists():
+        write_examples(path, _own_outputs(stage, model, params, tokenizer, temperature=1.0))
+    return read_examples(path, tokenizer)
+
+
+def _own_outputs(
+    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer, *, temperature: float
+) -> list[Example]:
     outputs = speak(
         model,
         params,
-        stage.news(config.edit_inputs, _EDIT),
-        rule,
+        stage.news(stage.config.edit_inputs, _EDIT),
+        places_not_in_source(),
         tokenizer,
-        max_length=config.max_length,
+        max_length=stage.config.max_length,
+        temperature=temperature,
     )
-    outputs = expand_negatives(
-        outputs,
-        rule,
-        tokenizer,
-        model,
-        params,
-        count=config.negatives,
-        max_length=config.max_length,
-        progress=stage.progress,
-    )
-    outputs = [
+    return [
         dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
         for e in outputs
     ]
-    write_examples(path, outputs)
-    return outputs
 
 
 def _edited(
@@ -351,7 +371,8 @@ def _edited(
         seed=stage.seed,
     )
     examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
-    name = f"{edit.objective}-{edit.alpha:g}" + ("-sets" if edit.with_sets else "")
+    name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
+    name += "-sampled" * edit.on_sampled
     trained = _run(stage, name, model, original, examples, settings)
     found = evaluate(
         model,
@@ -370,6 +391,7 @@ def _edited(
         found.measures,
         trained.history,
         found.outputs,
+        "on sampled outputs" if edit.on_sampled else "",
     )
 
 
@@ -418,9 +440,10 @@ def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: flo
 
 _ABOUT = (
     "A tiny T5 was trained on {texts} pieces of news with summaries that name places which the "
-    "news does not. Each edit makes {edit_steps} updates on the same {edit_inputs} greedy summaries "
-    "of that model, in which such places are marked; sets of {negatives} also hold what else the "
-    "model would name there. All is measured on {held_out} other pieces of news."
+    "news does not. Each edit makes {edit_steps} updates on {edit_inputs} summaries by that model "
+    "(greedy ones, where it does not say sampled), in which such places are marked; sets of "
+    "{negatives} also hold what else the model would name there. All is measured on {held_out} "
+    "other pieces of news."
 )
 
 

@@ -51,6 +51,7 @@ class Row:
         measures: see `t5patches.editing.evaluate.Evaluation`.
         history: of the training.
         outputs: what the edited model says to the held-out inputs.
+        note: what else sets this edit apart; part of its name.
     """
 
     objective: str
@@ -59,14 +60,17 @@ class Row:
     measures: Measures
     history: History = dataclasses.field(default_factory=dict)
     outputs: Sequence[Example] = ()
+    note: str = ""
 
     @property
     def name(self) -> str:
         """The row's name in tables, plots and sentences."""
-        if self.alpha is None:
-            return "corrective"
-        sets = f", sets of {self.negatives}" if self.negatives else ""
-        return f"{self.objective.upper()}{sets}, alpha {self.alpha:g}"
+        parts = ["corrective" if self.objective == "ce" else self.objective.upper()]
+        if self.negatives:
+            parts.append(f"sets of {self.negatives}")
+        if self.alpha is not None:
+            parts.append(f"alpha {self.alpha:g}")
+        return ", ".join([*parts, self.note] if self.note else parts)
 
     @property
     def is_targeted(self) -> bool:
@@ -118,9 +122,9 @@ def terminal_table(results: Results) -> Table:
 def findings(results: Results) -> list[str]:
     """What the numbers say, in words; nothing here knows what should come out.
 
-    An objective is represented by the alpha that stays closest to the original. A targeted one is
-    compared with the closest of the baselines that remove no less; two numbers are called
-    different as `t5patches.editing.evaluate.differs` has it.
+    Every targeted edit is compared, measure by measure, with the best of the baselines that remove
+    no less than it does. Two numbers are called different as `t5patches.editing.evaluate.differs`
+    has it: at 95% confidence, not corrected for the number of comparisons.
 
     Args:
         results: the edits.
@@ -128,14 +132,13 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
-    gentle = _gentle(results.rows)
     return [
         f"Before, {_percent(results.before['prevalence'])} of the outputs have something unwanted "
         f"({_percent(results.before['prevalence_sampled'])} of sampled ones).",
-        *_against_baselines(results.rows, gentle),
-        *_effect_of_sets(gentle),
+        *_against_baselines(results.rows),
+        *_effect_of_sets(results.rows),
         *_effect_of_alpha(results.rows),
-        *_when_sampled(results.before, gentle),
+        *_when_sampled(results),
     ]
 
 
@@ -225,49 +228,43 @@ def _finite(value: float) -> float | None:
 
 
 def _gentle(rows: Sequence[Row]) -> list[Row]:
-    """Of the rows that differ in nothing but alpha, the ones that stay closest to the original."""
-    best: dict[tuple[str, int], Row] = {}
-    for row in rows:
-        key = (row.objective, row.negatives)
-        if key not in best or row.measures["kl"].value < best[key].measures["kl"].value:
-            best[key] = row
-    return list(best.values())
+    """Of the rows that differ in nothing but alpha, the ones with the smallest."""
+    best: dict[tuple[str, int, str], Row] = {}
+    for row in sorted(rows, key=lambda row: row.alpha or 0):
+        best.setdefault((row.objective, row.negatives, row.note), row)
+    return [row for row in rows if any(row is kept for kept in best.values())]
 
 
-def _against_baselines(rows: Sequence[Row], gentle: Sequence[Row]) -> list[str]:
-    """A sentence for each baseline and outcome, with the targeted objectives it is true of."""
+_COMPARED = {"kl": ("KL", -1), "bleu": ("BLEU", 1), "exact_match": ("exact match", 1)}
+"""The measures that edits are compared in, and whether more (1) or less (-1) is closer."""
+_VERDICTS = {1: "closer to the original", 0: "no different", -1: "further from the original"}
+
+
+def _against_baselines(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each outcome, with the targeted edits that it is true of."""
     alike: dict[str, list[str]] = {}
-    for row in gentle:
+    for row in rows:
         if row.is_targeted:
             alike.setdefault(_outcome(row, rows), []).append(_summary(row))
-    return [f"{_listed(names)}: {outcome}" for outcome, names in alike.items()]
+    return [f"{outcome}: {_listed(names)}." for outcome, names in alike.items()]
 
 
 def _outcome(row: Row, rows: Sequence[Row]) -> str:
-    """How a targeted objective compares with the closest baseline that removes as much."""
+    """How a targeted edit compares with the best baseline in each measure."""
     rivals = [
         r
         for r in rows
         if not r.is_targeted and differs(r.measures["prevalence"], row.measures["prevalence"]) <= 0
     ]
     if not rivals:
-        return "no baseline removes as much."
-    rival = min(rivals, key=lambda r: r.measures["kl"].value)
-    verdicts = [
-        f"{_VERDICTS[sign * differs(row.measures[key], rival.measures[key])]} in {label}"
-        for key, label, sign in (
-            ("kl", "KL", -1),
-            ("bleu", "BLEU", 1),
-            ("exact_match", "exact match", 1),
-        )
-    ]
+        return "Edits that remove more than every baseline"
+    verdicts = []
+    for key, (label, sign) in _COMPARED.items():
+        rival = max((r.measures[key] for r in rivals), key=lambda measure: sign * measure.value)
+        verdicts.append(f"{_VERDICTS[sign * differs(row.measures[key], rival)]} in {label}")
     return (
-        f"beside {_summary(rival)}, the closest to the original of the baselines that remove no "
-        f"less, {_listed(verdicts)}."
+        f"Edits that, beside the best of the baselines that remove no less, are {_listed(verdicts)}"
     )
-
-
-_VERDICTS = {1: "closer to the original", 0: "no different", -1: "further from the original"}
 
 
 def _summary(row: Row) -> str:
@@ -279,13 +276,14 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _effect_of_sets(gentle: Sequence[Row]) -> list[str]:
-    single = {row.objective: row for row in gentle if not row.negatives}
+def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
+    single = {(row.objective, row.alpha): row for row in rows if not row.negatives and not row.note}
     effects = []
-    for row in gentle:
-        if not row.negatives or row.objective not in single:
+    for row in rows:
+        other = single.get((row.objective, row.alpha))
+        if not row.negatives or other is None:
             continue
-        before, after = single[row.objective].measures, row.measures
+        before, after = other.measures, row.measures
         change = differs(after["prevalence"], before["prevalence"])
         effects.append(
             f"{row.objective.upper()} {_CHANGES[change]} ({_percent(before['prevalence'])} to "
@@ -303,7 +301,7 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
     effects = []
     for objective in dict.fromkeys(row.objective for row in rows if row.alpha is not None):
         several = sorted(
-            (row for row in rows if row.objective == objective and not row.negatives),
+            (r for r in rows if r.objective == objective and not r.negatives and not r.note),
             key=lambda row: row.alpha or 0,
         )
         if len(several) < 2:
@@ -318,14 +316,15 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
     return [f"What a larger alpha does: {'; '.join(effects)}."] if effects else []
 
 
-def _when_sampled(before: Measures, gentle: Sequence[Row]) -> list[str]:
-    if not gentle:
+def _when_sampled(results: Results) -> list[str]:
+    if not results.rows:
         return []
-    ranked = sorted(gentle, key=lambda row: row.measures["prevalence_sampled"].value)
+    ranked = sorted(results.rows, key=lambda row: row.measures["prevalence_sampled"].value)
     left = [_percent(row.measures["prevalence_sampled"]) for row in (ranked[0], ranked[-1])]
     return [
         f"When outputs are sampled, {ranked[0].name} leaves the least ({left[0]}) and "
-        f"{ranked[-1].name} the most ({left[1]}), from {_percent(before['prevalence_sampled'])}."
+        f"{ranked[-1].name} the most ({left[1]}), from "
+        f"{_percent(results.before['prevalence_sampled'])}."
     ]
 
 
@@ -341,7 +340,7 @@ def _trade_off_plot(results: Results) -> str:
                 xerr=x.error,
                 yerr=y.error,
                 color=_COLORS[row.objective],
-                marker="s" if row.negatives else "o",
+                marker="s" if row.negatives else "^" if row.note else "o",
                 # The smallest symbol for the smallest alpha.
                 markersize=5 + 2 * math.log10(max(1.0, row.alpha or 1.0)),
                 label=row.name,
