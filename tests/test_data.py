@@ -21,7 +21,7 @@ from t5patches.editing.data import (
     token_mask,
     with_end,
     write_examples,
-    write_text,
+    write_file,
 )
 from t5patches.editing.tokenizer import SentencePieceTokenizer
 
@@ -244,14 +244,14 @@ def test_long_texts_and_empty_files_are_refused(tmp_path):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    write_text(path, "good")
+    write_file(path, "good")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_text(path, "half")
+        write_file(path, "half")
     assert path.read_text() == "good"
 
 

@@ -195,20 +195,20 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
         path: where to; a file already there is replaced.
         examples: what to write.
     """
-    write_text(path, "".join(_line(example) + "\n" for example in examples))
+    write_file(path, "".join(_line(example) + "\n" for example in examples))
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file that appears whole or not at all: a kill leaves the earlier file.
 
     Args:
         path: where to.
-        text: what to write, as UTF-8.
+        content: what to write; text becomes UTF-8.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(unfinished, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

@@ -27,7 +27,7 @@ from t5patches.editing.data import (
     to_arrays,
     with_end,
     write_examples,
-    write_text,
+    write_file,
 )
 from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
 from t5patches.editing.evaluate import Measure, evaluate, over_seeds, prevalence, speak
@@ -152,7 +152,7 @@ def run_demo(
     results = _merged(config, repetitions, time.monotonic() - began)
     write_html(output / "report.html", results)
     # Last, as its presence says that the demo is finished.
-    write_text(output / "results.json", to_json(results))
+    write_file(output / "results.json", to_json(results))
     return results
 
 
@@ -212,7 +212,7 @@ def _claim(output: Path, config: DemoConfig) -> None:
     asked = json.dumps(dataclasses.asdict(config), indent=1)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, asked)
+        write_file(path, asked)
     elif path.read_text() != asked:
         raise ValueError(
             f"{output} holds an unfinished demo of other sizes ({path}): repeat that one to finish "
@@ -221,44 +221,28 @@ def _claim(output: Path, config: DemoConfig) -> None:
 
 
 def _repetition(stage: _Stage) -> _Repetition:
-    config, rule = stage.config, places_not_in_source()
     stage.directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _vocabulary(stage)
-    model = _model(config, tokenizer)
-    base = _base_model(stage, model, tokenizer)
-    greedy = _greedy_outputs(stage, model, base.params, tokenizer)
-    sampled = _sampled_outputs(stage, model, base.params, tokenizer)
-    held_out, measures = [], []
-    for temperature in (0.0, 1.0):
-        said = speak(
-            model,
-            base.params,
-            stage.news(config.held_out, _HELD_OUT),
-            rule,
-            tokenizer,
-            max_length=config.max_length,
-            temperature=temperature,
-        )
-        held_out.append(said)
-        measures.append(prevalence(said))
-    before = measures[0] | {"prevalence_sampled": measures[1]["prevalence"]}
+    model = _model(stage.config, tokenizer)
+    original = _base_model(stage, model, tokenizer).params
+    greedy = _greedy_outputs(stage, model, original, tokenizer)
+    sampled = _sampled_outputs(stage, model, original, tokenizer)
+    held_out, before = _before(stage, model, original, tokenizer)
     stage.tell("before", before)
     rows: list[Row] = []
-    for edit in config.edits:
+    for edit in stage.config.edits:
         marked = sampled if edit.on_sampled else greedy
-        row = _edited(stage, edit, model, base.params, marked, held_out[0], tokenizer)
-        stage.tell(f"{len(rows) + 1}/{len(config.edits)} {row.name}", row.measures)
+        row = _edited(stage, edit, model, original, marked, held_out, tokenizer)
+        stage.tell(f"{len(rows) + 1}/{len(stage.config.edits)} {row.name}", row.measures)
         rows.append(row)
-    return _Repetition(before, held_out[0], rows)
+    return _Repetition(before, held_out, rows)
 
 
 def _vocabulary(stage: _Stage) -> Tokenizer:
     path = stage.directory / "spiece.model"
     if not path.exists():
         texts = [text for pair in _training_pairs(stage)[:5000] for text in pair]
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(train_sentencepiece(texts, stage.config.vocab_size))
-        unfinished.replace(path)
+        write_file(path, train_sentencepiece(texts, stage.config.vocab_size))
     return SentencePieceTokenizer(path)
 
 
@@ -299,6 +283,26 @@ def _base_model(stage: _Stage, model: T5Config, tokenizer: Tokenizer) -> Trained
         for news, summary in _training_pairs(stage)
     ]
     return _run(stage, "base", model, variables["params"], examples, settings)
+
+
+def _before(
+    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+) -> tuple[list[Example], dict[str, Measure]]:
+    """What the base model says to the held-out news, and how much of it is unwanted."""
+    greedy, sampled = (
+        speak(
+            model,
+            params,
+            stage.news(stage.config.held_out, _HELD_OUT),
+            places_not_in_source(),
+            tokenizer,
+            max_length=stage.config.max_length,
+            temperature=temperature,
+        )
+        for temperature in (0.0, 1.0)
+    )
+    of_sampled = {"prevalence_sampled": prevalence(sampled)["prevalence"]}
+    return greedy, prevalence(greedy) | of_sampled
 
 
 def _greedy_outputs(

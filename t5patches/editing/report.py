@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from t5patches.editing.data import Example, write_text
+from t5patches.editing.data import Example, write_file
 from t5patches.editing.evaluate import Measure, differs
 from t5patches.editing.tokenizer import Span
 from t5patches.editing.train import OBJECTIVES, TARGETED, History
@@ -163,7 +163,7 @@ def write_html(path: str | os.PathLike[str], results: Results) -> None:
         _html_texts(results),
         f"<h2>Settings</h2><pre>{_escape(json.dumps(results.settings, indent=1))}</pre>",
     ]
-    write_text(path, _PAGE.format(title=_escape(results.title), body="\n".join(body)))
+    write_file(path, _PAGE.format(title=_escape(results.title), body="\n".join(body)))
 
 
 def to_json(results: Results) -> str:

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import Batch, batch_indices, write_text
+from t5patches.editing.data import Batch, batch_indices, write_file
 from t5patches.editing.forward import forward
 from t5patches.network import T5Config, output_head
 from t5patches_kernels import (
@@ -398,7 +398,7 @@ def _claim(directory: Path, run: dict[str, Any]) -> None:
     path = directory / "run.json"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(run, indent=1))
+        write_file(path, json.dumps(run, indent=1))
         return
     differences = list(_differences(json.loads(path.read_text()), run))
     if differences:
