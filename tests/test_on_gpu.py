@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from harness import CASES, TAKES_EDITS, assert_as_good_as_dense, batch
 
+import t5patches_kernels as tk
+
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="needs a GPU and JAX_PLATFORMS=cuda,cpu"
 )
@@ -37,7 +39,27 @@ def test_any_vocabulary(name, size):
 
 def test_the_program_of_a_gpu_is_the_one_for_gpus():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
-    import t5patches_kernels as tk
-
     lowered = jax.jit(lambda z: tk.token_statistics(z, jnp.zeros(8, int)).entropy).lower(z)
     assert "stablehlo.while" not in lowered.as_text()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head(implementation, same):
+    """Both ways to a head's kernel gradient: scaled, and made again."""
+    rng = np.random.default_rng(1)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((300, 64), (64, 2048)))
+    y = jnp.asarray(rng.integers(2048, size=300))
+    w = jnp.asarray(rng.choice([1.0, -1.0, 0.0], size=300), jnp.float32)
+    ct = jnp.ones(300) if same else jnp.arange(300.0)
+
+    def loss(implementation, h, k):
+        out = tk.linear_targeted_negative_loss(
+            h, k, h, k, y, w, objective="tnrf", alpha=3.0, implementation=implementation
+        )
+        return (out.loss * ct).sum()
+
+    want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("reference", implementation))
+    for a, b in zip(got, want, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness import CASES, TAKES_EDITS, assert_as_good_as_dense, batch
 
+import t5patches_kernels as tk
 from t5patches_kernels import dispatch
 from t5patches_kernels.backends import streaming, xla, xla_gpu
 from t5patches_kernels.operation import Operands, Operation, Stage, Tokens
@@ -77,3 +78,28 @@ def test_a_cpu_gets_the_form_for_cpus():
         Operation(c), Stage.VISIT, rows, tokens
     ).as_text()  # fmt: skip
     assert "optimization_barrier" not in text
+
+
+@pytest.mark.parametrize("cotangent", ["ones", "half", "per-token", "zeros", "none counts"])
+def test_a_head_s_gradient_is_scaled_or_made_again(cotangent):
+    rng = np.random.default_rng(0)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 8), (8, 48)))
+    y = jnp.asarray(rng.integers(48, size=12))
+    w = jnp.asarray(np.tile([1.0, -1.0, 0.0, -0.5], 3), jnp.float32)
+    w = w * 0 if cotangent == "none counts" else w
+    # An ignored token's cotangent, whatever it is, is no reason to make the logits again.
+    ct = {
+        "ones": jnp.ones(12),
+        "half": jnp.where(w == 0, 7.0, 0.5),
+        "zeros": jnp.zeros(12),
+    }.get(cotangent, jnp.arange(12.0))
+
+    def loss(implementation, h, k):
+        out = tk.linear_targeted_negative_loss(
+            h, k, h + 0.1, k, y, w, objective="tnrf", alpha=3.0, implementation=implementation
+        )
+        return (out.loss * ct).sum()
+
+    want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("reference", "xla"))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

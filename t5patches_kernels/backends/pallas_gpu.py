@@ -153,10 +153,14 @@ class _Row:
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
 
+    def reload(self, chunk: Array, slot: Array) -> None:
+        plgpu.commit_smem()  # what was read here was read before the copy writes
+        self.load(chunk, slot)
+
     def sweep(self, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
         """Calls ``body(step, chunk, slot, carry)`` on every chunk."""
         chunks, slots = self.plan.chunks, self.plan.slots
-        forward = self.sweeps % 2 == 0
+        forward = self.forward = self.sweeps % 2 == 0
         here = 0 if self.sweeps == 0 else slots  # what the sweep before has left
         self.sweeps += 1
 
@@ -169,7 +173,7 @@ class _Row:
             if slots < chunks:
                 following = chunk + slots if forward else chunk - slots
                 within = following < chunks if forward else following >= 0
-                pl.when(within)(lambda: self.load(following, slot))
+                pl.when(within)(lambda: self.reload(following, slot))
             return carry
 
         for first, last in ((0, here), (here, chunks)):
@@ -263,6 +267,10 @@ class _Row:
                 dz = statistics.gradient(z, r, row, by, is_target, c.smoothing, c.vocab_size)
                 out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
             plgpu.commit_smem()
+            if self.call.columns % self.plan.chunk:
+                # The last chunk and the one before it share entries: one copy after the other.
+                second = self.plan.chunks - 1 if self.forward else 1
+                pl.when(i == second)(lambda: plgpu.wait_smem_to_gmem(0))
             columns = pl.ds(self.start(chunk), self.plan.chunk)
             plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.index, columns])
             return carry
