@@ -1,0 +1,96 @@
+r"""The static table of the GPU programs: what the compiler says of them, ahead of time.
+
+    python -m bench.gpu_static
+
+**Nothing here ran on a GPU.** Passes are the ``[T, V]`` arrays that the optimised program reads and
+writes, counted in its HLO; temporaries are the compiler's own figure, in such arrays; registers and
+spills are ptxas's. Needs the CUDA plugin: ``pip install --no-deps jax-cuda13-plugin
+jax-cuda13-pjrt nvidia-cuda-nvcc``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench import common, gpu
+from t5patches_kernels.backends import pallas_gpu
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
+import gpu_topology
+
+TOKENS, VOCABULARY = 2048, common.VOCABULARIES["T5"]
+
+
+def shapes(tokens: int, vocabulary: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Logits of two models, targets and weights."""
+    z = jax.ShapeDtypeStruct((tokens, vocabulary), dtype)
+    return z, z, *(jax.ShapeDtypeStruct((tokens,), x) for x in (jnp.int32, jnp.float32))
+
+
+def streamed(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
+    """Passes and temporaries of the dense formula and of the streaming form."""
+    row: dict[str, Any] = {}
+    for what in ("dense", "xla"):
+        f = jax.value_and_grad(functools.partial(gpu.WHAT[what], objective))
+        compiled = gpu_topology.compile_for(card, f, *shapes(TOKENS, VOCABULARY, dtype))
+        unit = TOKENS * VOCABULARY * jnp.dtype(dtype).itemsize
+        row[f"{what} passes"] = gpu_topology.passes(compiled, (TOKENS, VOCABULARY))
+        row[f"{what} temporaries"] = round(common.temporaries(compiled, unit), 4)
+    return row
+
+
+def kernel(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
+    """Chunks, slots, registers and spills of the kernel."""
+    plan = pallas_gpu.plan(VOCABULARY, (jnp.dtype(dtype).itemsize,) * 2)
+    row: dict[str, Any] = {"chunks": plan.chunks, "slots": plan.slots}
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+        f = jax.value_and_grad(functools.partial(gpu.WHAT["pallas_gpu"], objective))
+        gpu_topology.compile_for(card, f, *shapes(TOKENS, VOCABULARY, dtype))
+        reports = "".join(x.read_text() for x in pathlib.Path(dump).glob("*.ptxas"))
+    if found := re.search(r"Used (\d+) registers", reports):
+        row["registers"] = int(found[1])
+        row["spilled bytes"] = sum(int(n) for n in re.findall(r"(\d+) bytes spill", reports))
+    return row
+
+
+def head(card: jax.Device, objective: str) -> dict[str, Any]:
+    """Temporaries of the head: the logits whole, or made in chunks."""
+    tokens, vocabulary, width = (gpu.HEAD[k] for k in ("tokens", "vocabulary", "width"))
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, width), (width, vocabulary)))
+    rest = shapes(tokens, vocabulary, jnp.bfloat16)[2:]
+    row: dict[str, Any] = dict(gpu.HEAD) | {"objective": objective, "dtype": "bfloat16"}
+    for what in ("dense", "xla"):
+        f = jax.value_and_grad(gpu.head_of(what, objective), (0, 1))
+        compiled = gpu_topology.compile_for(card, f, h, k, h, k, *rest)
+        row[f"{what} GiB"] = round(common.temporaries(compiled, 2**30), 2)
+    return row
+
+
+def main() -> None:
+    card = gpu_topology.device()
+    if isinstance(card, str):
+        raise SystemExit(card)
+    rows = []
+    for objective in common.OBJECTIVES:
+        for dtype in ("float32", "bfloat16"):
+            row: dict[str, Any] = {"compiled for": card.device_kind}
+            row |= {"objective": objective, "dtype": dtype}
+            rows.append(row | streamed(card, objective, dtype) | kernel(card, objective, dtype))
+            print(rows[-1], flush=True)
+    rows.append(head(card, "tnff"))
+    print(rows[-1])
+    print(f"stored in {common.save('h200-static', rows)}")
+
+
+if __name__ == "__main__":
+    main()
