@@ -93,8 +93,8 @@ class Plan:
 
     @property
     def limit(self) -> int:
-        """Bytes to ask the compiler for."""
-        return self.vmem + _RESERVED
+        """Bytes to ask the compiler for: what every chip has, as spills vary, or more."""
+        return max(self.vmem + _RESERVED, LEAST.vmem)
 
 
 def up(x: int, to: int) -> int:
@@ -121,14 +121,14 @@ def plan(
     wanted = _wanted(op, stage, private)
     for keep in range(len(wanted), -1, -1):
         out = _layout(stage, up(columns, LANES), itemsizes, private, wanted[:keep])
-        if out.limit <= vmem:
+        if out.vmem + _RESERVED <= vmem:
             return out
     if stage in (Stage.NUMBERS, Stage.VISIT):
         return None
     tiles = 2
     while True:
         out = _layout(stage, up(-(-columns // tiles), LANES), itemsizes, private, ())
-        if out.limit <= vmem:
+        if out.vmem + _RESERVED <= vmem:
             return out
         tiles += 1
 
