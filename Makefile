@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -34,6 +34,22 @@ lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 
 bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense formula
 	$(BIN)/python -m bench.host
+
+bench-tpu-static: $(VENV)/.has-test ## the TPU compiler's own figures, on any machine (hours for all)
+	$(BIN)/python -m bench.tpu_static
+
+bench-tpu: $(VENV)/.has-bench ## speed on a TPU; without one it says so
+	$(BIN)/python -m bench.tpu
+
+bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine
+	$(BIN)/python -m bench.gpu_static
+
+bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --linear --objectives tnff \
+		--what dense xla --out bench/results/gpu-linear.json
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu --what torch --tokens 2048 8192 \
+		--vocabularies 32128 250112 --out bench/results/gpu-torch.json
 
 clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -51,7 +51,70 @@ def host_cpu(result: dict) -> str:
     )
 
 
-SECTIONS = {"host-cpu": host_cpu}
+def tpu_static(result: dict) -> str:
+    """The table of `make bench-tpu-static`: compute over copies, by chip and objective."""
+    found = {(r["chip"], r["objective"], r["dtype"], r["V"]): r for r in result["rows"]}
+    chips = list(dict.fromkeys(r["chip"] for r in result["rows"]))
+
+    def ratio(key: tuple) -> str:
+        row = found.get(key)
+        if row is None:
+            return ""
+        if "ratio" not in row:
+            return f"{row['cycles']:.0f} cycles"
+        return f"{row['ratio']:.2f}"
+
+    columns = [
+        (name, dtype, v)
+        for name in common.OBJECTIVES
+        for dtype in ("float32", "bfloat16")
+        for v in common.VOCABULARIES.values()
+        if any((chip, name, dtype, v) in found for chip in chips)
+    ]
+    rows = []
+    for name, dtype, v in columns:
+        of = [found[chip, name, dtype, v] for chip in chips if (chip, name, dtype, v) in found]
+        passes = sorted({f"{r['passes']:g}" for r in of})
+        dense = sorted({f"{r['dense_passes']:g}" for r in of})
+        cells = [ratio((chip, name, dtype, v)) for chip in chips]
+        rows.append([f"`{name}` {dtype} {v}", "-".join(passes), "-".join(dense), *cells])
+    header = ["", "passes", "XLA on the dense formula", *chips]
+    return (
+        "`make bench-tpu-static`: **static, ahead of time, by the TPU compiler; nothing ran on\n"
+        "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the\n"
+        "time of a block's instructions over that of its copies: below 1 the kernel is at the\n"
+        f"memory roofline if the schedule holds. {_setting(result['setting'])}.\n\n"
+        + _table(header, rows)
+    )
+
+
+def gpu_static(result: dict) -> str:
+    """The table of `make bench-gpu-static`."""
+    rows = [
+        [
+            f"`{r['objective']}` {r['dtype']}",
+            f"{r['dense passes']:g}",
+            f"{r['xla passes']:g}",
+            f"{r['dense temporaries']:.3f}",
+            f"{r['xla temporaries']:.4f}",
+            str(r["registers"]),
+            str(r["spilled bytes"]),
+        ]
+        for r in result["rows"]
+        if "registers" in r
+    ]
+    header = ["", "dense, passes", "XLA form, passes", "dense, TV held", "XLA form, TV held",
+              "kernel's registers", "spilled"]  # fmt: skip
+    return (
+        "`make bench-gpu-static`: **static, ahead of time, compiled for an H200; not yet timed\n"
+        "on hardware.** Value and gradient, T = 2048, V = 32128: passes over [T, V] arrays counted\n"
+        "in the optimised program, and what it holds; registers and spilled bytes of the Mosaic GPU\n"
+        "kernel.\n"
+        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+    )
+
+
+SECTIONS = {"host-cpu": host_cpu, "tpu-static": tpu_static, "h200-static": gpu_static}
 
 
 def rendered(text: str) -> str:
