@@ -257,14 +257,14 @@ def _outcome(row: Row, rows: Sequence[Row]) -> str:
         if not r.is_targeted and differs(r.measures["prevalence"], row.measures["prevalence"]) <= 0
     ]
     if not rivals:
-        return "Edits that remove more than every baseline"
-    verdicts = []
+        return "They remove more than every baseline"
+    found: dict[str, list[str]] = {}
     for key, (label, sign) in _COMPARED.items():
         rival = max((r.measures[key] for r in rivals), key=lambda measure: sign * measure.value)
-        verdicts.append(f"{_VERDICTS[sign * differs(row.measures[key], rival)]} in {label}")
-    return (
-        f"Edits that, beside the best of the baselines that remove no less, are {_listed(verdicts)}"
-    )
+        verdict = _VERDICTS[sign * differs(row.measures[key], rival)]
+        found.setdefault(verdict, []).append(label)
+    verdicts = "; ".join(f"{verdict} in {_listed(labels)}" for verdict, labels in found.items())
+    return f"Beside the best baseline in each measure that removes no less, {verdicts}"
 
 
 def _summary(row: Row) -> str:
