@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -138,9 +139,12 @@ def _processor() -> str:
 def setting() -> dict[str, str]:
     """What a figure depends on besides the code."""
     device = jax.devices()[0]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):  # a lent machine may have none
+        commit = subprocess.run(
+            describe, capture_output=True, text=True, check=False
+        ).stdout.strip()
     on_host = device.platform == "cpu"
     return {
         "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores"

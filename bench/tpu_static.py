@@ -238,7 +238,9 @@ def _store(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     key = operator.itemgetter("chip", "objective", "dtype", "V")
     merged = {key(row): row for row in (*before, *rows)}
-    path.write_text(json.dumps({"static": True, "rows": list(merged.values())}, indent=1) + "\n")
+    from bench import common  # here: the process that compiles must set up libtpu before jax
+
+    common.save(path.stem, list(merged.values()))
 
 
 def main() -> None:

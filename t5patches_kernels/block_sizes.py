@@ -41,7 +41,7 @@ LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
 # Groups of 128 columns in a step of a sweep. By the v4's schedule of `tnff` in bfloat16: 16 take
-# 6760 cycles, 32 6371, 64 6243, 125 6099, compiling for 2, 3, 5 and 10 s.
+# 6784 cycles, 32 6371, 64 6243, 125 6099 (static); the wider, the longer it takes to compile.
 _UNROLL = 64
 
 
