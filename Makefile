@@ -22,7 +22,7 @@ demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away with ever
 	$(BIN)/t5patches demo --seeds $(SEEDS) --output demo-report
 
 test: $(VENV)/.has-test ## the whole suite
-	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist worksteal --durations 15
 
 test-slow: $(VENV)/.has-test ## the long sweeps
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m slow

@@ -92,7 +92,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     console = Console()
     # A table that is cut off at 80 columns helps nobody who writes it to a file.
     show(results, console if console.is_terminal else Console(width=140))
-    console.print(f"report: {options.output}/report.html", highlight=False)
+    console.print(f"report: {options.output}/report.html", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Every objective x dtype x vocabulary x row kind against the oracle in float64."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from harness import CASES, MAIN, TAKES_EDITS, VOCABULARIES, assert_as_good_as_dense, batch
@@ -50,7 +51,7 @@ def _fresh_programs():
 
     def clear():
         _compiled.cache_clear()
-        xla.run.clear_cache()
+        jax.clear_caches()
 
     clear()
     yield
