@@ -157,9 +157,9 @@ def setting() -> dict[str, str]:
     }
 
 
-def save(name: str, rows: list[dict]) -> pathlib.Path:
-    """Writes rows with their setting to ``bench/results/NAME.json``."""
+def save(name: str, rows: list[dict], **about: object) -> pathlib.Path:
+    """Writes rows, with their setting and what else is to be known, to ``results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"setting": setting(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"setting": setting(), **about, "rows": rows}, indent=1) + "\n")
     return path

@@ -1,11 +1,16 @@
-"""Writes the stored results into README.md, between its markers: `python -m bench.readme`.
+"""Writes the stored results into README.md, between its markers.
+
+    python -m bench.readme
+    python -m bench.readme --demo demo-report/results.json   # takes in a demo's results first
 
 Nothing is measured here. A test holds README.md to the stored results.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import pathlib
 import re
 
 from bench import common
@@ -117,7 +122,38 @@ def gpu_static(result: dict) -> str:
     )
 
 
-SECTIONS = {"host-cpu": host_cpu, "tpu_static": tpu_static, "h200-static": gpu_static}
+def demo(result: dict) -> str:
+    """The table of `make demo`."""
+    shown = {"kl": "KL", "prevalence": "unwanted, %", "prevalence_sampled": "sampled, %",
+             "bleu": "BLEU", "rouge_l": "ROUGE-L", "exact_match": "exact, %",
+             "malformed": "malformed, %"}  # fmt: skip
+
+    def cell(measures: dict, name: str) -> str:
+        if name not in measures:
+            return ""
+        digits = 4 if name == "kl" else 1
+        value, error = (measures[name][k] for k in ("value", "error"))
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+    named = [("before", result["before"]), *((r["name"], r["measures"]) for r in result["rows"])]
+    rows = [[name, *(cell(measures, m) for m in shown)] for name, measures in named]
+    return (
+        "`make demo`: a tiny T5 that names places its source does not name, edited on its own\n"
+        "marked outputs; KL from the original on unmarked positions; BLEU, ROUGE-L and exact\n"
+        f"match of new with original outputs; standard errors {result['errors']}.\n"
+        f"{_setting(result['setting'])}.\n\n" + _table(["", *shown.values()], rows)
+    )
+
+
+def take_in_demo(path: pathlib.Path) -> None:
+    """Stores what README.md shows of a demo's results."""
+    result = json.loads(path.read_text())
+    rows = [{k: row[k] for k in ("name", "measures")} for row in result["rows"]]
+    kept = {k: result[k] for k in ("errors", "settings", "before")}
+    common.save("demo", rows, **kept)
+
+
+SECTIONS = {"demo": demo, "host-cpu": host_cpu, "tpu_static": tpu_static, "h200-static": gpu_static}
 
 
 def rendered(text: str) -> str:
@@ -133,4 +169,9 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--demo", type=pathlib.Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.demo:
+        take_in_demo(options.demo)
     README.write_text(rendered(README.read_text()))
