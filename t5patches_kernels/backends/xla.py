@@ -27,11 +27,11 @@ def block_rows(columns: int) -> int:
     return max(_LEAST_ROWS, _BLOCK_BYTES // (4 * columns))
 
 
-def _own_logit(x: Array, targets: Array) -> Array:
-    """The target's logit ``[R, 1]``, 0 where the target is not among the columns."""
+def own_logit(x: Array, targets: Array) -> Array:
+    """The target's logit ``[R, 1]`` in float32, 0 where the target is not among the columns."""
     columns = x.shape[-1]
     own = jnp.take_along_axis(x, jnp.minimum(targets, columns - 1)[:, None], axis=-1)
-    return jnp.where((targets < columns)[:, None], own, 0.0)
+    return jnp.where((targets < columns)[:, None], own.astype(jnp.float32), 0.0)
 
 
 def _edited(reference: Array, tokens: Tokens) -> Array:
@@ -59,9 +59,9 @@ def _block(
 
     if numbers is None:
         numbers = statistics.first_look(z, r, names)
-        numbers["zy"] = _own_logit(z, tokens.targets)
+        numbers["zy"] = own_logit(z, tokens.targets)
         if plain is not None:
-            numbers["ry"] = _own_logit(plain, tokens.targets)
+            numbers["ry"] = own_logit(plain, tokens.targets)
         if stage is Stage.FIRST:
             return Result(numbers)
         numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])

@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from t5patches_kernels.backends.xla import own_logit
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
 from t5patches_kernels.spec.statistics import Array, Numbers
@@ -20,13 +21,6 @@ from t5patches_kernels.spec.statistics import Array, Numbers
 # The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
 # which pays for merges between threads (seen in the optimised HLO; not yet timed on hardware).
 _PART = 16384
-
-
-def own_logit(x: Array, targets: Array) -> Array:
-    """The target's logit ``[T, 1]`` in float32, 0 where the target is not among the columns."""
-    columns = x.shape[-1]
-    own = jnp.take_along_axis(x, jnp.minimum(targets, columns - 1)[:, None], axis=-1)
-    return jnp.where((targets < columns)[:, None], own.astype(jnp.float32), 0.0)
 
 
 def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Array | None]:
