@@ -291,6 +291,14 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
     assert trained.history["loss"][1] == pytest.approx(trained.history["loss"][0], rel=1e-5)
 
 
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroken, tmp_path):
+    arrays = to_arrays(examples())
+    arrays["decoder_target_tokens"][:, 0] = -1  # no token: the loss is nan by its contract
+    with pytest.raises(ValueError, match="the loss is nan at step 0: lower learning_rate or alpha"):
+        again(tmp_path / "run", arrays=arrays)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 # What is refused.
 
 

@@ -159,7 +159,8 @@ def train(
 
     Raises:
         ValueError: the directory holds a finished run, or another one; the arrays lack edits;
-            cross-entropy is asked for on marked tokens.
+            cross-entropy is asked for on marked tokens; the loss stops being a number, and then
+            no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings)
     directory = Path(directory).absolute()
@@ -424,6 +425,13 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
 
 
 def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history: History) -> None:
+    finite = np.isfinite(history["loss"])
+    if not finite.all():
+        raise ValueError(
+            f"the loss is {history['loss'][finite.argmin()]} at step {finite.argmin()}: lower "
+            "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
+            "checkpoint, if any, is from before"
+        )
     checkpoints.save(
         step,
         args=ocp.args.Composite(
