@@ -24,8 +24,9 @@ with each objective: the five targeted ones, which also keep the original model'
 and three baselines (unlikelihood, negative likelihood, fine-tuning on corrected summaries).
 Held-out news show what each edit removed and what else it changed.
 
-Prints a table and what it says in words; writes DIR/report.html and DIR/results.json. Takes about
-6 minutes on two cores. A demo that was interrupted goes on when the command is repeated.
+Prints a table and what it says in words; writes DIR/report.html and DIR/results.json. Takes 6 to
+10 minutes on two cores, depending on what else runs. A demo that was interrupted goes on when the
+command is repeated.
 """
 
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "demo",
-        help="train, mark, edit and measure on a built-in task, in about 6 minutes",
+        help="train, mark, edit and measure on a built-in task, in 6 to 10 minutes",
         description=_DEMO,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
