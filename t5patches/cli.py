@@ -1,32 +1,20 @@
-"""The `t5patches` command.
-
-Each command is one `_add_...` function, which says what it takes, and one `_run_...` function,
-which returns the exit code.
-"""
+"""The `t5patches` command: puts the commands of `t5patches.commands` together."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 
+from t5patches import commands
+from t5patches.commands import common
+
 _EPILOG = """\
-exit codes: 0 done, 1 the data or the files are not what is needed, 2 wrong arguments,
-130 interrupted (repeat the same command to go on)
-"""
-
-_DEMO = """\
-Shows targeted negative training on a small task that runs on any machine.
-
-A tiny T5 learns to summarise short news. Its training summaries name places that the news does
-not name, so the model does the same. Its own summaries are marked where they do, and it is edited
-with each objective: the five targeted ones, which also keep the original model's distribution,
-and three baselines (unlikelihood, negative likelihood, fine-tuning on corrected summaries).
-Held-out news show what each edit removed and what else it changed.
-
-Prints a table and what it says in words; writes DIR/report.html and DIR/results.json. Takes 6 to
-10 minutes on two cores, depending on what else runs. A demo that was interrupted goes on when the
-command is repeated.
+exit codes: 0 done; 1 stopped while running (no space, no memory, a loss that is no number): what
+was reached is kept where the command can go on; 2 wrong arguments, files or data: nothing was
+begun; 130 interrupted
 """
 
 
@@ -39,72 +27,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.module.run(options)
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"t5patches {options.command}: {_in_words(error)}", file=sys.stderr)
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="t5patches",
         description="Stop a T5 from saying what it must not, and change nothing else.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    options = parser.parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"t5patches {options.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; repeat the command to go on", file=sys.stderr)
-        return 130
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in commands.NAMES:
+        module = importlib.import_module(f"t5patches.commands.{name}")
+        text = inspect.getdoc(module) or ""
+        command = subparsers.add_parser(
+            name,
+            help=text[:1].lower() + text.partition("\n")[0].rstrip(".")[1:],
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        common.add_output_options(command)
+        command.set_defaults(module=module)
+    return parser
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="train, mark, edit and measure on a built-in task, in 6 to 10 minutes",
-        description=_DEMO,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        default="demo-report",
-        help="where the report goes (default: %(default)s); a finished demo is not overwritten",
-    )
-    parser.add_argument(
-        "--seeds",
-        metavar="N",
-        type=_positive,
-        default=1,
-        help="repeat everything, base model included, with N seeds and report means and standard "
-        "errors over them; with one seed the errors are over held-out inputs (default: 1)",
-    )
-    parser.set_defaults(run=_run_demo)
+_NOT_AS_NEEDED = (
+    ValueError,
+    NotImplementedError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
-def _run_demo(options: argparse.Namespace) -> int:
-    # Imported here, so that --help and wrong arguments do not wait for JAX.
-    from rich.console import Console
-
-    from t5patches.editing.demo import DemoConfig, run_demo, show
-
-    results = run_demo(DemoConfig(seeds=options.seeds), options.output)
-    console = Console()
-    # A table that is cut off at 80 columns helps nobody who writes it to a file.
-    show(results, console if console.is_terminal else Console(width=140))
-    console.print(f"report: {options.output}/report.html", highlight=False, soft_wrap=True)
-    return 0
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user gave, 1 for what the machine lacks, None for an error of ours."""
+    if isinstance(error, _NOT_AS_NEEDED):
+        return 2
+    # JAX says that a device's memory is full with a RuntimeError of this text.
+    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return 1 if full or isinstance(error, OSError | MemoryError | FloatingPointError) else None
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
+def _in_words(error: Exception) -> str:
+    return str(error) or f"{type(error).__name__}, with no more said"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from t5patches import cli
+from t5patches.commands import demo as demo_command
 from t5patches.editing import demo
 from t5patches.editing.annotate import pattern
 from t5patches.editing.data import read_examples
@@ -67,7 +68,7 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
         assert "repeat the command to go on" in capsys.readouterr().err
         assert not (output / "results.json").exists()
         # Another size does not go on from there.
-        assert run("demo", "--output", str(output), "--seeds", "2") == 1
+        assert run("demo", "--output", str(output), "--seeds", "2") == 2
         assert "holds an unfinished demo of other sizes" in capsys.readouterr().err
         kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
         assert run("demo", "--output", str(output)) == 0
@@ -84,7 +85,7 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
             p.stat().st_mtime_ns == kept[p] for p in files if p.name != "_CHECKPOINT_METADATA"
         )
     check_results(output)
-    assert run("demo", "--output", str(output)) == 1
+    assert run("demo", "--output", str(output)) == 2
     assert "holds a finished demo" in capsys.readouterr().err
 
 
@@ -214,15 +215,35 @@ def test_broken_summaries_are_not_well_formed():
         assert not well_formed(bad)
 
 
-def test_errors_of_the_machine_are_told_and_not_traced(monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "[Errno 2] No such file: 'x'"),
+        (MemoryError(), 1, "MemoryError, with no more said"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "RESOURCE_EXHAUSTED: 3 GB"),
+        (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
+        (NotImplementedError("no sets"), 2, "no sets"),
+    ],
+)
+def test_errors_are_told_and_not_traced(monkeypatch, capsys, error, code, said):
+    def fail(_):
+        raise error
 
-    monkeypatch.setattr(cli, "_run_demo", full)
-    assert run("demo") == 1
-    assert capsys.readouterr().err == "t5patches demo: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(demo_command, "run", fail)
+    assert run("demo") == code
+    assert capsys.readouterr().err == f"t5patches demo: {said}\n"
+
+
+def test_an_error_of_ours_is_traced(monkeypatch):
+    def fail(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(demo_command, "run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("demo")
 
 
 def test_the_exit_code_is_that_of_the_process(monkeypatch):
-    monkeypatch.setattr(cli, "_run_demo", lambda options: options.seeds)
+    monkeypatch.setattr(demo_command, "run", lambda options: options.seeds)
     assert run("demo", "--seeds", "7") == 7

@@ -1,0 +1,92 @@
+"""What the commands share: how they are told and tell things."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every command.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="say nothing but errors (and the result, with --json)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON object on standard output; progress goes to standard "
+        "error in any case",
+    )
+
+
+def progress_console(options: argparse.Namespace) -> Console:
+    """Where progress is shown.
+
+    Args:
+        options: of the command.
+
+    Returns:
+        Standard error, or nothing with `--quiet`.
+    """
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=options.quiet)
+
+
+def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: str) -> None:
+    """Says on standard output what a command found.
+
+    Args:
+        options: of the command.
+        result: for scripts; printed with `--json`.
+        text: for people; not printed with `--json` or `--quiet`.
+    """
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    elif not options.quiet:
+        print(text)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for `type=`.
+
+    Args:
+        text: what was given.
+
+    Returns:
+        The number.
+    """
+    return _whole(text, 1)
+
+
+def count(text: str) -> int:
+    """A whole number from 0, for `type=`.
+
+    Args:
+        text: what was given.
+
+    Returns:
+        The number.
+    """
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above {least - 1}")
+    return value
