@@ -25,8 +25,9 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import Batch, batch_indices, write_file
+from t5patches.editing.data import Batch, batch_indices
 from t5patches.editing.forward import forward
+from t5patches.editing.runs import claim
 from t5patches.network import T5Config, output_head
 from t5patches_kernels import (
     Edits,
@@ -165,7 +166,7 @@ def train(
     _check_arrays(arrays, settings)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    _claim(directory, _describe(model, params, original, arrays, settings))
+    claim(directory, _describe(model, params, original, arrays, settings))
     # Copied, as every update gives the memory of its state away and `params` is the caller's.
     start = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     state, history = _State(start, _optimizer(settings).init(start)), History()
@@ -392,30 +393,6 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _claim(directory: Path, run: dict[str, Any]) -> None:
-    """Writes what the run is, or checks that the run already there is the same one."""
-    path = directory / "run.json"
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(run, indent=1))
-        return
-    differences = list(_differences(json.loads(path.read_text()), run))
-    if differences:
-        raise ValueError(
-            f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
-            "another directory, or repeat that run to finish it"
-        )
-
-
-def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Any:
-    for name, value in asked.items():
-        old = there.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            yield from _differences(old, value)
-        elif old != value:
-            yield f"{name} ({old} there, {value} asked for)"
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:

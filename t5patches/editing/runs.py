@@ -1,0 +1,110 @@
+"""Work that takes long lives in a directory, so that a killed run goes on and no other does.
+
+`run.json` in the directory says what the run is: settings, and fingerprints of everything that it
+starts from. Whoever comes with the same goes on from there; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from t5patches.editing.data import write_file
+
+
+def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+    """Writes what the run is, or checks that the run already there is the same one.
+
+    Args:
+        directory: of the run; made if absent.
+        run: settings and fingerprints, as JSON has them.
+
+    Raises:
+        ValueError: the directory holds another run; all that differs is named.
+    """
+    path = Path(directory) / "run.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(run, indent=1))
+        return
+    differences = list(_differences(json.loads(path.read_text()), run))
+    if differences:
+        raise ValueError(
+            f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
+            "another directory, or repeat that run to finish it"
+        )
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in asked.items():
+        old = there.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value)
+        elif old != value:
+            yield f"{name} ({old} there, {value} asked for)"
+
+
+class Parts:
+    """The finished parts of a long piece of work, each in a file of its own.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     for _ in range(2):  # the second time as after a kill
+        ...         parts = Parts(directory, {"seed": 0})
+        ...         parts.get("first", lambda: print("made") or [1, 2])
+        made
+        [1, 2]
+        [1, 2]
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any]):
+        """Opens a directory, which then belongs to this run.
+
+        Args:
+            directory: made if absent.
+            run: see `claim`.
+
+        Raises:
+            ValueError: the directory holds another run.
+        """
+        claim(directory, run)
+        self._directory = Path(directory)
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part: read where it is finished, made and kept where it is not.
+
+        Args:
+            name: of the part, fit for a file name.
+            make: makes it; what it returns must be what JSON gives back (lists, not tuples).
+
+        Returns:
+            The part.
+        """
+        path = self._directory / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        part = make()
+        write_file(path, json.dumps(part))
+        return part
+
+    def remove(self) -> None:
+        """Throws the parts away, once what they make up is safe elsewhere."""
+        shutil.rmtree(self._directory)
+
+
+def make_part(name: str, make: Callable[[], Any]) -> Any:
+    """In the place of `Parts.get` where nothing is kept.
+
+    Args:
+        name: not looked at.
+        make: makes the part.
+
+    Returns:
+        What `make` makes.
+    """
+    return make()
