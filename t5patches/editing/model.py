@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from t5patches.editing.checkpoint import load_checkpoint
-from t5patches.editing.tokenizer import Tokenizer, load_tokenizer
+from t5patches.editing.tokenizer import Tokenizer
+from t5patches.editing.tokenizer_files import load_tokenizer
 from t5patches.network import T5Config
 
 

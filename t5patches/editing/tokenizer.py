@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import sentencepiece
@@ -124,24 +123,6 @@ class SentencePieceTokenizer:
             if start == end and of_a_character:
                 spans[i] = spans[i + 1]
         return tuple(spans)
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """The tokenizer of a Hugging Face T5 folder.
-
-    Args:
-        folder: with `spiece.model`.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ValueError: there is none, or it cannot be read.
-    """
-    path = Path(folder) / "spiece.model"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no spiece.model: copy the model's own tokenizer there")
-    return SentencePieceTokenizer(path)
 
 
 def train_sentencepiece(texts: Sequence[str], vocab_size: int) -> bytes:
