@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from editing_samples import example, tiny_model, tiny_params, tokenizer
 
-from t5patches.editing.annotate import pattern
+from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.data import to_arrays
 from t5patches.editing.evaluate import (
     Measure,
@@ -20,7 +20,6 @@ from t5patches.editing.evaluate import (
     prevalence,
     ratio,
     similarity,
-    speak,
 )
 from t5patches.editing.forward import forward
 

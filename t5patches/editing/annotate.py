@@ -21,10 +21,12 @@ from rich.progress import Progress
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, to_arrays, token_mask
 from t5patches.editing.forward import forward
 from t5patches.editing.generate import generate
+from t5patches.editing.runs import make_part
 from t5patches.editing.tokenizer import Span, Tokenizer
 from t5patches.network import T5Config
 
 Rule = Callable[[str, str], Iterable[Span]]
+Keep = Callable[[str, Callable[[], Any]], Any]
 
 _WORD = re.compile(r"\w[\w'’\-]*")
 _SENTENCE_START = re.compile(r"(?:^|[.!?:])\W*$")
@@ -57,9 +59,19 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
         raise ValueError("a word list needs words, and none of them empty")
     # The longest first: "new york city" wins over "new york".
     phrases = sorted((r"\s+".join(map(re.escape, p)) for p in parts), key=len, reverse=True)
-    return pattern(
-        rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", flags=re.IGNORECASE if ignore_case else 0
-    )
+    return pattern(whole_words("|".join(phrases)), flags=re.IGNORECASE if ignore_case else 0)
+
+
+def whole_words(expression: str) -> str:
+    """A regular expression whose matches do not begin or end inside a word.
+
+    Args:
+        expression: what to match.
+
+    Returns:
+        The expression for `pattern`.
+    """
+    return rf"(?<!\w)(?:{expression})(?!\w)"
 
 
 def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
@@ -243,6 +255,73 @@ def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
     return outputs
 
 
+def speak(
+    model: T5Config,
+    params: Mapping[str, Any],
+    inputs: Sequence[str],
+    rule: Rule,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
+    keep: Keep = make_part,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """What a model says, marked by a rule.
+
+    Args:
+        model: the sizes of the T5.
+        params: its parameters.
+        inputs: the source texts.
+        rule: says what is unwanted.
+        tokenizer: the model's.
+        max_length: tokens that an output may have.
+        temperature: 0 for greedy decoding.
+        samples: outputs to each input.
+        seed: of the sampling.
+        batch_size: outputs made at a time.
+        keep: `t5patches.editing.runs.Parts.get`, which makes no output again that a killed run
+            has made.
+        progress: shows how far it is; None shows nothing.
+
+    Returns:
+        `samples` examples for each input, one after the other.
+    """
+    tokens = pad_rows(
+        [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs], tokenizer.pad_id
+    )
+    params = jax.tree.map(jnp.asarray, params)
+    size = max(1, batch_size // samples)
+
+    def say(start: int) -> list[list[int]]:
+        part = tokens[start : start + size]
+        rows = generate(
+            model,
+            params,
+            part,
+            max_length=max_length,
+            prefixes=np.zeros((len(part), samples, 0), np.int32),
+            temperature=temperature,
+            rng=jax.random.key(seed),
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            batch_size=batch_size,
+            first=start,
+        )
+        return [list(ids) for said in rows for ids in until_end(said, tokenizer.eos_id)]
+
+    task = progress.add_task("outputs", total=len(inputs) * samples, note="") if progress else None
+    outputs: list[list[int]] = []
+    for start in range(0, len(inputs), size):
+        outputs += keep(f"outputs-{start}", functools.partial(say, start))
+        if progress and task is not None:
+            progress.update(task, completed=len(outputs))
+    return annotate([text for text in inputs for _ in range(samples)], outputs, tokenizer, rule)
+
+
 def expand_negatives(
     examples: Sequence[Example],
     rule: Rule,
@@ -253,6 +332,7 @@ def expand_negatives(
     count: int,
     max_length: int,
     batch_size: int = 512,
+    keep: Keep = make_part,
     progress: Progress | None = None,
 ) -> list[Example]:
     """Finds what else the model would say at each marked position and the rule forbids too.
@@ -272,6 +352,8 @@ def expand_negatives(
         count: K, how many alternatives to try at a position.
         max_length: tokens that an output may have.
         batch_size: rollouts made at a time.
+        keep: `t5patches.editing.runs.Parts.get`, which makes no rollout again that a killed run
+            has made.
         progress: shows how far it is; None shows nothing.
 
     Returns:
@@ -287,23 +369,32 @@ def expand_negatives(
             f"count is {count}: from 1 to {model.vocab_size - 3} alternatives can be tried with "
             f"a vocabulary of {model.vocab_size}"
         )
-    negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
+    params = jax.tree.map(jnp.asarray, params)
     places = list(_alternatives(examples, model, params, count, tokenizer))
-    task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
     # Enough at a time for `generate` to put alike prefixes together.
-    for start in range(0, len(places), 8 * max(1, batch_size // count)):
-        chunk = places[start : start + 8 * max(1, batch_size // count)]
-        rollouts = _roll_out(examples, chunk, model, params, max_length, batch_size, tokenizer)
-        for (number, position, candidates), outputs in zip(chunk, rollouts, strict=True):
-            negatives[number][position] = tuple(
+    size = 8 * max(1, batch_size // count)
+
+    def try_out(start: int) -> list[_Place]:
+        part = places[start : start + size]
+        rollouts = _roll_out(examples, part, model, params, max_length, batch_size, tokenizer)
+        found = []
+        for (number, position, candidates), rows in zip(part, rollouts, strict=True):
+            outputs, source = until_end(rows, tokenizer.eos_id), examples[number].inputs
+            forbidden = (
                 token
-                for token, output in zip(
-                    candidates, until_end(outputs, tokenizer.eos_id), strict=True
-                )
-                if _forbids(rule, examples[number].inputs, output, position, tokenizer)
+                for token, output in zip(candidates, outputs, strict=True)
+                if _forbids(rule, source, output, position, tokenizer)
             )
+            found.append((number, position, tuple(forbidden)))
+        return found
+
+    task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
+    negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
+    for start in range(0, len(places), size):
+        for number, position, ids in keep(f"rollouts-{start}", functools.partial(try_out, start)):
+            negatives[number][position] = tuple(ids)
         if progress and task is not None:
-            progress.advance(task, len(chunk) * count)
+            progress.update(task, completed=min(start + size, len(places)) * count)
     return [
         dataclasses.replace(example, negatives={p: ids for p, ids in found.items() if ids})
         for example, found in zip(examples, negatives, strict=True)

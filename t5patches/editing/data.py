@@ -23,9 +23,9 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
 OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets"})
 
 Batch = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,24 +167,77 @@ def read_examples(
     Raises:
         ValueError: some lines are bad. All of them are named, by number and reason.
     """
-    examples, problems = [], []
+
+    def parse(line: str) -> Example:
+        example = _parse(line, tokenizer)
+        _check_length("inputs", len(example.input_ids), max_input_length)
+        _check_length("outputs", len(example.output_ids), max_output_length)
+        return example
+
+    return read_lines(path, parse, "examples: write one JSON object a line")
+
+
+class Source(NamedTuple):
+    """Something to give to the model.
+
+    Attributes:
+        inputs: the source text.
+        references: what a good output would be; empty where nobody said.
+    """
+
+    inputs: str
+    references: tuple[str, ...] = ()
+
+
+def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
+    """Reads what the model is to be given.
+
+    Args:
+        path: a file whose name ends in `.jsonl`, with `{"inputs": "...", "references": ["..."]}`
+            a line (`references` and `meta` may be absent), or any other text file, with one input
+            a line. Blank lines are skipped.
+
+    Returns:
+        The inputs in the order of the file.
+
+    Raises:
+        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+            none.
+    """
+    if os.fspath(path).endswith(".jsonl"):
+        return read_lines(path, _source, 'inputs: write {"inputs": "..."} a line')
+    return read_lines(path, Source, "inputs: write one a line")
+
+
+def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing: str) -> list[T]:
+    """Reads a text file line by line and tells everything that is wrong with it at once.
+
+    Args:
+        path: of a file in UTF-8. Blank lines are skipped.
+        parse: makes something of a line without white space at its ends, or raises `ValueError`.
+        nothing: what the file has none of where it is empty.
+
+    Returns:
+        What `parse` made of the lines.
+
+    Raises:
+        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+            none.
+    """
+    found, problems = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             try:
-                example = _parse(line, tokenizer)
-                _check_length("inputs", len(example.input_ids), max_input_length)
-                _check_length("outputs", len(example.output_ids), max_output_length)
+                text = _decoded(line)
+                if text:
+                    found.append(parse(text))
             except ValueError as error:
                 problems.append(f"  line {number}: {error}")
-            else:
-                examples.append(example)
     if problems:
         raise ValueError(f"{path}: {len(problems)} bad lines\n" + "\n".join(problems))
-    if not examples:
-        raise ValueError(f"{path} has no examples: write one JSON object a line")
-    return examples
+    if not found:
+        raise ValueError(f"{path} has no {nothing}")
+    return found
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
@@ -358,8 +412,38 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
     return np.array([epochs[int(i) // count][i % count] for i in wanted])
 
 
-def _parse(line: bytes, tokenizer: Tokenizer) -> Example:
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _source(line: str) -> Source:
     fields = _fields(line)
+    names = fields.keys() - {"meta"}
+    if not {"inputs"} <= names <= {"inputs", "references"}:
+        raise ValueError(
+            f"got the fields {sorted(names)}; needed is 'inputs', with or without 'references'; "
+            "other things go under 'meta'"
+        )
+    inputs, references = _text(fields, "inputs"), fields.get("references", [])
+    if isinstance(references, str):
+        references = [references]
+    if not (isinstance(references, list) and all(isinstance(r, str) for r in references)):
+        raise ValueError(f"'references' must be a text or a list of them, got {references!r}")
+    return Source(inputs, tuple(references))
+
+
+def _parse(line: str, tokenizer: Tokenizer) -> Example:
+    fields = _fields(line)
+    names = fields.keys() - {"meta"}
+    if names != PAIR_FIELDS and not SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
+        raise ValueError(
+            f"got the fields {sorted(names)}; needed are {sorted(PAIR_FIELDS)}, or "
+            f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)}; other things go under "
+            "'meta'"
+        )
     inputs = _text(fields, "inputs")
     if "negative_targets" in fields:
         return _from_pair(
@@ -379,22 +463,14 @@ def _parse(line: bytes, tokenizer: Tokenizer) -> Example:
     )
 
 
-def _fields(line: bytes) -> dict[str, Any]:
+def _fields(line: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line.decode("utf-8").strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"a JSON object is needed, got {type(fields).__name__}")
-    names = fields.keys() - {"meta"}
-    if names == PAIR_FIELDS or SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
-        return fields
-    raise ValueError(
-        f"got the fields {sorted(names)}; needed are {sorted(PAIR_FIELDS)}, or "
-        f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)}; other things go under 'meta'"
-    )
+    return fields
 
 
 def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:

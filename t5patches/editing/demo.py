@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from t5patches.editing.annotate import expand_negatives
+from t5patches.editing.annotate import expand_negatives, speak
 from t5patches.editing.data import (
     Example,
     corrected_examples,
@@ -30,7 +30,7 @@ from t5patches.editing.data import (
     write_file,
 )
 from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
-from t5patches.editing.evaluate import Measure, evaluate, over_seeds, prevalence, speak
+from t5patches.editing.evaluate import Measure, evaluate, over_seeds, prevalence
 from t5patches.editing.report import Results, Row, findings, terminal_table, to_json, write_html
 from t5patches.editing.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from t5patches.editing.train import (

@@ -20,10 +20,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from scipy import stats
 
-from t5patches.editing.annotate import Rule, annotate, until_end
-from t5patches.editing.data import Batch, Example, pad_rows, to_arrays
+from t5patches.editing.annotate import Rule, speak
+from t5patches.editing.data import Batch, Example, to_arrays
 from t5patches.editing.forward import forward
-from t5patches.editing.generate import generate
 from t5patches.editing.tokenizer import Tokenizer
 from t5patches.network import T5Config
 from t5patches_kernels import kl_divergence
@@ -119,49 +118,6 @@ def evaluate(
     measures |= similarity(greedy, before)
     measures["malformed"] = malformed(greedy, tokenizer, well_formed)
     return Evaluation(measures, greedy)
-
-
-def speak(
-    model: T5Config,
-    params: Mapping[str, Any],
-    inputs: Sequence[str],
-    rule: Rule,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> list[Example]:
-    """What a model says, marked by a rule.
-
-    Args:
-        model: the sizes of the T5.
-        params: its parameters.
-        inputs: the source texts.
-        rule: says what is unwanted.
-        tokenizer: the model's.
-        max_length: tokens that an output may have.
-        temperature: 0 for greedy decoding.
-        seed: of the sampling.
-        batch_size: outputs made at a time.
-
-    Returns:
-        One example for each input.
-    """
-    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
-    rows = generate(
-        model,
-        params,
-        pad_rows(ids, tokenizer.pad_id),
-        max_length=max_length,
-        temperature=temperature,
-        rng=jax.random.key(seed),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        batch_size=batch_size,
-    )
-    return annotate(inputs, until_end(rows, tokenizer.eos_id), tokenizer, rule)
 
 
 def prevalence(outputs: Sequence[Example]) -> dict[str, Measure]:

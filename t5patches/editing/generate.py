@@ -36,6 +36,7 @@ def generate(
     eos_id: int = 1,
     pad_id: int = 0,
     batch_size: int = 256,
+    first: int = 0,
 ) -> np.ndarray:
     r"""Decodes one or several outputs for each input.
 
@@ -58,6 +59,8 @@ def generate(
       pad_id: the token put after the end.
       batch_size: outputs decoded at a time. Each combination of `batch_size`, input length, prefix
         shape and `max_length` compiles once; a last batch is filled up, not compiled again.
+      first: number of the first input, where these are some of a longer list: a sampled row is then
+        the one that the whole list would give.
 
     Returns:
       int32 `[inputs, max_length]`, or `[inputs, streams, max_length]` for prefixes of that form:
@@ -106,7 +109,7 @@ def generate(
         real = order[start : start + rows]
         index = np.resize(real, rows)
         shared = np.int32(common[index].min())
-        batch = _Batch(tokens[index], forced[index], lengths[index], shared, index)
+        batch = _Batch(tokens[index], forced[index], lengths[index], shared, first + index)
         out[real] = _decode(plan, params, batch, temperature, rng)[: len(real)]
     return out[:, 0] if prefixes is None or np.ndim(prefixes) == 2 else out
 
