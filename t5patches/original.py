@@ -1,0 +1,151 @@
+"""The parameters that a targeted training keeps to: a frozen copy, kept beside the checkpoints.
+
+A run writes them once, before its first checkpoint, in `NAME` in its directory, and takes them from
+there when it goes on: the original stays the model that training began from. They are laid out as
+T5X's orbax checkpoints are, so that T5X can restore them too.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import core as flax_core
+from t5x import checkpoints
+
+PyTree = Any
+
+NAME = "original_params"
+_STATE = "state"  # where T5X's orbax checkpoints have the train state
+_LEGACY = "checkpoint"  # the file that T5X's own format has
+
+
+def freeze(params: PyTree) -> PyTree:
+    """A copy of parameters, placed like them, that outlives the donation of the train state.
+
+    Args:
+      params: a tree of arrays.
+
+    Returns:
+      The same tree, in memory of its own.
+    """
+    shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
+    return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
+
+
+def on_devices(params: PyTree) -> bool:
+    """Whether parameters are arrays of a run, and not numpy's in a state made by hand."""
+    return all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+
+
+def kept_in(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
+    """The original parameters of the run in a directory.
+
+    Args:
+      directory: of the run, where T5X writes its checkpoints.
+      params: those that the run has now: its start where there is no checkpoint yet.
+
+    Returns:
+      Parameters in memory of their own, placed like `params`.
+
+    Raises:
+      ValueError: the run has checkpoints and its original parameters are gone.
+    """
+    folder = epath.Path(directory) / NAME
+    begun = any(epath.Path(directory).glob("checkpoint_*"))
+    if begun and not (folder / _STATE).exists():
+        raise ValueError(
+            f"{directory} holds checkpoints but not the original parameters, {NAME}: the model "
+            "that training began from is not known. Put them back, set "
+            "SelfDistillationTrainer.original_path to the checkpoint that training began from, or "
+            "train in another directory."
+        )
+    if begun:
+        return load(folder, params, on_host=False)
+    frozen = freeze(params)
+    # Written anew where a run died before its first checkpoint: it may begin elsewhere now.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        state = {"target": flax_core.unfreeze(frozen)}
+        checkpointer.save(folder / _STATE, args=ocp.args.PyTreeSave(state), force=True)
+    return frozen
+
+
+def load(path: str | os.PathLike[str], like: PyTree, *, on_host: bool = True) -> PyTree:
+    """The parameters in a checkpoint.
+
+    Args:
+      path: what `kept_in` wrote, or the directory of a T5X checkpoint in either format.
+      like: parameters of the same tree, shapes and dtypes.
+      on_host: as numpy's arrays; otherwise placed like `like`.
+
+    Returns:
+      Parameters with the tree and the dtypes of `like`.
+
+    Raises:
+      ValueError: nothing is there, or parameters of another model.
+    """
+    folder = epath.Path(path)
+    if (folder / _STATE).exists():
+        read = _read_orbax
+    elif (folder / _LEGACY).exists():
+        read = _read_legacy
+    else:
+        raise ValueError(
+            f"{path} holds no parameters: give the {NAME} in the directory of a training run, or "
+            f"the directory of one T5X checkpoint (with {_STATE}/ or the file {_LEGACY!r} in it)."
+        )
+    wanted = flax_core.unfreeze(like)
+    found = read(folder, wanted, on_host)
+    _check_same(path, found, wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found))
+
+
+def _read_orbax(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
+    def restore_args(x: Any) -> ocp.RestoreArgs:
+        if on_host:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
+    args = ocp.args.PyTreeRestore(
+        item={"target": shapes},
+        restore_args={"target": jax.tree.map(restore_args, wanted)},
+        partial_restore=True,  # the optimizer stays where it is
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        return checkpointer.restore(folder / _STATE, args=args)["target"]
+
+
+def _read_legacy(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
+    lazy = checkpoints.load_t5x_checkpoint(os.fspath(folder), lazy_parameters=True)["target"]
+    found = jax.tree.map(lambda x: x.get(), lazy)
+    if on_host or jax.tree.structure(found) != jax.tree.structure(wanted):
+        return found
+
+    def place(x: np.ndarray, to: jax.Array) -> jax.Array:
+        x = np.asarray(x, to.dtype)
+        return jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index])
+
+    return jax.tree.map(place, found, wanted)
+
+
+def _check_same(path: str | os.PathLike[str], found: PyTree, wanted: PyTree) -> None:
+    """Parameters of another model are an error, and not cut or padded to fit."""
+
+    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(at): tuple(np.shape(x)) for at, x in leaves}
+
+    there, here = shapes(found), shapes(wanted)
+    if there == here:
+        return
+    name = next(k for k in sorted(there | here) if there.get(k) != here.get(k))
+    raise ValueError(
+        f"{path} is of another model: {name} is {there.get(name, 'not there')} in it and "
+        f"{here.get(name, 'not there')} in the model being run."
+    )
