@@ -54,6 +54,7 @@ try:
     from t5x import losses as t5x_losses
     from t5x import metrics as metrics_lib
     from t5x import models as t5x_models
+    from t5x.metrics import MetricsMap
     from t5x.models import BaseTransformerModel
 except ImportError as error:
     raise ImportError(
@@ -65,7 +66,6 @@ except ImportError as error:
 Array = jax.Array
 Batch = Mapping[str, Any]
 PyTree = Any
-MetricsMap = metrics_lib.MetricsMap
 
 _FLOAT32_MIN = float(jnp.finfo(jnp.float32).min)
 

@@ -90,18 +90,19 @@ def load(path: str | os.PathLike[str], like: PyTree, *, on_host: bool = True) ->
       ValueError: nothing is there, or parameters of another model.
     """
     folder = epath.Path(path)
+    wanted = flax_core.unfreeze(like)
     if (folder / _STATE).exists():
-        read = _read_orbax
+        found = _read_orbax(folder, wanted, on_host)
     elif (folder / _LEGACY).exists():
-        read = _read_legacy
+        found = _read_legacy(folder)
     else:
         raise ValueError(
             f"{path} holds no parameters: give the {NAME} in the directory of a training run, or "
             f"the directory of one T5X checkpoint (with {_STATE}/ or the file {_LEGACY!r} in it)."
         )
-    wanted = flax_core.unfreeze(like)
-    found = read(folder, wanted, on_host)
     _check_same(path, found, wanted)
+    if not on_host:
+        found = jax.tree.map(_place, found, wanted)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found))
 
 
@@ -121,17 +122,16 @@ def _read_orbax(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
         return checkpointer.restore(folder / _STATE, args=args)["target"]
 
 
-def _read_legacy(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
+def _read_legacy(folder: epath.Path) -> PyTree:
     lazy = checkpoints.load_t5x_checkpoint(os.fspath(folder), lazy_parameters=True)["target"]
-    found = jax.tree.map(lambda x: x.get(), lazy)
-    if on_host or jax.tree.structure(found) != jax.tree.structure(wanted):
-        return found
+    return jax.tree.map(lambda x: x.get(), lazy)
 
-    def place(x: np.ndarray, to: jax.Array) -> jax.Array:
-        x = np.asarray(x, to.dtype)
-        return jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index])
 
-    return jax.tree.map(place, found, wanted)
+def _place(x: Any, to: jax.Array) -> jax.Array:
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x, to.dtype)
+    return jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index])
 
 
 def _check_same(path: str | os.PathLike[str], found: PyTree, wanted: PyTree) -> None:

@@ -14,20 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from t5patches import models, original  # first: it says what is missing without T5X
 
 # isort: split
-from t5x import partitioning
-from t5x import train_state as train_state_lib
 from t5x import trainer as t5x_trainer
-from t5x.trainer import apply_grads
+from t5x.partitioning import BasePartitioner
+from t5x.train_state import InferenceState, TrainState
+from t5x.trainer import LearningRateCallable, WeightMetricsComputer, apply_grads
 
 Array = jax.Array
 Batch = Mapping[str, Any]
 Metrics = Any
-PartitionSpec = partitioning.PartitionSpec
-TrainState = train_state_lib.TrainState
+
+_DATA = PartitionSpec("data")
 
 
 class _WithOriginal:
@@ -47,7 +48,7 @@ def accumulate_grads_microbatched(
     batch: Batch,
     dropout_rng: Array,
     num_microbatches: int | None,
-    data_partition_spec: PartitionSpec = PartitionSpec("data"),
+    data_partition_spec: PartitionSpec = _DATA,
     orig_train_state: TrainState | None = None,
 ) -> tuple[Any, Metrics, Any]:
     """`t5x.trainer.accumulate_grads_microbatched` with the original parameters in the loss.
@@ -77,8 +78,8 @@ def train_with_lr(
     dropout_rng: Array,
     model: models.SelfDistillationModel,
     num_microbatches: int | None,
-    weight_metrics_computer: t5x_trainer.WeightMetricsComputer | None = None,
-    data_partition_spec: PartitionSpec = PartitionSpec("data"),
+    weight_metrics_computer: WeightMetricsComputer | None = None,
+    data_partition_spec: PartitionSpec = _DATA,
     orig_train_state: TrainState | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One training step.
@@ -192,14 +193,14 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         self,
         model: models.SelfDistillationModel,
         train_state: TrainState | None,
-        partitioner: partitioning.BasePartitioner,
+        partitioner: BasePartitioner,
         eval_names: Sequence[str],
         summary_dir: str | None,
         train_state_axes: Any,
         rng: Array,
-        learning_rate_fn: t5x_trainer.LearningRateCallable,
+        learning_rate_fn: LearningRateCallable,
         num_microbatches: int | None,
-        weight_metrics_computer: t5x_trainer.WeightMetricsComputer | None = None,
+        weight_metrics_computer: WeightMetricsComputer | None = None,
         orig_train_state: TrainState | None = None,
         original_path: str | None = None,
     ):
@@ -234,16 +235,15 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
     @property
     def orig_train_state(self) -> TrainState:
         """The original parameters, as a state without step and optimizer."""
-        if self._original is None and self._original_path is None:
-            raise ValueError(
-                "The original model is not known where the trainer is made without a train_state, "
-                "as T5X's eval does: set SelfDistillationTrainer.original_path to the "
-                "original_params in the directory of the training run, or to the checkpoint that "
-                "it began from."
-            )
         if self._original is None:
-            like = self.train_state.params
-            self._keep(original.load(self._original_path, like, on_host=False))
+            if self._original_path is None:
+                raise ValueError(
+                    "The original model is not known where the trainer is made without a "
+                    "train_state, as T5X's eval does: set SelfDistillationTrainer.original_path to "
+                    "the original_params in the directory of the training run, or to the "
+                    "checkpoint that it began from."
+                )
+            self._keep(original.load(self._original_path, self.train_state.params, on_host=False))
         return _state(self._original)
 
     @property
@@ -285,4 +285,4 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
 
 
 def _state(params: Any) -> TrainState:
-    return train_state_lib.InferenceState(step=None, params=params)
+    return InferenceState(step=None, params=params)
