@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import sentencepiece
 
+from t5patches.editing.checkpoint import save_checkpoint
 from t5patches.editing.data import Example, make_example, with_end
 from t5patches.editing.tokenizer import SentencePieceTokenizer
 from t5patches.network import T5Config, Transformer
@@ -67,3 +68,10 @@ def tiny_params(seed: int = 0):
     ids = np.ones((1, 2), np.int32)
     init = jax.jit(functools.partial(Transformer(tiny_model()).init, enable_dropout=False))
     return init(jax.random.key(seed), ids, ids, ids)["params"]
+
+
+def model_folder(path, seed: int = 0):
+    """A folder of `tiny_model` with its tokenizer, as the commands take it."""
+    save_checkpoint(path, tiny_model(), tiny_params(seed))
+    (path / "spiece.model").write_bytes(tokenizer()._processor.serialized_model_proto())
+    return path

@@ -362,13 +362,7 @@ def expand_negatives(
     Raises:
         ValueError: `count` is not between 1 and what the vocabulary leaves to try.
     """
-    # Neither padding nor the end token has characters that a rule could forbid, and the token
-    # that was said is already pushed down.
-    if not 1 <= count <= model.vocab_size - 3:
-        raise ValueError(
-            f"count is {count}: from 1 to {model.vocab_size - 3} alternatives can be tried with "
-            f"a vocabulary of {model.vocab_size}"
-        )
+    check_count(count, model)
     params = jax.tree.map(jnp.asarray, params)
     places = list(_alternatives(examples, model, params, count, tokenizer))
     # Enough at a time for `generate` to put alike prefixes together.
@@ -399,6 +393,25 @@ def expand_negatives(
         dataclasses.replace(example, negatives={p: ids for p, ids in found.items() if ids})
         for example, found in zip(examples, negatives, strict=True)
     ]
+
+
+def check_count(count: int, model: T5Config) -> None:
+    """Refuses a number of alternatives that `expand_negatives` cannot try.
+
+    Args:
+        count: K.
+        model: the sizes of the T5.
+
+    Raises:
+        ValueError: `count` is not between 1 and what the vocabulary leaves to try.
+    """
+    # Neither padding nor the end token has characters that a rule could forbid, and the token
+    # that was said is already pushed down.
+    if not 1 <= count <= model.vocab_size - 3:
+        raise ValueError(
+            f"count is {count}: from 1 to {model.vocab_size - 3} alternatives can be tried with "
+            f"a vocabulary of {model.vocab_size}"
+        )
 
 
 _Place = tuple[int, int, tuple[int, ...]]

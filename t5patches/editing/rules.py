@@ -80,7 +80,7 @@ class Rules:
     """
 
     rules: Mapping[str, Rule]
-    fingerprint: str
+    fingerprint: str = ""
 
     def __call__(self, inputs: str, output: str) -> list[Span]:
         """What any of the rules marks.
@@ -140,8 +140,8 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
         found = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    tables = found.get("rule")
-    if found.keys() != {"rule"} or not (isinstance(tables, list) and all(map(_is_table, tables))):
+    tables: Any = found.get("rule")
+    if found.keys() != {"rule"} or not _are_tables(tables):
         raise ValueError(
             f"{path} holds {sorted(found) or 'nothing'}: rules are needed, each under a line "
             "[[rule]], and nothing else"
@@ -242,8 +242,8 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_IS["a text"], value))
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
 
 
 _IS: Mapping[str, Callable[[Any], bool]] = {

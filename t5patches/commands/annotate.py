@@ -1,0 +1,211 @@
+r"""Let a model speak, mark what it must not say, and write the file that `edit` takes.
+
+The model answers each of the inputs. Rules mark what is unwanted in its outputs:
+
+  [[rule]]                       # rules.toml; any number of rules
+  words = ["New York", "Rome"]   # whole words; or words_file = "words.txt", one a line
+
+  [[rule]]
+  pattern = 'aged (\d+)'         # a regular expression; group = 1 marks a part of the match,
+  group = 1                      # whole_words = true keeps it off the middle of words
+
+  [[rule]]
+  names = "capitalized"          # named things; or "spacy", with a model and labels of yours
+  absent_from_source = true      # (with any rule) only what the input does not hold
+
+  [[rule]]
+  call = "my_module:function"    # function(inputs, output) -> [(start, end), ...] in characters
+
+With --expand K, the model's K likeliest alternatives are tried at each marked token: the model
+goes on from each of them, and what the rules forbid there joins the token's set of negatives, so
+that an edit does not trade one unwanted word for the next.
+
+Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from t5patches.commands import common
+
+if TYPE_CHECKING:
+    from t5patches.editing.data import Example
+    from t5patches.editing.rules import Rules
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `t5patches annotate`.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--model", metavar="DIR", required=True, help="a T5, Flan-T5 or mT5 folder")
+    add_input_arguments(parser)
+    parser.add_argument("--rules", metavar="FILE", required=True, help="what is unwanted (TOML)")
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="the file to write, one JSON object a line"
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=common.positive,
+        default=1,
+        help="outputs to each input; above 1 with a temperature (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token each time, above it tokens are drawn (default: 0)",
+    )
+    parser.add_argument(
+        "--expand",
+        metavar="K",
+        type=common.count,
+        default=0,
+        help="alternatives to try at each marked token (default: 0; 32 works well, at K rollouts "
+        "a marked token, whose number is told first)",
+    )
+    parser.add_argument(
+        "--examples",
+        metavar="N",
+        type=common.count,
+        default=5,
+        help="marked outputs to print (default: 5)",
+    )
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command needs that lets a model speak.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument(
+        "--inputs",
+        metavar="FILE",
+        required=True,
+        help='a text file with one input a line, or a .jsonl file with {"inputs": "..."} a line',
+    )
+    parser.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="instructions, one a line with {inputs} in it: one is drawn for each input",
+    )
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=common.positive,
+        default=64,
+        help="tokens that an output may have (default: 64)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=common.positive,
+        default=64,
+        help="outputs made at a time (default: 64)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=common.count,
+        default=0,
+        help="of what is drawn: samples, templates (default: 0)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the file of marked outputs.
+
+    Args:
+        options: parsed arguments.
+
+    Returns:
+        The exit code.
+    """
+    from t5patches.editing.collect import CollectSettings, collect
+    from t5patches.editing.data import read_inputs
+    from t5patches.editing.model import load_model
+    from t5patches.editing.rules import read_rules
+    from t5patches.editing.templates import read_templates, with_templates
+    from t5patches.editing.train import training_progress
+
+    settings = CollectSettings(
+        temperature=options.temperature,
+        samples=options.samples,
+        max_length=options.max_length,
+        negatives=options.expand,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    rules = read_rules(options.rules)
+    inputs = [source.inputs for source in read_inputs(options.inputs)]
+    if options.templates:
+        inputs = with_templates(inputs, read_templates(options.templates), options.seed)
+    model = load_model(options.model)
+    with training_progress(common.progress_console(options)) as progress:
+        examples = collect(model, inputs, rules, options.output, settings, progress)
+    result = _result(examples, rules, model.tokenizer.eos_id)
+    shown = [_marked(e) for e in examples if e.spans][: options.examples]
+    common.print_result(
+        options,
+        {"output": options.output, **result, "examples": shown},
+        _text(options, result, shown),
+    )
+    return 0
+
+
+def _result(examples: Sequence[Example], rules: Rules, eos_id: int) -> dict[str, Any]:
+    from t5patches.editing.collect import marked_tokens
+    from t5patches.editing.evaluate import prevalence
+
+    found = prevalence(examples)
+    return {
+        "outputs": len(examples),
+        "unwanted": sum(any(example.marked) for example in examples),
+        "prevalence": found["prevalence"].value,
+        "prevalence_error": found["prevalence"].error if len(examples) > 1 else None,
+        "tokens": sum(len(example.marked) for example in examples),
+        "marked_tokens": marked_tokens(examples),
+        "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),
+        "rules": rules.counts(examples),
+        "unfinished": sum(eos_id not in example.output_ids for example in examples),
+    }
+
+
+def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[str]) -> str:
+    error = result["prevalence_error"]
+    lines = [
+        f"{result['unwanted']} of {result['outputs']} outputs have something unwanted: "
+        f"{result['prevalence']:.1f}%"
+        + ("" if error is None else f" ± {error:.1f}")
+        + f" ({result['marked_tokens']} of {result['tokens']} tokens)",
+        *(f"  {name}: {count} outputs" for name, count in result["rules"].items()),
+        *(f"  {text}" for text in shown),
+    ]
+    if options.expand:
+        tried = options.expand * result["marked_tokens"]
+        lines.append(f"{result['negatives']} of {tried} alternatives are unwanted too")
+    if result["unfinished"]:
+        lines.append(
+            f"{result['unfinished']} outputs did not end within {options.max_length} tokens: "
+            "raise --max-length if they should"
+        )
+    return "\n".join([*lines, f"written: {options.output}"])
+
+
+def _marked(example: Example) -> str:
+    """An output with what is unwanted in brackets."""
+    text = example.outputs
+    covered = [any(start <= i < end for start, end in example.spans) for i in range(len(text))]
+    pieces = []
+    for i, character in enumerate(text):
+        opens = covered[i] and not (i and covered[i - 1])
+        closes = covered[i] and not (i + 1 < len(text) and covered[i + 1])
+        pieces.append("[" * opens + character + "]" * closes)
+    return "".join(pieces)

@@ -1,0 +1,156 @@
+"""From a model, inputs and rules to the file of unwanted outputs that an edit takes.
+
+What takes long (outputs, rollouts) is kept beside the file until it is whole, so that a killed run
+goes on when it is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from t5patches.editing.annotate import check_count, expand_negatives, speak
+from t5patches.editing.data import Example, write_examples
+from t5patches.editing.model import Model
+from t5patches.editing.rules import Rules
+from t5patches.editing.runs import Parts
+from t5patches.editing.train import fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectSettings:
+    """What to let the model say.
+
+    Attributes:
+        temperature: 0 for greedy decoding, above it to sample.
+        samples: outputs to each input; more than one needs a temperature.
+        max_length: tokens that an output may have, the end token counted.
+        negatives: K, alternatives to try at each marked token; 0 for none. See
+            `t5patches.editing.annotate.expand_negatives`.
+        batch_size: outputs made at a time.
+        seed: of the sampling.
+    """
+
+    temperature: float = 0.0
+    samples: int = 1
+    max_length: int = 64
+    negatives: int = 0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses settings that give nothing."""
+        for name, least in (("samples", 1), ("max_length", 1), ("negatives", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
+        if not self.temperature >= 0:
+            raise ValueError(
+                f"the temperature is {self.temperature}: 0 (greedy) or above is needed"
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"{self.samples} outputs to each input are asked for, and at temperature 0 all of "
+                "them are the same: give a temperature, such as 1"
+            )
+
+
+def collect(
+    model: Model,
+    inputs: Sequence[str],
+    rules: Rules,
+    output: str | os.PathLike[str],
+    settings: CollectSettings,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """Lets a model speak, marks what it must not say, and writes the file that an edit takes.
+
+    Args:
+        model: see `t5patches.editing.model.load_model`.
+        inputs: the source texts.
+        rules: say what is unwanted.
+        output: the file to write, one example a line; it appears whole or not at all. Until then
+            `OUTPUT.work` holds what is finished.
+        settings: how many outputs, and how.
+        progress: shows how far it is, and before the rollouts how many there are to make.
+
+    Returns:
+        The examples that the file holds.
+
+    Raises:
+        ValueError: the file exists, `OUTPUT.work` is of another run, or a setting does not fit the
+            model.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+    if settings.negatives:
+        check_count(settings.negatives, model.config)
+    parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
+    examples = speak(
+        model.config,
+        model.params,
+        inputs,
+        rules,
+        model.tokenizer,
+        max_length=settings.max_length,
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        keep=parts.get,
+        progress=progress,
+    )
+    if settings.negatives:
+        marked = marked_tokens(examples)
+        if progress:
+            progress.console.print(
+                f"{marked} marked tokens, {settings.negatives} alternatives to each: "
+                f"{marked * settings.negatives} rollouts to make",
+                highlight=False,
+            )
+        examples = expand_negatives(
+            examples,
+            rules,
+            model.tokenizer,
+            model.config,
+            model.params,
+            count=settings.negatives,
+            max_length=settings.max_length,
+            batch_size=settings.batch_size,
+            keep=parts.get,
+            progress=progress,
+        )
+    write_examples(output, examples)
+    parts.remove()
+    return examples
+
+
+def marked_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens are marked.
+
+    Args:
+        examples: marked outputs.
+
+    Returns:
+        The number, of all of them together.
+    """
+    return sum(sum(example.marked) for example in examples)
+
+
+def _describe(
+    model: Model, inputs: Sequence[str], rules: Rules, settings: CollectSettings
+) -> dict[str, object]:
+    # With their tokens, so that another tokenizer is another run.
+    given = json.dumps([(text, model.tokenizer.encode(text).ids) for text in inputs])
+    return {
+        "model": fingerprint(model.params),
+        "inputs": hashlib.sha256(given.encode()).hexdigest(),
+        "rules": rules.fingerprint,
+        "settings": dataclasses.asdict(settings),
+    }

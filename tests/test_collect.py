@@ -1,0 +1,201 @@
+"""`t5patches annotate`: from a model, inputs and rules to the file that an edit takes."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from editing_samples import model_folder, tokenizer
+from rich.console import Console
+
+from t5patches import cli
+from t5patches.editing import annotate as annotate_module
+from t5patches.editing.annotate import speak
+from t5patches.editing.collect import CollectSettings, collect
+from t5patches.editing.data import read_examples
+from t5patches.editing.model import load_model
+from t5patches.editing.rules import Rules, read_rules
+from t5patches.editing.train import training_progress
+
+INPUTS = [f"news {i}" for i in range(7)]
+SETTINGS = CollectSettings(max_length=8, batch_size=4, negatives=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, inputs, and rules that its gibberish breaks often enough."""
+    folder = tmp_path_factory.mktemp("collect")
+    model_folder(folder / "model")
+    (folder / "inputs.txt").write_text("\n".join(INPUTS))
+    (folder / "rules.toml").write_text(
+        "[[rule]]\nname = 'letters'\npattern = '\\S*[aeo]\\S*'\n[[rule]]\nwords = ['zzz']\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def given(folder):
+    return load_model(folder / "model"), INPUTS, read_rules(folder / "rules.toml")
+
+
+def arguments(folder, output, *more):
+    options = {
+        "model": folder / "model",
+        "inputs": folder / "inputs.txt",
+        "rules": folder / "rules.toml",
+        "output": output,
+        "max-length": 8,
+        "batch-size": 4,
+    }
+    return ["annotate", *(str(x) for k, v in options.items() for x in (f"--{k}", v)), *more]
+
+
+def test_outputs_are_marked_and_written_with_their_negatives(folder, given, tmp_path):
+    out = io.StringIO()
+    with training_progress(Console(file=out, width=100)) as progress:
+        examples = collect(*given, tmp_path / "edits.jsonl", SETTINGS, progress)
+    assert read_examples(tmp_path / "edits.jsonl", tokenizer()) == examples
+    assert [e.inputs for e in examples] == INPUTS
+    assert not (tmp_path / "edits.jsonl.work").exists()
+    marked = sum(sum(e.marked) for e in examples)
+    assert 0 < marked < sum(len(e.marked) for e in examples)
+    assert (
+        f"{marked} marked tokens, 3 alternatives to each: {3 * marked} rollouts" in out.getvalue()
+    )
+    assert any(e.negatives for e in examples)
+
+
+def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
+    whole = collect(*given, tmp_path / "whole.jsonl", SETTINGS)
+    made, limits = [], [1, 2]  # killed among the outputs, then before the rollouts
+
+    def generate(*arguments, real=annotate_module.generate, **options):
+        if limits and len(made) == limits[0]:
+            del limits[0]
+            raise KeyboardInterrupt
+        made.append(options.get("first", "rollouts"))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(annotate_module, "generate", generate)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            collect(*given, tmp_path / "edits.jsonl", SETTINGS)
+        assert not (tmp_path / "edits.jsonl").exists()
+    assert collect(*given, tmp_path / "edits.jsonl", SETTINGS) == whole
+    assert (tmp_path / "edits.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    # What an earlier run made was not made again.
+    assert made[:3] == [0, 4, "rollouts"]
+    assert set(made[2:]) == {"rollouts"}
+
+
+def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
+    model, inputs, rules = given
+    output = tmp_path / "edits.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate_module, "generate", None)
+        with pytest.raises(TypeError):
+            collect(*given, output, SETTINGS)
+    for other, difference in [
+        ((model, inputs[1:], rules), "inputs"),
+        ((model, inputs, Rules(rules.rules, "other")), "rules"),
+        ((model._replace(params={"x": np.ones(2)}), inputs, rules), "model"),
+    ]:
+        with pytest.raises(ValueError, match=f"holds another run, which differs in {difference}"):
+            collect(*other, output, SETTINGS)
+    with pytest.raises(ValueError, match="differs in max_length"):
+        collect(*given, output, CollectSettings(max_length=9, batch_size=4, negatives=3))
+    output.write_text("x")
+    with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+        collect(*given, output, SETTINGS)
+
+
+def test_several_samples_do_not_depend_on_the_batches(given):
+    model, inputs, rules = given
+
+    def said(batch_size, **options):
+        options = {"max_length": 6, "temperature": 1.0, "samples": 3, **options}
+        return speak(*model[:2], inputs, rules, model.tokenizer, batch_size=batch_size, **options)
+
+    drawn = said(21)
+    assert drawn == said(6)
+    assert drawn != said(21, seed=1)
+    assert [e.inputs for e in drawn] == [text for text in INPUTS for _ in range(3)]
+    assert len({e.output_ids for e in drawn[:3]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0}, "samples is 0: at least 1"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"negatives": -1}, "negatives is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"temperature": -1.0}, "the temperature is -1.0"),
+        ({"temperature": float("nan")}, "the temperature is nan"),
+        ({"samples": 2}, "at temperature 0 all of them are the same: give a temperature"),
+    ],
+)
+def test_settings_that_give_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CollectSettings(**settings)
+
+
+def test_the_command_tells_prevalence_rules_and_examples(folder, tmp_path, capsys):
+    output = tmp_path / "edits.jsonl"
+    assert cli.main(arguments(folder, output, "--expand", "2", "--examples", "1")) == 0
+    shown = capsys.readouterr()
+    examples = read_examples(output, tokenizer())
+    unwanted = sum(bool(e.spans) for e in examples)
+    assert (
+        f"{unwanted} of 7 outputs have something unwanted: {100 * unwanted / 7:.1f}%" in shown.out
+    )
+    assert f"letters: {unwanted} outputs\n  rule 2: 0 outputs\n" in shown.out
+    assert "alternatives are unwanted too" in shown.out
+    assert "7 outputs did not end within 8 tokens" in shown.out
+    first = next(e for e in examples if e.spans)
+    start, end = first.spans[0]
+    assert f"{first.outputs[:start]}[{first.outputs[start:end]}]" in shown.out
+    assert "rollouts to make" in shown.err
+    assert cli.main(arguments(folder, output)) == 2
+    assert "exists: nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_command_answers_scripts(folder, tmp_path, capsys):
+    (tmp_path / "templates.txt").write_text("Short: {inputs}\n{inputs} TL;DR")
+    more = ("--temperature", "1", "--samples", "2", "--templates", str(tmp_path / "templates.txt"))
+    output = tmp_path / "edits.jsonl"
+    assert cli.main(arguments(folder, output, *more, "--json", "--quiet")) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    result = json.loads(shown.out)
+    examples = read_examples(output, tokenizer())
+    assert result["outputs"] == len(examples) == 14
+    assert result["marked_tokens"] == sum(sum(e.marked) for e in examples)
+    assert result["rules"]["letters"] == result["unwanted"] == sum(bool(e.spans) for e in examples)
+    assert {e.inputs.replace("news", "") for e in examples[:2]} <= {"Short:  0", " 0 TL;DR"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--inputs": "empty.txt"}, "empty.txt has no inputs: write one a line"),
+        ({"--inputs": "absent.txt"}, "absent.txt"),
+        ({"--rules": "bad.toml"}, "bad.toml: 1 bad rules\n  line 2, word: there is no such key"),
+        ({"--model": "absent"}, "absent"),
+        ({"--templates": "inputs.txt"}, "line 1: 'news 0' has no {inputs}"),
+        ({"--samples": "3"}, "at temperature 0 all of them are the same"),
+        ({"--expand": "9999"}, "count is 9999"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    folder, tmp_path, capsys, monkeypatch, changed, message
+):
+    monkeypatch.chdir(folder)
+    (folder / "empty.txt").write_text(" \n\n")
+    (folder / "bad.toml").write_text('[[rule]]\nword = ["x"]')
+    given = arguments(folder, tmp_path / "edits.jsonl")
+    for name, value in changed.items():
+        given += [name, value]
+    assert cli.main(given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "edits.jsonl").exists()

@@ -1,0 +1,206 @@
+"""Rules from a TOML file: what they mark, and what is said of bad ones."""
+
+import doctest
+import sys
+import types
+
+import pytest
+from editing_samples import example
+
+from t5patches.editing import rules as rules_module
+from t5patches.editing.annotate import find_spans, word_list
+from t5patches.editing.rules import Rules, load_callable, read_rules
+
+
+@pytest.fixture
+def rules(tmp_path):
+    """Reads rules from a text."""
+
+    def read(text):
+        path = tmp_path / "rules.toml"
+        path.write_text(text)
+        return read_rules(path)
+
+    return read
+
+
+def found(rule, output, inputs=""):
+    return [output[a:b] for a, b in find_spans(rule, inputs, output)]
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(rules_module).failed == 0
+
+
+def test_words_are_whole_and_case_is_ignored_unless_it_matters(rules, tmp_path):
+    assert found(rules('[[rule]]\nwords = ["new york", "Rome"]'), "New York, rome, Romes") == [
+        "New York",
+        "rome",
+    ]
+    strict = rules('[[rule]]\nwords = ["Rome"]\nignore_case = false')
+    assert found(strict, "rome Rome") == ["Rome"]
+    (tmp_path / "bad.txt").write_text("damn\n\nblast it\n")
+    assert found(rules('[[rule]]\nwords_file = "bad.txt"'), "Damn! Blast it all") == [
+        "Damn",
+        "Blast it",
+    ]
+
+
+def test_patterns_take_groups_case_and_word_boundaries(rules):
+    ages = rules("[[rule]]\npattern = 'aged (\\d+)'\ngroup = 1")
+    assert found(ages, "aged 52, Aged 53") == ["52"]
+    named = rules("[[rule]]\npattern = 'aged (?P<n>\\d+)'\ngroup = 'n'\nignore_case = true")
+    assert found(named, "aged 52, Aged 53") == ["52", "53"]
+    assert found(rules("[[rule]]\npattern = 'cat|at'"), "cat at catch") == ["cat", "at", "cat"]
+    whole = rules("[[rule]]\npattern = 'cat|at'\nwhole_words = true")
+    assert found(whole, "cat at catch") == ["cat", "at"]
+
+
+def test_only_what_the_source_lacks(rules):
+    invented = rules('[[rule]]\nnames = "capitalized"\nabsent_from_source = true')
+    assert found(invented, "A fire in New York, said Ann", "in NEW YORK") == ["Ann"]
+    strict = rules('[[rule]]\nwords=["Rome"]\nabsent_from_source = true\nignore_case = false')
+    assert found(strict, "in Rome", "rome") == ["Rome"]
+    anywhere = rules('[[rule]]\nnames = "capitalized"')
+    assert found(anywhere, "A fire in Rome", "in Rome") == ["Rome"]
+
+
+def test_any_callable_beside_the_file_will_do(rules, tmp_path):
+    (tmp_path / "my_classifier.py").write_text(
+        "def last_word(inputs, output):\n    return [(output.rindex(' ') + 1, len(output))]\n"
+    )
+    assert found(rules('[[rule]]\ncall = "my_classifier:last_word"'), "a fire in Rome") == ["Rome"]
+
+
+def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
+    (tmp_path / "w.txt").write_text("Rome")
+    text = '[[rule]]\nname = "cities"\nwords_file = "w.txt"\n[[rule]]\npattern = "[0-9]+"\n'
+    both = rules(text)
+    outputs = [example("", "12 in Rome"), example("", "Rome"), example("", "a fire")]
+    assert both.counts(outputs) == {"cities": 2, "rule 2": 1}
+    assert both.fingerprint == rules(text).fingerprint
+    assert both.fingerprint != rules(text + "\n").fingerprint
+    (tmp_path / "w.txt").write_text("Paris")
+    assert both.fingerprint != rules(text).fingerprint
+
+
+def test_a_rule_that_returns_nonsense_is_named():
+    bad = Rules({"good": word_list(["a"]), "bad": lambda i, o: [(0, 99)]})
+    with pytest.raises(ValueError, match=r"rule 'bad': .* the span \[0, 99\]"):
+        bad("", "a b")
+
+
+TWO = '[[rule]]\nwords = ["x"]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"holds nothing: rules are needed, each under a line \[\[rule\]\]"),
+        ('[rule]\nwords = ["x"]', "holds .*rule.*: rules are needed"),
+        ("rule = [1]", "rules are needed"),
+        ("rule = []", "rules are needed"),
+        (TWO + "[other]", r"holds \['other', 'rule'\]"),
+        ("[[rule]]\nwords = x", "is not TOML: .*line 2"),
+        (
+            TWO + '[[rule]]\nword = ["x"]',
+            "line 5, word: there is no such key; did you mean 'words'",
+        ),
+        (TWO + "[[rule]]\nzzzz = 1", "line 5, zzzz: there is no such key; known are words, "),
+        (TWO + '[[rule]]\nwords = "x"', "line 5, words: a list of texts is needed, got 'x'"),
+        (TWO + "[[rule]]\nwords = []", r"line 5, words: a list of texts is needed, got \[\]"),
+        (TWO + '[[rule]]\nname = "x"', r"line 4, \[\[rule\]\]: a rule has one of .* has none"),
+        (TWO + '[[rule]]\npattern = "x"\nwords = ["x"]', "line 6, words: .*has pattern and words"),
+        (TWO + "[[rule]]\npattern = '('", r"line 5, pattern: '\(' is not a regular expression"),
+        (TWO + "[[rule]]\ngroup = 2\npattern = 'x'", "line 6, pattern: 'x' has no group 2"),
+        (TWO + '[[rule]]\nwords = ["x"]\ngroup = 1', "line 6, group: it does not go with words"),
+        (TWO + "[[rule]]\nnames = 'all'", 'line 5, names: "capitalized" or "spacy" is needed'),
+        (TWO + "[[rule]]\nnames = 'spacy'", "line 5, names: a model is needed beside it"),
+        (
+            TWO + "[[rule]]\nnames = 'capitalized'\nlabels = ['GPE']",
+            'line 6, labels: it goes with names = "spacy" only',
+        ),
+        (
+            TWO + "[[rule]]\nnames = 'capitalized'\nignore_case = true",
+            "line 6, ignore_case: it needs absent_from_source = true beside names",
+        ),
+        (TWO + "[[rule]]\ncall = 'nowhere'", "line 5, call: 'nowhere' must be of the form"),
+        (TWO + "[[rule]]\ncall = 'nowhere_x:f'", "nowhere_x cannot be imported"),
+        (TWO + "[[rule]]\ncall = 'math:nothing'", "math has no nothing"),
+        (TWO + "[[rule]]\ncall = 'math:pi'", "is 3.14.*, which cannot be called"),
+        (TWO + "[[rule]]\nwords_file = 'absent.txt'", "line 5, words_file: .*absent.txt"),
+        (
+            '[[rule]]\nname = "a"\nwords = ["x"]\n[[rule]]\nwords = ["y"]\nname = "a"',
+            "line 6, name: 'a' is the name of an earlier rule too",
+        ),
+        # A text of several lines that looks like rules is none.
+        (
+            '[[rule]]\nwords = ["""\n[[rule]]\nword = 1\n"""]\n[[rule]]\n"word" = 2',
+            "line 7, word",
+        ),
+        ('rule = [{words = ["x"]}, {zzzz = 1}]', "line 1, zzzz"),
+    ],
+)
+def test_bad_rules_are_told_with_line_key_and_reason(rules, text, message):
+    with pytest.raises(ValueError, match=message):
+        rules(text)
+
+
+def test_all_bad_rules_are_told_at_once(rules):
+    with pytest.raises(ValueError, match=r"2 bad rules\n  line 2, word: .*\n  line 4, pattern: "):
+        rules("[[rule]]\nword = 1\n[[rule]]\npattern = '('")
+
+
+def test_callables_are_found_by_name():
+    assert load_callable("os.path:join")("a", "b") == "a/b"
+    assert load_callable("collections:OrderedDict.fromkeys")("a") == {"a": None}
+
+
+def test_without_spacy_its_rule_says_what_to_install(rules, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match=r"line 2, names: spaCy is not installed: pip install"):
+        rules('[[rule]]\nnames = "spacy"\nmodel = "en_core_web_sm"')
+
+
+def test_spacy_marks_the_entities_that_are_asked_for(rules, monkeypatch):
+    """With a stand-in; `test_spacy_itself` has the real one where it is installed."""
+
+    class Pipeline:
+        pipe_names = ("ner",)
+        pipe_labels = {"ner": ["PERSON", "GPE"]}  # noqa: RUF012
+
+        def __call__(self, text):
+            kinds = {"Ann": "PERSON", "Rome": "GPE"}
+            entities = [
+                types.SimpleNamespace(
+                    start_char=text.index(w), end_char=text.index(w) + len(w), label_=kind
+                )
+                for w, kind in kinds.items()
+                if w in text
+            ]
+            return types.SimpleNamespace(ents=entities)
+
+    def load(name):
+        if name != "known":
+            raise OSError(name)
+        return Pipeline()
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
+    head = '[[rule]]\nnames = "spacy"\nabsent_from_source = true\n'
+    assert found(rules(head + 'model = "known"'), "Ann in Rome", "Rome") == ["Ann"]
+    places = rules(head + 'model = "known"\nlabels = ["GPE"]')
+    assert found(places, "Ann in Rome") == ["Rome"]
+    with pytest.raises(ValueError, match=r"has no labels \['X'\]; it has \['GPE', 'PERSON'\]"):
+        rules(head + 'model = "known"\nlabels = ["GPE", "X"]')
+    with pytest.raises(ValueError, match="no pipeline 'other', and nothing is downloaded here"):
+        rules(head + 'model = "other"')
+
+
+def test_spacy_itself(rules, tmp_path):
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "GPE", "pattern": "Rome"}, {"label": "PERSON", "pattern": "Ann"}])
+    pipeline.to_disk(tmp_path / "pipeline")
+    places = rules('[[rule]]\nnames = "spacy"\nmodel = "pipeline"\nlabels = ["GPE"]')
+    assert found(places, "Ann went to Rome.") == ["Rome"]
