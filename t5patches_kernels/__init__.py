@@ -22,6 +22,7 @@ from t5patches_kernels.losses import (
     token_statistics,
     unlikelihood_loss,
 )
+from t5patches_kernels.sharding import mesh_axes
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "linear_targeted_negative_loss",
     "linear_token_statistics",
     "linear_unlikelihood_loss",
+    "mesh_axes",
     "negative_likelihood_loss",
     "targeted_negative_loss",
     "token_statistics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -94,6 +95,14 @@ def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
         ) from None
 
 
+class _PerToken(NamedTuple):
+    """What the user said of each token, checked; leading dimensions still free."""
+
+    targets: Array
+    weights: Array
+    edits: Edits | None
+
+
 class _Tokens(NamedTuple):
     """What belongs to the tokens, flat, ids still global."""
 
@@ -103,9 +112,9 @@ class _Tokens(NamedTuple):
     edits: Edits | None
 
 
-def _flat_tokens(
-    inputs: Inputs, c: Settings, targets: Array | None, weights: Array | None, edits: Edits | None
-) -> _Tokens:
+def _per_token(
+    inputs: Inputs, targets: Array | None, weights: Array | None, edits: Edits | None
+) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
     dtype = reference.precision_of(like)
@@ -117,24 +126,25 @@ def _flat_tokens(
     checks.per_token("targets", targets, inputs.name, like)
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
-    tokens = math.prod(lead)
-    y = jnp.reshape(jnp.asarray(targets), tokens)
-    w = jnp.reshape(jnp.asarray(weights).astype(dtype), tokens)
+    if edits is not None:
+        checks.edits(edits, inputs.name, like)
+        edits = Edits(jnp.asarray(edits.ids), jnp.asarray(edits.factors).astype(dtype))
+    return _PerToken(jnp.asarray(targets), jnp.asarray(weights).astype(dtype), edits)
+
+
+def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
+    y, w = given.targets.reshape(-1), given.weights.reshape(-1)
     bad = (y < 0) | (y >= c.vocab_size)
     y = y.astype(jnp.int32)
-    if edits is None:
+    if given.edits is None:
         return _Tokens(y, w, bad, _implied_edits(c, y, w))
-    checks.edits(edits, inputs.name, like)
-    k = jnp.shape(edits.ids)[-1]
-    if k == 0:
+    ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
+    if ids.shape[-1] == 0:
         return _Tokens(y, w, bad, None)
-    ids = jnp.reshape(jnp.asarray(edits.ids), (tokens, k))
-    factors = jnp.reshape(jnp.asarray(edits.factors).astype(dtype), (tokens, k))
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
     if c.objective == "ul":  # the set N: what is not removed is not in it
         factors = jnp.where(factors == 0, 0.0, 1.0)
-    edits = Edits(ids.astype(jnp.int32), factors)
-    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), edits)
+    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids.astype(jnp.int32), factors))
 
 
 def _implied_edits(c: Settings, y: Array, w: Array) -> Edits | None:
@@ -233,16 +243,34 @@ def call(
     op = Operation(c, vocab_axis, inputs.head, _is_intermediate(inputs.model[0]))
     implementation = dispatch.choose(implementation, op)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
+    # No rows: nothing to stream.
+    implementation = implementation if math.prod(lead) else "reference"
+    operands = Operands(
+        tuple(map(jnp.asarray, inputs.model)),
+        jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
+    )
+    tokens = jax.lax.stop_gradient(_per_token(inputs, targets, weights, edits))
+    run = partial(_on_rows, implementation)
+    if implementation == "reference":  # dense: XLA partitions it
+        return run(op, operands, tokens)
+    # Pallas kernels cannot be interpreted under check_vma.
+    check_vma = not implementation.startswith("pallas")
+    return sharding.over_mesh(run, op, operands, tokens, check_vma=check_vma)
+
+
+def _on_rows(
+    implementation: str, op: Operation, operands: Operands, tokens: _PerToken
+) -> tuple[dict[str, Array], Array]:
+    """Flattens the tokens' leading dimensions, runs the operation, and puts them back."""
+    lead = operands.model[0].shape[:-1]
 
     def flat(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        first, *kernel = map(jnp.asarray, arrays)
-        return (jnp.reshape(first, (math.prod(lead), first.shape[-1])), *kernel)
+        if not arrays:
+            return ()
+        first, *kernel = arrays
+        return (first.reshape(math.prod(lead), first.shape[-1]), *kernel)
 
-    reference = jax.lax.stop_gradient(flat(inputs.reference)) if inputs.reference else ()
-    operands = Operands(flat(inputs.model), reference)
-    tokens = jax.lax.stop_gradient(_flat_tokens(inputs, c, targets, weights, edits))
-    if implementation == "reference" or math.prod(lead) == 0:  # no rows: nothing to stream
-        outputs, correct = _run_reference(op, operands, tokens)
-    else:
-        outputs, correct = _run_driver(implementation, op, operands, tokens)
-    return {k: jnp.reshape(x, lead) for k, x in outputs.items()}, jnp.reshape(correct, lead)
+    run = _run_reference if implementation == "reference" else partial(_run_driver, implementation)
+    rows = Operands(flat(operands.model), flat(operands.reference))
+    outputs, correct = run(op, rows, _flat_tokens(op.settings, tokens))
+    return {k: x.reshape(lead) for k, x in outputs.items()}, correct.reshape(lead)

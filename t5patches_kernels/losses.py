@@ -7,7 +7,10 @@ logits hold. Losses are per token: reduce them as you like, with any per-token f
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
 the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,
-`jax.checkpoint` and `jax.shard_map`.
+`jax.checkpoint` and `jax.shard_map`. Under `jax.jit` with a mesh in the context (`jax.set_mesh`, or
+T5X's partitioner) each device runs the kernel on its part of the tokens and of the vocabulary, and
+per-token sums are all that moves: `mesh_axes` says which axes split what. (The deprecated
+``with mesh:`` alone, without T5X's ``pjit``, does not tell JAX of the mesh.)
 
 Arguments that they share:
 

@@ -24,15 +24,20 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 
 @functools.cache
-def device(chip: str) -> jax.Device:
-    """A compile-only device of a chip."""
+def topology(chip: str):
+    """A host's chips, to compile for."""
     from jax.experimental import topologies
 
     # libtpu otherwise asks a cloud machine's metadata, and refuses to be loaded twice at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, options = CHIPS[chip]
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+
+
+def device(chip: str) -> jax.Device:
+    """A compile-only device of a chip."""
+    return topology(chip).devices[0]
 
 
 @contextlib.contextmanager
