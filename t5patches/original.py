@@ -92,17 +92,14 @@ def load(path: str | os.PathLike[str], like: PyTree, *, on_host: bool = True) ->
     folder = epath.Path(path)
     wanted = flax_core.unfreeze(like)
     if (folder / _STATE).exists():
-        found = _read_orbax(folder, wanted, on_host)
+        found = _read_orbax(folder / _STATE, wanted, on_host)
     elif (folder / _LEGACY).exists():
-        found = _read_legacy(folder)
+        found = _read_legacy(folder, wanted, on_host)
     else:
         raise ValueError(
             f"{path} holds no parameters: give the {NAME} in the directory of a training run, or "
             f"the directory of one T5X checkpoint (with {_STATE}/ or the file {_LEGACY!r} in it)."
         )
-    _check_same(path, found, wanted)
-    if not on_host:
-        found = jax.tree.map(_place, found, wanted)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found))
 
 
@@ -119,33 +116,35 @@ def _read_orbax(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
         partial_restore=True,  # the optimizer stays where it is
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        return checkpointer.restore(folder / _STATE, args=args)["target"]
+        _check_same(folder, checkpointer.metadata(folder).item_metadata.tree["target"], wanted)
+        return checkpointer.restore(folder, args=args)["target"]
 
 
-def _read_legacy(folder: epath.Path) -> PyTree:
+def _read_legacy(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
     lazy = checkpoints.load_t5x_checkpoint(os.fspath(folder), lazy_parameters=True)["target"]
-    return jax.tree.map(lambda x: x.get(), lazy)
+    _check_same(folder, lazy, wanted)
+
+    def read(x: Any, to: Any) -> Any:
+        there = np.asarray(x.get(), to.dtype)
+        if on_host:
+            return there
+        return jax.make_array_from_callback(there.shape, to.sharding, lambda index: there[index])
+
+    return jax.tree.map(read, lazy, wanted)
 
 
-def _place(x: Any, to: jax.Array) -> jax.Array:
-    if isinstance(x, jax.Array):
-        return x
-    x = np.asarray(x, to.dtype)
-    return jax.make_array_from_callback(x.shape, to.sharding, lambda index: x[index])
-
-
-def _check_same(path: str | os.PathLike[str], found: PyTree, wanted: PyTree) -> None:
-    """Parameters of another model are an error, and not cut or padded to fit."""
+def _check_same(folder: epath.Path, stored: PyTree, wanted: PyTree) -> None:
+    """Says by name where parameters are those of another model."""
 
     def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(at): tuple(np.shape(x)) for at, x in leaves}
+        return {jax.tree_util.keystr(at): tuple(x.shape) for at, x in leaves}
 
-    there, here = shapes(found), shapes(wanted)
+    there, here = shapes(stored), shapes(wanted)
     if there == here:
         return
     name = next(k for k in sorted(there | here) if there.get(k) != here.get(k))
     raise ValueError(
-        f"{path} is of another model: {name} is {there.get(name, 'not there')} in it and "
+        f"{folder} is of another model: {name} is {there.get(name, 'not there')} in it and "
         f"{here.get(name, 'not there')} in the model being run."
     )

@@ -1,0 +1,197 @@
+"""The T5X trainer: what the original model is, in every turn that a run can take."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import t5x_stack as stack
+from t5x_stack import on_both, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
+
+
+@pytest.fixture(autouse=True)
+def _strict_jax():
+    """T5X promotes as it likes."""
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def same(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), host(a), host(b))
+
+
+@on_both
+def test_two_microbatches_make_the_same_step(library):
+    """Upstream does not pass the original parameters to a microbatch."""
+    library, losses, states = library(), [], []
+    for parts in (1, 2):
+        trained = stack.model(library, "TNFF", stack.tiny_network())
+        with trainer(library, trained, num_microbatches=parts) as made:
+            losses.append(stack.steps(made, 2))
+            states.append(host(made.train_state.params))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    same(*states, rtol=1e-4, atol=1e-6)
+
+
+def largest_constant(text):
+    """The number of elements of the largest float constant in a program."""
+    shapes = re.findall(r"f32\[([\d,]+)\]\S* constant\(", text)
+    return max((np.prod([int(n) for n in s.split(",")]) for s in shapes), default=1)
+
+
+@on_both
+def test_the_compiled_step_holds_no_parameters(library):
+    library = library()
+    trained = stack.model(library, "TNFF", stack.tiny_network())
+    with trainer(library, trained) as made:
+        state, tokens = made.train_state, stack.batch()
+        for step in (made._partitioned_train_step, made._partitioned_eval_step):
+            assert largest_constant(step.lower(state, tokens).compile().as_text()) <= 64
+
+
+@on_both
+def test_train_eval_after_training(library):
+    """Upstream's original parameters are the train state, which the first step has donated."""
+    library = library()
+    trained = stack.model(library, "TNRR", stack.tiny_network())
+    with trainer(library, trained) as made:
+        stack.steps(made, 1)
+        metrics = made.eval({"eval": iter([stack.batch()])})["eval"]
+    assert np.isfinite(metrics["loss"].value)
+    assert metrics["positive/kl"].value > 0
+
+
+@on_both
+def test_a_resumed_run_keeps_the_original(library, tmp_path):
+    """Killed after two steps and resumed: the steps after it are those of an unbroken run."""
+    library, unbroken = library(), []
+    trained = stack.model(library, "TNFF", stack.tiny_network())
+    with trainer(library, trained, directory=tmp_path / "run") as made:
+        unbroken = stack.steps(made, 2)
+        saved = host(made.train_state)
+        (tmp_path / "run" / "checkpoint_2").mkdir()  # as T5X does
+        unbroken += stack.steps(made, 2, first=2)
+
+    def resumed(fresh):
+        return jax.tree.map(lambda x, there: jax.device_put(x, there.sharding), saved, fresh)
+
+    trained = stack.model(library, "TNFF", stack.tiny_network())
+    with trainer(library, trained, directory=tmp_path / "run", state=resumed) as made:
+        again = stack.steps(made, 2, first=2)
+    np.testing.assert_allclose(unbroken[2:], again, rtol=1e-6)
+
+
+def test_a_resumed_run_without_its_original_raises(tmp_path):
+    (tmp_path / "checkpoint_2").mkdir()
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    with (
+        pytest.raises(ValueError, match="original_path to the checkpoint that training began from"),
+        trainer(stack.OURS, trained, directory=tmp_path),
+    ):
+        pass
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    """Its original parameters are those that it begins with now, not those that were left."""
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    for seed in (0, 1):
+        with trainer(stack.OURS, trained, directory=tmp_path, seed=seed) as made:
+            same(made.orig_train_state.params, made.train_state.params)
+            began = host(made.train_state.params)
+    (tmp_path / "checkpoint_0").mkdir()
+    with trainer(stack.OURS, trained, directory=tmp_path, seed=5) as made:
+        same(made.orig_train_state.params, began)
+
+
+def test_another_models_original_raises(tmp_path):
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    with trainer(stack.OURS, trained, directory=tmp_path):
+        pass
+    (tmp_path / "checkpoint_0").mkdir()
+    wider = stack.model(stack.OURS, "TNFF", stack.tiny_network(mlp_dim=24))
+    with (
+        pytest.raises(ValueError, match=r"of another model: .*mlp.* is \(16, 16\) in it and"),
+        trainer(stack.OURS, wider, directory=tmp_path),
+    ):
+        pass
+
+
+def test_the_original_by_its_path(tmp_path):
+    """As T5X's eval has it: no train state when the trainer is made."""
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    with trainer(stack.OURS, trained, directory=tmp_path) as made:
+        began = host(made.train_state.params)
+        later = made.train_state
+    path = str(tmp_path / "original_params")
+
+    def none(fresh):
+        return None
+
+    with trainer(stack.OURS, trained, state=none, original_path=path) as made:
+        made.train_state = later
+        same(made.orig_train_state.params, began)
+        metrics = made.eval({"eval": iter([stack.batch()])})["eval"]
+        assert abs(metrics["positive/kl"].value) < 1e-6
+    with trainer(stack.OURS, trained, state=none) as made:
+        made.train_state = later
+        with pytest.raises(ValueError, match="set SelfDistillationTrainer.original_path"):
+            made.eval({"eval": iter([stack.batch()])})
+
+
+def test_a_path_with_nothing_there(tmp_path):
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    with trainer(stack.OURS, trained, original_path=str(tmp_path)) as made:
+        with pytest.raises(ValueError, match="holds no parameters"):
+            stack.steps(made, 1)
+
+
+def test_another_batch_shape():
+    trained = stack.model(stack.OURS, "TNRF", stack.tiny_network())
+    with trainer(stack.OURS, trained) as made:
+        began = host(made.train_state.params)
+        stack.steps(made, 1)
+        stack.steps(made, 1, first=1, rows=16, length=4)
+        same(made.orig_train_state.params, began)
+
+
+@pytest.mark.parametrize("name", ["TNFF", "TNRR", "UL"])
+def test_a_mesh_with_a_model_axis(name):
+    """Data x model over 8 devices: the losses of one device, and a sharded original."""
+    library, losses = stack.OURS, []
+    kind = None if name in stack.TARGETED else stack.t5x_trainer.Trainer
+    for model_axis in (1, 2):
+        trained = stack.model(library, name, stack.tiny_network())
+        with trainer(library, trained, model_axis=model_axis, kind=kind) as made:
+            losses.append(stack.steps(made, 3))
+            if model_axis == 2 and name in stack.TARGETED:
+                mine = jax.tree.map(lambda x: x.sharding, made.train_state.params)
+                its = jax.tree.map(lambda x: x.sharding, made.orig_train_state.params)
+                assert jax.tree.all(jax.tree.map(lambda a, b: a.is_equivalent_to(b, 2), mine, its))
+                assert any(
+                    not x.sharding.is_fully_replicated
+                    for x in jax.tree.leaves(made.orig_train_state.params)
+                )
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+@stack.needs_upstream
+@pytest.mark.parametrize("name", stack.NAMES)
+def test_five_steps_are_upstreams(name):
+    """Where upstream is right: weights in {-1, 0, 1}, alpha 1e4, no dropout."""
+    losses, params = [], []
+    kind = None if name in stack.TARGETED else stack.t5x_trainer.Trainer
+    for library in (stack.OURS, stack.upstream()):
+        trained = stack.model(library, name, stack.tiny_network())
+        with trainer(library, trained, kind=kind) as made:
+            losses.append(stack.steps(made, 5))
+            params.append(
+                np.concatenate([x.ravel() for x in jax.tree.leaves(host(made.train_state.params))])
+            )
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    # As a whole: Adafactor divides a parameter's gradient by its size, and so lifts the rounding
+    # errors of a gradient that is nearly 0 to the size of any other's.
+    assert np.linalg.norm(params[0] - params[1]) < 1e-5 * np.linalg.norm(params[1])
