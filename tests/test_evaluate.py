@@ -12,14 +12,17 @@ from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.data import to_arrays
 from t5patches.editing.evaluate import (
     Measure,
+    Meter,
     differs,
     evaluate,
     kept_divergence,
     malformed,
     over_seeds,
     prevalence,
+    quality,
     ratio,
     similarity,
+    worst_of_several,
 )
 from t5patches.editing.forward import forward
 
@@ -92,6 +95,35 @@ def test_malformed_outputs_never_end_or_are_empty_or_break_the_form():
     assert malformed(outputs, tokenizer()).value == pytest.approx(100 * 2 / 6)
     found = malformed(outputs, tokenizer(), lambda text: text.startswith("a "))
     assert found.value == pytest.approx(100 * 4 / 6)
+
+
+def test_quality_is_by_the_best_of_the_references():
+    references = [["a fire in Rome"], ["x", "the mayor sold the bridge in Rome"], ["y"], ["London"]]
+    found = quality(AFTER, references)
+    assert found["reference_exact"].value == 25
+    # Longest common subsequences: 3 of 5 and 4, all 7, none, 1 of 3 and 1.
+    f = [2 * 3 / (5 + 4), 1, 0, 2 * 1 / (3 + 1)]
+    assert found["reference_rouge_l"].value == pytest.approx(100 * np.mean(f))
+    assert 20 < found["reference_bleu"].value < 90
+    one = quality(AFTER, [[e.outputs] for e in AFTER])
+    assert {round(m.value, 9) for m in one.values()} == {100}
+    with pytest.raises(ValueError, match=r"1 of 4 inputs have no references.*number 3\)"):
+        quality(AFTER, [["a"], ["b"], [], ["c"]])
+    with pytest.raises(ValueError, match="0 of 3 inputs have no references, and there are 4"):
+        quality(AFTER, [["a"]] * 3)
+
+
+def test_the_meter_takes_the_worst_of_several():
+    meter = Meter(lambda texts: [float(text) for text in texts], samples=3, threshold=0.5)
+    found = worst_of_several(["0.1", "0.2", "0.5", "0.4", "0.0", "0.3"], meter)
+    assert found["score_maximum"].value == pytest.approx(0.45)
+    assert found["score_maximum"].error == pytest.approx(0.05)
+    assert found["score_probability"].value == 50
+    for scorer in (lambda texts: [0.5], lambda texts: [math.nan] * len(texts)):
+        with pytest.raises(ValueError, match="a finite one for each is needed"):
+            worst_of_several(["a", "b"], Meter(scorer, samples=2))
+    with pytest.raises(ValueError, match="samples is 0"):
+        Meter(len, samples=0)
 
 
 def test_divergence_is_the_mean_over_kept_tokens():
@@ -182,6 +214,32 @@ def test_evaluation_compares_what_both_models_say():
     assert other.measures["malformed"].value == 100
     assert other.measures["exact_match"].value < 100
     assert [e.inputs for e in other.outputs] == inputs
+    plain = evaluate(
+        model,
+        tiny_params(0),
+        tiny_params(1),
+        before,
+        None,
+        tokenizer(),
+        max_length=6,
+        references=[[text] for text in inputs],
+        meter=Meter(lambda texts: [len(text) for text in texts], samples=2, threshold=1e9),
+    )
+    assert plain.measures["score_probability"].value == 0
+    assert plain.measures["score_maximum"].value > 0
+    assert set(plain.measures) == {
+        "kl",
+        "reference_bleu",
+        "reference_rouge_l",
+        "reference_exact",
+        "score_maximum",
+        "score_probability",
+        "bleu",
+        "rouge_l",
+        "exact_match",
+        "malformed",
+    }
+    assert not any(example.spans for example in plain.outputs)
     assert set(other.measures) == {
         "kl",
         "prevalence",

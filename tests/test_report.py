@@ -131,6 +131,40 @@ def test_what_sets_and_alpha_change_is_said():
     )
 
 
+def of_its_own(**values):
+    return {name: Measure(value, 1.0) for name, value in values.items()}
+
+
+def test_rounds_are_compared_with_the_original():
+    own = {"reference_rouge_l": 70.0, "score_maximum": 0.5}
+    before = of_its_own(prevalence=40.0, prevalence_sampled=40.0, **own)
+    after = measures(prevalence=10.0) | of_its_own(**own | {"reference_rouge_l": 70.5})
+    rounds = [
+        Row(None, None, 0, after, note="first"),
+        Row("tnff", 1.0, 8, after, HISTORY, note="second"),
+    ]
+    shown = Results("x", "y", "over 9 inputs", before, (), rounds, {})
+    said = findings(shown)
+    assert said[1] == (
+        "first: unwanted 40.0 ±1.0 to 10.0 ±1.0 (less); unwanted when sampled 40.0 ±1.0 to 10.0 "
+        "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (no different); worst "
+        "score 0.500 ±1.000 to 0.500 ±1.000 (no different); KL 0.0100 ±0.0010; 97.0% of the clean "
+        "outputs unchanged."
+    )
+    assert said[2].startswith("TNFF, sets of 8, alpha 1, second: unwanted 40.0")
+    assert not any("baseline" in sentence for sentence in said)
+
+
+def test_without_rules_there_is_no_prevalence_to_tell_of(tmp_path):
+    plain = {k: Measure(v, 1.0) for k, v in {"kl": 0.01, "bleu": 90.0, "exact_match": 60.0}.items()}
+    shown = Results("x", "y", "over 9", {}, (), [Row(None, None, 0, plain, note="a")], {})
+    assert findings(shown) == ["a: KL 0.0100 ±1.0000; 60.0% of the outputs unchanged."]
+    write_html(tmp_path / "x.html", shown)
+    page = (tmp_path / "x.html").read_text()
+    assert "<img" not in page
+    assert "prevalence" not in page
+
+
 def test_numbers_without_errors_tell_nothing():
     rows = [row(kl=0.01, error=math.nan), row("ul", kl=0.02, error=math.nan)]
     assert "no different in KL" in outcome("TNFF, alpha 1", *rows)
@@ -143,8 +177,8 @@ def test_the_table_has_every_number():
         terminal_table(results(row(kl=0.0123, malformed=math.nan), row("ce", None)))
     )
     shown = out.getvalue()
-    for heading, _ in COLUMNS.values():
-        assert heading in shown
+    for name, (heading, _) in COLUMNS.items():
+        assert (heading in shown) == (name in measures())
     assert re.search(r"TNFF, alpha 1 +│ +0.0123 ±0.0010 │ +5.0 ±1.0 .* – │\n", shown)
     assert re.search(r"before .*36.0 ±1.0", shown)
     assert "corrective" in shown

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from t5patches.editing.report import Results
+
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command.
@@ -56,6 +58,28 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: s
         print(json.dumps(result, ensure_ascii=False))
     elif not options.quiet:
         print(text)
+
+
+def print_results(options: argparse.Namespace, results: Results, report: str | None) -> None:
+    """Says on standard output what edits changed.
+
+    Args:
+        options: of the command.
+        results: a JSON object with `--json`, else a table and sentences, or nothing with `--quiet`.
+        report: where the HTML report is; None where there is none.
+    """
+    from rich.console import Console
+
+    from t5patches.editing.report import show, to_json
+
+    if options.json:
+        print(to_json(results))
+    elif not options.quiet:
+        console = Console()
+        # A table that is cut off at 80 columns helps nobody who writes it to a file.
+        show(results, console if console.is_terminal else Console(width=140))
+        if report:
+            console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
 def positive(text: str) -> int:

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeat everything, base model included, with N seeds and report means and standard "
         "errors over them; with one seed the errors are over held-out inputs (default: 1)",
     )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="train the model and stop: DIR/model (a Hugging Face folder), DIR/inputs.txt, "
+        "DIR/held-out.jsonl and DIR/rules.toml are what annotate, edit and evaluate take",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,18 +54,17 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from rich.console import Console
+    from t5patches.editing.demo import DemoConfig, prepare_demo, run_demo
 
-    from t5patches.editing.demo import DemoConfig, run_demo, show
-    from t5patches.editing.report import to_json
-
-    config = DemoConfig(seeds=options.seeds)
-    results = run_demo(config, options.output, common.progress_console(options))
-    if options.json:
-        print(to_json(results))
-    elif not options.quiet:
-        console = Console()
-        # A table that is cut off at 80 columns helps nobody who writes it to a file.
-        show(results, console if console.is_terminal else Console(width=140))
-        console.print(f"report: {options.output}/report.html", highlight=False, soft_wrap=True)
+    config, console = DemoConfig(seeds=options.seeds), common.progress_console(options)
+    if options.prepare:
+        prepare_demo(config, options.output, console)
+        files = [f"{options.output}/{name}" for name in _PREPARED]
+        common.print_result(options, {"files": files}, f"written: {', '.join(files)}")
+        return 0
+    results = run_demo(config, options.output, console)
+    common.print_results(options, results, f"{options.output}/report.html")
     return 0
+
+
+_PREPARED = ("model", "inputs.txt", "held-out.jsonl", "rules.toml")

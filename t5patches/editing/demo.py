@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from t5patches.editing.annotate import expand_negatives, speak
+from t5patches.editing.annotate import expand_negatives, find_spans, speak
+from t5patches.editing.checkpoint import save_checkpoint
 from t5patches.editing.data import (
     Example,
     corrected_examples,
@@ -30,8 +32,9 @@ from t5patches.editing.data import (
     write_file,
 )
 from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
-from t5patches.editing.evaluate import Measure, evaluate, over_seeds, prevalence
-from t5patches.editing.report import Results, Row, findings, terminal_table, to_json, write_html
+from t5patches.editing.evaluate import Measure, evaluate, over_seeds, own_measures
+from t5patches.editing.model import Model
+from t5patches.editing.report import Results, Row, to_json, write_html
 from t5patches.editing.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from t5patches.editing.train import (
     TARGETED,
@@ -148,7 +151,10 @@ def run_demo(
     for seed in range(config.seeds):
         with training_progress(console) as progress:
             stage = _Stage(config, seed, output / "work" / f"seed-{seed}", progress)
-            repetitions.append(_repetition(stage))
+            original = _original(stage)
+            if not seed:
+                _write_task(output, stage, original)
+            repetitions.append(_repetition(stage, original))
     results = _merged(config, repetitions, time.monotonic() - began)
     write_html(output / "report.html", results)
     # Last, as its presence says that the demo is finished.
@@ -156,16 +162,26 @@ def run_demo(
     return results
 
 
-def show(results: Results, console: Console) -> None:
-    """Prints the table and what it says.
+def prepare_demo(
+    config: DemoConfig, output: str | os.PathLike[str], console: Console | None = None
+) -> None:
+    """Trains the demo's model and writes what the other commands need to edit it by hand.
 
     Args:
-        results: of a demo.
-        console: where to.
+        config: its sizes.
+        output: a directory for `model/` (a Hugging Face folder), `inputs.txt` (news to edit on),
+            `held-out.jsonl` (other news, with what a good summary would be) and `rules.toml`. The
+            demo itself, run there later, begins with this model.
+        console: where to tell what happens; default, the terminal's standard error.
+
+    Raises:
+        ValueError: `output` holds a finished demo, or an unfinished one of other sizes.
     """
-    console.print(terminal_table(results))
-    for sentence in findings(results):
-        console.print(f"• {sentence}", markup=False, highlight=False)
+    output = Path(output)
+    _claim(output, config)
+    with training_progress(console or Console(stderr=True)) as progress:
+        stage = _Stage(config, 0, output / "work" / "seed-0", progress)
+        _write_task(output, stage, _original(stage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +236,45 @@ def _claim(output: Path, config: DemoConfig) -> None:
         )
 
 
-def _repetition(stage: _Stage) -> _Repetition:
+def _original(stage: _Stage) -> Model:
     stage.directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _vocabulary(stage)
     model = _model(stage.config, tokenizer)
-    original = _base_model(stage, model, tokenizer).params
+    return Model(model, _base_model(stage, model, tokenizer).params, tokenizer)
+
+
+def _write_task(output: Path, stage: _Stage, original: Model) -> None:
+    """The model, inputs and rules as files, which `t5patches annotate` and `evaluate` take."""
+    write_file(output / "rules.toml", _RULES)
+    news = stage.news(stage.config.edit_inputs, _EDIT)
+    write_file(output / "inputs.txt", "".join(f"{text}\n" for text in news))
+    rule = places_not_in_source()
+    held_out = [
+        {"inputs": pair.news, "references": [correct(pair.summary, find_spans(rule, *pair))]}
+        for pair in make_pairs(stage.config.held_out, seed=100 * stage.seed + _HELD_OUT)
+    ]
+    write_file(output / "held-out.jsonl", "".join(f"{json.dumps(source)}\n" for source in held_out))
+    if (output / "model").exists():
+        return
+    # Whole or not at all.
+    unfinished = stage.directory / "model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_checkpoint(unfinished, original.config, original.params)
+    shutil.copyfile(stage.directory / "spiece.model", unfinished / "spiece.model")
+    os.replace(unfinished, output / "model")
+
+
+_RULES = """\
+# A name in the summary that the news does not hold.
+[[rule]]
+name = "invented names"
+names = "capitalized"
+absent_from_source = true
+"""
+
+
+def _repetition(stage: _Stage, base: Model) -> _Repetition:
+    model, original, tokenizer = base
     greedy = _greedy_outputs(stage, model, original, tokenizer)
     sampled = _sampled_outputs(stage, model, original, tokenizer)
     held_out, before = _before(stage, model, original, tokenizer)
@@ -289,20 +339,16 @@ def _before(
     stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
 ) -> tuple[list[Example], dict[str, Measure]]:
     """What the base model says to the held-out news, and how much of it is unwanted."""
-    greedy, sampled = (
-        speak(
-            model,
-            params,
-            stage.news(stage.config.held_out, _HELD_OUT),
-            places_not_in_source(),
-            tokenizer,
-            max_length=stage.config.max_length,
-            temperature=temperature,
-        )
-        for temperature in (0.0, 1.0)
+    rule, max_length = places_not_in_source(), stage.config.max_length
+    greedy = speak(
+        model,
+        params,
+        stage.news(stage.config.held_out, _HELD_OUT),
+        rule,
+        tokenizer,
+        max_length=max_length,
     )
-    of_sampled = {"prevalence_sampled": prevalence(sampled)["prevalence"]}
-    return greedy, prevalence(greedy) | of_sampled
+    return greedy, own_measures(model, params, greedy, rule, tokenizer, max_length=max_length)
 
 
 def _greedy_outputs(
@@ -455,4 +501,4 @@ def _mean(measures: Sequence[Mapping[str, Measure]]) -> dict[str, Measure]:
     return {name: over_seeds([m[name] for m in measures]) for name in measures[0]}
 
 
-__all__ = ["EDITS", "DemoConfig", "Edit", "History", "run_demo", "show"]
+__all__ = ["EDITS", "DemoConfig", "Edit", "History", "prepare_demo", "run_demo"]

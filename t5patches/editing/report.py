@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from t5patches.editing.data import Example, write_file
@@ -36,8 +37,16 @@ COLUMNS = {
     "exact_match": ("exact", "% of outputs that are the original's"),
     "exact_match_clean": ("exact, clean", "the same where the original had nothing unwanted"),
     "malformed": ("malformed", "% of outputs that never end, are empty or break the form"),
+    "reference_bleu": ("BLEU, ref.", "of the outputs with the references"),
+    "reference_rouge_l": ("ROUGE-L, ref.", "of the outputs with the references, F-measure in %"),
+    "reference_exact": ("exact, ref.", "% of outputs that are a reference"),
+    "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
+    "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
 }
-_COLORS = {name: f"C{i}" for i, name in enumerate(OBJECTIVES)}  # of matplotlib's cycle
+
+
+def _named(objective: str | None) -> str:
+    return "corrective" if objective == "ce" else str(objective).upper()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Row:
     """One edit and what came of it.
 
     Attributes:
-        objective: one of `t5patches.editing.train.OBJECTIVES`.
+        objective: one of `t5patches.editing.train.OBJECTIVES`; None where nobody said.
         alpha: factor on the loss of pushed-down tokens; None where there is none.
         negatives: size of the sets of negatives; 0 for the emitted token only.
         measures: see `t5patches.editing.evaluate.Evaluation`.
@@ -54,7 +63,7 @@ class Row:
         note: what else sets this edit apart; part of its name.
     """
 
-    objective: str
+    objective: str | None
     alpha: float | None
     negatives: int
     measures: Measures
@@ -65,7 +74,7 @@ class Row:
     @property
     def name(self) -> str:
         """The row's name in tables, plots and sentences."""
-        parts = ["corrective" if self.objective == "ce" else self.objective.upper()]
+        parts = [_named(self.objective)] if self.objective else []
         if self.negatives:
             parts.append(f"sets of {self.negatives}")
         if self.alpha is not None:
@@ -80,7 +89,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All edits of one model.
+    """All edits of one model: different ones, or one after the other.
 
     Attributes:
         title: what was done.
@@ -112,19 +121,33 @@ def terminal_table(results: Results) -> Table:
     """
     table = Table(title=results.title, caption=f"± standard error {results.errors}")
     table.add_column("edit")
-    for heading, _ in COLUMNS.values():
+    columns = _columns(results)
+    for heading, _ in columns.values():
         table.add_column(heading, justify="right")
     for name, measures in _lines(results):
-        table.add_row(name, *(_cell(key, measures.get(key)) for key in COLUMNS))
+        table.add_row(name, *(_cell(key, measures.get(key)) for key in columns))
     return table
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints the table and what it says.
+
+    Args:
+        results: the edits.
+        console: where to.
+    """
+    console.print(terminal_table(results))
+    for sentence in findings(results):
+        console.print(f"• {sentence}", markup=False, highlight=False)
 
 
 def findings(results: Results) -> list[str]:
     """What the numbers say, in words; nothing here knows what should come out.
 
     Every targeted edit is compared, measure by measure, with the best of the baselines that remove
-    no less than it does. Two numbers are called different as `t5patches.editing.evaluate.differs`
-    has it: at 95% confidence, not corrected for the number of comparisons.
+    no less than it does; where there are no baselines, each edit is compared with the original.
+    Two numbers are called different as `t5patches.editing.evaluate.differs` has it: at 95%
+    confidence, not corrected for the number of comparisons.
 
     Args:
         results: the edits.
@@ -132,10 +155,10 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
+    baselines = [r for r in results.rows if r.objective is not None and not r.is_targeted]
     return [
-        f"Before, {_percent(results.before['prevalence'])} of the outputs have something unwanted "
-        f"({_percent(results.before['prevalence_sampled'])} of sampled ones).",
-        *_against_baselines(results.rows),
+        *_at_first(results.before),
+        *(_against_baselines(results.rows, baselines) if baselines else _against_before(results)),
         *_effect_of_sets(results.rows),
         *_effect_of_alpha(results.rows),
         *_when_sampled(results),
@@ -149,7 +172,9 @@ def write_html(path: str | os.PathLike[str], results: Results) -> None:
         path: where to; the file appears whole or not at all.
         results: the edits.
     """
-    plots = [("Prevalence against closeness", _trade_off_plot(results))]
+    plots = []
+    if "prevalence" in results.before:
+        plots.append(("Prevalence against closeness", _trade_off_plot(results)))
     if any(row.history for row in results.rows):
         plots.append(("Training", _training_plot(results)))
     body = [
@@ -197,6 +222,12 @@ def to_json(results: Results) -> str:
     return json.dumps(content, indent=1, allow_nan=False)
 
 
+def _columns(results: Results) -> dict[str, tuple[str, str]]:
+    """Those in which some model has a number."""
+    measured = {key for _, measures in _lines(results) for key in measures}
+    return {key: column for key, column in COLUMNS.items() if key in measured}
+
+
 def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
     yield "before", results.before
     for row in results.rows:
@@ -206,9 +237,12 @@ def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
 def _cell(key: str, measure: Measure | None) -> str:
     if measure is None or math.isnan(measure.value):
         return "–"
-    digits = 4 if key == "kl" else 1
+    digits = _DIGITS.get(key, 1)
     error = "" if math.isnan(measure.error) else f" ±{measure.error:.{digits}f}"
     return f"{measure.value:.{digits}f}{error}"
+
+
+_DIGITS = {"kl": 4, "score_maximum": 3}
 
 
 def _percent(measure: Measure) -> str:
@@ -229,7 +263,7 @@ def _finite(value: float) -> float | None:
 
 def _gentle(rows: Sequence[Row]) -> list[Row]:
     """Of the rows that differ in nothing but alpha, the ones with the smallest."""
-    best: dict[tuple[str, int, str], Row] = {}
+    best: dict[tuple[str | None, int, str], Row] = {}
     for row in sorted(rows, key=lambda row: row.alpha or 0):
         best.setdefault((row.objective, row.negatives, row.note), row)
     return [row for row in rows if any(row is kept for kept in best.values())]
@@ -240,21 +274,55 @@ _COMPARED = {"kl": ("KL", -1), "bleu": ("BLEU", 1), "exact_match": ("exact match
 _VERDICTS = {1: "closer to the original", 0: "no different", -1: "further from the original"}
 
 
-def _against_baselines(rows: Sequence[Row]) -> list[str]:
+def _at_first(before: Measures) -> list[str]:
+    if "prevalence" not in before:
+        return []
+    return [
+        f"Before, {_percent(before['prevalence'])} of the outputs have something unwanted "
+        f"({_percent(before['prevalence_sampled'])} of sampled ones)."
+    ]
+
+
+_FROM_BEFORE = {
+    "prevalence": "unwanted",
+    "prevalence_sampled": "unwanted when sampled",
+    "reference_rouge_l": "ROUGE-L with the references",
+    "score_maximum": "worst score",
+    "score_probability": "inputs with a bad output",
+}
+"""What the original has of its own, so that an edit can be said to change it."""
+
+
+def _against_before(results: Results) -> list[str]:
+    sentences = []
+    for row in results.rows:
+        parts = [
+            f"{label} {_cell(key, results.before[key])} to {_cell(key, row.measures[key])} "
+            f"({_CHANGES[differs(row.measures[key], results.before[key])]})"
+            for key, label in _FROM_BEFORE.items()
+            if key in results.before
+        ]
+        parts.append(f"KL {_cell('kl', row.measures['kl'])}")
+        same = row.measures.get("exact_match_clean", row.measures["exact_match"])
+        which = "clean outputs" if "exact_match_clean" in row.measures else "outputs"
+        parts.append(f"{_percent(same)} of the {which} unchanged")
+        sentences.append(f"{row.name}: {'; '.join(parts)}.")
+    return sentences
+
+
+def _against_baselines(rows: Sequence[Row], baselines: Sequence[Row]) -> list[str]:
     """A sentence for each outcome, with the targeted edits that it is true of."""
     alike: dict[str, list[str]] = {}
     for row in rows:
         if row.is_targeted:
-            alike.setdefault(_outcome(row, rows), []).append(_summary(row))
+            alike.setdefault(_outcome(row, baselines), []).append(_summary(row))
     return [f"{outcome}: {_listed(names)}." for outcome, names in alike.items()]
 
 
-def _outcome(row: Row, rows: Sequence[Row]) -> str:
+def _outcome(row: Row, baselines: Sequence[Row]) -> str:
     """How a targeted edit compares with the best baseline in each measure."""
     rivals = [
-        r
-        for r in rows
-        if not r.is_targeted and differs(r.measures["prevalence"], row.measures["prevalence"]) <= 0
+        r for r in baselines if differs(r.measures["prevalence"], row.measures["prevalence"]) <= 0
     ]
     if not rivals:
         return "They remove more than every baseline"
@@ -286,7 +354,7 @@ def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
         before, after = other.measures, row.measures
         change = differs(after["prevalence"], before["prevalence"])
         effects.append(
-            f"{row.objective.upper()} {_CHANGES[change]} ({_percent(before['prevalence'])} to "
+            f"{_named(row.objective)} {_CHANGES[change]} ({_percent(before['prevalence'])} to "
             f"{_percent(after['prevalence'])}, KL {before['kl'].value:.4f} to "
             f"{after['kl'].value:.4f})"
         )
@@ -308,7 +376,7 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
             continue
         low, high = several[0].measures, several[-1].measures
         effects.append(
-            f"{objective.upper()} from {several[0].alpha:g} to {several[-1].alpha:g}: KL "
+            f"{_named(objective)} from {several[0].alpha:g} to {several[-1].alpha:g}: KL "
             f"{low['kl'].value:.4f} to {high['kl'].value:.4f}, BLEU {low['bleu'].value:.1f} to "
             f"{high['bleu'].value:.1f}, malformed {_percent(low['malformed'])} to "
             f"{_percent(high['malformed'])}"
@@ -317,7 +385,7 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
 
 
 def _when_sampled(results: Results) -> list[str]:
-    if not results.rows:
+    if len(results.rows) < 2 or "prevalence_sampled" not in results.before:
         return []
     ranked = sorted(results.rows, key=lambda row: row.measures["prevalence_sampled"].value)
     left = [_percent(row.measures["prevalence_sampled"]) for row in (ranked[0], ranked[-1])]
@@ -328,18 +396,26 @@ def _when_sampled(results: Results) -> list[str]:
     ]
 
 
+def _colors(rows: Sequence[Row]) -> list[str]:
+    """Of matplotlib's cycle: one for each objective, or for each edit where they share theirs."""
+    named = {row.objective for row in rows}
+    if len(named) < 2:
+        return [f"C{i % 10}" for i in range(len(rows))]
+    return [f"C{OBJECTIVES.index(r.objective)}" if r.objective else "k" for r in rows]
+
+
 def _trade_off_plot(results: Results) -> str:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, key, label in ((left, "kl", "KL on unmarked positions"), (right, "bleu", "BLEU")):
-        for row in results.rows:
+        for row, color in zip(results.rows, _colors(results.rows), strict=True):
             x, y = row.measures["prevalence"], row.measures[key]
             axes.errorbar(
                 x.value,
                 y.value,
                 xerr=x.error,
                 yerr=y.error,
-                color=_COLORS[row.objective],
+                color=color,
                 marker="s" if row.negatives else "^" if row.note else "o",
                 # The smallest symbol for the smallest alpha.
                 markersize=5 + 2 * math.log10(max(1.0, row.alpha or 1.0)),
@@ -356,8 +432,9 @@ def _trade_off_plot(results: Results) -> str:
 def _training_plot(results: Results) -> str:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for row in _gentle([row for row in results.rows if row.history]):
-        style = {"color": _COLORS[row.objective], "linestyle": "--" if row.negatives else "-"}
+    rows = _gentle([row for row in results.rows if row.history])
+    for row, color in zip(rows, _colors(rows), strict=True):
+        style = {"color": color, "linestyle": "--" if row.negatives else "-"}
         _curve(left, _means(row.history["loss"]), label=row.name, **style)
         marked, said = _means(row.history["marked"]), _means(row.history["said"])
         if any(marked):
@@ -400,17 +477,18 @@ def _embedded(figure: Figure) -> str:
 
 
 def _html_table(results: Results) -> str:
+    columns = _columns(results)
     heads = "".join(
         f'<th title="{_escape(meaning)}">{_escape(heading)}</th>'
-        for heading, meaning in COLUMNS.values()
+        for heading, meaning in columns.values()
     )
     lines = "".join(
         f"<tr><td>{_escape(name)}</td>"
-        + "".join(f"<td>{_escape(_cell(key, measures.get(key)))}</td>" for key in COLUMNS)
+        + "".join(f"<td>{_escape(_cell(key, measures.get(key)))}</td>" for key in columns)
         + "</tr>"
         for name, measures in _lines(results)
     )
-    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.values())
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in columns.values())
     return (
         f"<table><tr><th>edit</th>{heads}</tr>{lines}</table>"
         f"<p>± standard error {_escape(results.errors)}. {_escape(meanings)}.</p>"
