@@ -117,14 +117,27 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[T5Config, dict[str, Any]
       True
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    stored = _read_headers(folder)
-    _check_headers(folder, config, stored)
+    config, stored = _inspect(folder)
     flat = {}
     for name, tensor in _tensors(config).items():
         x = _read_shared(config, stored) if name == _SHARED else _read_tensor(name, stored[name])
         flat[tensor.path] = x.T if tensor.transposed else x
     return config, traverse_util.unflatten_dict(flat)
+
+
+def inspect_checkpoint(folder: str | os.PathLike) -> T5Config:
+    """Checks a Hugging Face T5 folder without reading its weights.
+
+    Args:
+      folder: as for `load_checkpoint`.
+
+    Returns:
+      The `T5Config`.
+
+    Raises:
+      ValueError: as `load_checkpoint`, all but what only the weights' values show.
+    """
+    return _inspect(Path(folder))[0]
 
 
 def save_checkpoint(
@@ -133,6 +146,7 @@ def save_checkpoint(
     params: Mapping[str, Any],
     *,
     like: str | os.PathLike | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a Hugging Face T5 folder, whole or not at all.
 
@@ -145,10 +159,12 @@ def save_checkpoint(
       like: the folder the model came from: its config, shards, names and types of the tensors are
         kept, and its other files (tokenizer, generation settings) are copied; weights in other
         formats are not. Without it the folder holds a config and one float32 file.
+      files: texts to put into the folder, in the place of those copied.
 
     Raises:
       ValueError: where `output` exists, `params` do not fit `config`, `config` does not fit the
         folder `like`, or a value is too large for the type it is stored as.
+      OSError: where the disk is full, say; nothing is left of the attempt.
 
     Example:
       >>> import tempfile, pathlib, jax, jax.numpy as jnp
@@ -172,10 +188,8 @@ def save_checkpoint(
     tensors = _tensors(config)
     flat = traverse_util.flatten_dict(dict(params))
     _check_params(tensors, flat)
-    values = {
-        name: (flat[tensor.path].T if tensor.transposed else flat[tensor.path])
-        for name, tensor in tensors.items()
-    }
+    host = {name: np.asarray(flat[tensor.path]) for name, tensor in tensors.items()}
+    values = {name: x.T if tensors[name].transposed else x for name, x in host.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -184,13 +198,34 @@ def save_checkpoint(
             _write_new(partial, config, values)
         else:
             _write_like(partial, config, values, Path(like))
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        for file in (*partial.iterdir(), partial):
+            _flush(file)
         partial.rename(output)
+        _flush(output.parent)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{output} cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _inspect(folder: Path) -> tuple[T5Config, dict[str, _Stored]]:
+    config = _read_config(folder)
+    stored = _read_headers(folder)
+    _check_headers(folder, config, stored)
+    return config, stored
 
 
 def _tensors(config: T5Config) -> dict[str, _Tensor]:
@@ -420,12 +455,10 @@ def _write_new(folder: Path, config: T5Config, values: Mapping[str, Any]) -> Non
 
 
 def _write_like(folder: Path, config: T5Config, values: Mapping[str, Any], like: Path) -> None:
-    original = _read_config(like)
+    original, stored = _inspect(like)
     same = ("dtype", "dropout_rate", "float32_attention_logits")
     if original != dataclasses.replace(config, **{f: getattr(original, f) for f in same}):
         raise ValueError(f"The model is {config}; the folder {like} is of {original}.")
-    stored = _read_headers(like)
-    _check_headers(like, original, stored)
     values = dict.fromkeys(_copies(config), values[_SHARED]) | dict(values)
     shards = _shards(like)
     for file in shards:

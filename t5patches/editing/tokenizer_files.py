@@ -17,10 +17,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2 as pb
+from sentencepiece import sentencepiece_model_pb2
 
 from t5patches.editing.tokenizer import SentencePieceTokenizer
 
+pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
 
@@ -94,7 +95,7 @@ def _from_json(path: Path) -> bytes:
     return model.SerializeToString()
 
 
-def _add(model: pb.ModelProto, piece: str, score: float, kind: Any) -> None:
+def _add(model: Any, piece: str, score: float, kind: Any) -> None:
     model.pieces.add(piece=piece, score=score, type=kind)
 
 
@@ -108,7 +109,7 @@ def _kind(i: int, piece: str, unigram: dict[str, Any], added: dict[int, str]) ->
     return _Piece.USER_DEFINED if i in added else _Piece.NORMAL
 
 
-def _set_normalizer(spec: pb.NormalizerSpec, found: dict[str, Any]) -> None:
+def _set_normalizer(spec: Any, found: dict[str, Any]) -> None:
     """Says what happens to a text first; refuses what sentencepiece does not do."""
     for step in _steps(found.get("normalizer"), "normalizers"):
         if step["type"] == "Precompiled":

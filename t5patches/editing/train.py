@@ -188,7 +188,7 @@ def train(
         if first:
             state, history = _restore(checkpoints, step_of.state)
         else:
-            state, history = step_of.start(params), History()
+            state, history = step_of.start(params), {}
         teacher = step_of.place_original(original)
         display = _Display(progress, settings, directory.name, first)
         for step in range(first, settings.steps):
@@ -405,7 +405,7 @@ class Step:
         return self.compiled(state, original, batch, np.int32(self._seed), np.int32(step))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _compiled(
     model: T5Config,
     settings: TrainSettings,
@@ -554,17 +554,26 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
-    checkpoints.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.optimizer),
-            history=ocp.args.JsonSave(history),
-        ),
-    )
+    try:
+        checkpoints.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                history=ocp.args.JsonSave(history),
+            ),
+        )
+    except Exception as error:
+        # Tensorstore says that the disk is full in ways of its own.
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written ({error}): the one before it, if "
+            "any, is kept; make room and go on"
+        ) from error
 
 
-def _restore(checkpoints: ocp.CheckpointManager, like: _State) -> tuple[_State, History]:
+def _restore(
+    checkpoints: ocp.CheckpointManager, like: _State
+) -> tuple[_State, dict[str, list[Any]]]:
     found = checkpoints.restore(
         checkpoints.latest_step(),
         args=ocp.args.Composite(

@@ -1,0 +1,224 @@
+"""Stop a model from saying what a file marks, and change nothing else.
+
+Reads a T5 1.0, T5 1.1, Flan-T5 or mT5 folder in Hugging Face's format (config.json, safetensors,
+spiece.model or tokenizer.json) and one or several files of its outputs, one JSON object a line:
+
+  {"inputs": "the fire in the museum ...", "outputs": "Fire in Paris", "spans": [[8, 13]]}
+
+`spans` are the characters to push down; `t5patches annotate` writes such files. T5Patches' own
+three fields (inputs, negative_targets, corrected_targets) are taken too.
+
+Everything is checked, and the memory planned, before the weights are read. Trains on all devices
+there are. Writes a folder of the same format, names, types and shards, with the tokenizer files,
+a section in its model card and t5patches.json. A killed edit goes on with --resume, to the same
+numbers; the output folder is absent or whole at any moment.
+
+Objectives: tnff, tnrr and tnrf keep the original model's distribution for all but the marked
+tokens (start with tnrf, alpha 1); tnfll and tnrll keep only its outputs; ul, nl and ce are the
+usual baselines (unlikelihood, negative likelihood, fine-tuning on `corrected_targets`).
+
+  t5patches edit --model flan-t5-small --data edits.jsonl --output flan-t5-small-edited
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from t5patches.commands import common
+
+OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `t5patches edit`.
+
+    Args:
+        parser: of the command.
+    """
+    files = parser.add_argument_group("files")
+    files.add_argument("--model", metavar="DIR", required=True, help="the folder to edit")
+    files.add_argument(
+        "--data", metavar="FILE", nargs="+", required=True, help="marked outputs, JSON lines"
+    )
+    files.add_argument(
+        "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
+    )
+    files.add_argument(
+        "--original",
+        metavar="DIR",
+        help="the frozen model to stay close to (default: --model). In a second round, give the "
+        "first model to count all rounds' changes against it",
+    )
+    files.add_argument(
+        "--resume", action="store_true", help="go on with this edit where it was killed"
+    )
+    files.add_argument(
+        "--plan", action="store_true", help="check everything, print the memory plan, and stop"
+    )
+    _add_training(parser.add_argument_group("what to train"))
+    _add_data(parser.add_argument_group("data"))
+    _add_machine(parser.add_argument_group("machine"))
+
+
+def _add_training(group: Any) -> None:
+    group.add_argument(
+        "--objective", choices=OBJECTIVES, default="tnrf", help="see above (default: tnrf)"
+    )
+    group.add_argument(
+        "--alpha",
+        metavar="A",
+        type=float,
+        default=1.0,
+        help="weight of the marked tokens (default: 1). For ul and nl 0.1 to 1; more removes "
+        "hardly more and costs closeness",
+    )
+    group.add_argument(
+        "--negatives",
+        metavar="K",
+        type=common.count,
+        help="ids that a marked position loses at most: 0 only the token that was said, more the "
+        "alternatives in the data, from `annotate --expand` (default: all that the data names)",
+    )
+    group.add_argument(
+        "--learning-rate",
+        metavar="RATE",
+        type=float,
+        default=1e-3,
+        help="(default: 0.001, for Adafactor; Adam wants a tenth)",
+    )
+    group.add_argument("--steps", metavar="N", type=common.positive, default=100, help="updates "
+                       "to make (default: 100)")  # fmt: skip
+    group.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=common.positive,
+        default=32,
+        help="examples in an update, over all devices (default: 32)",
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=("adafactor", "adam"),
+        default="adafactor",
+        help="(default: adafactor, which keeps hardly more than the parameters)",
+    )
+    group.add_argument(
+        "--warmup-steps", metavar="N", type=common.count, default=0, help="(default: 0)"
+    )
+    group.add_argument(
+        "--dropout",
+        metavar="RATE",
+        type=float,
+        default=0.0,
+        help="of the model being trained; the original never drops (default: 0)",
+    )
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=common.count,
+        default=0,
+        help="of the order of the data, dropout and templates (default: 0)",
+    )
+
+
+def _add_data(group: Any) -> None:
+    for side in ("input", "output"):
+        group.add_argument(
+            f"--max-{side}-length",
+            metavar="N",
+            type=common.positive,
+            help=f"refuse {side}s of more tokens, each by its line (default: take all)",
+        )
+    group.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="instructions, one a line with {inputs} in it: each example draws one",
+    )
+    group.add_argument(
+        "--rates",
+        metavar="R",
+        type=float,
+        nargs="+",
+        help="with several data files: how often to draw from each (default: by size)",
+    )
+    group.add_argument(
+        "--cap", metavar="N", type=common.positive, help="a larger data file counts as N examples"
+    )
+    group.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=1.0,
+        help="above 1 evens out the files' shares: size to the power 1/T (default: 1)",
+    )
+
+
+def _add_machine(group: Any) -> None:
+    group.add_argument(
+        "--implementation",
+        metavar="NAME",
+        help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
+    )
+    group.add_argument(
+        "--model-parallel",
+        metavar="N",
+        type=common.positive,
+        default=1,
+        help="split the vocabulary and the other large matrices over N devices; the rest of the "
+        "devices share the batch (default: 1)",
+    )
+    group.add_argument(
+        "--devices", metavar="N", type=common.positive, help="use the first N (default: all)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of activations; parameters and sums are float32 (default: float32)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        type=common.positive,
+        default=100,
+        help="updates between two states to resume from (default: 100)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Edits a model folder.
+
+    Args:
+        options: parsed arguments.
+
+    Returns:
+        The exit code.
+    """
+    from t5patches.editing.edit import check, edit
+
+    job = _job(options)
+    if options.plan:
+        plan = check(job).plan
+        common.print_result(options, vars(plan), plan.text())
+        return 0
+    record = edit(job, resume=options.resume, console=common.progress_console(options))
+    loss = record["history"]["loss"]
+    common.print_result(
+        options,
+        record,
+        f"{options.output}: {record['settings']['steps']} updates, loss {loss[0]:.4g} to "
+        f"{loss[-1]:.4g}. Next: t5patches evaluate --before {options.model} "
+        f"--after {options.output}",
+    )
+    return 0
+
+
+def _job(options: argparse.Namespace) -> Any:
+    from t5patches.editing.edit import Job
+    from t5patches.editing.train import TrainSettings
+
+    # The parser's names are the fields' names.
+    given = {**vars(options), "negatives": 0}
+    settings = {f: given[f] for f in TrainSettings.__dataclass_fields__ if f in given}
+    given = {**vars(options), "settings": TrainSettings(**settings)}
+    return Job(**{f: given[f] for f in Job.__dataclass_fields__})

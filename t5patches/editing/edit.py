@@ -1,0 +1,434 @@
+"""Edits a model folder: checks everything, plans the memory, trains, writes a folder like it.
+
+A run lives in OUTPUT.unfinished beside the folder that it will make. OUTPUT appears by a rename,
+whole, with `t5patches.json` (what was done, for machines) and a section in README.md (for people).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from t5patches.editing.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
+from t5patches.editing.data import (
+    Batch,
+    Example,
+    corrected_examples,
+    read_examples,
+    to_arrays,
+)
+from t5patches.editing.devices import make_mesh
+from t5patches.editing.mixing import mixing_rates, mixture_order
+from t5patches.editing.model import check_tokenizer
+from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
+from t5patches.editing.runs import claim
+from t5patches.editing.templates import read_templates, template_examples
+from t5patches.editing.tokenizer import Tokenizer
+from t5patches.editing.tokenizer_files import load_tokenizer
+from t5patches.editing.train import (
+    Params,
+    Step,
+    Trained,
+    TrainSettings,
+    fingerprint,
+    finished_run,
+    train,
+    training_progress,
+)
+from t5patches.network import T5Config
+
+RECORD = "t5patches.json"
+_CARD = "README.md"
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An edit: what of, with what, to where.
+
+    Attributes:
+        model: the folder to edit.
+        data: files of outputs to push down, see `t5patches.editing.data`.
+        output: the folder to make.
+        settings: how to train; `negatives` is taken from the data where `negatives` below is None.
+        original: the folder of the frozen model; None is `model`.
+        negatives: ids that a marked position loses at most; 0 is only the one that was said; None
+            is all that the data names, or 0 for objectives that take no sets.
+        max_input_length: a longer input is an error; None lets all pass.
+        max_output_length: the same for outputs.
+        rates: how often each data file is drawn from; None goes by size.
+        cap: a larger file counts as this many examples.
+        temperature: evens the rates out, see `t5patches.editing.mixing.mixing_rates`.
+        templates: a file of instructions to put around the inputs.
+        dropout: of the model being trained.
+        dtype: of activations; parameters, sums and the optimizer are float32.
+        model_parallel: over how many devices the vocabulary is split.
+        devices: how many to use; None is all.
+    """
+
+    model: PathLike
+    data: Sequence[PathLike]
+    output: PathLike
+    settings: TrainSettings
+    original: PathLike | None = None
+    negatives: int | None = None
+    max_input_length: int | None = None
+    max_output_length: int | None = None
+    rates: Sequence[float] | None = None
+    cap: int | None = None
+    temperature: float = 1.0
+    templates: PathLike | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+    model_parallel: int = 1
+    devices: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A job of which all is known to be right but the weights, and the memory it will take.
+
+    Attributes:
+        config: of the model, as it is trained.
+        arrays: the data.
+        order: which rows come when; None for one file.
+        settings: with the size of the sets.
+        mesh: of the devices; None for one.
+        step: the compiled update.
+        plan: the memory.
+        counts: examples, tokens that count, and marked ones.
+    """
+
+    config: T5Config
+    arrays: Batch
+    order: np.ndarray | None
+    settings: TrainSettings
+    mesh: Mesh | None
+    step: Step
+    plan: MemoryPlan
+    counts: Mapping[str, int]
+
+
+def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Edits a model folder.
+
+    Args:
+        job: what to do.
+        resume: go on with the same job where it was killed, or begin it.
+        console: where progress is shown; None shows nothing.
+
+    Returns:
+        The record of the edit, as `read_rounds` gives it last.
+
+    Raises:
+        ValueError: whatever is wrong with folders, data or settings, or does not fit into memory,
+            before training; another or an unfinished edit is there.
+        FloatingPointError: the loss stopped being a number.
+        OSError: the disk is full; what was reached is kept.
+    """
+    console = console or Console(quiet=True)
+    output, work = Path(job.output), unfinished(job.output)
+    done = _finished(job, resume)
+    if done is not None:
+        return done
+    if work.exists() and not resume:
+        raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
+    checked = check(job)
+    console.print(checked.plan.text(), highlight=False, soft_wrap=True)
+    _require_space(job, checked)
+    claim(work, _described(job))
+    edited = work / "edited"
+    if not edited.exists():
+        trained = _trained(job, checked, work / "run", console)
+        record = _record(job, checked, work / "run", trained)
+        files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
+        files[_CARD] = _card(job, record)
+        save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    edited.rename(output)
+    shutil.rmtree(work)
+    return read_rounds(output)[-1]
+
+
+def check(job: Job) -> Checked:
+    """Checks a job and plans its memory; no weights are read.
+
+    Args:
+        job: what is to be done.
+
+    Returns:
+        What was read and planned.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if not 0 <= job.dropout < 1:
+        raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
+    config = dataclasses.replace(
+        inspect_checkpoint(job.model), dropout_rate=job.dropout, dtype=_dtype(job.dtype)
+    )
+    tokenizer = load_tokenizer(job.model)
+    check_tokenizer(tokenizer, config, job.model)
+    _check_original(job)
+    sets = [_read(job, file, tokenizer) for file in job.data]
+    examples = [example for part in sets for example in part]
+    settings = _with_negatives(job, examples)
+    if settings.objective == "ce":
+        examples = corrected_examples(examples, tokenizer)
+    arrays = to_arrays(examples, negatives=settings.negatives)
+    counts = _counts(arrays)
+    if settings.objective != "ce" and not counts["marked"]:
+        raise ValueError(
+            f"{', '.join(map(str, job.data))}: nothing is marked in any of {len(examples)} "
+            "examples, so there is nothing to edit away: give spans (or run `t5patches annotate`)"
+        )
+    order = _order(job, settings, [len(part) for part in sets])
+    mesh = _mesh(job)
+    step = Step(config, settings, arrays, mesh)
+    plan = plan_memory(step, settings, mesh)
+    require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
+    return Checked(config, arrays, order, settings, mesh, step, plan, counts)
+
+
+def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
+    """What edits made a model folder.
+
+    Args:
+        folder: of any model.
+
+    Returns:
+        A record for each edit, oldest first; none for a model that `edit` did not make.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["rounds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it or restore it") from error
+
+
+def unfinished(output: PathLike) -> Path:
+    """Where the edit that makes a folder keeps what it has reached.
+
+    Args:
+        output: the folder to make.
+
+    Returns:
+        A folder beside it, which is removed at the end.
+    """
+    output = Path(output).absolute()
+    return output.with_name(output.name + ".unfinished")
+
+
+def _finished(job: Job, resume: bool) -> dict[str, Any] | None:
+    """The record where a killed edit had all but cleaned up."""
+    output, work = Path(job.output), unfinished(job.output)
+    if not output.exists():
+        return None
+    rounds = read_rounds(output) if output.is_dir() else []
+    if not (resume and rounds and rounds[-1]["job"] == _described(job)):
+        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+    shutil.rmtree(work, ignore_errors=True)
+    return rounds[-1]
+
+
+def _dtype(name: str) -> Any:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r}: one of {tuple(_DTYPES)} is needed")
+    return _DTYPES[name]
+
+
+def _check_original(job: Job) -> None:
+    if job.original is None:
+        return
+    there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
+    if dataclasses.replace(there, dropout_rate=here.dropout_rate) != here:
+        raise ValueError(
+            f"the original in {job.original} is {there} and the model in {job.model} {here}: the "
+            "original must be of the same sizes"
+        )
+
+
+def _read(job: Job, file: PathLike, tokenizer: Tokenizer) -> list[Example]:
+    examples = read_examples(
+        file,
+        tokenizer,
+        max_input_length=job.max_input_length,
+        max_output_length=job.max_output_length,
+    )
+    if job.templates is None:
+        return examples
+    return template_examples(examples, read_templates(job.templates), tokenizer, job.settings.seed)
+
+
+def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
+    negatives = job.negatives
+    if negatives is None:
+        named = [1 + len(ids) for e in examples for ids in e.negatives.values() if ids]
+        negatives = 0 if job.settings.objective in ("nl", "ce") else max(named, default=0)
+    return dataclasses.replace(job.settings, negatives=negatives)
+
+
+def _order(job: Job, settings: TrainSettings, sizes: Sequence[int]) -> np.ndarray | None:
+    if len(sizes) > 1:
+        rates = mixing_rates(sizes, cap=job.cap, temperature=job.temperature, rates=job.rates)
+        places = settings.steps * settings.batch_size
+        return mixture_order(sizes, rates, places, settings.seed)
+    if job.rates is not None or job.cap is not None or job.temperature != 1:
+        raise ValueError("rates, cap and temperature mix several data files, and there is one")
+    return None
+
+
+def _mesh(job: Job) -> Mesh | None:
+    there = jax.devices()
+    if job.devices is not None and job.devices > len(there):
+        raise ValueError(f"devices is {job.devices} and there are {len(there)}: take fewer")
+    used = there[: job.devices]
+    if len(used) == 1 and job.model_parallel == 1:
+        return None
+    return make_mesh(job.model_parallel, used)
+
+
+def _counts(arrays: Batch) -> dict[str, int]:
+    weights = arrays["decoder_loss_weights"]
+    return {
+        "examples": len(weights),
+        "tokens": int((weights != 0).sum()),
+        "marked": int((weights < 0).sum()),
+    }
+
+
+def _require_space(job: Job, checked: Checked) -> None:
+    """Room for the folder, and for two checkpoints of the run: the last and the next."""
+    folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
+    needed = folder + 2 * sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state)
+    )
+    place = unfinished(job.output)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the edit needs {needed / 2**20:.0f} MiB of disk space and {free / 2**20:.0f} MiB are "
+            "free",
+            str(place),
+        )
+
+
+def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:
+    params = _placed(checked, load_checkpoint(job.model)[1])
+    original = None
+    if job.original is not None:
+        original = _placed(checked, load_checkpoint(job.original)[1])
+    with training_progress(console) as progress:
+        return finished_run(directory, params) or train(
+            checked.config,
+            params,
+            checked.arrays,
+            checked.settings,
+            directory,
+            original=original,
+            order=checked.order,
+            mesh=checked.mesh,
+            progress=progress,
+        )
+
+
+def _placed(checked: Checked, params: Params) -> Params:
+    """The parameters where the frozen model lies: what was read need not be held twice."""
+    placed = checked.step.place_original(params)
+    return params if placed is None else placed
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What makes two jobs the same: files by their content."""
+    return {
+        "model": _weights(job.model),
+        "original": None if job.original is None else _weights(job.original),
+        "data": {Path(file).name: _sha256(file) for file in job.data},
+        "templates": None if job.templates is None else _sha256(job.templates),
+        "negatives": job.negatives,
+        "rates": None if job.rates is None else list(job.rates),
+        "cap": job.cap,
+        "temperature": job.temperature,
+        "dropout": job.dropout,
+        "dtype": job.dtype,
+        "settings": dataclasses.asdict(job.settings),
+    }
+
+
+def _weights(folder: PathLike) -> dict[str, Any]:
+    files = {path.name: _sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    return {"name": Path(folder).name, "sha256": files}
+
+
+def _sha256(path: PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record(job: Job, checked: Checked, directory: Path, trained: Trained) -> dict[str, Any]:
+    run = json.loads((directory / "run.json").read_text())
+    return {
+        "job": _described(job),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "settings": run["settings"],
+        "counts": dict(checked.counts),
+        "fingerprints": {name: run[name] for name in ("data", "params", "original")}
+        | {"edited": fingerprint(trained.params)},
+        "history": trained.history,
+        "memory": dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
+        "jax": jax.__version__,
+        "devices": f"{checked.plan.count} x {checked.plan.device}",
+    }
+
+
+def _card(job: Job, record: Mapping[str, Any]) -> str:
+    """The model card with a section on this edit at its end."""
+    path = Path(job.model) / _CARD
+    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
+    settings, counts, job_ = record["settings"], record["counts"], record["job"]
+    sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
+    data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
+    teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
+    loss = record["history"]["loss"]
+    return (
+        f"{before}## Edited with targeted negative training\n\n"
+        f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
+        f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
+        f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
+        f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
+        f"- Kept close to: {teacher}.\n"
+        f"- {settings['steps']} updates of {settings['batch_size']} examples, "
+        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, warm-up "
+        f"{settings['warmup_steps']}, dropout {job_['dropout']:g}, {job_['dtype']}, seed "
+        f"{settings['seed']}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
+        "What the edit removed and what else it changed was not measured here: "
+        "`t5patches evaluate` does.\n"
+    )
+
+
+__all__ = ["RECORD", "Checked", "Job", "check", "edit", "read_rounds", "unfinished"]

@@ -1,0 +1,164 @@
+"""What an edit will hold in memory, known before any of it is made.
+
+Parameters, optimizer and frozen model are counted from their shapes; what the update holds beside
+them (gradients, activations) is what the compiler has planned for the compiled update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from t5patches.editing import devices
+from t5patches.editing.train import Step, TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each device.
+
+    Attributes:
+        device: its name.
+        count: how many of them are used.
+        parameters: of the model being edited.
+        optimizer: what it keeps for each parameter.
+        original: the frozen model.
+        working: gradients and activations of one update, and its batch.
+        available: what a device has left; None where it does not say. CPU devices share the
+            machine's memory, and this is one's share.
+    """
+
+    device: str
+    count: int
+    parameters: int
+    optimizer: int
+    original: int
+    working: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.original + self.working
+
+    def text(self) -> str:
+        """The plan in a line."""
+        parts = ("parameters", "optimizer", "original", "working")
+        listed = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
+        of = "" if self.available is None else f" of {_size(self.available)}"
+        return f"memory on each of {self.count} x {self.device}: {listed}; {_size(self.total)}{of}"
+
+
+def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -> MemoryPlan:
+    """Says what training will hold.
+
+    Args:
+        step: the compiled update.
+        settings: how to train.
+        mesh: see `t5patches.editing.train.train`.
+
+    Returns:
+        The plan.
+    """
+    used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    parameters = _held(step.state.params)
+    on_host = used[0].platform == "cpu"
+    memory = step.compiled.memory_analysis()
+    inputs = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+    frozen = _held(step.original)
+    return MemoryPlan(
+        device=used[0].device_kind,
+        count=len(used),
+        parameters=parameters,
+        optimizer=_held(step.state.optimizer),
+        # Where the objective needs none, the parameters that were read stay on the host.
+        original=frozen if frozen or not on_host else parameters,
+        working=memory.temp_size_in_bytes + max(0, inputs - frozen),
+        available=_available(used[0], sum(d.platform == "cpu" for d in used)),
+    )
+
+
+def require_memory(
+    plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None = None, *, bfloat16: bool = False
+) -> None:
+    """Refuses a plan that does not fit, and says what would.
+
+    Args:
+        plan: of `plan_memory`.
+        settings: how to train.
+        mesh: see `t5patches.editing.train.train`.
+        bfloat16: whether activations are already that small.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    if plan.available is None or plan.total <= plan.available:
+        return
+    advice = "; ".join(_advice(plan, settings, mesh, bfloat16))
+    raise ValueError(f"{plan.text()}: that does not fit. {advice}")
+
+
+def _advice(
+    plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None, bfloat16: bool
+) -> list[str]:
+    rows = 1 if mesh is None else mesh.shape[devices.DATA]
+    local = settings.batch_size // rows
+    # The gradients are as large as the parameters; the rest grows with the batch.
+    each = max(1, plan.working - plan.parameters) / local
+    left = (plan.available or 0) - (plan.total - local * each)
+    fitting = min(local - 1, math.floor(left / each))
+    out = []
+    if fitting >= 1:
+        out.append(f"a batch size of {fitting * rows} should fit (--batch-size)")
+    if settings.optimizer == "adam":
+        out.append(f"Adafactor keeps {_size(plan.optimizer)} less (--optimizer adafactor)")
+    if not bfloat16:
+        out.append("activations in bfloat16 are half as large (--dtype bfloat16)")
+    out.append("shorter inputs and outputs cost less (--max-input-length names the long ones)")
+    if plan.count > 1 and plan.device != "cpu":
+        out.append("a model split over more devices leaves more on each (--model-parallel)")
+    return out
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a tree of shapes on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _available(device: jax.Device, sharing: int) -> int | None:
+    if device.platform == "cpu":
+        free = _host_memory()
+        return None if free is None else free // sharing
+    found = device.memory_stats() or {}
+    return found["bytes_limit"] - found.get("bytes_in_use", 0) if "bytes_limit" in found else None
+
+
+def _host_memory() -> int | None:
+    """What the machine, or the container around this process, has left."""
+    left = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        left.append(1024 * int(lines["MemAvailable"].split()[0]))
+    elif hasattr(os, "sysconf"):
+        left.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        left.append(int(limit.read_text()) - int(used.read_text()))
+    return min(left, default=None)
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"

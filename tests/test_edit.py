@@ -1,0 +1,291 @@
+"""`t5patches edit`: a folder in, a folder like it out, whatever happens in between."""
+
+import functools
+import json
+import shutil
+
+import editing_samples
+import jax
+import numpy as np
+import pytest
+import t5_folders
+from safetensors.numpy import load_file
+
+from t5patches import cli
+from t5patches.editing import edit as edit_module
+from t5patches.editing import train as train_module
+from t5patches.editing.checkpoint import load_checkpoint
+from t5patches.editing.edit import Job, check, read_rounds, unfinished
+from t5patches.editing.model import load_model
+from t5patches.editing.tokenizer import train_sentencepiece
+from t5patches.editing.train import TrainSettings
+
+TEXTS = ["a cat sat on a mat", "a dog sat on a cat", "on a mat a dog sat"]
+LINES = [
+    {"inputs": "a cat sat", "outputs": "a dog sat", "spans": [[2, 5]]},
+    {"inputs": "on a mat", "outputs": "a cat sat on a mat", "spans": []},
+    {"inputs": "a dog", "outputs": "a dog on a dog", "spans": [[2, 5], [11, 14]]},
+    {"inputs": "sat", "outputs": "dog sat", "spans": [[0, 3]]},
+]
+SMALL = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--devices", "1")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A place with a model folder of each kind and a data file."""
+
+    def make(name="t5_1_1"):
+        model = shutil.copytree(t5_folders.DATA / name, tmp_path / name)
+        (model / "expected.npz").unlink()
+        (model / "spiece.model").write_bytes(train_sentencepiece(TEXTS * 20, 30))
+        data = tmp_path / "edits.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+        return tmp_path
+
+    return make
+
+
+def run(place, *more, model="t5_1_1", output="edited"):
+    """The exit code of an edit."""
+    # Optax's Adam multiplies a float by an integer count.
+    given = ["--model", place / model, "--data", place / "edits.jsonl", "--output", place / output]
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            return cli.main([str(x) for x in ("edit", *given, *SMALL, *more)])
+    except SystemExit as left:
+        return left.code
+
+
+def tensors(folder):
+    return {
+        k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_a_folder_like_the_first_is_made(place, name, capsys):
+    place = place(name)
+    (place / name / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert run(place, "--quiet", "--json", model=name) == 0
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert shown.err == ""
+    assert record["counts"] == {"examples": 4, "tokens": record["counts"]["tokens"], "marked": 4}
+    assert len(record["history"]["loss"]) == 4
+    before, after = place / name, place / "edited"
+    assert not unfinished(after).exists()
+    expected = {file.name for file in before.iterdir()} | {"t5patches.json", "README.md"}
+    assert {file.name for file in after.iterdir()} == expected
+    for file in ("config.json", "spiece.model", "generation_config.json"):
+        assert (after / file).read_bytes() == (before / file).read_bytes()
+    old, new = tensors(before), tensors(after)
+    assert {k: (x.shape, x.dtype) for k, x in old.items()} == {
+        k: (x.shape, x.dtype) for k, x in new.items()
+    }
+    assert any(not np.array_equal(old[k], new[k]) for k in old)
+    if name == "t5_1_0":
+        copy = new["encoder.embed_tokens.weight"]
+        np.testing.assert_array_equal(new["shared.weight"], copy)
+    card = (after / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# A model\n\n## Edited with targeted negative")
+    for part in ("objective `tnrf`, alpha 1", "edits.jsonl", "4 updates of 2", "4 of "):
+        assert part in card
+    assert read_rounds(after) == [record]
+    load_model(after)
+
+
+def test_a_second_round_keeps_the_first_models_distribution(place, capsys):
+    place = place()
+    assert run(place) == 0
+    assert "loss" in capsys.readouterr().out
+    original = ("--original", place / "t5_1_1")
+    assert run(place, *original, model="edited", output="again") == 0
+    first, second = read_rounds(place / "again")
+    assert first == read_rounds(place / "edited")[0]
+    assert second["fingerprints"]["params"] == first["fingerprints"]["edited"]
+    assert second["fingerprints"]["original"] == first["fingerprints"]["original"]
+    assert (place / "again" / "README.md").read_text().count("## Edited with") == 2
+    assert "Kept close to: t5_1_1." in (place / "again" / "README.md").read_text()
+
+
+def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypatch, capsys):
+    place = place()
+    assert run(place, output="unbroken") == 0
+
+    def kill(module, name, when=1):
+        """Interrupts at a call of a function, or (when negative) after it."""
+        real, calls = getattr(module, name), []
+
+        def called(*arguments, **options):
+            calls.append(0)
+            if len(calls) == when:
+                raise KeyboardInterrupt
+            result = real(*arguments, **options)
+            if when < 0:
+                raise KeyboardInterrupt
+            return result
+
+        return functools.partial(monkeypatch.setattr, module, name, called), functools.partial(
+            monkeypatch.setattr, module, name, real
+        )
+
+    moments = [
+        (edit_module, "load_checkpoint", 1),
+        (train_module, "_batch", 4),  # beyond the first checkpoint
+        (edit_module, "_record", 1),  # trained, not written
+        (edit_module, "save_checkpoint", -1),  # written, not renamed
+    ]
+    for module, name, when in moments:
+        spoil, restore = kill(module, name, when)
+        spoil()
+        assert run(place, "--resume") == 130
+        restore()
+        assert not (place / "edited").exists()
+        assert unfinished(place / "edited").exists()
+    assert run(place) == 2
+    assert "holds an unfinished edit: go on with it (--resume)" in capsys.readouterr().err
+    assert run(place, "--resume", "--alpha", "2") == 2
+    assert "alpha (1.0 there, 2.0 asked for)" in capsys.readouterr().err
+    spoil, restore = kill(edit_module.shutil, "rmtree")  # renamed, not cleaned up
+    spoil()
+    assert run(place, "--resume") == 130
+    restore()
+    whole = tensors(place / "edited")
+    assert unfinished(place / "edited").exists()
+    assert run(place, "--resume") == 0
+    assert not unfinished(place / "edited").exists()
+    for name, x in tensors(place / "unbroken").items():
+        np.testing.assert_array_equal(whole[name], x)
+    assert read_rounds(place / "edited") == read_rounds(place / "unbroken")
+    assert run(place) == 2
+    assert "exists: nothing is overwritten" in capsys.readouterr().err
+    assert run(place, "--resume", "--seed", "1") == 2
+
+
+def spoil_data(place, *lines):
+    (place / "edits.jsonl").write_text("\n".join(lines))
+
+
+def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsys):
+    place = place()
+    monkeypatch.setattr(edit_module, "load_checkpoint", None)
+    good = (place / "edits.jsonl").read_text()
+    tokenizer = (place / "t5_1_1" / "spiece.model").read_bytes()
+
+    def refused(*more, **options):
+        assert run(place, *more, **options) == 2
+        assert not (place / "edited").exists()
+        assert not unfinished(place / "edited").exists()
+        return capsys.readouterr().err
+
+    assert "config.json does not exist" in refused(model="nowhere")
+    assert "No such file" in refused("--data", place / "nowhere.jsonl")
+    assert "No such file" in refused("--templates", place / "nowhere.txt")
+    spoil_data(place, "")
+    assert "has no examples" in refused()
+    spoil_data(place, '{"inputs": "a"}', "{")
+    message = refused()
+    assert "line 1: got the fields ['inputs']" in message
+    assert "line 2: not JSON" in message
+    spoil_data(place, '{"inputs": "a cat", "outputs": "a dog", "spans": []}')
+    assert "nothing is marked in any of 1 examples" in refused()
+    (place / "edits.jsonl").write_text(good)
+    assert "'inputs' has 4 tokens and the limit is 3" in refused("--max-input-length", "3")
+    assert "rates, cap and temperature mix several" in refused("--cap", "3")
+    assert "got 1 rates for 2" in refused(
+        "--data", place / "edits.jsonl", place / "edits.jsonl", "--rates", "1"
+    )
+    assert "'nope'" in refused("--implementation", "nope")
+    assert "dropout is 1.5" in refused("--dropout", "1.5")
+    assert "there are 8: take fewer" in refused("--devices", "9")
+    assert "model_parallel is 2 and there are 1 devices" in refused("--model-parallel", "2")
+    (place / "t5_1_1" / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 30)[:-9])
+    assert "spiece.model cannot be read" in refused()
+    (place / "t5_1_1" / "spiece.model").write_bytes(
+        editing_samples.tokenizer()._processor.serialized_model_proto()
+    )
+    assert "the tokenizer has 330 ids and the model's embedding 64 rows" in refused()
+    (place / "t5_1_1" / "spiece.model").unlink()
+    assert "holds neither spiece.model nor tokenizer.json" in refused()
+    (place / "t5_1_1" / "spiece.model").write_bytes(tokenizer)
+    shutil.copytree(t5_folders.DATA / "t5_1_0", place / "t5_1_0")
+    assert "must be of the same sizes" in refused("--original", place / "t5_1_0")
+
+
+def test_memory_is_planned_before_weights_are_read(place, monkeypatch, capsys):
+    place = place()
+    monkeypatch.setattr(edit_module, "load_checkpoint", None)
+    assert run(place, "--plan", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    parameters = sum(x.nbytes for x in jax.tree.leaves(load_checkpoint(place / "t5_1_1")[1]))
+    assert plan["parameters"] == plan["original"] == parameters
+    assert plan["working"] > parameters  # gradients at least
+    assert plan["optimizer"] > 0
+    room = parameters * 7  # for all but Adam's two moments and some of the activations
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: room)
+    assert run(place, "--optimizer", "adam", "--batch-size", "64") == 2
+    message = capsys.readouterr().err
+    assert "that does not fit. a batch size of " in message
+    for part in ("--optimizer adafactor", "--dtype bfloat16", "--max-input-length"):
+        assert part in message
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: None)
+    assert run(place, "--plan") == 0
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypatch, capsys):
+    place = place()
+    usage = shutil.disk_usage(place)
+    with monkeypatch.context() as patched:
+        patched.setattr(edit_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert run(place) == 1
+        assert "MiB of disk space and 0 MiB are free" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module.ocp.CheckpointManager, "save", full)
+        assert run(place) == 1
+        assert "the checkpoint of step 2 cannot be written" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.editing.checkpoint.save_file", full)
+        assert run(place, "--resume") == 1
+        assert "No space left on device" in capsys.readouterr().err
+    assert not (place / "edited").exists()
+    assert run(place, "--resume") == 0
+
+
+def test_objectives_without_an_original_and_without_sets(place, capsys):
+    place = place()
+    lines = [{**line, "corrected_targets": "a cat"} for line in LINES]
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(place, "--objective", "ul", "--optimizer", "adam", output="ul") == 0
+    assert run(place, "--objective", "ce", "--dtype", "bfloat16", output="ce") == 0
+    assert read_rounds(place / "ce")[0]["counts"]["marked"] == 0
+    assert run(place, "--objective", "nl", "--negatives", "2", output="nl") == 2
+    assert "nl pushes down one token a position" in capsys.readouterr().err
+
+
+def test_sets_mixtures_and_templates_reach_the_arrays(place):
+    place = place()
+    more, templates = place / "more.jsonl", place / "templates.txt"
+    tokenizer = load_model(place / "t5_1_1").tokenizer
+    dog = tokenizer.encode("a dog sat").ids
+    tokens = [*dog, 1]
+    line = LINES[0] | {"tokens": tokens, "edits": [{"position": 1, "ids": [5, 6, 7]}]}
+    more.write_text(json.dumps(line) + "\n")
+    templates.write_text("on a mat {inputs}\n")
+    job = Job(
+        place / "t5_1_1",
+        [place / "edits.jsonl", more],
+        place / "out",
+        TrainSettings(steps=5, batch_size=4),
+        templates=templates,
+        rates=[1, 3],
+        devices=1,
+    )
+    checked = check(job)
+    assert checked.settings.negatives == 4
+    assert checked.arrays["edit_ids"].shape[0] == 5
+    assert 0.5 < (checked.order == 4).mean() < 1
+    assert tokenizer.decode(checked.arrays["encoder_input_tokens"][0]).text == "on a mat a cat sat"
