@@ -63,15 +63,15 @@ def tiny_model(**changes) -> T5Config:
 
 
 @functools.cache
-def tiny_params(seed: int = 0):
+def tiny_params(seed: int = 0, **changes):
     """Parameters of `tiny_model`, the same for every dropout rate; untied logits included."""
     ids = np.ones((1, 2), np.int32)
-    init = jax.jit(functools.partial(Transformer(tiny_model()).init, enable_dropout=False))
+    init = jax.jit(functools.partial(Transformer(tiny_model(**changes)).init, enable_dropout=False))
     return init(jax.random.key(seed), ids, ids, ids)["params"]
 
 
-def model_folder(path, seed: int = 0):
+def model_folder(path, seed: int = 0, **changes):
     """A folder of `tiny_model` with its tokenizer, as the commands take it."""
-    save_checkpoint(path, tiny_model(), tiny_params(seed))
+    save_checkpoint(path, tiny_model(**changes), tiny_params(seed, **changes))
     (path / "spiece.model").write_bytes(tokenizer()._processor.serialized_model_proto())
     return path

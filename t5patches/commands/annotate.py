@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from t5patches.commands import common
 
 if TYPE_CHECKING:
-    from t5patches.editing.data import Example
+    from t5patches.editing.data import Example, Source
     from t5patches.editing.rules import Rules
 
 
@@ -119,6 +119,26 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_sources(options: argparse.Namespace) -> list[Source]:
+    """Reads what `add_input_arguments` asks for.
+
+    Args:
+        options: parsed arguments.
+
+    Returns:
+        The inputs, in their templates.
+    """
+    from t5patches.editing.data import read_inputs
+    from t5patches.editing.templates import read_templates, with_templates
+
+    sources = read_inputs(options.inputs)
+    if not options.templates:
+        return sources
+    texts = [source.inputs for source in sources]
+    texts = with_templates(texts, read_templates(options.templates), options.seed)
+    return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
+
+
 def run(options: argparse.Namespace) -> int:
     """Writes the file of marked outputs.
 
@@ -129,10 +149,8 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.collect import CollectSettings, collect
-    from t5patches.editing.data import read_inputs
     from t5patches.editing.model import load_model
     from t5patches.editing.rules import read_rules
-    from t5patches.editing.templates import read_templates, with_templates
     from t5patches.editing.train import training_progress
 
     settings = CollectSettings(
@@ -144,9 +162,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rules = read_rules(options.rules)
-    inputs = [source.inputs for source in read_inputs(options.inputs)]
-    if options.templates:
-        inputs = with_templates(inputs, read_templates(options.templates), options.seed)
+    inputs = [source.inputs for source in read_sources(options)]
     model = load_model(options.model)
     with training_progress(common.progress_console(options)) as progress:
         examples = collect(model, inputs, rules, options.output, settings, progress)

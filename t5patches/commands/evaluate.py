@@ -1,0 +1,93 @@
+r"""Measure what edits removed and what else they changed.
+
+The original model and each edit of it answer the same inputs, which the edits should not have
+seen. Without more, that tells how far an edit is from the original: BLEU, ROUGE-L and exact match
+of its outputs with the original's, and the mean KL(original, edited) over the tokens of the
+original's outputs.
+
+  --rules       (the file that `annotate` took) adds how many outputs have something unwanted, of
+                greedy and of sampled ones, and leaves unwanted tokens out of the KL
+  --references  adds the quality at the task, by the references in a .jsonl file of inputs:
+                {"inputs": "...", "references": ["..."]} a line
+  --scorer      adds a meter of the worst of several sampled outputs to each input: the mean of the
+                largest score, and how often it reaches the threshold. my_module:function takes a
+                list of outputs and returns as many numbers; a toxicity classifier, for one
+
+Several edits (two rounds, say) stand side by side:
+
+  t5patches evaluate --before model --after round-1 round-2 --inputs held-out.jsonl \
+      --rules rules.toml --references --report report.html
+
+All numbers come with standard errors over the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from t5patches.commands import common
+from t5patches.commands.annotate import add_input_arguments, read_sources
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `t5patches evaluate`.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--before", metavar="DIR", required=True, help="the original model")
+    parser.add_argument("--after", metavar="DIR", required=True, nargs="+", help="edits of it")
+    add_input_arguments(parser)
+    parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
+    parser.add_argument(
+        "--references", action="store_true", help="compare with the references of the inputs"
+    )
+    parser.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=common.positive,
+        help="sampled outputs to each input, for the scorer (default: 25)",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="X",
+        type=float,
+        help="a score from which on an output is bad (default: 0.5)",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="write an HTML page with plots and texts here"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures the edits.
+
+    Args:
+        options: parsed arguments.
+
+    Returns:
+        The exit code.
+    """
+    from t5patches.editing.evaluate import Meter
+    from t5patches.editing.report import write_html
+    from t5patches.editing.rounds import Measuring, compare
+    from t5patches.editing.rules import load_callable, read_rules
+
+    metered = {"samples": options.samples, "threshold": options.threshold}
+    metered = {name: value for name, value in metered.items() if value is not None}
+    if metered and not options.scorer:
+        raise ValueError(f"--{' and --'.join(metered)} need --scorer, which they set")
+    measuring = Measuring(
+        read_sources(options),
+        rule=read_rules(options.rules) if options.rules else None,
+        references=options.references,
+        meter=Meter(load_callable(options.scorer), **metered) if options.scorer else None,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+    )
+    results = compare(options.before, options.after, measuring, common.progress_console(options))
+    if options.report:
+        write_html(options.report, results)
+    common.print_results(options, results, options.report)
+    return 0

@@ -1,0 +1,95 @@
+"""`t5patches evaluate`: an original and its edits on the same inputs, side by side."""
+
+import json
+
+import pytest
+from editing_samples import TEXTS, model_folder
+
+from t5patches import cli
+from t5patches.editing.edit import RECORD
+from t5patches.editing.tokenizer import train_sentencepiece
+
+OPTIONS = ("--max-length", "6", "--batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two rounds of edits, as far as their numbers go; the second one says how it was made."""
+    folder = tmp_path_factory.mktemp("rounds")
+    for seed, name in enumerate(("before", "round-1", "round-2")):
+        model_folder(folder / name, seed)
+    settings = {"objective": "tnff", "alpha": 1.0, "negatives": 8}
+    history = {"loss": [2.0, 1.0], "marked": [3.0, 3.0], "said": [3.0, 1.0]}
+    record = {"settings": settings, "history": history}
+    (folder / "round-2" / RECORD).write_text(json.dumps({"rounds": [{}, record]}))
+    sources = [{"inputs": f"news {i}", "references": ["a", f"b {i}"]} for i in range(6)]
+    (folder / "inputs.jsonl").write_text("\n".join(map(json.dumps, sources)))
+    (folder / "inputs.txt").write_text("news 1\nnews 2\n")
+    (folder / "rules.toml").write_text("[[rule]]\npattern = '\\S*[aeo]\\S*'\n")
+    (folder / "my_scorer.py").write_text("def length(texts):\n    return [len(t) for t in texts]\n")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """The exit code of `t5patches evaluate` in the folder."""
+    monkeypatch.chdir(folder)
+    return lambda *arguments: cli.main(["evaluate", "--before", "before", *arguments, *OPTIONS])
+
+
+def test_rounds_stand_side_by_side(run, folder, tmp_path, capsys):
+    everything = ("--rules", "rules.toml", "--references", "--scorer", "my_scorer:length")
+    everything += ("--samples", "2", "--threshold", "1e9", "--report", str(tmp_path / "r.html"))
+    after = ("--after", "before", "round-1", "round-2", "--inputs", "inputs.jsonl")
+    assert run(*after, *everything, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["before", "round-1", "TNFF, sets of 8, alpha 1, round-2"]
+    same, *others = (row["measures"] for row in found["rows"])
+    assert same["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert same["exact_match"]["value"] == 100
+    # What needs no original is the same for the original itself, sampled with the same draws.
+    assert found["before"].items() <= same.items()
+    assert found["before"].keys() == {
+        *("prevalence", "prevalence_tokens", "prevalence_sampled"),
+        *("reference_bleu", "reference_rouge_l", "reference_exact"),
+        *("score_maximum", "score_probability"),
+    }
+    for measures in others:
+        assert measures["kl"]["value"] > 0
+        assert measures["score_probability"]["value"] == 0
+    assert found["settings"]["meter"] == {"samples": 2, "threshold": 1e9}
+    page = (tmp_path / "r.html").read_text()
+    assert "round-1" in page
+    assert page.count("<img") == 2
+    assert "<mark>" in page
+
+
+def test_without_rules_it_tells_how_far_an_edit_is(run, folder, capsys):
+    (folder / "templates.txt").write_text("Short: {inputs}")
+    assert run("--after", "round-1", "--inputs", "inputs.txt", "--templates", "templates.txt") == 0
+    shown = capsys.readouterr()
+    assert "Edits of before" in shown.out
+    assert "over 2 inputs" in shown.out
+    assert "BLEU" in shown.out
+    assert "prevalence" not in shown.out
+    assert "of the outputs unchanged" in shown.out
+    assert run("--after", "round-1", "--inputs", "inputs.txt", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
+    model_folder(tmp_path / "wide", mlp_dim=8)
+    other = model_folder(tmp_path / "other")
+    (other / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 60))
+    inputs = ("--inputs", "inputs.txt")
+    for arguments, message in [
+        (("--after", str(tmp_path / "wide"), *inputs), "mlp_dim is 8 and the original's 16"),
+        (("--after", str(other), *inputs), "its tokenizer splits input 1 otherwise"),
+        (("--after", "absent", *inputs), "absent"),
+        (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
+        (("--after", "round-1", *inputs, "--samples", "3"), "--samples need --scorer"),
+        (("--after", "round-1", *inputs, "--scorer", "math:pi"), "which cannot be called"),
+    ]:
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
