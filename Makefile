@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
+.PHONY: help demo test test-slow test-t5x lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -26,6 +26,21 @@ test: $(VENV)/.has-test ## the whole suite
 
 test-slow: $(VENV)/.has-test ## the long sweeps
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m slow
+
+# T5X in an environment of its own: TensorFlow is large.
+$(VENV)-t5x/.has-test-t5x: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable ".[test-t5x]"
+	$(@D)/bin/python -m pip install --quiet --no-deps t5
+	@touch $@
+
+test-t5x: $(VENV)-t5x/.has-test-t5x ## the T5X drop-in; T5X=a folder with t5x, airio, jestimator, t5patches
+	@for part in t5x airio jestimator t5patches; do test -d "$(T5X)/$$part" || { \
+		echo "T5X=$(T5X) has no $$part: make test-t5x T5X=<a folder with the checkouts of" \
+		"google-research/t5x, google/airio, google-research/jestimator, google/t5patches>"; exit 2; }; done
+	PYTHONPATH=$(abspath $(T5X))/t5x:$(abspath $(T5X))/airio:$(abspath $(T5X))/jestimator \
+	T5PATCHES_UPSTREAM=$(abspath $(T5X))/t5patches $(VENV)-t5x/bin/python -m pytest --durations 15 \
+		tests/with_t5x tests/test_feature_converters.py tests/test_models.py tests/test_trainer.py tests/test_network.py
 
 lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 	$(BIN)/ruff check .
