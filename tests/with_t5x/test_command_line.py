@@ -1,0 +1,128 @@
+"""T5X's command line with every objective: trained, killed, resumed, evaluated."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("t5x", reason="needs T5X: make test-t5x")
+
+import tensorflow as tf
+
+from t5patches import configs
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+START, STEPS, PERIOD = 10, 20, 5
+TARGETED = [o for o in configs.OBJECTIVES if o.startswith("tn")]
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Where the data is, for T5X in a process of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    environment = os.environ | {
+        "T5PATCHES_TEST_DATA": os.fspath(folder),
+        "PYTHONPATH": os.pathsep.join([os.fspath(HERE), os.environ.get("PYTHONPATH", "")]),
+        # The resumed run need not compile again what the killed one did.
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    write = "import pathlib, sys, tasks; tasks.write_data(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", write, folder], env=environment, check=True)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def checkpoint(environment, tmp_path_factory):
+    """A model that knows a little of the task.
+
+    T5X takes the place in the data from the checkpoint it starts with, too, so the first batches
+    of the runs below are still those of corrective training: they have no negatives.
+    """
+    folder = tmp_path_factory.mktemp("original")
+    bindings = {
+        "OBJECTIVE": "'ce'",
+        "TRAIN_STEPS": START,
+        "INITIAL_CHECKPOINT_PATH": None,
+    }
+    _wait(_train(environment, folder, **bindings), folder)
+    return folder / f"checkpoint_{START}"
+
+
+def _train(environment, folder, **bindings):
+    arguments = [f"--gin.{k}={v}" for k, v in {"MODEL_DIR": f"'{folder}'", **bindings}.items()]
+    files = [f"--gin_file={HERE / 'train.gin'}", f"--gin_search_paths={ROOT}"]
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "t5x.train", *files, *arguments],
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _wait(process, folder):
+    assert process.wait() == 0, (folder / "log.txt").read_text()[-3000:]
+
+
+def _finetune(environment, checkpoint, folder, objective, microbatches):
+    return _train(
+        environment,
+        folder,
+        OBJECTIVE=f"'{objective}'",
+        TRAIN_STEPS=START + STEPS,
+        INITIAL_CHECKPOINT_PATH=f"'{checkpoint}'",
+        NUM_MICROBATCHES=microbatches,
+    )
+
+
+def _written(folder):
+    """What a run wrote for TensorBoard: {(part, metric): {step: number}}."""
+    found = {}
+    for part in ("train", "training_eval"):
+        for file in sorted((folder / part).rglob("events*")):
+            for event in tf.compat.v1.train.summary_iterator(os.fspath(file)):
+                for value in event.summary.value:
+                    array = tf.make_ndarray(value.tensor)
+                    if array.dtype.kind == "f" and not value.tag.startswith("timing"):
+                        found.setdefault((part, value.tag), {})[event.step] = float(array)
+    return found
+
+
+@pytest.mark.parametrize("objective", configs.OBJECTIVES)
+def test_a_killed_run_goes_on(objective, environment, checkpoint, tmp_path):
+    """Two microbatches, killed and resumed, are one batch and no kill."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    _wait(_finetune(environment, checkpoint, whole, objective, 1), whole)
+    process = _finetune(environment, checkpoint, parts, objective, 2)
+    saved = parts / f"checkpoint_{START + PERIOD}" / "commit_success.txt"
+    while not saved.exists():
+        assert process.poll() is None, (parts / "log.txt").read_text()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (parts / f"checkpoint_{START + STEPS}").exists(), "killed too late to show anything"
+    _wait(_finetune(environment, checkpoint, parts, objective, 2), parts)
+
+    expected, found = _written(whole), _written(parts)
+    assert expected.keys() == found.keys()
+    steps = set(range(START + 1, START + STEPS + 1))
+    assert set(expected["train", "loss"]) == steps
+    worst = {}
+    for key, values in expected.items():
+        assert values.keys() == found[key].keys(), key
+        a, b = (np.array([x[s] for s in sorted(values)]) for x in (values, found[key]))
+        worst[key] = float(np.max(np.abs(a - b) / np.maximum(np.abs(a), 1e-12)))
+    print(json.dumps({"/".join(k): v for k, v in worst.items() if v}, indent=1))
