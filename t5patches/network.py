@@ -12,6 +12,7 @@ Transformer", 2019, arXiv:1910.10683; Shazeer, "GLU Variants Improve Transformer
 arXiv:2002.05202.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def output_head(config: T5Config, params: Mapping[str, Any]) -> OutputHead:
       True
     """
     tied = config.logits_via_embedding
-    path = ("token_embedder", "embedding") if tied else ("decoder", "logits_dense", "kernel")
+    path = _head_path(config)
     node: Any = params
     for name in path:
         if name not in node:
@@ -108,6 +109,28 @@ def output_head(config: T5Config, params: Mapping[str, Any]) -> OutputHead:
             )
         node = node[name]
     return OutputHead(node, tied, config.emb_dim**-0.5 if tied else 1.0)
+
+
+def head_params(config: T5Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's parameters, in its place in the tree, that `output_head` reads.
+
+    Args:
+      config: of the model.
+      params: its parameters, or anything in their place in such a tree.
+
+    Returns:
+      A tree with that one leaf.
+    """
+    path = _head_path(config)
+    leaf: Any = params
+    for name in path:
+        leaf = leaf[name]
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(path), leaf)
+
+
+def _head_path(config: T5Config) -> tuple[str, ...]:
+    tied = config.logits_via_embedding
+    return ("token_embedder", "embedding") if tied else ("decoder", "logits_dense", "kernel")
 
 
 def _attention(config: T5Config, name: str) -> layers.MultiHeadDotProductAttention:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ from t5patches.editing import devices
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.editing.forward import forward
 from t5patches.editing.runs import claim
-from t5patches.network import T5Config, output_head
+from t5patches.editing.teacher_cache import FEATURE, CacheSize, TeacherCache, write_cache
+from t5patches.network import T5Config, head_params, output_head
 from t5patches_kernels import (
     Edits,
     TokenLoss,
@@ -145,6 +146,7 @@ def train(
     original: Params | None = None,
     order: np.ndarray | None = None,
     mesh: Mesh | None = None,
+    teacher: TeacherCache | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Trains a T5, from the start or from where the same run was killed.
@@ -162,6 +164,8 @@ def train(
             (`t5patches.editing.mixing.mixture_order`); default, every epoch a fresh permutation.
         mesh: of `t5patches.editing.devices.make_mesh`: batches and large matrices are divided over
             its devices; None is the first device alone. The sums differ by rounding.
+        teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
+            of which only the head is then needed.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -170,14 +174,17 @@ def train(
     Raises:
         ValueError: the directory holds a finished run, or another one; the arrays lack edits;
             cross-entropy is asked for on marked tokens; the order is too short; the mesh does not
-            divide the sizes.
+            divide the sizes; the teacher's cache is of other data or another width.
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    if teacher is not None:
+        _check_teacher(teacher, model, arrays, settings)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    claim(directory, _describe(model, params, original, arrays, settings, order))
-    step_of = Step(model, settings, arrays, mesh)
+    run = _describe(model, params, original, arrays, settings, order)
+    claim(directory, run | ({"teacher": str(teacher.dtype)} if teacher else {}))
+    step_of = Step(model, settings, arrays, mesh, teacher)
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:
@@ -189,11 +196,13 @@ def train(
             state, history = _restore(checkpoints, step_of.state)
         else:
             state, history = step_of.start(params), {}
-        teacher = step_of.place_original(original)
+        frozen = step_of.place_original(original)
         display = _Display(progress, settings, directory.name, first)
         for step in range(first, settings.steps):
             batch = _batch(arrays, settings, step, order)
-            state, metrics = step_of(state, teacher, batch, step)
+            if teacher is not None:
+                batch[FEATURE] = teacher.read(batch)
+            state, metrics = step_of(state, frozen, batch, step)
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value)
             display.update(step + 1, history)
@@ -261,7 +270,8 @@ def token_loss(
     Args:
         model: the sizes of the T5.
         params: of the model being trained.
-        original: parameters of the frozen model; the targeted objectives need them.
+        original: parameters of the frozen model; the targeted objectives need them, of a cached
+            one (`original_hidden` in `batch`) the head's alone.
         batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
         settings: the objective and its numbers.
         dropout_key: for dropout; None for none.
@@ -305,10 +315,14 @@ def token_loss(
             )
     if original is None:
         raise ValueError(f"{settings.objective} needs the parameters of the original model")
+    if FEATURE in batch:
+        original_hidden = batch[FEATURE].astype(hidden.dtype)
+    else:
+        original_hidden = forward(model, original, batch, return_hidden=True)
     return linear_targeted_negative_loss(
         hidden,
         head.kernel,
-        forward(model, original, batch, return_hidden=True),
+        original_hidden,
         output_head(model, original).kernel,
         targets,
         weights,
@@ -330,7 +344,12 @@ class Step:
     """
 
     def __init__(
-        self, model: T5Config, settings: TrainSettings, arrays: Batch, mesh: Mesh | None = None
+        self,
+        model: T5Config,
+        settings: TrainSettings,
+        arrays: Batch,
+        mesh: Mesh | None = None,
+        teacher: TeacherCache | None = None,
     ):
         """Compiles the update.
 
@@ -339,10 +358,12 @@ class Step:
             settings: how to train.
             arrays: the data, of which only names, types and lengths count here.
             mesh: see `train`.
+            teacher: see `train`.
 
         Raises:
             ValueError: the mesh does not divide the sizes.
         """
+        self._model, self._cached = model, teacher is not None
         self._mesh, self._seed, self._init = mesh, settings.seed, _optimizer(settings).init
         if mesh is not None:
             devices.check_mesh(mesh, model, settings.batch_size)
@@ -350,6 +371,9 @@ class Step:
             name: ((settings.batch_size, *array.shape[1:]), array.dtype)
             for name, array in sorted(arrays.items())
         }
+        if teacher is not None:
+            tokens, _ = rows["decoder_target_tokens"]
+            rows[FEATURE] = ((*tokens, teacher.width), teacher.dtype)
         found = _compiled(model, _compiled_with(settings), tuple(rows.items()), mesh)
         self.state, self.original, self.compiled = found
 
@@ -382,6 +406,8 @@ class Step:
         """
         if self.original is None:
             return None
+        if self._cached:
+            params = head_params(self._model, params)
         return jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding), dict(params), self.original
         )
@@ -430,7 +456,9 @@ def _compiled(
 
     params = jax.tree.map(placed, shapes, of_params)
     state = _State(params, jax.tree.map(placed, inner, of_inner))
-    original = params if settings.objective in TARGETED else None
+    original: Any = params if settings.objective in TARGETED else None
+    if FEATURE in dict(rows):
+        original = head_params(model, params)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
     }
@@ -501,6 +529,75 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
             f"order has {len(order)} places from row {order.min()} to {order.max()}: needed are "
             f"{places} (steps times batch size), within the {rows} rows of the arrays"
         )
+
+
+def _check_teacher(
+    teacher: TeacherCache, model: T5Config, arrays: Batch, settings: TrainSettings
+) -> None:
+    if settings.objective not in TARGETED:
+        raise ValueError(
+            f"{settings.objective} keeps to no original model and a teacher's cache is given: "
+            f"leave it out, or use one of {TARGETED}"
+        )
+    if teacher.width != model.emb_dim:
+        raise ValueError(
+            f"the teacher's cache has states of {teacher.width} entries and the model's have "
+            f"{model.emb_dim}: it is of another model"
+        )
+    teacher.check(arrays)
+
+
+def cache_teacher(
+    directory: str | os.PathLike[str],
+    model: T5Config,
+    original: Params,
+    arrays: Batch,
+    *,
+    batch_size: int = 32,
+    dtype: str = "bfloat16",
+    about: Mapping[str, Any] | None = None,
+    tell: Callable[[CacheSize], None] | None = None,
+    advance: Callable[[int, int], None] | None = None,
+) -> TeacherCache:
+    """Runs the original model over the data once, for all of training.
+
+    Args:
+        directory: of the cache; one that a killed pass left is finished, a finished one is opened.
+        model: the sizes of the T5.
+        original: parameters of the frozen model.
+        arrays: as for `train`.
+        batch_size: examples at a time.
+        dtype: see `t5patches.editing.teacher_cache`; bfloat16 takes half the room.
+        about: what else the cache is of, such as a fingerprint of the tokenizer.
+        tell: see `write_cache`.
+        advance: see `write_cache`.
+
+    Returns:
+        The cache, for `train`.
+
+    Raises:
+        ValueError: the directory holds the cache of another model or of other data.
+        OSError: the disk has too little room.
+    """
+    count = len(arrays["encoder_input_tokens"])
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, count, batch_size):
+            # The last batch is filled up from the first rows: one program for all.
+            rows = np.arange(start, start + batch_size) % count
+            yield {name: array[rows] for name, array in arrays.items() if name.endswith("_tokens")}
+
+    hidden_of = jax.jit(functools.partial(forward, model, return_hidden=True))
+    return write_cache(
+        directory,
+        batches,
+        functools.partial(hidden_of, original),
+        {"checkpoint": fingerprint(original), **(about or {})},
+        width=model.emb_dim,
+        dtype=dtype,
+        tell=tell,
+        advance=advance,
+    )
 
 
 def _describe(

@@ -1,0 +1,289 @@
+"""The frozen model's final hidden states, computed once and read beside each batch.
+
+A linear loss asks nothing else of the original model than what its decoder hands to the head, and
+the original never changes: one pass over the data pays for all of training. The states lie in a
+zarr array, one row a target token, in a directory that says which model, tokenizer and width they
+are of. An example is known by its content, its encoder tokens and decoder inputs without padding:
+so the same cache serves any order, batch size and packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from t5patches.editing.data import Batch, write_file
+from t5patches.editing.runs import claim
+
+DTYPES = ("bfloat16", "float32")
+FEATURE = "original_hidden"  # of a batch
+
+_ROWS_A_CHUNK = 1024
+_KEY_BYTES = 32
+
+
+class _Segment(NamedTuple):
+    """One example of a batch."""
+
+    row: int
+    places: np.ndarray  # of its target tokens in the row
+    key: bytes
+
+
+class CacheSize(NamedTuple):
+    """What a cache holds, known before it is written.
+
+    Attributes:
+        examples: different ones.
+        tokens: their target tokens.
+        bytes: on disk.
+    """
+
+    examples: int
+    tokens: int
+    bytes: int
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.tokens:,} tokens of {self.examples:,} examples, {self.bytes / 1e9:.3f} GB"
+
+
+class TeacherCache:
+    """A finished cache, open for reading.
+
+    Attributes:
+        directory: where it lies.
+        width: entries of a hidden state.
+        dtype: numpy's, of the states.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], about: Mapping[str, Any] | None = None):
+        """Opens a cache.
+
+        Args:
+            directory: of `write_cache`.
+            about: what it must be of, as given to `write_cache`; None asks nothing.
+
+        Raises:
+            ValueError: there is none, it is unfinished, or it is of something else.
+        """
+        self.directory = Path(directory)
+        if not (self.directory / "run.json").exists():
+            raise ValueError(f"{directory} holds no teacher cache: write one first")
+        if about is not None:
+            claim(self.directory, about)
+        run = json.loads((self.directory / "run.json").read_text())
+        index = np.load(self.directory / "index.npz")
+        self._offsets = index["offsets"]
+        self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
+        if (done := _done(self.directory)) < len(self._at):
+            raise ValueError(
+                f"the teacher cache in {directory} has {done} of {len(self._at)} examples: write "
+                "it again, it goes on from there"
+            )
+        self.width = run["width"]
+        self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
+        self.dtype = self._states.dtype.numpy_dtype
+
+    def check(self, batch: Batch) -> None:
+        """Makes sure that all examples of a batch are there.
+
+        Args:
+            batch: see `read`.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for segment in _segments(batch):
+            self._find(segment)
+
+    def read(self, batch: Batch) -> np.ndarray:
+        """The original model's states for a batch.
+
+        Args:
+            batch: arrays `encoder_input_tokens` [B, S], `decoder_input_tokens` and
+                `decoder_target_tokens` [B, L]; where several examples share a row also
+                `encoder_segment_ids` and `decoder_segment_ids`.
+
+        Returns:
+            [B, L, D] in the dtype of the cache; zeros where there is no target token.
+
+        Raises:
+            ValueError: an example is not there: the cache is of other data.
+        """
+        out = np.zeros((*np.shape(batch["decoder_target_tokens"]), self.width), self.dtype)
+        found = [(s, self._find(s)) for s in _segments(batch)]
+        # All reads are under way before the first is waited for.
+        reads = [self._states[a:b].read() for _, (a, b) in found]
+        for (segment, _), states in zip(found, reads, strict=True):
+            out[segment.row, segment.places] = states.result()
+        return out
+
+    def _find(self, segment: _Segment) -> tuple[int, int]:
+        i = self._at.get(segment.key)
+        if i is None:
+            raise ValueError(
+                f"the example in row {segment.row}, of {len(segment.places)} target tokens, is not "
+                f"in the teacher cache {self.directory}: that is of other data, or of the same "
+                "texts in other tokens; write one for these"
+            )
+        return int(self._offsets[i]), int(self._offsets[i + 1])
+
+
+def write_cache(
+    directory: str | os.PathLike[str],
+    batches: Callable[[], Iterable[Batch]],
+    hidden_of: Callable[[Batch], Any],
+    about: Mapping[str, Any],
+    *,
+    width: int,
+    dtype: str = "bfloat16",
+    tell: Callable[[CacheSize], None] | None = None,
+    advance: Callable[[int, int], None] | None = None,
+) -> TeacherCache:
+    """Runs the original model over the data once, or finishes what a killed run began.
+
+    Args:
+        directory: made if absent.
+        batches: called twice; each time the same batches, see `TeacherCache.read`.
+        hidden_of: the original model without dropout: a batch's states [B, L, `width`].
+        about: what the states are of, as JSON has it: fingerprints of checkpoint and tokenizer.
+        width: entries of a state.
+        dtype: one of `DTYPES`.
+        tell: is told the size before anything is written.
+        advance: is told after each batch how many examples are done, and of how many.
+
+    Returns:
+        The cache, open.
+
+    Raises:
+        ValueError: the directory holds a cache of something else; no batch has an example.
+        OSError: the disk has too little room.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: one of {DTYPES} is needed")
+    directory = Path(directory)
+    lengths: dict[bytes, int] = {}
+    for batch in batches():
+        lengths.update((s.key, len(s.places)) for s in _segments(batch))
+    if not lengths:
+        raise ValueError("no batch has an example to cache: all target tokens are padding")
+    offsets = np.cumsum([0, *lengths.values()])
+    size = CacheSize(len(lengths), int(offsets[-1]), int(offsets[-1]) * width * _bytes(dtype))
+    if tell is not None:
+        tell(size)
+    index = _index(list(lengths), offsets)
+    run = {**about, "width": width, "dtype": dtype, "data": hashlib.sha256(index).hexdigest()}
+    claim(directory, run)
+    if not (directory / "index.npz").exists():
+        _require_space(directory, size)
+        write_file(directory / "index.npz", index)
+    if _done(directory) < len(lengths):
+        states = _open(directory, dtype, (size.tokens, width))
+        _fill(directory, states, batches, hidden_of, lengths, offsets, advance)
+    return TeacherCache(directory)
+
+
+def _fill(
+    directory: Path,
+    states: ts.TensorStore,
+    batches: Callable[[], Iterable[Batch]],
+    hidden_of: Callable[[Batch], Any],
+    lengths: Mapping[bytes, int],
+    offsets: np.ndarray,
+    advance: Callable[[int, int], None] | None,
+) -> None:
+    done = _done(directory)
+    at = {key: i for i, key in enumerate(lengths)}
+    for batch in batches():
+        # In the order of the offsets, so that what a batch adds is one piece.
+        new = [s for s in {at[s.key]: s for s in _segments(batch)}.items() if s[0] >= done]
+        if not new:
+            continue
+        hidden = np.asarray(hidden_of(batch))
+        rows = np.concatenate([hidden[s.row, s.places] for _, s in new])
+        first, last = new[0][0], new[-1][0] + 1
+        part = states[int(offsets[first]) : int(offsets[last])]
+        try:
+            part.write(rows.astype(states.dtype.numpy_dtype)).result()
+        except Exception as error:
+            # Tensorstore says that the disk is full in ways of its own.
+            raise OSError(
+                f"the teacher cache in {directory} cannot be written ({error}): what is there is "
+                "kept; make room and go on"
+            ) from error
+        done = last
+        write_file(directory / "done.json", json.dumps({"examples": done}))
+        if advance is not None:
+            advance(done, len(lengths))
+
+
+def _segments(batch: Batch) -> Iterator[_Segment]:
+    """The examples of a batch, row by row."""
+    source, given, target = (
+        np.asarray(batch[f"{name}_tokens"])
+        for name in ("encoder_input", "decoder_input", "decoder_target")
+    )
+    of_source, of_target = (
+        np.asarray(batch.get(f"{side}_segment_ids", (tokens > 0).astype(np.int32)))
+        for side, tokens in (("encoder", source), ("decoder", target))
+    )
+    for row in range(len(target)):
+        for segment in np.unique(of_target[row][of_target[row] > 0]):
+            places = np.flatnonzero((of_target[row] == segment) & (target[row] > 0))
+            tokens = (source[row][of_source[row] == segment], given[row][places])
+            digest = hashlib.sha256()
+            for part in tokens:
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part.astype("<i4").tobytes())
+            yield _Segment(row, places, digest.digest())
+
+
+def _index(keys: list[bytes], offsets: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), _KEY_BYTES)
+    np.savez(file, keys=table, offsets=offsets)
+    return file.getvalue()
+
+
+def _open(directory: Path, dtype: str, shape: tuple[int, int]) -> ts.TensorStore:
+    chunk = [min(shape[0], _ROWS_A_CHUNK), shape[1]]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str((directory / "states").absolute())},
+        "metadata": {
+            "shape": list(shape),
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        },
+        # Batches come back to the same chunks: keep them.
+        "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
+    }
+    return ts.open(spec, open=True, create=True).result()
+
+
+def _bytes(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _done(directory: Path) -> int:
+    path = directory / "done.json"
+    return json.loads(path.read_text())["examples"] if path.exists() else 0
+
+
+def _require_space(directory: Path, size: CacheSize) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size.bytes:
+        raise OSError(
+            f"the teacher cache takes {size} and {directory} has {free / 1e9:.3f} GB free: make "
+            "room, choose another directory, or train with the live original model"
+        )

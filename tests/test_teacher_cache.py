@@ -1,0 +1,280 @@
+"""The original's hidden states: what is written, what is read back, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from editing_samples import example, tiny_model, tiny_params
+
+from t5patches.editing import teacher_cache
+from t5patches.editing.data import to_arrays
+from t5patches.editing.devices import make_mesh
+from t5patches.editing.forward import forward
+from t5patches.editing.teacher_cache import TeacherCache, write_cache
+from t5patches.editing.train import Step, TrainSettings, cache_teacher, train
+from t5patches.network import T5Config, Transformer
+
+MODEL = T5Config(
+    vocab_size=32, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16,
+    num_encoder_layers=1, num_decoder_layers=2,
+)  # fmt: skip
+ABOUT = {"checkpoint": "abc", "tokenizer": "def"}
+COUNT, SOURCE, TARGET = 7, 6, 8
+
+
+def rows(seed=0):
+    """Examples of many lengths, padded; the last is the first once more."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        "encoder_input_tokens": np.zeros((COUNT, SOURCE), np.int32),
+        "decoder_input_tokens": np.zeros((COUNT, TARGET), np.int32),
+        "decoder_target_tokens": np.zeros((COUNT, TARGET), np.int32),
+    }
+    for i in range(COUNT - 1):
+        n, m = rng.integers(1, SOURCE + 1), rng.integers(1, TARGET + 1)
+        batch["encoder_input_tokens"][i, :n] = rng.integers(1, 32, n)
+        batch["decoder_target_tokens"][i, :m] = rng.integers(1, 32, m)
+        batch["decoder_input_tokens"][i, 1:m] = batch["decoder_target_tokens"][i, : m - 1]
+    for x in batch.values():
+        x[-1] = x[0]
+    return batch
+
+
+@pytest.fixture(scope="module")
+def params():
+    ids = jnp.ones((1, 2), jnp.int32)
+    return Transformer(MODEL).init(jax.random.key(0), ids, ids, ids, enable_dropout=False)["params"]
+
+
+def batches(data, size=3):
+    return [{k: x[i : i + size] for k, x in data.items()} for i in range(0, COUNT, size)]
+
+
+def hidden_of(params):
+    return jax.jit(lambda batch: forward(MODEL, params, batch, return_hidden=True))
+
+
+def write(directory, params, data, **options):
+    options = {"dtype": "float32", **options}
+    return write_cache(
+        directory, lambda: batches(data), hidden_of(params), ABOUT, width=16, **options
+    )
+
+
+def test_states_are_those_of_the_live_model(tmp_path, params):
+    data, sizes = rows(), []
+    cache = write(tmp_path / "cache", params, data, tell=sizes.append)
+    got = cache.read(data)
+    counts = data["decoder_target_tokens"] > 0
+    want = np.asarray(hidden_of(params)(data))
+    np.testing.assert_allclose(got[counts], want[counts], rtol=1e-5, atol=1e-5)
+    assert not got[~counts].any()
+    tokens = int(counts[:-1].sum())  # the last example is there once
+    assert sizes == [(COUNT - 1, tokens, tokens * 16 * 4)]
+    again = TeacherCache(tmp_path / "cache", ABOUT).read({k: x[::-1] for k, x in data.items()})
+    np.testing.assert_array_equal(again, got[::-1])
+
+
+def test_bfloat16_is_the_rounded_float32(tmp_path, params):
+    data = rows()
+    narrow = write(tmp_path / "a", params, data, dtype="bfloat16").read(data)
+    whole = write(tmp_path / "b", params, data).read(data)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, whole.astype(jnp.bfloat16))
+
+
+def test_packed_rows_find_their_examples(tmp_path, params):
+    """Two examples in one row: the states of each, in its places, as the packed model has them."""
+    data = rows()
+    cache = write(tmp_path / "cache", params, data)
+    lengths = {k: (x > 0).sum(-1) for k, x in data.items()}
+    packed = {k: np.zeros((1, 2 * x.shape[1]), np.int32) for k, x in data.items()}
+    for side in ("encoder", "decoder"):
+        for kind in ("segment_ids", "positions"):
+            like = packed[f"{side}_{'input' if side == 'encoder' else 'target'}_tokens"]
+            packed[f"{side}_{kind}"] = np.zeros_like(like)
+    at = {"encoder": 0, "decoder": 0}
+    for number, i in enumerate((1, 4), 1):
+        n = {
+            "encoder": lengths["encoder_input_tokens"][i],
+            "decoder": lengths["decoder_target_tokens"][i],
+        }
+        for side, length in n.items():
+            place = slice(at[side], at[side] + length)
+            for key in data:
+                if key.startswith(side):
+                    packed[key][0, place] = data[key][i, :length]
+            packed[f"{side}_segment_ids"][0, place] = number
+            packed[f"{side}_positions"][0, place] = np.arange(length)
+            at[side] += length
+    want = Transformer(MODEL).apply(
+        {"params": params},
+        packed["encoder_input_tokens"],
+        packed["decoder_input_tokens"],
+        packed["decoder_target_tokens"],
+        encoder_segment_ids=packed["encoder_segment_ids"],
+        decoder_segment_ids=packed["decoder_segment_ids"],
+        encoder_positions=packed["encoder_positions"],
+        decoder_positions=packed["decoder_positions"],
+        enable_dropout=False,
+        return_hidden=True,
+    )
+    counts = packed["decoder_target_tokens"] > 0
+    np.testing.assert_allclose(
+        cache.read(packed)[counts], np.asarray(want)[counts], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_killed_pass_goes_on(tmp_path, params):
+    data, calls = rows(), []
+    live = hidden_of(params)
+
+    def dying(batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return live(batch)
+
+    def run():
+        return write_cache(tmp_path, lambda: batches(data), dying, ABOUT, width=16, dtype="float32")
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(ValueError, match=r"has 3 of 6 examples"):
+        TeacherCache(tmp_path)
+    cache = run()
+    assert len(calls) == 3  # one, one that died, and the rest; the first was not made again
+    whole = write(tmp_path / "whole", params, data)
+    np.testing.assert_array_equal(cache.read(data), whole.read(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": "xyz"}, "checkpoint .abc there, xyz asked"),
+        ({"tokenizer": "xyz"}, "tokenizer .def there, xyz asked"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(tmp_path, params, change, message):
+    data = rows()
+    write(tmp_path, params, data)
+    with pytest.raises(ValueError, match=message):
+        TeacherCache(tmp_path, ABOUT | change)
+    with pytest.raises(ValueError, match=message):
+        write_cache(tmp_path, lambda: batches(data), hidden_of(params), ABOUT | change, width=16)
+
+
+def test_other_data_are_refused(tmp_path, params):
+    cache = write(tmp_path, params, rows())
+    with pytest.raises(ValueError, match=r"row 0.*other data"):
+        cache.check(rows(seed=1))
+    with pytest.raises(ValueError, match=r"row 0.*other data"):
+        cache.read(rows(seed=1))
+    with pytest.raises(ValueError, match=r"data .* there"):
+        write(tmp_path, params, rows(seed=1))
+
+
+def test_nothing_to_read_or_to_write(tmp_path, params):
+    with pytest.raises(ValueError, match="holds no teacher cache"):
+        TeacherCache(tmp_path / "none")
+    empty = {k: np.zeros_like(x) for k, x in rows().items()}
+    with pytest.raises(ValueError, match="all target tokens are padding"):
+        write(tmp_path, params, empty)
+    with pytest.raises(ValueError, match="bfloat16"):
+        write(tmp_path, params, rows(), dtype="float16")
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(
+        teacher_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})
+    )
+
+    def never(batch):
+        raise AssertionError(batch)
+
+    with pytest.raises(OSError, match="live original"):
+        write_cache(tmp_path, lambda: batches(rows()), never, ABOUT, width=16)
+    assert json.loads((tmp_path / "run.json").read_text())["checkpoint"] == "abc"
+
+
+# --- Training from a cache ------------------------------------------------------------------------
+
+STUDENT = tiny_model(dropout_rate=0.1)
+RUN = TrainSettings(objective="tnrf", steps=4, batch_size=2, learning_rate=1e-2)
+
+
+def arrays():
+    return to_arrays(
+        [
+            example("news of a fire", "a fire in Paris", "Paris"),
+            example("news of a flood", "a flood in New York", "New York"),
+            example("other news", "the mayor sold the bridge"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shards", [None, 2])
+def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, shards):
+    mesh = None if shards is None else make_mesh(2, jax.devices()[:4])
+    start, original = tiny_params(), tiny_params(1)
+    cache = cache_teacher(
+        tmp_path / "cache", STUDENT, original, arrays(), batch_size=2, dtype=dtype
+    )
+    runs = {
+        name: train(
+            STUDENT, start, arrays(), RUN, tmp_path / name,
+            original=original, mesh=mesh, teacher=teacher,
+        )
+        for name, teacher in (("live", None), ("cached", cache))
+    }  # fmt: skip
+    rtol = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(
+        runs["cached"].history["loss"], runs["live"].history["loss"], rtol=rtol
+    )
+
+
+def test_only_the_originals_head_is_held(tmp_path):
+    cache = cache_teacher(tmp_path, STUDENT, tiny_params(1), arrays(), batch_size=2)
+    step = Step(STUDENT, RUN, arrays(), teacher=cache)
+    leaves = jax.tree.leaves(step.place_original(tiny_params(1)))
+    assert [x.shape for x in leaves] == [(STUDENT.emb_dim, STUDENT.vocab_size)]
+
+
+def test_the_original_runs_no_more(tmp_path):
+    """Little is left of the price of the original: its head."""
+    model = tiny_model(mlp_dim=512)
+    states = np.zeros((*arrays()["decoder_target_tokens"].shape, model.emb_dim), np.float32)
+    cache = write_cache(tmp_path, lambda: [arrays()], lambda _: states, ABOUT, width=model.emb_dim)
+
+    def flops(objective, teacher):
+        settings = dataclasses.replace(RUN, objective=objective, negatives=0)
+        data = arrays()
+        if objective == "ce":
+            data["decoder_loss_weights"] = np.abs(data["decoder_loss_weights"])
+        return Step(model, settings, data, teacher=teacher).compiled.cost_analysis()["flops"]
+
+    plain, live, cached = flops("ce", None), flops("tnff", None), flops("tnff", cache)
+    assert plain < cached < live
+    assert cached - plain < 0.5 * (live - plain)
+
+
+def test_what_cannot_be_trained_from(tmp_path):
+    cache = cache_teacher(tmp_path / "cache", STUDENT, tiny_params(), arrays(), batch_size=2)
+
+    def run(model=STUDENT, data=None, **changes):
+        settings = dataclasses.replace(RUN, **changes)
+        train(model, tiny_params(), data or arrays(), settings, tmp_path / "run", teacher=cache)
+
+    with pytest.raises(ValueError, match="ul keeps to no original"):
+        run(objective="ul")
+    with pytest.raises(ValueError, match="16 entries and the model's have 32"):
+        run(model=tiny_model(emb_dim=32))
+    with pytest.raises(ValueError, match="other data"):
+        run(data=to_arrays([example("not there", "a fire in Paris", "Paris")]))
+    with pytest.raises(ValueError, match="checkpoint"):
+        cache_teacher(tmp_path / "cache", STUDENT, tiny_params(1), arrays(), batch_size=2)
+    assert not (tmp_path / "run").exists()
