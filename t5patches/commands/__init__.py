@@ -12,4 +12,4 @@ A module `t5patches/commands/NAME.py` has
 `--quiet` and `--json` are added to every command; `common` has what they mean.
 """
 
-NAMES = ("demo", "annotate", "edit", "evaluate")
+NAMES = ("demo", "annotate", "edit", "evaluate", "convert")

@@ -29,6 +29,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from t5patches.editing.data import write_file
 from t5patches.network import T5Config
 
 _WEIGHTS = "model.safetensors"
@@ -146,7 +147,7 @@ def save_checkpoint(
     params: Mapping[str, Any],
     *,
     like: str | os.PathLike | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Writes a Hugging Face T5 folder, whole or not at all.
 
@@ -159,7 +160,7 @@ def save_checkpoint(
       like: the folder the model came from: its config, shards, names and types of the tensors are
         kept, and its other files (tokenizer, generation settings) are copied; weights in other
         formats are not. Without it the folder holds a config and one float32 file.
-      files: texts to put into the folder, in the place of those copied.
+      files: more files for the folder, in the place of those copied.
 
     Raises:
       ValueError: where `output` exists, `params` do not fit `config`, `config` does not fit the
@@ -198,8 +199,8 @@ def save_checkpoint(
             _write_new(partial, config, values)
         else:
             _write_like(partial, config, values, Path(like))
-        for name, text in (files or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            write_file(partial / name, content)
         for file in (*partial.iterdir(), partial):
             _flush(file)
         partial.rename(output)

@@ -62,10 +62,14 @@ class SentencePieceTokenizer:
             model: the path of a model file, or the bytes of one.
 
         Raises:
-            ValueError: the model has no padding or end token.
+            ValueError: it is no sentencepiece model, or has no padding or end token.
         """
         content = model if isinstance(model, bytes) else _read(model)
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            name = "what was given" if isinstance(model, bytes) else os.fspath(model)
+            raise ValueError(f"{name} is no sentencepiece model: {error}") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id: int = self._processor.pad_id()
         self.eos_id: int = self._processor.eos_id()

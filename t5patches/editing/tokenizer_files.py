@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from t5patches.editing.tokenizer import SentencePieceTokenizer
@@ -46,8 +47,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
                 return SentencePieceTokenizer(read(folder / name))
             except NotImplementedError as error:
                 raise NotImplementedError(f"{folder / name}: {error}") from error
-            # Sentencepiece tells a bad model with a RuntimeError.
-            except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+            except (ValueError, KeyError, TypeError, OSError, DecodeError) as error:
                 raise ValueError(
                     f"{folder / name} cannot be read ({type(error).__name__}: {error}): copy the "
                     "model's own again"

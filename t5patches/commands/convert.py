@@ -1,0 +1,103 @@
+"""Turn a Hugging Face T5 folder into a T5X checkpoint, or a T5X checkpoint into such a folder.
+
+Which of the two it is, --model says: a folder with a config.json becomes a T5X model directory
+with checkpoint_STEP in it (Orbax's format, which T5X reads; with a fresh Adafactor, so that it can
+be trained on); a T5X checkpoint, or a model directory, of which the latest step is taken, becomes
+a Hugging Face folder. Checkpoints in T5X's first format (msgpack and zarr, as T5's were published)
+are read too. T5X is not needed.
+
+A T5X checkpoint holds no tokenizer and no config. With --like, a Hugging Face folder of the same
+sizes, the new one has its config, names, types and shards, and its tokenizer. Without, sizes are
+read off the parameters, weights are float32, and --tokenizer gives the sentencepiece model.
+
+  t5patches convert --model t5x/base/checkpoint_1000000 --like t5-v1_1-base --output base
+  t5patches convert --model base-edited --output t5x/base-edited --step 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from t5patches.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `t5patches convert`.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--model", metavar="DIR", required=True, help="what to convert")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="where to; nothing is overwritten"
+    )
+    parser.add_argument(
+        "--like", metavar="DIR", help="to a folder: one of the same sizes, see above"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="to a folder: becomes its spiece.model")
+    parser.add_argument(
+        "--step",
+        metavar="N",
+        type=common.count,
+        help="to T5X: the step to count from (default: 0; the T5s were published at 1000000, and "
+        "their fine-tuning configs count on from there)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Converts a checkpoint.
+
+    Args:
+        options: parsed arguments.
+
+    Returns:
+        The exit code.
+    """
+    to_t5x = (Path(options.model) / "config.json").exists()
+    idle = ("like", "tokenizer") if to_t5x else ("step",)
+    given = [f"--{name}" for name in idle if getattr(options, name) is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} says nothing here: {options.model} is a "
+            f"{'Hugging Face folder' if to_t5x else 'T5X checkpoint'}"
+        )
+    result = _to_t5x(options) if to_t5x else _to_folder(options)
+    common.print_result(options, result, f"{result['output']} ({result['parameters']} parameters)")
+    return 0
+
+
+def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
+    from t5patches.editing.checkpoint import load_checkpoint
+    from t5patches.editing.t5x_checkpoint import save_t5x
+
+    config, params = load_checkpoint(options.model)
+    output = save_t5x(options.output, params, options.step or 0)
+    return _result(output, config, params, options.step or 0)
+
+
+def _to_folder(options: argparse.Namespace) -> dict[str, Any]:
+    from t5patches.editing.checkpoint import inspect_checkpoint, save_checkpoint
+    from t5patches.editing.t5x_checkpoint import infer_config, load_t5x
+    from t5patches.editing.tokenizer import SentencePieceTokenizer
+
+    if options.like is not None and options.tokenizer is not None:
+        raise ValueError("--like brings its own tokenizer: leave --tokenizer out")
+    like = None if options.like is None else inspect_checkpoint(options.like)
+    files: dict[str, str | bytes] = {}
+    if options.tokenizer is not None:
+        SentencePieceTokenizer(options.tokenizer)
+        files["spiece.model"] = Path(options.tokenizer).read_bytes()
+    checkpoint = load_t5x(options.model)
+    config = infer_config(checkpoint.params) if like is None else like
+    save_checkpoint(options.output, config, checkpoint.params, like=options.like, files=files)
+    return _result(options.output, config, checkpoint.params, checkpoint.step)
+
+
+def _result(output: Any, config: Any, params: Any, step: int) -> dict[str, Any]:
+    import jax
+
+    count = sum(x.size for x in jax.tree.leaves(params))
+    sizes = {name: str(value) for name, value in vars(config).items()}
+    return {"output": str(output), "parameters": count, "step": step, "sizes": sizes}

@@ -1,0 +1,229 @@
+"""T5X checkpoints in and out, without T5X.
+
+A model directory holds `checkpoint_STEP` directories. Two formats lie in them:
+
+* today's, of Orbax: `checkpoint_STEP/state`, a tree of arrays;
+* the first, of the published T5 checkpoints: `checkpoint_STEP/checkpoint`, a msgpack tree whose
+  leaves are arrays, or say in which zarr array beside it they lie.
+
+Both hold `target`, the parameters, and `state`, the step and what the optimizer keeps. Both are
+read; Orbax's is written, with a fresh Adafactor, so that T5X trains on from it as from any other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from flax import serialization, traverse_util
+
+from t5patches.network import T5Config
+
+_STATE, _MSGPACK = "state", "checkpoint"
+# Adafactor's second moments are factored where both dimensions are at least this large.
+_LEAST_FACTORED = 128
+
+
+class T5XCheckpoint(NamedTuple):
+    """What a T5X checkpoint says of a model.
+
+    Attributes:
+        params: float32 numpy arrays, the tree that `t5patches.network.Transformer` takes.
+        step: of its training.
+    """
+
+    params: dict[str, Any]
+    step: int
+
+
+def load_t5x(folder: str | os.PathLike[str]) -> T5XCheckpoint:
+    """Reads the parameters of a T5X checkpoint.
+
+    Args:
+        folder: `checkpoint_STEP`, or a model directory, of which the latest step is taken.
+
+    Returns:
+        The checkpoint; bfloat16 widens to float32 without loss.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    folder = find_t5x(folder)
+    try:
+        read = _read_orbax if (folder / _STATE).is_dir() else _read_msgpack
+        tree = read(folder)
+        params = {
+            path: np.asarray(x, np.float32)
+            for path, x in traverse_util.flatten_dict(tree["target"]).items()
+        }
+        return T5XCheckpoint(traverse_util.unflatten_dict(params), int(tree["state"]["step"]))
+    # Orbax, tensorstore and msgpack tell what is broken with exceptions of many kinds.
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read as a T5X checkpoint: {error}") from error
+
+
+def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step: int = 0) -> Path:
+    """Writes a T5X checkpoint, whole or not at all.
+
+    Args:
+        directory: the model directory; made if absent.
+        params: the parameters, the tree under `'params'`.
+        step: T5X's learning rate schedules go by it.
+
+    Returns:
+        The `checkpoint_STEP` directory.
+
+    Raises:
+        ValueError: there is one already.
+    """
+    directory = Path(directory).absolute()
+    output = directory / f"checkpoint_{step}"
+    if output.exists():
+        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or step")
+    state = {"step": np.int32(step), "param_states": _fresh_adafactor(params)}
+    directory.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=directory))
+    try:
+        options = ocp.CheckpointManagerOptions(
+            step_prefix="checkpoint", enable_async_checkpointing=False
+        )
+        with ocp.CheckpointManager(work, options=options) as manager:
+            tree = {"target": dict(params), "state": state}
+            manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
+        (work / output.name).rename(output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return output
+
+
+def find_t5x(folder: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means.
+
+    Args:
+        folder: `checkpoint_STEP`, or a model directory.
+
+    Returns:
+        The `checkpoint_STEP` directory.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    folder = Path(folder).absolute()
+    steps = {
+        int(found[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (found := re.fullmatch(r"checkpoint_(\d+)", path.name))
+    }
+    found = steps[max(steps)] if steps else folder
+    if not ((found / _STATE).is_dir() or (found / _MSGPACK).is_file()):
+        raise ValueError(
+            f"{folder} is no T5X checkpoint: a checkpoint_STEP directory has {_STATE}/ or a file "
+            f"{_MSGPACK} in it, and a model directory has checkpoint_STEP directories"
+        )
+    return found
+
+
+def infer_config(params: Mapping[str, Any]) -> T5Config:
+    """The sizes of a T5 from its parameters.
+
+    What they do not show is as in every published T5: gates are GELU, and dropout is 0.1.
+
+    Args:
+        params: the tree of a T5X checkpoint.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: it is no T5's, or its layers are scanned.
+    """
+    try:
+        decoder, encoder = params["decoder"], params["encoder"]
+        layer = encoder["layers_0"]
+        heads = np.shape(encoder["relpos_bias"]["rel_embedding"])[0]
+        gated = "wi_0" in layer["mlp"]
+        wi = layer["mlp"]["wi_0" if gated else "wi"]["kernel"]
+        vocab_size, emb_dim = np.shape(params["token_embedder"]["embedding"])
+        return T5Config(
+            vocab_size=vocab_size,
+            emb_dim=emb_dim,
+            num_heads=heads,
+            num_encoder_layers=_layers(encoder),
+            num_decoder_layers=_layers(decoder),
+            head_dim=np.shape(layer["attention"]["query"]["kernel"])[1] // heads,
+            mlp_dim=np.shape(wi)[1],
+            mlp_activations=("gelu", "linear") if gated else ("relu",),
+            logits_via_embedding="logits_dense" not in decoder,
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"the checkpoint has no {error} where a T5 has it; its trees are {sorted(params)}. "
+            "Models with scanned layers or other blocks are not converted"
+        ) from error
+
+
+def _layers(side: Mapping[str, Any]) -> int:
+    return sum(name.startswith("layers_") for name in side)
+
+
+def _fresh_adafactor(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What T5X's Adafactor keeps before its first update."""
+    flat = {}
+    for path, x in traverse_util.flatten_dict(dict(params)).items():
+        shapes = dict.fromkeys(("m", "v", "v_col", "v_row"), (1,))
+        shape = np.shape(x)
+        if len(shape) == 2 and min(shape) >= _LEAST_FACTORED:
+            smaller, larger = np.argsort(shape)
+            shapes["v_row"], shapes["v_col"] = (shape[smaller],), (shape[larger],)
+        else:
+            shapes["v"] = shape
+        for name, of in shapes.items():
+            flat[(*path, name)] = np.zeros(of, np.float32)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _read_orbax(folder: Path) -> dict[str, Any]:
+    """The parameters and the step; what the optimizer keeps stays on the disk."""
+    handler = ocp.PyTreeCheckpointHandler()
+    there = handler.metadata(folder / _STATE).tree
+    wanted = {"target": there["target"], "state": {"step": there["state"]["step"]}}
+    flat = traverse_util.flatten_dict(wanted)
+    as_numpy = dict.fromkeys(flat, ocp.RestoreArgs(restore_type=np.ndarray))
+    return handler.restore(
+        folder / _STATE,
+        args=ocp.args.PyTreeRestore(
+            wanted, restore_args=traverse_util.unflatten_dict(as_numpy), partial_restore=True
+        ),
+    )
+
+
+def _read_msgpack(folder: Path) -> dict[str, Any]:
+    found = serialization.msgpack_restore((folder / _MSGPACK).read_bytes())
+    version = found.get("version", 0)
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version!r}, and 2 and 3 are known")
+    tree = found["optimizer"]
+    leaves = traverse_util.flatten_dict(tree["target"], is_leaf=lambda _, x: "driver" in x)
+    params = {
+        path: _read_array(folder, x) if isinstance(x, dict) else x for path, x in leaves.items()
+    }
+    return {"target": traverse_util.unflatten_dict(params), "state": tree["state"]}
+
+
+def _read_array(folder: Path, spec: Mapping[str, Any]) -> np.ndarray:
+    """An array that lies beside the msgpack file, whatever storage it was first written to."""
+    name = spec["kvstore"].get("path") or spec["path"]
+    store = {"driver": "file", "path": str(folder / name)}
+    found = tensorstore.open({"driver": spec["driver"], "kvstore": store}, read=True).result()
+    array = found.read().result()
+    # Version 2 spells bfloat16 as the integers of its bits.
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array

@@ -1,0 +1,173 @@
+"""T5X checkpoints in and out, without T5X; `tests/t5x/test_convert.py` has T5X read and write."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import t5_folders
+import tensorstore
+from flax import serialization, traverse_util
+from safetensors.numpy import load_file
+
+from t5patches import cli
+from t5patches.editing.checkpoint import load_checkpoint
+from t5patches.editing.model import load_model
+from t5patches.editing.t5x_checkpoint import find_t5x, infer_config, load_t5x, save_t5x
+from t5patches.editing.tokenizer import train_sentencepiece
+from t5patches.network import T5Config
+
+
+def run(*arguments):
+    return cli.main(["convert", *(str(x) for x in arguments)])
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_there_and_back_is_the_same_folder(name, tmp_path, capsys):
+    folder = t5_folders.DATA / name
+    assert run("--model", folder, "--output", tmp_path / "t5x", "--step", 7, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["output"] == str(tmp_path / "t5x" / "checkpoint_7")
+    assert said["step"] == 7
+    assert run("--model", tmp_path / "t5x", "--like", folder, "--output", tmp_path / "back") == 0
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in folder.iterdir()}
+    for file in folder.glob("*.safetensors"):
+        equal(load_file(tmp_path / "back" / file.name), load_file(file))
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_sizes_are_read_off_the_parameters(name, tmp_path):
+    config, params, _ = t5_folders.load(name)
+    assert infer_config(params) == config
+    save_t5x(tmp_path / "t5x", params)
+    (tmp_path / "some.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
+    checkpoint = tmp_path / "t5x" / "checkpoint_0"
+    tokenizer = ("--tokenizer", tmp_path / "some.model")
+    assert run("--model", checkpoint, "--output", tmp_path / "new", *tokenizer, "--quiet") == 0
+    model = load_model(tmp_path / "new")
+    assert model.config == config
+    equal(model.params, params)
+
+
+def write_first_format(directory, params, *, driver, version=3, names="kvstore"):
+    """A checkpoint as T5X wrote it first: matrices beside the msgpack file, vectors in it."""
+    directory.mkdir(parents=True)
+    leaves = {}
+    for path, x in traverse_util.flatten_dict(params).items():
+        leaves[path] = x
+        if x.ndim == 2:
+            name = "target." + ".".join(path)
+            stored = x.view(np.uint16) if version == 2 else x
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": str(directory / name)},
+                "metadata": {
+                    "compressor": {"id": "gzip", "level": 1},
+                    "chunks": [5, x.shape[1]],
+                    "shape": list(x.shape),
+                    "dtype": stored.dtype.str if stored.dtype != ml_dtypes.bfloat16 else "bfloat16",
+                },
+            }
+            tensorstore.open(spec, create=True).result().write(stored).result()
+            described = {
+                "driver": "zarr",
+                "dtype": str(x.dtype),
+                "metadata": {"shape": list(x.shape)},
+            }
+            store = {"driver": driver, "bucket": "t5x-dummy-bucket"}
+            leaves[path] = (
+                described | {"kvstore": store | {"path": name + "/"}}
+                if names == "kvstore"
+                else described | {"kvstore": store, "path": name}
+            )
+    tree = {"target": traverse_util.unflatten_dict(leaves), "state": {"step": np.int32(9)}}
+    content = serialization.msgpack_serialize({"version": version, "optimizer": tree})
+    (directory / "checkpoint").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("driver", "version", "names"),
+    [("file", 3, "kvstore"), ("gcs", 3, "kvstore"), ("gfile", 3, "path"), ("file", 2, "path")],
+)
+def test_the_first_format_is_read(driver, version, names, tmp_path):
+    params = t5_folders.load("t5_1_0")[1]
+    if version == 2:  # bfloat16, spelled as integers
+        params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    write_first_format(
+        tmp_path / "checkpoint_9", params, driver=driver, version=version, names=names
+    )
+    got = load_t5x(tmp_path)
+    assert got.step == 9
+    equal(got.params, jax.tree.map(lambda x: x.astype(np.float32), params))
+
+
+def test_the_latest_step_is_taken_and_none_is_overwritten(tmp_path):
+    params = t5_folders.load("t5_1_0")[1]
+    for step in (9, 10):
+        save_t5x(tmp_path, params, step)
+    assert find_t5x(tmp_path).name == "checkpoint_10"
+    assert find_t5x(tmp_path / "checkpoint_9").name == "checkpoint_9"
+    with pytest.raises(ValueError, match="checkpoint_9 exists: nothing is overwritten"):
+        save_t5x(tmp_path, params, 9)
+
+
+def test_adafactor_starts_afresh():
+    from t5patches.editing.t5x_checkpoint import _fresh_adafactor
+
+    found = _fresh_adafactor({"a": np.ones((200, 130)), "b": np.ones((200, 100)), "c": np.ones(9)})
+    shapes = jax.tree.map(np.shape, found, is_leaf=lambda x: isinstance(x, np.ndarray))
+    one = {"m": (1,), "v": (1,), "v_row": (1,), "v_col": (1,)}
+    assert shapes["a"] == one | {"v_row": (130,), "v_col": (200,)}
+    assert shapes["b"] == one | {"v": (200, 100)}
+    assert shapes["c"] == one | {"v": (9,)}
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    from t5patches.editing import t5x_checkpoint
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(t5x_checkpoint.ocp.CheckpointManager, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_t5x(tmp_path, t5_folders.load("t5_1_0")[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_none_is_told(tmp_path, capsys):
+    def refused(*arguments):
+        assert run(*arguments, "--output", tmp_path / "out") == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "is no T5X checkpoint: a checkpoint_STEP directory has" in refused("--model", tmp_path)
+    folder = t5_folders.DATA / "t5_1_1"
+    assert "--like says nothing here" in refused("--model", folder, "--like", folder)
+    params = t5_folders.load("t5_1_1")[1]
+    checkpoint = save_t5x(tmp_path / "t5x", params)
+    assert "--step says nothing here" in refused("--model", checkpoint, "--step", 3)
+    like = ("--like", t5_folders.DATA / "t5_1_0")
+    assert "params do not fit the config: " in refused("--model", checkpoint, *like)
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    message = refused("--model", checkpoint, "--tokenizer", tmp_path / "bad.model")
+    assert "bad.model is no sentencepiece model" in message
+    for file in checkpoint.rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    assert "cannot be read as a T5X checkpoint" in refused("--model", checkpoint)
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize({"version": 1}))
+    assert "its version is 1, and 2 and 3 are known" in refused("--model", checkpoint)
+
+
+def test_trees_of_other_models_are_refused():
+    with pytest.raises(ValueError, match=r"has no 'layers_0' where a T5 has it; its trees are"):
+        infer_config({"decoder": {}, "encoder": {"scan": {}}})
+    assert isinstance(infer_config(load_checkpoint(t5_folders.DATA / "mt5")[1]), T5Config)
