@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-t5x lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
+.PHONY: help demo tutorial test test-slow test-t5x lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -20,6 +20,9 @@ $(VENV)/.has-%: pyproject.toml
 
 demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away with every objective, report
 	$(BIN)/t5patches demo --seeds $(SEEDS) --output demo-report
+
+tutorial: $(VENV)/.has-editing ## the four commands of README's tutorial, with what they print
+	$(BIN)/python -m bench.tutorial
 
 test: $(VENV)/.has-test ## the whole suite
 	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist worksteal --durations 15

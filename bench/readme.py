@@ -145,6 +145,18 @@ def demo(result: dict) -> str:
     )
 
 
+def tutorial(result: dict) -> str:
+    """The four commands and what they printed."""
+    lines = []
+    for row in result["rows"]:
+        lines += [f"$ {row['command']}", *(line.rstrip() for line in row["printed"]), ""]
+    seconds = sum(row["seconds"] for row in result["rows"])
+    return (
+        f"`make tutorial` runs these four commands and prints this, in {seconds / 60:.0f} min.\n"
+        f"{_setting(result['setting'])}.\n\n```console\n" + "\n".join(lines[:-1]) + "\n```"
+    )
+
+
 def take_in_demo(path: pathlib.Path) -> None:
     """Stores what README.md shows of a demo's results."""
     result = json.loads(path.read_text())
@@ -153,7 +165,13 @@ def take_in_demo(path: pathlib.Path) -> None:
     common.save("demo", rows, **kept)
 
 
-SECTIONS = {"demo": demo, "host-cpu": host_cpu, "tpu_static": tpu_static, "h200-static": gpu_static}
+SECTIONS = {
+    "tutorial": tutorial,
+    "demo": demo,
+    "host-cpu": host_cpu,
+    "tpu_static": tpu_static,
+    "h200-static": gpu_static,
+}
 
 
 def rendered(text: str) -> str:

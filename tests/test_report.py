@@ -17,6 +17,7 @@ from t5patches.editing.report import (
     Results,
     Row,
     findings,
+    show,
     terminal_table,
     to_json,
     write_html,
@@ -129,6 +130,18 @@ def test_what_sets_and_alpha_change_is_said():
         "When outputs are sampled, NL, alpha 100 leaves the least (1.0%) and NL, alpha 0.3 the "
         "most (10.0%), from 10.0%."
     )
+
+
+def test_a_few_edits_stand_side_by_side():
+    out = io.StringIO()
+    few = results(row(kl=0.0123), row("ce", None))
+    show(few, Console(file=out, width=100))
+    shown = out.getvalue()
+    assert re.search(r"before +┃ +TNFF, alpha 1 +┃ +corrective", shown)
+    assert re.search(r"KL +│ +0.0100 ±0.0010 │ +0.0123 ±0.0010 │ +0.0100 ±0.0010 │", shown)
+    assert "• Before, 36.0%" in shown
+    show(results(*few.rows * 3), Console(file=(many := io.StringIO()), width=160))
+    assert re.search(r"TNFF, alpha 1 +│ +0.0123 ±0.0010 │ +5.0 ±1.0", many.getvalue())
 
 
 def of_its_own(**values):

@@ -313,7 +313,8 @@ def speak(
         )
         return [list(ids) for said in rows for ids in until_end(said, tokenizer.eos_id)]
 
-    task = progress.add_task("outputs", total=len(inputs) * samples, note="") if progress else None
+    name = "sampled outputs" if temperature else "outputs"
+    task = progress.add_task(name, total=len(inputs) * samples, note="") if progress else None
     outputs: list[list[int]] = []
     for start in range(0, len(inputs), size):
         outputs += keep(f"outputs-{start}", functools.partial(say, start))

@@ -129,16 +129,39 @@ def terminal_table(results: Results) -> Table:
     return table
 
 
+def side_by_side(results: Results) -> Table:
+    """The measures of a few edits, one column each.
+
+    Args:
+        results: the edits.
+
+    Returns:
+        A table for `rich.console.Console.print`.
+    """
+    table = Table(title=results.title, caption=f"± standard error {results.errors}")
+    table.add_column("")
+    models = list(_lines(results))
+    for name, _ in models:
+        table.add_column(name, justify="right")
+    for key, (heading, _) in _columns(results).items():
+        table.add_row(heading, *(_cell(key, measures.get(key)) for _, measures in models))
+    return table
+
+
 def show(results: Results, console: Console) -> None:
-    """Prints the table and what it says.
+    """Prints a table and what it says.
 
     Args:
         results: the edits.
         console: where to.
     """
-    console.print(terminal_table(results))
+    few = len(results.rows) <= _FEW
+    console.print(side_by_side(results) if few else terminal_table(results))
     for sentence in findings(results):
         console.print(f"• {sentence}", markup=False, highlight=False)
+
+
+_FEW = 4
 
 
 def findings(results: Results) -> list[str]:
@@ -161,7 +184,7 @@ def findings(results: Results) -> list[str]:
         *(_against_baselines(results.rows, baselines) if baselines else _against_before(results)),
         *_effect_of_sets(results.rows),
         *_effect_of_alpha(results.rows),
-        *_when_sampled(results),
+        *(_when_sampled(results) if baselines else []),
     ]
 
 
@@ -385,8 +408,6 @@ def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
 
 
 def _when_sampled(results: Results) -> list[str]:
-    if len(results.rows) < 2 or "prevalence_sampled" not in results.before:
-        return []
     ranked = sorted(results.rows, key=lambda row: row.measures["prevalence_sampled"].value)
     left = [_percent(row.measures["prevalence_sampled"]) for row in (ranked[0], ranked[-1])]
     return [
