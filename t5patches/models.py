@@ -104,6 +104,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
     """
 
     LOSS: ClassVar[str]  # of `t5patches_kernels`
+    NEGATIVES: ClassVar[bool] = True  # whether tokens are pushed down
     SETS: ClassVar[bool] = False  # whether the loss takes K ids a position
 
     implementation: str | None = None
@@ -310,10 +311,10 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         )
         kept = signed > 0
         metrics["accuracy"] = _mean(out.correct, kept)
-        for name, chosen, said in (
-            ("positive", kept, "accuracy"),
-            ("negative", signed < 0, "prevalence"),
-        ):
+        kinds = [("positive", kept, "accuracy")]
+        if self.NEGATIVES:
+            kinds.append(("negative", signed < 0, "prevalence"))
+        for name, chosen, said in kinds:
             metrics[f"{name}/tokens"] = metrics_lib.AveragePerStep(total=_count(chosen))
             metrics[f"{name}/loss"] = _mean(token_loss, chosen)
             metrics[f"{name}/log_prob"] = _mean(out.log_prob, chosen)
@@ -391,6 +392,7 @@ class CrossEntropyModel(FusedLossModel):
     """``-w log p[y]``, with label smoothing and z-loss: what T5X's own models minimise."""
 
     LOSS = "cross_entropy_loss"
+    NEGATIVES = False
 
     def _options(self, scoring: bool) -> dict[str, Any]:
         smoothing = 0.0 if scoring else self._label_smoothing

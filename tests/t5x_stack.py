@@ -12,6 +12,7 @@ import pathlib
 import sys
 import types
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ with warnings.catch_warnings():
     pytest.importorskip("t5x", reason="needs T5X: make test-t5x T5X=CHECKOUT")
     import gin
     import seqio
+    import t5x.models
     from t5x import adafactor, partitioning, utils
-    from t5x import trainer as t5x_trainer
+    from t5x import trainer as t5x_trainer  # noqa: F401
+    from t5x.examples.decoder_only import network as decoder_only_network
 
     import t5patches.models
     import t5patches.network
@@ -51,6 +54,7 @@ def upstream():
     return types.SimpleNamespace(**loaded)
 
 
+T5X = types.SimpleNamespace(models=t5x.models)
 OURS = types.SimpleNamespace(models=t5patches.models, trainer=t5patches.trainer)
 
 needs_upstream = pytest.mark.skipif(not UPSTREAM, reason=NO_UPSTREAM)
@@ -147,6 +151,35 @@ def one_row(logits, targets, weights):
     return tokens, {"logits": jnp.asarray([logits], jnp.float32)}
 
 
+def decoder_only(library, name):
+    """A twin on T5X's own decoder-only network."""
+    config = decoder_only_network.TransformerConfig(
+        vocab_size=64, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=16
+    )
+    return getattr(library.models, f"DecoderOnlyModel{name}")(
+        module=decoder_only_network.DecoderWrapper(config),
+        vocabulary=seqio.PassThroughVocabulary(64),
+        optimizer_def=None,
+    )
+
+
+def decoder_only_batch(rows=2, length=6):
+    """Three tokens of input before those of the target."""
+    tokens = batch(rows, length)
+    del tokens["encoder_input_tokens"]
+    is_input = np.arange(length) < 3
+    tokens["decoder_loss_weights"] = np.where(is_input, 0, tokens["decoder_loss_weights"])
+    tokens["decoder_causal_attention"] = np.tile(is_input.astype(np.int32), (rows, 1))
+    return tokens
+
+
+class State(NamedTuple):
+    """As much of a train state as a gradient needs."""
+
+    params: object
+    flax_mutables: object
+
+
 # --- Training ------------------------------------------------------------------------------------
 
 
@@ -163,7 +196,7 @@ def initial_state(trained, parts, rows=8, length=6, seed=0):
         init_fn=trained.get_initial_variables,
         input_shapes=shapes,
         partitioner=parts,
-        input_types={name: jnp.int32 for name in shapes},
+        input_types=dict.fromkeys(shapes, jnp.int32),
     )
     return initializer.from_scratch(jax.random.PRNGKey(seed)), initializer.train_state_axes
 

@@ -138,15 +138,17 @@ def test_the_original_by_its_path(tmp_path):
         assert abs(metrics["positive/kl"].value) < 1e-6
     with trainer(stack.OURS, trained, state=none) as made:
         made.train_state = later
-        with pytest.raises(ValueError, match="set SelfDistillationTrainer.original_path"):
+        with pytest.raises(ValueError, match=r"set SelfDistillationTrainer\.original_path"):
             made.eval({"eval": iter([stack.batch()])})
 
 
 def test_a_path_with_nothing_there(tmp_path):
     trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
-    with trainer(stack.OURS, trained, original_path=str(tmp_path)) as made:
-        with pytest.raises(ValueError, match="holds no parameters"):
-            stack.steps(made, 1)
+    with (
+        trainer(stack.OURS, trained, original_path=str(tmp_path)) as made,
+        pytest.raises(ValueError, match="holds no parameters"),
+    ):
+        stack.steps(made, 1)
 
 
 def test_another_batch_shape():
