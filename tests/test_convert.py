@@ -1,4 +1,4 @@
-"""T5X checkpoints in and out, without T5X; `tests/t5x/test_convert.py` has T5X read and write."""
+"""T5X checkpoints in and out, without T5X; `tests/with_t5x/test_convert.py` has T5X read and write."""
 
 import json
 import shutil

@@ -118,11 +118,9 @@ def find_t5x(folder: str | os.PathLike[str]) -> Path:
         ValueError: it holds none.
     """
     folder = Path(folder).absolute()
-    steps = {
-        int(found[1]): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (found := re.fullmatch(r"checkpoint_(\d+)", path.name))
-    }
+    inside = folder.iterdir() if folder.is_dir() else ()
+    numbered = {path: re.fullmatch(r"checkpoint_(\d+)", path.name) for path in inside}
+    steps = {int(number[1]): path for path, number in numbered.items() if number}
     found = steps[max(steps)] if steps else folder
     if not ((found / _STATE).is_dir() or (found / _MSGPACK).is_file()):
         raise ValueError(
