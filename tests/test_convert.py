@@ -1,4 +1,4 @@
-"""T5X checkpoints in and out, without T5X; `tests/with_t5x/test_convert.py` has T5X read and write."""
+"""T5X checkpoints in and out, without T5X; `tests/with_t5x/test_checkpoints.py` has T5X do it."""
 
 import json
 import shutil
