@@ -155,13 +155,19 @@ sys.meta_path.insert(0, Finder())
 
 EDITING = (
     "annotate",
+    "collect",
     "data",
     "demo",
     "demo_task",
     "evaluate",
     "forward",
     "generate",
+    "mixing",
     "report",
+    "rounds",
+    "rules",
+    "runs",
+    "templates",
     "tokenizer",
     "train",
 )

@@ -1,13 +1,11 @@
 """Rules from a TOML file: what they mark, and what is said of bad ones."""
 
-import doctest
 import sys
 import types
 
 import pytest
 from editing_samples import example
 
-from t5patches.editing import rules as rules_module
 from t5patches.editing.annotate import find_spans, word_list
 from t5patches.editing.rules import Rules, load_callable, read_rules
 
@@ -26,10 +24,6 @@ def rules(tmp_path):
 
 def found(rule, output, inputs=""):
     return [output[a:b] for a, b in find_spans(rule, inputs, output)]
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(rules_module).failed == 0
 
 
 def test_words_are_whole_and_case_is_ignored_unless_it_matters(rules, tmp_path):
