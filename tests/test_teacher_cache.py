@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from editing_samples import example, tiny_model, tiny_params
+from editing_samples import example, model_folder, tiny_model, tiny_params
 
+from t5patches import cli
 from t5patches.editing import teacher_cache
-from t5patches.editing.data import to_arrays
+from t5patches.editing.data import to_arrays, write_examples
 from t5patches.editing.devices import make_mesh
 from t5patches.editing.forward import forward
 from t5patches.editing.teacher_cache import TeacherCache, write_cache
@@ -170,7 +171,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, params, change, message)
 def test_other_data_are_refused(tmp_path, params):
     cache = write(tmp_path, params, rows())
     with pytest.raises(ValueError, match=r"row 0.*other data"):
-        cache.check(rows(seed=1))
+        cache.check(rows(seed=1), width=16)
     with pytest.raises(ValueError, match=r"row 0.*other data"):
         cache.read(rows(seed=1))
     with pytest.raises(ValueError, match=r"data .* there"):
@@ -222,7 +223,7 @@ def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, 
     mesh = None if shards is None else make_mesh(2, jax.devices()[:4])
     start, original = tiny_params(), tiny_params(1)
     cache = cache_teacher(
-        tmp_path / "cache", STUDENT, original, arrays(), batch_size=2, dtype=dtype
+        tmp_path / "cache", STUDENT, original, arrays(), batch_size=2, dtype=dtype, mesh=mesh
     )
     runs = {
         name: train(
@@ -237,27 +238,24 @@ def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, 
     )
 
 
-def test_only_the_originals_head_is_held(tmp_path):
-    cache = cache_teacher(tmp_path, STUDENT, tiny_params(1), arrays(), batch_size=2)
-    step = Step(STUDENT, RUN, arrays(), teacher=cache)
+def test_only_the_originals_head_is_held():
+    step = Step(STUDENT, RUN, arrays(), cached="bfloat16")
     leaves = jax.tree.leaves(step.place_original(tiny_params(1)))
     assert [x.shape for x in leaves] == [(STUDENT.emb_dim, STUDENT.vocab_size)]
 
 
-def test_the_original_runs_no_more(tmp_path):
+def test_the_original_runs_no_more():
     """Little is left of the price of the original: its head."""
     model = tiny_model(mlp_dim=512)
-    states = np.zeros((*arrays()["decoder_target_tokens"].shape, model.emb_dim), np.float32)
-    cache = write_cache(tmp_path, lambda: [arrays()], lambda _: states, ABOUT, width=model.emb_dim)
 
-    def flops(objective, teacher):
+    def flops(objective, cached=None):
         settings = dataclasses.replace(RUN, objective=objective, negatives=0)
         data = arrays()
         if objective == "ce":
             data["decoder_loss_weights"] = np.abs(data["decoder_loss_weights"])
-        return Step(model, settings, data, teacher=teacher).compiled.cost_analysis()["flops"]
+        return Step(model, settings, data, cached=cached).compiled.cost_analysis()["flops"]
 
-    plain, live, cached = flops("ce", None), flops("tnff", None), flops("tnff", cache)
+    plain, live, cached = flops("ce"), flops("tnff"), flops("tnff", "float32")
     assert plain < cached < live
     assert cached - plain < 0.5 * (live - plain)
 
@@ -271,10 +269,37 @@ def test_what_cannot_be_trained_from(tmp_path):
 
     with pytest.raises(ValueError, match="ul keeps to no original"):
         run(objective="ul")
-    with pytest.raises(ValueError, match="16 entries and the model's have 32"):
+    with pytest.raises(ValueError, match=r"16 entries and the model's have 32"):
         run(model=tiny_model(emb_dim=32))
     with pytest.raises(ValueError, match="other data"):
         run(data=to_arrays([example("not there", "a fire in Paris", "Paris")]))
     with pytest.raises(ValueError, match="checkpoint"):
         cache_teacher(tmp_path / "cache", STUDENT, tiny_params(1), arrays(), batch_size=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_edit_from_a_cache(tmp_path, capsys):
+    model = model_folder(tmp_path / "model")
+    data = tmp_path / "edits.jsonl"
+    write_examples(
+        data, [example("news of a fire", "a fire in Paris", "Paris"), example("news", "a flood")]
+    )
+
+    def edit(output, *more, code=0):
+        given = ["--model", model, "--data", data, "--output", tmp_path / output]
+        sizes = ["--steps", 3, "--batch-size", 2, "--devices", 1, "--json"]
+        # Optax's Adafactor multiplies a float by an integer count.
+        with jax.numpy_dtype_promotion("standard"):
+            assert cli.main([str(x) for x in ("edit", *given, *sizes, *more)]) == code
+        shown = capsys.readouterr()
+        return json.loads(shown.out or "null"), shown.err
+
+    live, _ = edit("live")
+    cached, told = edit("cached", "--cache-teacher", tmp_path / "cache")
+    again, _ = edit("again", "--cache-teacher", tmp_path / "cache", "--alpha", 1)
+    assert "tokens of 2 examples, 0.000 GB" in " ".join(told.split())
+    np.testing.assert_allclose(cached["history"]["loss"], live["history"]["loss"], rtol=1e-5)
+    assert again["history"]["loss"] == cached["history"]["loss"]
+    assert cached["memory"]["original"] < live["memory"]["original"]
+    _, told = edit("none", "--objective", "ul", "--cache-teacher", tmp_path / "cache", code=2)
+    assert "ul keeps to no original model" in told

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.progress import Progress
 
 from t5patches.editing.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.editing.data import (
@@ -36,14 +37,16 @@ from t5patches.editing.mixing import mixing_rates, mixture_order
 from t5patches.editing.model import check_tokenizer
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.runs import claim
+from t5patches.editing.teacher_cache import TeacherCache
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.tokenizer import Tokenizer
-from t5patches.editing.tokenizer_files import load_tokenizer
+from t5patches.editing.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from t5patches.editing.train import (
     Params,
     Step,
     Trained,
     TrainSettings,
+    cache_teacher,
     fingerprint,
     finished_run,
     train,
@@ -80,6 +83,8 @@ class Job:
         dtype: of activations; parameters, sums and the optimizer are float32.
         model_parallel: over how many devices the vocabulary is split.
         devices: how many to use; None is all.
+        cache_teacher: where the frozen model's hidden states are kept, computed once and for any
+            later edit that needs the same; None runs it at every update.
     """
 
     model: PathLike
@@ -98,6 +103,7 @@ class Job:
     dtype: str = "float32"
     model_parallel: int = 1
     devices: int | None = None
+    cache_teacher: PathLike | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +206,7 @@ def check(job: Job) -> Checked:
         )
     order = _order(job, settings, [len(part) for part in sets])
     mesh = _mesh(job)
-    step = Step(config, settings, arrays, mesh)
+    step = Step(config, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
     return Checked(config, arrays, order, settings, mesh, step, plan, counts)
@@ -338,11 +344,14 @@ def _require_space(job: Job, checked: Checked) -> None:
 
 
 def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:
-    params = _placed(checked, load_checkpoint(job.model)[1])
-    original = None
-    if job.original is not None:
-        original = _placed(checked, load_checkpoint(job.original)[1])
+    params = load_checkpoint(job.model)[1]
+    original = params if job.original is None else load_checkpoint(job.original)[1]
     with training_progress(console) as progress:
+        teacher = _cached(job, checked, original, progress)
+        if teacher is None:
+            placed = _placed(checked, params)
+            original = placed if original is params else _placed(checked, original)
+            params = placed
         return finished_run(directory, params) or train(
             checked.config,
             params,
@@ -352,6 +361,7 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             original=original,
             order=checked.order,
             mesh=checked.mesh,
+            teacher=teacher,
             progress=progress,
         )
 
@@ -360,6 +370,27 @@ def _placed(checked: Checked, params: Params) -> Params:
     """The parameters where the frozen model lies: what was read need not be held twice."""
     placed = checked.step.place_original(params)
     return params if placed is None else placed
+
+
+def _cached(
+    job: Job, checked: Checked, original: Params, progress: Progress
+) -> TeacherCache | None:
+    if job.cache_teacher is None:
+        return None
+    files = (Path(job.model) / name for name in TOKENIZER_FILES)
+    task = progress.add_task("original model, once", total=None, note="")
+    return cache_teacher(
+        job.cache_teacher,
+        checked.config,
+        original,
+        checked.arrays,
+        batch_size=checked.settings.batch_size,
+        dtype=job.dtype,
+        about={"tokenizer": {f.name: _sha256(f) for f in files if f.exists()}},
+        mesh=checked.mesh,
+        tell=lambda size: progress.console.print(f"teacher cache {job.cache_teacher}: {size}"),
+        advance=lambda done, count: progress.update(task, completed=done, total=count),
+    )
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -375,6 +406,7 @@ def _described(job: Job) -> dict[str, Any]:
         "temperature": job.temperature,
         "dropout": job.dropout,
         "dtype": job.dtype,
+        "cached teacher": job.cache_teacher is not None,
         "settings": dataclasses.asdict(job.settings),
     }
 

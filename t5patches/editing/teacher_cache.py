@@ -94,15 +94,21 @@ class TeacherCache:
         self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
         self.dtype = self._states.dtype.numpy_dtype
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch, *, width: int) -> None:
         """Makes sure that all examples of a batch are there.
 
         Args:
             batch: see `read`.
+            width: of the model that will be trained.
 
         Raises:
-            ValueError: one is not.
+            ValueError: one is not, or the states are of another width.
         """
+        if self.width != width:
+            raise ValueError(
+                f"the teacher cache {self.directory} has states of {self.width} entries and the "
+                f"model's have {width}: it is of another model"
+            )
         for segment in _segments(batch):
             self._find(segment)
 

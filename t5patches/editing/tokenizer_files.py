@@ -4,6 +4,10 @@ A T5's `tokenizer.json` says in JSON what its sentencepiece model says: pieces w
 table of the text's normalisation. It becomes a sentencepiece model in memory, so that both files
 give the same characters of tokens, and the `tokenizers` library is not needed.
 
+Two differences stay. White space beside a sentinel is a token here, as in T5's own code; the
+`tokenizers` library drops it. And a tab or a line's end counts as a space where the table of
+normalisation says so, which every published T5's does.
+
 The sentinels of span corruption (`<extra_id_0>` and so on) are pieces of `tokenizer.json`. Beside
 a `spiece.model` only `tokenizer_config.json` says how many there are: they are added at its end,
 the last one first, as in T5.
@@ -25,6 +29,7 @@ from t5patches.editing.tokenizer import SentencePieceTokenizer
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
@@ -41,7 +46,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
         NotImplementedError: `tokenizer.json` is of another kind than T5's.
     """
     folder = Path(folder)
-    for name, read in (("spiece.model", _from_spiece), ("tokenizer.json", _from_json)):
+    for name, read in zip(TOKENIZER_FILES, (_from_spiece, _from_json), strict=True):
         if (folder / name).exists():
             try:
                 return SentencePieceTokenizer(read(folder / name))

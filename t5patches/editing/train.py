@@ -178,13 +178,13 @@ def train(
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    cached = None if teacher is None else str(teacher.dtype)
+    step_of = Step(model, settings, arrays, mesh, cached=cached)
     if teacher is not None:
-        _check_teacher(teacher, model, arrays, settings)
+        teacher.check(arrays, width=model.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    run = _describe(model, params, original, arrays, settings, order)
-    claim(directory, run | ({"teacher": str(teacher.dtype)} if teacher else {}))
-    step_of = Step(model, settings, arrays, mesh, teacher)
+    claim(directory, _describe(model, params, original, arrays, settings, order, cached))
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:
@@ -349,7 +349,8 @@ class Step:
         settings: TrainSettings,
         arrays: Batch,
         mesh: Mesh | None = None,
-        teacher: TeacherCache | None = None,
+        *,
+        cached: str | None = None,
     ):
         """Compiles the update.
 
@@ -358,12 +359,12 @@ class Step:
             settings: how to train.
             arrays: the data, of which only names, types and lengths count here.
             mesh: see `train`.
-            teacher: see `train`.
+            cached: dtype of the original's cached states; None where it runs itself.
 
         Raises:
-            ValueError: the mesh does not divide the sizes.
+            ValueError: the mesh does not divide the sizes; cached states are of no use.
         """
-        self._model, self._cached = model, teacher is not None
+        self._model, self._cached = model, cached is not None
         self._mesh, self._seed, self._init = mesh, settings.seed, _optimizer(settings).init
         if mesh is not None:
             devices.check_mesh(mesh, model, settings.batch_size)
@@ -371,9 +372,14 @@ class Step:
             name: ((settings.batch_size, *array.shape[1:]), array.dtype)
             for name, array in sorted(arrays.items())
         }
-        if teacher is not None:
+        if cached is not None:
+            if settings.objective not in TARGETED:
+                raise ValueError(
+                    f"{settings.objective} keeps to no original model, so there is nothing to "
+                    f"cache: leave the cache out, or use one of {TARGETED}"
+                )
             tokens, _ = rows["decoder_target_tokens"]
-            rows[FEATURE] = ((*tokens, teacher.width), teacher.dtype)
+            rows[FEATURE] = ((*tokens, model.emb_dim), jnp.dtype(cached))
         found = _compiled(model, _compiled_with(settings), tuple(rows.items()), mesh)
         self.state, self.original, self.compiled = found
 
@@ -531,22 +537,6 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
         )
 
 
-def _check_teacher(
-    teacher: TeacherCache, model: T5Config, arrays: Batch, settings: TrainSettings
-) -> None:
-    if settings.objective not in TARGETED:
-        raise ValueError(
-            f"{settings.objective} keeps to no original model and a teacher's cache is given: "
-            f"leave it out, or use one of {TARGETED}"
-        )
-    if teacher.width != model.emb_dim:
-        raise ValueError(
-            f"the teacher's cache has states of {teacher.width} entries and the model's have "
-            f"{model.emb_dim}: it is of another model"
-        )
-    teacher.check(arrays)
-
-
 def cache_teacher(
     directory: str | os.PathLike[str],
     model: T5Config,
@@ -556,6 +546,7 @@ def cache_teacher(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     about: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
     tell: Callable[[CacheSize], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
@@ -567,8 +558,9 @@ def cache_teacher(
         original: parameters of the frozen model.
         arrays: as for `train`.
         batch_size: examples at a time.
-        dtype: see `t5patches.editing.teacher_cache`; bfloat16 takes half the room.
+        dtype: of what is kept; bfloat16 takes half the room of float32.
         about: what else the cache is of, such as a fingerprint of the tokenizer.
+        mesh: see `train`.
         tell: see `write_cache`.
         advance: see `write_cache`.
 
@@ -580,6 +572,15 @@ def cache_teacher(
         OSError: the disk has too little room.
     """
     count = len(arrays["encoder_input_tokens"])
+    run = functools.partial(forward, model, return_hidden=True)
+    if mesh is None:
+        hidden_of = jax.jit(run)
+        placed = jax.device_put(dict(original), jax.devices()[0])
+    else:
+        split = devices.batch_sharding(mesh)
+        shardings = devices.param_shardings(mesh, model)
+        hidden_of = jax.jit(run, in_shardings=(shardings, split), out_shardings=split)
+        placed = jax.device_put(dict(original), shardings)
 
     def batches() -> Iterator[Batch]:
         for start in range(0, count, batch_size):
@@ -587,11 +588,10 @@ def cache_teacher(
             rows = np.arange(start, start + batch_size) % count
             yield {name: array[rows] for name, array in arrays.items() if name.endswith("_tokens")}
 
-    hidden_of = jax.jit(functools.partial(forward, model, return_hidden=True))
     return write_cache(
         directory,
         batches,
-        functools.partial(hidden_of, original),
+        functools.partial(hidden_of, placed),
         {"checkpoint": fingerprint(original), **(about or {})},
         width=model.emb_dim,
         dtype=dtype,
@@ -607,6 +607,7 @@ def _describe(
     arrays: Batch,
     settings: TrainSettings,
     order: np.ndarray | None,
+    cached: str | None,
 ) -> dict[str, Any]:
     sizes = {name: str(value) for name, value in dataclasses.asdict(model).items()}
     start = fingerprint(params)
@@ -615,6 +616,7 @@ def _describe(
         "model": sizes,
         "data": fingerprint(arrays),
         **({} if order is None else {"order": fingerprint(order)}),
+        **({} if cached is None else {"cached": cached}),
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
