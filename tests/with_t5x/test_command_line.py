@@ -1,6 +1,5 @@
 """T5X's command line with every objective: trained, killed, resumed, evaluated."""
 
-import json
 import os
 import pathlib
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 pytest.importorskip("t5x", reason="needs T5X: make test-t5x")
@@ -117,12 +115,15 @@ def test_a_killed_run_goes_on(objective, environment, checkpoint, tmp_path):
     _wait(_finetune(environment, checkpoint, parts, objective, 2), parts)
 
     expected, found = _written(whole), _written(parts)
+    assert found["train", "loss"].keys() == set(range(START + 1, START + STEPS + 1))
+    # T5X saves before it evaluates: the evaluation at the step of the kill may be missing.
+    assert found["training_eval", "loss"].keys() >= {START + 2 * PERIOD, START + STEPS}
     assert expected.keys() == found.keys()
-    steps = set(range(START + 1, START + STEPS + 1))
-    assert set(expected["train", "loss"]) == steps
-    worst = {}
-    for key, values in expected.items():
-        assert values.keys() == found[key].keys(), key
-        a, b = (np.array([x[s] for s in sorted(values)]) for x in (values, found[key]))
-        worst[key] = float(np.max(np.abs(a - b) / np.maximum(np.abs(a), 1e-12)))
-    print(json.dumps({"/".join(k): v for k, v in worst.items() if v}, indent=1))
+    for key, steps in found.items():
+        tolerance = 1e-3 if key[1].endswith("kl") else 1e-5
+        for step, value in steps.items():
+            assert value == pytest.approx(expected[key][step], rel=tolerance, nan_ok=True), key
+    if objective in TARGETED:
+        # The model has moved, and the resumed run measures from where training began.
+        kl = found["training_eval", "negative/kl"][START + STEPS]
+        assert kl > 1e-3

@@ -1,19 +1,23 @@
 """The gin files, with every size of T5 1.1 and mT5, every objective and every run of T5X."""
 
+import pathlib
+import re
 import sys
 import types
+import warnings
 
 import pytest
 
-pytest.importorskip("t5x", reason="needs T5X: make test-t5x")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # T5X's and TensorFlow's own, while they are imported
+    pytest.importorskip("t5x", reason="needs T5X: make test-t5x")
+    import gin
+    from t5x import trainer as t5x_trainer
+    from t5x.examples.t5 import network as t5x_network
 
-import gin
-from t5x import trainer as t5x_trainer
-from t5x.examples.t5 import network as t5x_network
+    from t5patches import configs, feature_converters, models, network, trainer
 
-from t5patches import configs, feature_converters, models, network, trainer
-
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
 
 WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}
 SIZES = [
@@ -23,6 +27,7 @@ SIZES = [
 ]
 RUNS = {"finetune": "train", "eval": "evaluate", "infer": "infer"}
 BASE = SIZES[1][0]
+README = pathlib.Path(__file__).parent.parent.parent / "README.md"
 PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR")
 
 
@@ -147,6 +152,21 @@ def test_predictions_are_compared_with_negative_targets(bound):
             gin.clear_config()
         bound(run, BASE)
         assert gin.query_parameter("seqio.Evaluator.target_field_name") == "negative_targets"
+
+
+def test_readme(bound, monkeypatch):
+    """The changed config in README.md, but for the task's module, which is the user's."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", README.read_text(), re.DOTALL)
+    after = [line[1:] for line in diff.splitlines() if not line.startswith("-")]
+    assert "import my_tasks" in after
+    monkeypatch.setitem(sys.modules, "my_tasks", types.ModuleType("my_tasks"))
+    monkeypatch.setitem(sys.modules, "__main__", MAIN)
+    gin.parse_config([*after, 'MODEL_DIR = "/any"'])
+    gin.finalize()
+    called = gin.get_configurable(MAIN.train)()
+    assert type(called["model"]) is models.EncoderDecoderModelTNFF
+    assert called["train_dataset_cfg"].pack
+    assert called["total_steps"] == 1_020_000
 
 
 def test_no_such_objective(bound):
