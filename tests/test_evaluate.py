@@ -12,6 +12,7 @@ from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.data import to_arrays
 from t5patches.editing.evaluate import (
     Measure,
+    Measuring,
     Meter,
     differs,
     evaluate,
@@ -75,9 +76,7 @@ def test_outputs_must_be_paired():
     with pytest.raises(ValueError, match="got 3 new and 4 original outputs"):
         similarity(AFTER[:3], BEFORE)
     with pytest.raises(ValueError, match="at least one is needed"):
-        evaluate(
-            tiny_model(), tiny_params(), tiny_params(), [], pattern("x"), tokenizer(), max_length=4
-        )
+        evaluate(tiny_model(), tiny_params(), tiny_params(), [], tokenizer(), Measuring())
 
 
 def test_empty_outputs_score_nothing_and_break_nothing():
@@ -108,8 +107,8 @@ def test_quality_is_by_the_best_of_the_references():
     one = quality(AFTER, [[e.outputs] for e in AFTER])
     assert {round(m.value, 9) for m in one.values()} == {100}
     with pytest.raises(ValueError, match=r"1 of 4 inputs have no references.*number 3\)"):
-        quality(AFTER, [["a"], ["b"], [], ["c"]])
-    with pytest.raises(ValueError, match="0 of 3 inputs have no references, and there are 4"):
+        Measuring(references=[["a"], ["b"], [], ["c"]])
+    with pytest.raises(ValueError, match="got 4 outputs and references to 3"):
         quality(AFTER, [["a"]] * 3)
 
 
@@ -196,35 +195,23 @@ def test_evaluation_compares_what_both_models_say():
     rule, model = pattern(r"\S*[aeo]\S*"), tiny_model()
     inputs = [f"news {i}" for i in range(6)]
     before = speak(model, tiny_params(1), inputs, rule, tokenizer(), max_length=6)
-    same = evaluate(model, tiny_params(1), tiny_params(1), before, rule, tokenizer(), max_length=6)
+    asked = Measuring(rule, max_length=6)
+    same = evaluate(model, tiny_params(1), tiny_params(1), before, tokenizer(), asked)
     assert same.outputs == before
     assert same.measures["exact_match"].value == 100
     assert same.measures["kl"].value == pytest.approx(0, abs=1e-6)
-    other = evaluate(
-        model,
-        tiny_params(0),
-        tiny_params(1),
-        before,
-        rule,
-        tokenizer(),
-        max_length=6,
-        well_formed=lambda text: False,
-    )
+    strict = dataclasses.replace(asked, well_formed=lambda text: False)
+    other = evaluate(model, tiny_params(0), tiny_params(1), before, tokenizer(), strict)
     assert other.measures["kl"].value > 0
     assert other.measures["malformed"].value == 100
     assert other.measures["exact_match"].value < 100
     assert [e.inputs for e in other.outputs] == inputs
-    plain = evaluate(
-        model,
-        tiny_params(0),
-        tiny_params(1),
-        before,
-        None,
-        tokenizer(),
+    plain = Measuring(
         max_length=6,
         references=[[text] for text in inputs],
         meter=Meter(lambda texts: [len(text) for text in texts], samples=2, threshold=1e9),
     )
+    plain = evaluate(model, tiny_params(0), tiny_params(1), before, tokenizer(), plain)
     assert plain.measures["score_probability"].value == 0
     assert plain.measures["score_maximum"].value > 0
     assert set(plain.measures) == {

@@ -69,24 +69,26 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.evaluate import Meter
+    from t5patches.editing.evaluate import Measuring, Meter
     from t5patches.editing.report import write_html
-    from t5patches.editing.rounds import Measuring, compare
+    from t5patches.editing.rounds import compare
     from t5patches.editing.rules import load_callable, read_rules
 
     metered = {"samples": options.samples, "threshold": options.threshold}
     metered = {name: value for name, value in metered.items() if value is not None}
     if metered and not options.scorer:
         raise ValueError(f"--{' and --'.join(metered)} need --scorer, which they set")
+    sources = read_sources(options)
     measuring = Measuring(
-        read_sources(options),
         rule=read_rules(options.rules) if options.rules else None,
-        references=options.references,
+        references=[source.references for source in sources] if options.references else None,
         meter=Meter(load_callable(options.scorer), **metered) if options.scorer else None,
         max_length=options.max_length,
         batch_size=options.batch_size,
     )
-    results = compare(options.before, options.after, measuring, common.progress_console(options))
+    inputs = [source.inputs for source in sources]
+    console = common.progress_console(options)
+    results = compare(options.before, options.after, inputs, measuring, console)
     if options.report:
         write_html(options.report, results)
     common.print_results(options, results, options.report)

@@ -32,7 +32,7 @@ from t5patches.editing.data import (
     write_file,
 )
 from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
-from t5patches.editing.evaluate import Measure, evaluate, over_seeds, own_measures
+from t5patches.editing.evaluate import Measure, Measuring, evaluate, over_seeds, own_measures, say
 from t5patches.editing.model import Model
 from t5patches.editing.report import Results, Row, to_json, write_html
 from t5patches.editing.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
@@ -339,16 +339,14 @@ def _before(
     stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
 ) -> tuple[list[Example], dict[str, Measure]]:
     """What the base model says to the held-out news, and how much of it is unwanted."""
-    rule, max_length = places_not_in_source(), stage.config.max_length
-    greedy = speak(
-        model,
-        params,
-        stage.news(stage.config.held_out, _HELD_OUT),
-        rule,
-        tokenizer,
-        max_length=max_length,
-    )
-    return greedy, own_measures(model, params, greedy, rule, tokenizer, max_length=max_length)
+    measuring = _measuring(stage.config)
+    news = stage.news(stage.config.held_out, _HELD_OUT)
+    greedy = say(model, params, news, tokenizer, measuring)
+    return greedy, own_measures(model, params, greedy, tokenizer, measuring)
+
+
+def _measuring(config: DemoConfig) -> Measuring:
+    return Measuring(places_not_in_source(), config.max_length, well_formed)
 
 
 def _greedy_outputs(
@@ -424,16 +422,7 @@ def _edited(
     name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
     name += "-sampled" * edit.on_sampled
     trained = _run(stage, name, model, original, examples, settings)
-    found = evaluate(
-        model,
-        trained.params,
-        original,
-        held_out,
-        places_not_in_source(),
-        tokenizer,
-        max_length=config.max_length,
-        well_formed=well_formed,
-    )
+    found = evaluate(model, trained.params, original, held_out, tokenizer, _measuring(config))
     return Row(
         edit.objective,
         None if edit.objective == "ce" else edit.alpha,

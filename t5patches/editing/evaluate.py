@@ -84,19 +84,47 @@ class Meter:
             raise ValueError(f"samples is {self.samples}: at least 1 output an input is needed")
 
 
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """What to ask of every model.
+
+    Attributes:
+        rule: says what is unwanted; None where nothing is known to be.
+        max_length: tokens that an output may have.
+        well_formed: tells a proper output from a broken one; default, any is proper that ends
+            within `max_length` and is not empty. Those two are asked of every output.
+        references: for each input, what a good output would be; None where nobody said.
+        meter: for a score of sampled outputs.
+        batch_size: examples at a time.
+    """
+
+    rule: Rule | None = None
+    max_length: int = 64
+    well_formed: Callable[[str], bool] | None = None
+    references: Sequence[Sequence[str]] | None = None
+    meter: Meter | None = None
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuses to compare with references that are not there."""
+        references = self.references or ()
+        absent = [i for i, texts in enumerate(references, start=1) if not texts]
+        if absent:
+            raise ValueError(
+                f"{len(absent)} of {len(references)} inputs have no references (the first is "
+                f'number {absent[0]}): give a .jsonl file with {{"inputs": "...", "references": '
+                '["..."]} a line'
+            )
+
+
 def evaluate(
     model: T5Config,
     params: Mapping[str, Any],
     original: Mapping[str, Any],
     before: Sequence[Example],
-    rule: Rule | None,
     tokenizer: Tokenizer,
+    measuring: Measuring,
     *,
-    max_length: int,
-    well_formed: Callable[[str], bool] | None = None,
-    references: Sequence[Sequence[str]] | None = None,
-    meter: Meter | None = None,
-    batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compares an edited model with the original.
@@ -105,15 +133,9 @@ def evaluate(
         model: the sizes of the T5.
         params: of the edited model.
         original: parameters of the original.
-        before: what the original says to the held-out inputs, marked by `rule`.
-        rule: says what is unwanted; None where nothing is known to be.
+        before: what the original says to the held-out inputs, marked by the rule.
         tokenizer: the model's.
-        max_length: tokens that an output may have.
-        well_formed: tells a proper output from a broken one; default, any is proper that ends
-            within `max_length` and is not empty. Those two are asked of every output.
-        references: for each input, what a good output would be.
-        meter: for a score of sampled outputs.
-        batch_size: examples at a time.
+        measuring: what to ask.
         progress: shows how far it is; None shows nothing.
 
     Returns:
@@ -124,33 +146,15 @@ def evaluate(
     """
     if not before:
         raise ValueError("there are no held-out outputs to compare with: at least one is needed")
-    greedy = speak(
-        model,
-        params,
-        [example.inputs for example in before],
-        rule or unmarked,
-        tokenizer,
-        max_length=max_length,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    measures = {"kl": kept_divergence(model, params, original, before, batch_size=batch_size)}
-    measures |= own_measures(
-        model,
-        params,
-        greedy,
-        rule,
-        tokenizer,
-        max_length=max_length,
-        references=references,
-        meter=meter,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    greedy = say(model, params, _inputs(before), tokenizer, measuring, progress=progress)
+    measures = {
+        "kl": kept_divergence(model, params, original, before, batch_size=measuring.batch_size)
+    }
+    measures |= own_measures(model, params, greedy, tokenizer, measuring, progress=progress)
     measures |= similarity(greedy, before)
-    if rule is None:
+    if measuring.rule is None:
         del measures["exact_match_clean"]
-    measures["malformed"] = malformed(greedy, tokenizer, well_formed)
+    measures["malformed"] = malformed(greedy, tokenizer, measuring.well_formed)
     return Evaluation(measures, greedy)
 
 
@@ -158,13 +162,9 @@ def own_measures(
     model: T5Config,
     params: Mapping[str, Any],
     greedy: Sequence[Example],
-    rule: Rule | None,
     tokenizer: Tokenizer,
+    measuring: Measuring,
     *,
-    max_length: int,
-    references: Sequence[Sequence[str]] | None = None,
-    meter: Meter | None = None,
-    batch_size: int = 256,
     progress: Progress | None = None,
 ) -> dict[str, Measure]:
     """What can be said of a model without another one to compare it with.
@@ -172,13 +172,9 @@ def own_measures(
     Args:
         model: the sizes of the T5.
         params: its parameters.
-        greedy: what it says to the held-out inputs when it decodes greedily, marked by `rule`.
-        rule: says what is unwanted; None where nothing is known to be.
+        greedy: what it says to the held-out inputs when it decodes greedily, see `say`.
         tokenizer: the model's.
-        max_length: tokens that an output may have.
-        references: for each input, what a good output would be.
-        meter: for a score of sampled outputs.
-        batch_size: examples at a time.
+        measuring: what to ask.
         progress: shows how far it is; None shows nothing.
 
     Returns:
@@ -188,41 +184,69 @@ def own_measures(
     """
 
     def sampled(samples: int) -> list[Example]:
-        return speak(
+        return say(
             model,
             params,
-            [example.inputs for example in greedy],
-            rule or unmarked,
+            _inputs(greedy),
             tokenizer,
-            max_length=max_length,
+            measuring,
             temperature=1.0,
             samples=samples,
-            batch_size=batch_size,
             progress=progress,
         )
 
     found: dict[str, Measure] = {}
-    if rule is not None:
+    if measuring.rule is not None:
         found |= prevalence(greedy)
         found["prevalence_sampled"] = prevalence(sampled(1))["prevalence"]
-    if references is not None:
-        found |= quality(greedy, references)
+    if measuring.references is not None:
+        found |= quality(greedy, measuring.references)
+    meter = measuring.meter
     if meter is not None:
         found |= worst_of_several([e.outputs for e in sampled(meter.samples)], meter)
     return found
 
 
-def unmarked(inputs: str, output: str) -> list[Span]:
-    """A rule that finds nothing unwanted.
+def say(
+    model: T5Config,
+    params: Mapping[str, Any],
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    measuring: Measuring,
+    **options: Any,
+) -> list[Example]:
+    """What a model says, marked where there is a rule.
 
     Args:
-        inputs: not looked at.
-        output: not looked at.
+        model: the sizes of the T5.
+        params: its parameters.
+        inputs: the source texts.
+        tokenizer: the model's.
+        measuring: the rule, and how many tokens at the most.
+        **options: others of `t5patches.editing.annotate.speak`, such as a temperature.
 
     Returns:
-        No spans.
+        Examples in the order of the inputs.
     """
+    return speak(
+        model,
+        params,
+        inputs,
+        measuring.rule or _unmarked,
+        tokenizer,
+        max_length=measuring.max_length,
+        batch_size=measuring.batch_size,
+        **options,
+    )
+
+
+def _unmarked(inputs: str, output: str) -> list[Span]:
+    """The rule where nothing is known to be unwanted."""
     return []
+
+
+def _inputs(outputs: Sequence[Example]) -> list[str]:
+    return [example.inputs for example in outputs]
 
 
 def prevalence(outputs: Sequence[Example]) -> dict[str, Measure]:
@@ -283,14 +307,11 @@ def quality(outputs: Sequence[Example], references: Sequence[Sequence[str]]) -> 
         like of the references) and `reference_exact` (is one of the references), in percent.
 
     Raises:
-        ValueError: an output has no references.
+        ValueError: the numbers of outputs and references differ.
     """
-    absent = [i for i, texts in enumerate(references) if not texts]
-    if absent or len(references) != len(outputs):
+    if len(references) != len(outputs):
         raise ValueError(
-            f"{len(absent)} of {len(references)} inputs have no references, and there are "
-            f"{len(outputs)} outputs: each needs at least one"
-            + (f" (the first without is number {absent[0] + 1})" if absent else "")
+            f"got {len(outputs)} outputs and references to {len(references)}: one each is needed"
         )
     said = [example.outputs for example in outputs]
     most = max(map(len, references))
