@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-slow test-t5x lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
+.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -44,6 +44,14 @@ test-t5x: $(VENV)-t5x/.has-test-t5x ## the T5X drop-in; T5X=a folder with t5x, a
 	PYTHONPATH=$(abspath $(T5X))/t5x:$(abspath $(T5X))/airio:$(abspath $(T5X))/jestimator \
 	T5PATCHES_UPSTREAM=$(abspath $(T5X))/t5patches $(VENV)-t5x/bin/python -m pytest --durations 15 \
 		tests/with_t5x tests/test_feature_converters.py tests/test_models.py tests/test_trainer.py tests/test_network.py
+
+test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs
+	$(VENV)-hf/bin/python -m pytest tests/test_original_library.py
+
+$(VENV)-hf/.has-test-hf: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable ".[test-hf]"
+	@touch $@
 
 lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ the original library computes with them in float32:
 | `t5_1_1` | gated GELU, untied | config.json as in the folders published for T5 1.1 and Flan-T5 |
 | `t5_1_0` | ReLU, tied | the encoder's and the decoder's own copies of the embedding in the file |
 | `mt5` | gated GELU, untied | shards with an index, bfloat16, config.json as written today |
+
+And a `tokenizer` with `tokenizer.json` as the library writes it, and in `expected.json` texts with
+the ids that it gives them.
 """
 
 import json
@@ -42,7 +45,8 @@ SIZES = {
 
 
 def main():
-    """Writes the three folders."""
+    """Writes the four folders."""
+    write_tokenizer()
     t5_1_1 = transformers.T5Config(
         **SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False
     )
@@ -59,6 +63,20 @@ def main():
     mt5 = transformers.MT5Config(**SIZES, tie_word_embeddings=False)
     model = transformers.MT5ForConditionalGeneration(mt5)
     write("mt5", model, seed=3, dtype=torch.bfloat16, max_shard_size="20KB")
+
+
+def write_tokenizer():
+    """Saves a tokenizer of a few pieces, and what it does with some texts."""
+    pieces = ["▁", "▁a", "▁cat", "▁sat", "▁on", "▁mat", "▁caf", "at", *"acdegmnostz", "é", "ab"]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    vocab += [(piece, -9.0 + 1.5 * len(piece) - 0.01 * i) for i, piece in enumerate(pieces)]
+    vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(3))]
+    tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=3)
+    folder = HERE / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    texts = ["a cat sat on a mat", "  two  spaces ", "café zebra", "", "東京 at a", "a<extra_id_1>"]
+    expected = [[text, tokenizer(text).input_ids] for text in texts]
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 def write(name, model, *, seed, dtype=torch.float32, **options):

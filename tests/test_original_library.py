@@ -1,0 +1,72 @@
+"""The original library beside ours: it reads what we write, and computes the same.
+
+Runs where torch and transformers are installed: `make test-hf`. What it computed once, for the
+tests that run everywhere, lies under `data/`.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import t5_folders
+from test_checkpoint import moved
+
+from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
+from t5patches.editing.edit import Job, edit
+from t5patches.editing.generate import generate
+from t5patches.editing.tokenizer import train_sentencepiece
+from t5patches.editing.train import TrainSettings
+
+REASON = "needs torch and transformers: make test-hf"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+
+
+def original(folder):
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def same_logits_and_outputs(folder, name):
+    """Loads a folder with both libraries."""
+    theirs, (config, params) = original(folder), load_checkpoint(folder)
+    expected = t5_folders.load(name)[2]
+    inputs, targets = (expected[k].astype(int) for k in ("inputs", "targets"))
+    asked = {
+        "input_ids": torch.from_numpy(inputs),
+        "attention_mask": torch.from_numpy((inputs > 0).astype(int)),
+    }
+    got = theirs(
+        **asked, decoder_input_ids=torch.from_numpy(t5_folders.shift_right(targets))
+    ).logits.numpy()
+    ours = t5_folders.logits(config, params, inputs, targets)
+    np.testing.assert_allclose(got[targets > 0], ours[targets > 0], rtol=0, atol=1e-4)
+    # Its cache has a place per *encoder* layer in some versions.
+    said = theirs.generate(**asked, max_length=13, do_sample=False, num_beams=1, use_cache=False)
+    said = np.pad(said.numpy()[:, 1:], ((0, 0), (0, 13 - said.shape[1])))
+    np.testing.assert_array_equal(generate(config, params, inputs, max_length=12), said)
+
+
+@pytest.mark.parametrize("like", [True, False], ids=["like", "new"])
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_what_is_written_is_read(name, like, tmp_path):
+    config, params, _ = t5_folders.load(name)
+    template = t5_folders.DATA / name if like else None
+    save_checkpoint(tmp_path / "out", config, params if like else moved(params), like=template)
+    same_logits_and_outputs(tmp_path / "out", name)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_an_edited_folder_is_read_and_says_the_same(name, tmp_path):
+    model = shutil.copytree(t5_folders.DATA / name, tmp_path / name)
+    texts = ["a cat sat on a mat", "a dog sat on a cat"]
+    (model / "spiece.model").write_bytes(train_sentencepiece(texts * 20, 30))
+    line = {"inputs": "a cat sat", "outputs": "a dog sat", "spans": [[2, 5]]}
+    (tmp_path / "edits.jsonl").write_text(json.dumps(line) + "\n")
+    settings = TrainSettings(objective="tnrf", steps=5, batch_size=2, learning_rate=1e-2)
+    edit(Job(model, [tmp_path / "edits.jsonl"], tmp_path / "edited", settings, devices=1))
+    before, after = (original(folder).state_dict() for folder in (model, tmp_path / "edited"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    same_logits_and_outputs(tmp_path / "edited", name)
