@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,10 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     claim(work, _described(job))
     edited = work / "edited"
     if not edited.exists():
+        began = time.monotonic()
         trained = _trained(job, checked, work / "run", console)
         record = _record(job, checked, work / "run", trained)
+        record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[_CARD] = _card(job, record)
         save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
