@@ -19,12 +19,13 @@ with warnings.catch_warnings():
 
     from t5patches import configs, original
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+HERE = pathlib.Path(__file__).parent
+PARENT = pathlib.Path(t5x.infer.__file__).parent / "examples" / "decoder_only" / "models"
 KINDS = {
     "encoder_decoder": ("t5x/examples/t5/t5_1_1/tiny.gin", []),
     "decoder_only": (
-        "t5x/examples/decoder_only/models/base.gin",
-        ["t5patches/configs/decoder_only.gin", "tests/with_t5x/tiny_decoder.gin"],
+        PARENT / "base.gin",
+        ["t5patches/configs/decoder_only.gin", HERE / "tiny_decoder.gin"],
     ),
 }
 MAINS = {"infer": t5x.infer, "eval": t5x.eval}
@@ -47,7 +48,6 @@ def tasks(tmp_path_factory):
         import tasks
 
         tasks.write_data(folder, EXAMPLES)
-        gin.add_config_file_search_path(str(ROOT))
         # A prediction is the same program with every objective.
         with jax.enable_compilation_cache(True):
             jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
@@ -71,7 +71,7 @@ def configure(monkeypatch):
             [
                 "from __gin__ import dynamic_registration",
                 "from t5x import utils",
-                *(f"include '{file}'" for file in (*files, "tests/with_t5x/tiny.gin")),
+                *(f"include '{file}'" for file in (*files, HERE / "tiny.gin")),
                 *(f"{name} = {value!r}" for name, value in bindings.items()),
             ]
         )
