@@ -5,7 +5,8 @@ config, each with a decoder-only twin; `EncoderDecoderModel` and `DecoderOnlyMod
 T5X's for corrective and ordinary fine-tuning. The arrays that a batch needs are those of
 `t5patches.feature_converters`; ``decoder_loss_weights`` is positive where a token is kept, negative
 where it is pushed down and 0 where it is ignored. With ``negative_ids`` and ``negative_factors``,
-``[batch, length, K]``, the targeted objectives and unlikelihood push down K ids a position.
+``[batch, length, K]``, the targeted objectives and unlikelihood push down K ids a position. With
+``original_hidden``, ``[batch, length, D]`` of a teacher cache, the original is not run at all.
 
 =================== =============================================== ================
 class               loss, see `t5patches_kernels`                   T5Patches
@@ -173,6 +174,10 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
             params, batch, dropout_rng, mutable=mutable, other_variables=other_variables
         )
         array, variables = (made, None) if mutable is False else made
+        return self._with_head(array, params, variables)
+
+    def _with_head(self, array: Array, params: PyTree, variables: Any = None) -> _Outputs:
+        """Logits as they are, hidden states with the matrix that they are multiplied by."""
         if not jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(jnp.float32)
         if not self.fused_head:
@@ -502,8 +507,16 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
     def _original(
         self, batch: Batch, dropout_rng: Array | None, original: PyTree, **collections: Any
     ) -> _Outputs | None:
-        rng = dropout_rng if self.teacher_dropout else None
-        return self._outputs(original, batch, rng, **collections)
+        hidden = batch.get("original_hidden")
+        if hidden is None:
+            rng = dropout_rng if self.teacher_dropout else None
+            return self._outputs(original, batch, rng, **collections)
+        if not self.fused_head or self.teacher_dropout:
+            raise ValueError(
+                "The batch has original_hidden, the original's hidden states computed beforehand: "
+                "they need fused_head=True, and teacher_dropout=False, as they hold no dropout."
+            )
+        return self._with_head(hidden, original)
 
     def _given_or_stored(self, given: PyTree | None, like: PyTree) -> PyTree:
         if given is not None:

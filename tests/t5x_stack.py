@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     import gin
     import seqio
     import t5x.models
-    from t5x import adafactor, partitioning, utils
+    from t5x import adafactor, checkpoints, partitioning, utils  # noqa: F401
     from t5x import trainer as t5x_trainer  # noqa: F401
     from t5x.examples.decoder_only import network as decoder_only_network
 

@@ -321,6 +321,19 @@ def test_a_fused_head_makes_the_same_step_without_logits(name):
         np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
 
 
+def test_hidden_states_computed_beforehand():
+    """The same loss as with the original run beside the model."""
+    module, original, params = network_and_params()
+    tokens = stack.batch(rows=4)
+    made = model(OURS, "TNFF", module, fused_head=True)
+    (hidden, _), _, _ = made._outputs(original, tokens, None)
+    cached = tokens | {"original_hidden": np.asarray(hidden)}
+    losses = [float(made.loss_fn(params, b, None, original)[0]) for b in (tokens, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(ValueError, match="need fused_head=True"):
+        model(OURS, "TNFF", module).loss_fn(params, cached, None, original)
+
+
 def test_a_fused_head_needs_hidden_states():
     with pytest.raises(NotImplementedError, match=r"use t5patches\.network\.Transformer"):
         model(OURS, "TNFF", stack.GivenLogits(), fused_head=True)
@@ -367,6 +380,26 @@ def test_a_score_finds_its_original_by_its_path(tmp_path):
     made = model(OURS, "TNFF", original_path=str(tmp_path / "original_params"))
     given = made.score_batch(params, tokens, orig_params=ref)
     np.testing.assert_allclose(jax.jit(made.score_batch)(params, tokens), given, rtol=1e-6)
+
+
+def test_it_finds_its_original_in_both_of_t5xs_formats(tmp_path):
+    from t5patches import original
+
+    trained = model(OURS, "TNFF", stack.tiny_network())
+    parts = stack.partitioner()
+    state, _ = stack.initial_state(trained, parts)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    saver = stack.checkpoints.Checkpointer(shapes, parts, str(tmp_path / "first"))
+    saver.save(state)
+    manager = stack.checkpoints.OrbaxCheckpointManagerInterface(
+        str(tmp_path), shapes, parts, period=1
+    )
+    manager.save(state)
+    manager.close()
+    for folder in (tmp_path / "first" / "checkpoint_0", tmp_path / "checkpoint_0"):
+        for on_host in (True, False):
+            found = original.load(folder, state.params, on_host=on_host)
+            jax.tree.map(np.testing.assert_array_equal, found, state.params)
 
 
 def test_without_weights_it_says_what_is_needed():
