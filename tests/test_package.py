@@ -62,3 +62,16 @@ def test_importing_costs_little_over_jax():
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     assert set(out.split()) <= {"t5patches_kernels", "jax", "jaxlib"}
+
+
+@pytest.mark.parametrize("name", ["models", "trainer"])
+def test_the_t5x_part_says_how_to_get_t5x(name):
+    out = _python(
+        "import sys\n"
+        "sys.modules['t5x'] = None\n"
+        "try:\n"
+        f"    import t5patches.{name}\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    assert "T5X is on no package index: clone https://github.com/google-research/t5x" in out
