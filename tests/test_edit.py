@@ -114,6 +114,12 @@ def test_a_second_round_keeps_the_first_models_distribution(place, capsys):
     assert run(place) == 0
     assert "loss" in capsys.readouterr().out
     original = ("--original", place / "tiny")
+    more = place / "more.jsonl"
+    more.write_text((place / "edits.jsonl").read_text() + "\n")
+    assert run(place, *original, "--data", more, model="edited", output="again") == 2
+    assert "they would come back: give those files as data too (edits.jsonl)" in (
+        capsys.readouterr().err
+    )
     assert run(place, *original, model="edited", output="again") == 0
     first, second = read_rounds(place / "again")
     assert first == read_rounds(place / "edited")[0]

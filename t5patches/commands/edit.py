@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--original",
         metavar="DIR",
-        help="the frozen model to stay close to (default: --model). In a second round, give the "
-        "first model to count all rounds' changes against it",
+        help="the frozen model to stay close to (default: --model). In a second round this may be "
+        "the first model, with the data of all rounds: what is not marked comes back",
     )
     files.add_argument(
         "--resume", action="store_true", help="go on with this edit where it was killed"

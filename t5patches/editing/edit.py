@@ -276,6 +276,19 @@ def _check_original(job: Job) -> None:
             f"the original in {job.original} is {there} and the model in {job.model} {here}: the "
             "original must be of the same sizes"
         )
+    frozen = _weights(job.original)["sha256"]
+    rounds = [round_["job"] for round_ in read_rounds(job.model)]
+    first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == frozen), len(rounds))
+    given = {_sha256(file) for file in job.data}
+    earlier = {digest: name for r in rounds[first:] for name, digest in r["data"].items()}
+    left_out = sorted(name for digest, name in earlier.items() if digest not in given)
+    if left_out:
+        # Measured: a second round so undoes the first one altogether.
+        raise ValueError(
+            f"{job.original} still has the habits that were edited away since, and they would come "
+            f"back: give those files as data too ({', '.join(left_out)}), or leave the original "
+            "out, and the model itself is kept close to"
+        )
 
 
 def _read(job: Job, file: PathLike, tokenizer: Tokenizer) -> list[Example]:
