@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static clean
+.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -37,13 +37,23 @@ $(VENV)-t5x/.has-test-t5x: pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --no-deps t5
 	@touch $@
 
-test-t5x: $(VENV)-t5x/.has-test-t5x ## the T5X drop-in; T5X=a folder with t5x, airio, jestimator, t5patches
+with_t5x = PYTHONPATH=$(abspath $(T5X))/t5x:$(abspath $(T5X))/airio:$(abspath $(T5X))/jestimator \
+	T5PATCHES_UPSTREAM=$(abspath $(T5X))/t5patches $(VENV)-t5x/bin/python -m
+
+.PHONY: t5x-checkouts
+t5x-checkouts:
 	@for part in t5x airio jestimator t5patches; do test -d "$(T5X)/$$part" || { \
 		echo "T5X=$(T5X) has no $$part: make test-t5x T5X=<a folder with the checkouts of" \
 		"google-research/t5x, google/airio, google-research/jestimator, google/t5patches>"; exit 2; }; done
-	PYTHONPATH=$(abspath $(T5X))/t5x:$(abspath $(T5X))/airio:$(abspath $(T5X))/jestimator \
-	T5PATCHES_UPSTREAM=$(abspath $(T5X))/t5patches $(VENV)-t5x/bin/python -m pytest --durations 15 \
+
+test-t5x: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## the T5X drop-in; T5X=a folder with t5x, airio, jestimator, t5patches
+	$(with_t5x) pytest --durations 15 \
 		tests/with_t5x tests/test_feature_converters.py tests/test_models.py tests/test_trainer.py tests/test_network.py
+
+bench-t5x: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## a whole T5X step beside T5Patches' own, here and for a TPU; T5X= as above
+	$(VENV)-t5x/bin/python -m pip install --quiet --editable ".[aot]"
+	$(with_t5x) bench.t5x_step
+	$(with_t5x) bench.t5x_step --chip v4
 
 test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs
 	$(VENV)-hf/bin/python -m pytest tests/test_original_library.py

@@ -1,0 +1,234 @@
+r"""The whole T5X training step, ours beside T5Patches' own: `make bench-t5x T5X=FOLDER`.
+
+    python -m bench.t5x_step               # this machine: T5 1.1 small, time and memory
+    python -m bench.t5x_step --chip v4     # static: T5 1.1 base for a TPU, memory
+
+Three steps of one objective: T5Patches' trainer and model; ours in their place, on the same T5X
+network; ours with `t5patches.network` and `fused_head=True`. All with T5X's Adafactor, no dropout,
+each sequence of 64 tokens on both sides. Needs T5X on PYTHONPATH and T5Patches' checkout in
+T5PATCHES_UPSTREAM.
+
+**Static** figures are the TPU compiler's own, ahead of time: nothing ran on a TPU. T5Patches' step
+is compiled as its trainer makes it, with the original parameters as constants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import common
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+
+LENGTH = 64
+# T5 1.1 as T5X configures it.
+SIZES = {
+    "small": {"emb_dim": 512, "num_heads": 6, "layers": 8, "head_dim": 64, "mlp_dim": 1024},
+    "base": {"emb_dim": 768, "num_heads": 12, "layers": 12, "head_dim": 64, "mlp_dim": 2048},
+}
+VARIANTS = ("upstream", "ours", "ours, fused head")
+GIB = 2**30
+
+
+class Step(NamedTuple):
+    """A training step of one variant."""
+
+    library: Any
+    model: Any
+    state: Any  # shapes
+    initializer: Any
+
+
+def prepare(variant: str, objective: str, size: str, rows: int, dtype: str, loss: str) -> Step:
+    """The model and the shapes of its train state."""
+    import t5x_stack
+    from t5x import utils
+    from t5x.examples.t5 import network as t5x_network
+
+    from t5patches import network
+
+    of = dict(SIZES[size])
+    layers = of.pop("layers")
+    fused = variant == VARIANTS[2]
+    module = network if fused else t5x_network
+    config = module.T5Config(
+        vocab_size=common.VOCABULARIES["T5"],
+        dtype=dtype,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+        **of,
+    )
+    library = t5x_stack.upstream() if variant == "upstream" else t5x_stack.OURS
+    options = {} if variant == "upstream" else {"implementation": loss, "fused_head": fused}
+    model = t5x_stack.model(library, objective, module.Transformer(config), **options)
+    batch = t5x_stack.batch(rows, LENGTH)
+    initializer = utils.TrainStateInitializer(
+        optimizer_def=model.optimizer_def,
+        init_fn=model.get_initial_variables,
+        input_shapes={name: x.shape for name, x in batch.items()},
+        input_types={name: x.dtype for name, x in batch.items()},
+        partitioner=t5x_stack.partitioner(),
+    )
+    return Step(library, model, initializer.global_train_state_shape, initializer)
+
+
+# --- On this machine ------------------------------------------------------------------------------
+
+
+def constants(text: str) -> int:
+    """Bytes of the float constants in a compiled program."""
+    found = re.findall(r"f32\[([\d,]+)\]\S* constant\(", text)
+    return sum(4 * math.prod(int(n) for n in shape.split(",")) for shape in found)
+
+
+def on_this_machine(objective: str, rows: int) -> dict[str, Any]:
+    """Time and memory of the variants, in turn in one process."""
+    import t5x_stack
+
+    row: dict[str, Any] = {"objective": objective}
+    calls: dict[str, Callable[[], Any]] = {}
+    batch = t5x_stack.batch(rows, LENGTH, vocabulary=common.VOCABULARIES["T5"])
+    for variant in VARIANTS:
+        step = prepare(variant, objective, "small", rows, "float32", "xla")
+        trainer = step.library.trainer.SelfDistillationTrainer(
+            step.model,
+            train_state=step.initializer.from_scratch(jax.random.PRNGKey(0)),
+            partitioner=step.initializer._partitioner,
+            eval_names=[],
+            summary_dir=None,
+            train_state_axes=step.initializer.train_state_axes,
+            rng=jax.random.PRNGKey(1),
+            learning_rate_fn=lambda step: 1e-3,
+            num_microbatches=None,
+        )
+        state = trainer.train_state
+        start = time.perf_counter()
+        compiled = trainer._partitioned_train_step.lower(state, batch).compile()
+        row[f"{variant} compile s"] = time.perf_counter() - start
+        program = getattr(compiled, "compiled", compiled)
+        row[f"{variant} temporaries MiB"] = common.temporaries(program, 2**20)
+        row[f"{variant} constants MiB"] = constants(program.as_text()) / 2**20
+        calls[variant] = functools.partial(_advance, compiled, [state], batch)
+        trainer.close()
+        del trainer, state
+        gc.collect()
+    for name, t in common.timed(calls, rounds=3).items():
+        row[f"{name} ms"] = vars(t)
+    return row
+
+
+def _advance(compiled: Callable, state: list, batch: Any) -> Any:
+    """One step; the state before it is given away."""
+    state[0], metrics = compiled(state[0], batch)
+    return metrics["loss"].total
+
+
+# --- For a TPU, ahead of time ---------------------------------------------------------------------
+
+
+def static(chip: str, objective: str, variant: str, rows: int) -> dict[str, Any]:
+    """What the TPU compiler says of a step of T5 1.1 base."""
+    import t5x_stack
+    from t5x.train_state import InferenceState
+    from tpu_topology import compile_for
+
+    step = prepare(variant, objective, "base", rows, "bfloat16", "pallas_tpu")
+    train = step.library.trainer.train_with_lr
+    batch = t5x_stack.batch(rows, LENGTH)
+
+    def run(state, batch, original):
+        return train(
+            state,
+            batch,
+            learning_rate=jnp.float32(1e-3),
+            dropout_rng=jax.random.PRNGKey(0),
+            model=step.model,
+            num_microbatches=None,
+            orig_train_state=InferenceState(step=None, params=original),
+        )
+
+    original = step.state.params
+    if variant == "upstream":
+        rng = np.random.default_rng(0)  # numbers that do not compress
+        original = jax.tree.map(
+            lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), original
+        )
+        held, arguments = original, (step.state, batch)
+
+        def f(state, batch):
+            return run(state, batch, held)
+    else:
+        f, arguments = run, (step.state, batch, original)
+    start = time.perf_counter()
+    compiled = compile_for(chip, f, *arguments, donate=(0,))
+    seconds = time.perf_counter() - start
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return {
+        "chip": chip,
+        "objective": objective,
+        "variant": variant,
+        "compile s": seconds,
+        "arguments GiB": memory.argument_size_in_bytes / GIB,
+        "temporaries GiB": memory.temp_size_in_bytes / GIB,
+        "program GiB": memory.generated_code_size_in_bytes / GIB,
+        "peak GiB": memory.peak_memory_in_bytes / GIB,
+        "all GiB": (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        )
+        / GIB,
+        "accessed GB": cost["bytes accessed"] / 1e9,
+        "TFLOP": cost["flops"] / 1e12,
+    }
+
+
+def _store(name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
+    """Writes rows, in the place of those that were there for the same programs."""
+    path = common.RESULTS / f"{name}.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["objective"], row.get("variant"), row.get("chip")
+
+    merged = {key(row): row for row in (*before, *rows)}
+    return common.save(name, [merged[k] for k in sorted(merged, key=str)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--objectives", nargs="+", default=["TNFF", "TNRR"])
+    parser.add_argument("--chip", help="compile for this TPU instead of measuring here")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--rows", type=int, help="sequences in a batch (default 32; 8 here)")
+    options = parser.parse_args()
+    for objective in options.objectives:
+        for variant in options.variants if options.chip else [None]:
+            if options.chip:
+                row = static(options.chip, objective, variant, options.rows or 32)
+            else:
+                row = on_this_machine(objective, options.rows or 8)
+            print(row, flush=True)
+            print(_store("t5x-step-static" if options.chip else "t5x-step", [row]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
