@@ -510,7 +510,8 @@ class NegativeSetsFeatureConverter(_NegativeText):
         "negative_ids": _Spec(dtype=tf.int32, rank=2),
     }
     # seqio packs one dimension only: [length * K] until it has checked them.
-    MODEL_FEATURES = NegativeTrainingFeatureConverterBase.MODEL_FEATURES | {
+    MODEL_FEATURES: Mapping[str, Any] = {
+        **NegativeTrainingFeatureConverterBase.MODEL_FEATURES,
         "negative_ids": _Spec(dtype=tf.int32),
         "negative_factors": _Spec(dtype=tf.float32),
     }
@@ -521,8 +522,8 @@ class NegativeSetsFeatureConverter(_NegativeText):
             raise ValueError(f"num_negatives must be 1 or more, got {num_negatives}")
         self._num_negatives = num_negatives
         if with_factors:
-            factors = {"negative_factors": _Spec(dtype=tf.float32, rank=2)}
-            self.TASK_FEATURES = self.TASK_FEATURES | factors
+            factors = _Spec(dtype=tf.float32, rank=2)
+            self.TASK_FEATURES = {**self.TASK_FEATURES, "negative_factors": factors}
         super().__init__(*args, **kwargs)
 
     def __call__(self, ds: tf.data.Dataset, task_feature_lengths: Lengths) -> tf.data.Dataset:
