@@ -68,6 +68,7 @@ Array = jax.Array
 Batch = Mapping[str, Any]
 PyTree = Any
 
+ORIGINAL_HIDDEN = "original_hidden"  # of a batch: what a teacher cache holds
 _FLOAT32_MIN = float(jnp.finfo(jnp.float32).min)
 
 
@@ -507,7 +508,7 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
     def _original(
         self, batch: Batch, dropout_rng: Array | None, original: PyTree, **collections: Any
     ) -> _Outputs | None:
-        hidden = batch.get("original_hidden")
+        hidden = batch.get(ORIGINAL_HIDDEN)
         if hidden is None:
             rng = dropout_rng if self.teacher_dropout else None
             return self._outputs(original, batch, rng, **collections)

@@ -10,10 +10,12 @@ train-eval, microbatches and flax mutables work.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax import core as flax_core
 from jax.sharding import PartitionSpec
 
 from t5patches import models, original  # first: it says what is missing without T5X
@@ -183,8 +185,12 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
       weight_metrics_computer: T5X's, or None.
       orig_train_state: has the original parameters.
       original_path: ``original_params`` of a run, or a T5X checkpoint in either format.
+      teacher_cache: directory of a `t5patches.editing.teacher_cache` with the original's hidden
+        states on the training data: they are read instead of running the original. For models with
+        `fused_head`.
 
     Raises:
+      NotImplementedError: a teacher cache in a run of several processes.
       ValueError: the original parameters of a resumed run are gone, are of another model, or cannot
         be known.
     """
@@ -203,6 +209,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         weight_metrics_computer: WeightMetricsComputer | None = None,
         orig_train_state: TrainState | None = None,
         original_path: str | None = None,
+        teacher_cache: str | None = None,
     ):
         super().__init__(
             model=model,
@@ -226,6 +233,38 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
                 self._keep(original.freeze(train_state.params))
             else:
                 self._keep(original.kept_in(summary_dir, train_state.params))
+        self._cache = None if teacher_cache is None else self._open_cache(teacher_cache)
+
+    def _open_cache(self, directory: str) -> Any:
+        # Here: `editing` needs more than T5X does, and most runs have no cache.
+        from t5patches.editing.teacher_cache import TeacherCache
+        from t5patches.editing.train import fingerprint
+
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                "teacher_cache reads whole batches, and with several processes each has a part of "
+                "one: leave teacher_cache out."
+            )
+        params = flax_core.unfreeze(jax.device_get(self.orig_train_state.params))
+        return TeacherCache(directory, {"checkpoint": fingerprint(params)})
+
+    def train(
+        self, batch_iter: Iterator[Batch], num_steps: int, start_step: int | None = None
+    ) -> Any:
+        """`t5x.trainer.BaseTrainer.train`; with a teacher cache, its states beside each batch."""
+        if self._cache is not None:
+            cache = self._cache
+            batch_iter = (
+                {**batch, models.ORIGINAL_HIDDEN: cache.read(batch)} for batch in batch_iter
+            )
+        return super().train(batch_iter, num_steps, start_step)
+
+    def compile_train(self, batch: Batch) -> None:
+        """`t5x.trainer.BaseTrainer.compile_train`, whose batch may hold any values."""
+        if self._cache is not None:
+            shape = (*batch["decoder_target_tokens"].shape, self._cache.width)
+            batch = {**batch, models.ORIGINAL_HIDDEN: np.zeros(shape, self._cache.dtype)}
+        super().compile_train(batch)
 
     def _keep(self, params: Any) -> None:
         self._original = params

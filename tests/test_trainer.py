@@ -8,6 +8,9 @@ import pytest
 import t5x_stack as stack
 from t5x_stack import on_both, trainer
 
+from t5patches.editing.teacher_cache import write_cache
+from t5patches.editing.train import fingerprint
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
 
 
@@ -158,6 +161,27 @@ def test_another_batch_shape():
         stack.steps(made, 1)
         stack.steps(made, 1, first=1, rows=16, length=4)
         same(made.orig_train_state.params, began)
+
+
+def test_a_teacher_cache(tmp_path):
+    """The same steps as with the original run beside the model, which the cache must be of."""
+    losses, batches = [], [stack.batch(seed=i) for i in range(2)]
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network(), fused_head=True)
+    with trainer(stack.OURS, trained) as made:
+        losses.append(stack.steps(made, 2))
+        frozen = host(made.orig_train_state.params)
+    about = {"checkpoint": fingerprint(frozen)}
+    hidden_of = jax.jit(lambda batch: trained._outputs(frozen, batch, None).arrays[0])
+    write_cache(tmp_path, lambda: batches, hidden_of, about, width=16, dtype="float32")
+    with trainer(stack.OURS, trained, teacher_cache=tmp_path) as made:
+        made.compile_train(batches[0])
+        losses.append(stack.steps(made, 2))
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    with (
+        pytest.raises(ValueError, match="holds another run, which differs in checkpoint"),
+        trainer(stack.OURS, trained, teacher_cache=tmp_path, seed=3),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["TNFF", "TNRR", "UL"])
