@@ -14,7 +14,7 @@ from t5patches import cli
 from t5patches.commands import demo as demo_command
 from t5patches.editing import demo
 from t5patches.editing.annotate import pattern
-from t5patches.editing.data import read_examples
+from t5patches.editing.data import read_examples, read_inputs
 from t5patches.editing.demo import DemoConfig, Edit
 from t5patches.editing.demo_task import (
     PLACES,
@@ -23,7 +23,10 @@ from t5patches.editing.demo_task import (
     places_not_in_source,
     well_formed,
 )
+from t5patches.editing.model import load_model
+from t5patches.editing.rules import read_rules
 from t5patches.editing.tokenizer import SentencePieceTokenizer
+from t5patches.editing.train import fingerprint, finished_run
 
 TINY = {
     "texts": 200,
@@ -85,6 +88,7 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
             p.stat().st_mtime_ns == kept[p] for p in files if p.name != "_CHECKPOINT_METADATA"
         )
     check_results(output)
+    check_task(output)
     assert run("demo", "--output", str(output)) == 2
     assert "holds a finished demo" in capsys.readouterr().err
 
@@ -105,10 +109,28 @@ def check_results(output):
     assert any(e.negatives for e in examples)
 
 
+def check_task(output):
+    """What the other commands go on from."""
+    base = load_model(output / "model")
+    trained = finished_run(output / "work" / "seed-0" / "base", base.params)
+    assert fingerprint(base.params) == fingerprint(trained.params)
+    assert len(read_inputs(output / "inputs.txt")) == 12
+    held_out = read_inputs(output / "held-out.jsonl")
+    assert len(held_out) == 8
+    assert all(len(source.references) == 1 for source in held_out)
+    rules = read_rules(output / "rules.toml")
+    assert rules("a fire in Rome", "Fire in Paris") == [(8, 13)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [
         (["--help"], ["Stop a T5 from saying what it must not", "demo", "exit codes"]),
+        (
+            ["edit", "--help"],
+            ["start with tnrf, alpha 1", "spans", "--resume", "--plan", "exit codes"],
+        ),
+        (["convert", "--help"], ["T5X is not needed", "--like DIR", "--tokenizer FILE"]),
         (["demo", "--help"], ["five targeted ones", "--seeds N", "--output DIR", "goes on"]),
     ],
 )
@@ -155,20 +177,27 @@ sys.meta_path.insert(0, Finder())
 
 EDITING = (
     "annotate",
+    "checkpoint",
     "collect",
     "data",
     "demo",
     "demo_task",
+    "devices",
+    "edit",
     "evaluate",
     "forward",
     "generate",
     "mixing",
+    "model",
+    "plan",
     "report",
     "rounds",
     "rules",
     "runs",
+    "t5x_checkpoint",
     "templates",
     "tokenizer",
+    "tokenizer_files",
     "train",
 )
 

@@ -218,6 +218,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
         "--data", place / "edits.jsonl", place / "edits.jsonl", "--rates", "1"
     )
     assert "'nope'" in refused("--implementation", "nope")
+    assert "objective is 'tn': one of ('tnff'" in refused("--objective", "tn")
+    assert "optimizer is 'sgd': one of" in refused("--optimizer", "sgd")
+    assert "dtype is 'float16': one of" in refused("--dtype", "float16")
     assert "dropout is 1.5" in refused("--dropout", "1.5")
     assert "there are 8: take fewer" in refused("--devices", "9")
     assert "model_parallel is 2 and there are 1 devices" in refused("--model-parallel", "2")

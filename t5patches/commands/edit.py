@@ -27,8 +27,6 @@ from typing import Any
 
 from t5patches.commands import common
 
-OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches edit`.
@@ -63,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(group: Any) -> None:
     group.add_argument(
-        "--objective", choices=OBJECTIVES, default="tnrf", help="see above (default: tnrf)"
+        "--objective", metavar="NAME", default="tnrf", help="see above (default: tnrf)"
     )
     group.add_argument(
         "--alpha",
@@ -98,9 +96,9 @@ def _add_training(group: Any) -> None:
     )
     group.add_argument(
         "--optimizer",
-        choices=("adafactor", "adam"),
+        metavar="NAME",
         default="adafactor",
-        help="(default: adafactor, which keeps hardly more than the parameters)",
+        help="adafactor or adam (default: adafactor, which keeps hardly more than the parameters)",
     )
     group.add_argument(
         "--warmup-steps", metavar="N", type=common.count, default=0, help="(default: 0)"
@@ -172,9 +170,10 @@ def _add_machine(group: Any) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        metavar="NAME",
         default="float32",
-        help="of activations; parameters and sums are float32 (default: float32)",
+        help="float32 or bfloat16, of activations; parameters and sums are float32 (default: "
+        "float32)",
     )
     group.add_argument(
         "--cache-teacher",
