@@ -72,6 +72,6 @@ def tiny_params(seed: int = 0, **changes):
 
 def model_folder(path, seed: int = 0, **changes):
     """A folder of `tiny_model` with its tokenizer, as the commands take it."""
-    save_checkpoint(path, tiny_model(**changes), tiny_params(seed, **changes))
-    (path / "spiece.model").write_bytes(tokenizer()._processor.serialized_model_proto())
+    files = {"spiece.model": tokenizer()._processor.serialized_model_proto()}
+    save_checkpoint(path, tiny_model(**changes), tiny_params(seed, **changes), files=files)
     return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -254,14 +253,9 @@ def _write_task(output: Path, stage: _Stage, original: Model) -> None:
         for pair in make_pairs(stage.config.held_out, seed=100 * stage.seed + _HELD_OUT)
     ]
     write_file(output / "held-out.jsonl", "".join(f"{json.dumps(source)}\n" for source in held_out))
-    if (output / "model").exists():
-        return
-    # Whole or not at all.
-    unfinished = stage.directory / "model"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_checkpoint(unfinished, original.config, original.params)
-    shutil.copyfile(stage.directory / "spiece.model", unfinished / "spiece.model")
-    os.replace(unfinished, output / "model")
+    if not (output / "model").exists():
+        vocabulary = {"spiece.model": (stage.directory / "spiece.model").read_bytes()}
+        save_checkpoint(output / "model", original.config, original.params, files=vocabulary)
 
 
 _RULES = """\
