@@ -7,10 +7,12 @@ r"""The static table of the TPU kernels: what the compiler says of them, ahead o
 bundle of instructions a cycle, stalls not counted); arithmetic gives the time that its copies need
 at the chip's bandwidth. Where the second is longer, a kernel runs at the memory roofline.
 
-How the schedule is read: `*-packed-bundles-post-ra.txt` has the bundles in order, and a loop is a
-backward branch to a bundle's number. The kernels' loops are their sweeps in the order of
-`pallas_tpu._kernel`, each of which has a known number of steps; the widest loop is the grid's. The
-`final_*` files do not serve: idle bundles have been taken out of them.
+How the schedule is read: `*-packed-bundles-post-ra.txt` has the bundles in order; a loop is a
+backward branch to a bundle's number, and the widest loop is the grid's. What a block of rows goes
+through follows from its forward branches: they skip what only some blocks need (edits, masks), but
+for pairs, of which the first skips to the second: of the two ways between them a block takes one,
+and the figures are those of the first. Every loop that is left is a sweep and has its number of
+steps. The `final_*` files do not serve: idle bundles have been taken out of them.
 """
 
 from __future__ import annotations
@@ -55,42 +57,47 @@ CORES = {
 class Schedule(NamedTuple):
     """The bundles of one kernel."""
 
-    grid: tuple[int, int]  # the loop over steps: first bundle, one past the last
-    sweeps: list[tuple[int, int]]  # the loops in it, in order
+    grid: tuple[int, int]  # the loop over steps: first bundle, last bundle
+    loops: dict[int, int]  # the loops in it: last bundle, first bundle
+    skips: dict[int, int]  # forward branches in it: from, to
 
 
 def schedule(path: str) -> Schedule:
-    """Reads the loops of a kernel."""
-    loops, at = [], -1
+    """Reads the branches of a kernel."""
+    branches, at = [], -1
     for line in pathlib.Path(path).read_text().splitlines():
         bundle = re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)
         if bundle is None:
             continue
         at = int(bundle[1], 16)
-        for target in re.findall(r"sbr\.rel (?:\([^)]*\) )?target bundleno = (\d+)", line):
-            if int(target) <= at:
-                loops.append((int(target), at + 1))
-    grid = max(loops, key=lambda loop: loop[1] - loop[0])
-    return Schedule(grid, sorted(loop for loop in loops if loop != grid))
+        targets = re.findall(r"sbr\.rel (?:\([^)]*\) )?target bundleno = (\d+)", line)
+        branches += [(at, int(target)) for target in targets]
+    loops = {last: first for last, first in branches if first <= last}
+    end = max(loops, key=lambda last: last - loops[last])
+    start = loops.pop(end)
+    skips = {a: b for a, b in branches if start <= a < b <= end and b - a < (end - start) / 2}
+    return Schedule((start, end), loops, skips)
 
 
-def cycles(found: Schedule, steps: int, private: bool, edits: int) -> int:
-    """The bundles that one grid step goes through.
+def cycles(found: Schedule, steps: int) -> int:
+    """The bundles that a block of rows without edits, masks and NaN goes through.
 
     Args:
-      found: the kernel's loops.
+      found: the kernel's branches.
       steps: the steps of a sweep.
-      private: whether the second and third loop are for edits.
-      edits: how many the block has.
     """
-    total = found.grid[1] - found.grid[0]
-    for k, (first, last) in enumerate(found.sweeps):
-        times = steps
-        if private and k == 1:
-            times = edits
-        elif private and k == 2 and not edits:
-            times = 0
-        total += (last - first) * (times - 1)
+    seconds: set[int] = set()  # of pairs
+    for first, to in sorted(found.skips.items()):
+        if first not in seconds and to in found.skips:
+            seconds.add(to)
+    at, end = found.grid
+    total = 0
+    while at <= end:
+        total += 1
+        if at in found.loops:
+            total += (at - found.loops[at] + 1) * (steps - 1)
+        to = found.skips.get(at, at + 1)
+        at = at + 1 if to in seconds and at not in seconds else to
     return total
 
 
@@ -150,7 +157,6 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
                 "steps": call.steps,
                 "tiles": call.tiles,
                 "rows": call.plan.rows,
-                "private": call.plan.private,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
                 "arrays": 1 + len(reference) + call.makes_gradient,
             }
@@ -191,8 +197,9 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     compute = copies = 0.0
     for stage, found in took.items():
         kernel = row["kernels"][stage]
-        compute += kernel["tiles"] * cycles(found, kernel["steps"], kernel["private"], 0)
-        copies += kernel["arrays"] * kernel["rows"] * row["V"] * size
+        compute += kernel["tiles"] * cycles(found, kernel["steps"])
+        numbers = 2 * 128 * 4  # in and out, a row
+        copies += kernel["rows"] * (kernel["arrays"] * row["V"] * size + numbers)
     moved = copies / core.gigabytes / 1e3
     facts = {
         "compiled": sorted(took),

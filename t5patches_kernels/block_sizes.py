@@ -2,12 +2,15 @@
 
 A kernel holds R rows of the whole vocabulary. What it must hold are the windows of its operands and
 results, two of each because one is copied while the other is worked on; what it may hold are parts
-of the rows that one look computes and a later one needs again (`statistics.Parts`).
+of the rows that one look computes and a later one needs again (`statistics.Parts`), and copies of
+the logits: of a changed reference, and of bfloat16, which a look otherwise converts once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,7 +20,13 @@ from t5patches_kernels.operation import Operation, Stage
 from t5patches_kernels.spec import objectives, statistics
 
 LANES = 128
-Part = tuple[str, str | None]  # a key of `statistics.Parts`
+Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")
+# What a part takes the place of where that is held too.
+_INSTEAD: Mapping[Part, Part] = {
+    ("weight", "r"): ("copy", "r"),
+    ("weight", "z"): ("copy", "z"),
+    ("value", "ratio"): ("value", "z"),
+}
 _MIB = 1 << 20
 
 
@@ -82,9 +91,23 @@ class Plan:
     rows: int  # a block
     columns: int  # a window: all of a row, or a tile of it
     unroll: int  # groups of 128 columns in a step of a sweep
-    kept: tuple[Part, ...]  # parts held between looks (`statistics.Parts`)
-    private: bool  # the reference is held as a private copy
+    parts: tuple[Part, ...]  # what is held between looks
+    private: bool  # the reference is changed
     buffers: tuple[Buffer, ...]
+
+    @property
+    def kept(self) -> tuple[Part, ...]:
+        """What looks compute."""
+        return tuple(part for part in self.parts if part[0] != "copy")
+
+    @property
+    def places(self) -> tuple[Part, ...]:
+        """Every buffer of parts, named after the first that is in it."""
+        return tuple(part for part in self.parts if self.place(part) == part)
+
+    def place(self, part: Part) -> Part:
+        """The buffer that a part is in."""
+        return _place(part, self.parts)
 
     @property
     def vmem(self) -> int:
@@ -95,6 +118,11 @@ class Plan:
     def limit(self) -> int:
         """Bytes to ask the compiler for: what every chip has, as spills vary, or more."""
         return max(self.vmem + _RESERVED, LEAST.vmem)
+
+
+def _place(part: Part, parts: Collection[Part]) -> Part:
+    before = _INSTEAD.get(part)
+    return part if before is None or before not in parts else before
 
 
 def up(x: int, to: int) -> int:
@@ -118,9 +146,10 @@ def plan(
     Returns:
       The layout; None where the stage needs whole rows and they do not fit.
     """
-    wanted = _wanted(op, stage, private)
+    wanted = _wanted(op, stage, itemsizes, private)
     for keep in range(len(wanted), -1, -1):
-        out = _layout(stage, up(columns, LANES), itemsizes, private, wanted[:keep])
+        parts = tuple(itertools.chain(*wanted[:keep]))
+        out = _layout(stage, up(columns, LANES), itemsizes, private, parts)
         if out.vmem + _RESERVED <= vmem:
             return out
     if stage in (Stage.NUMBERS, Stage.VISIT):
@@ -134,7 +163,7 @@ def plan(
 
 
 def _layout(
-    stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, kept: tuple[Part, ...]
+    stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, parts: tuple[Part, ...]
 ) -> Plan:
     # A register holds 8 rows of 32 bits; two bfloat16 rows share one.
     rows = 16 if min(itemsizes) == 2 else 8
@@ -145,12 +174,13 @@ def _layout(
     if stage in (Stage.VISIT, Stage.GRADIENT):
         buffers.append(Buffer("window of dz", rows, columns, itemsizes[0], copies=2))
     buffers.append(Buffer("per-row numbers, in and out", rows, 2 * LANES, 4, copies=2))
-    if private:
-        buffers.append(Buffer("private copy of r, later e^(r - rm)", rows, columns, 4))
-    for kind, of in kept:
-        if not (private and (kind, of) == ("weight", "r")):
-            buffers.append(Buffer(f"kept {kind} {of}", rows, columns, 4))
-    return Plan(rows, columns, _UNROLL, kept, private, tuple(buffers))
+    if private and ("copy", "r") not in parts:
+        parts = (("copy", "r"), *parts)
+    held: dict[Part, list[str]] = {}
+    for part in parts:
+        held.setdefault(_place(part, parts), []).append(f"{part[0]} {part[1]}")
+    buffers += [Buffer(", later ".join(names), rows, columns, 4) for names in held.values()]
+    return Plan(rows, columns, _UNROLL, parts, private, tuple(buffers))
 
 
 class _Touched(dict):
@@ -185,12 +215,31 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     return (second.read - {("value", "ratio")}) | third.read
 
 
-def _wanted(op: Operation, stage: Stage, private: bool) -> tuple[Part, ...]:
+def _wanted(
+    op: Operation, stage: Stage, itemsizes: tuple[int, ...], private: bool
+) -> list[tuple[Part, ...]]:
     """The parts worth holding from one look to a later one, the most worthwhile first."""
     if stage not in (Stage.NUMBERS, Stage.VISIT):
-        return ()
+        return []
     read = _read_later(op, stage)
-    if private and ("value", "r") in read:  # the copy must stay what it is
-        read.discard(("weight", "r"))
-    worth = (("weight", "r"), ("weight", "z"), ("value", "ratio"))
-    return tuple(part for part in worth if part in read)
+    names = objectives.needs(op.settings) & set(statistics.SUMS)
+    of_reference = any(statistics.SUMS[name].value == "r" for name in names)
+    out: list[tuple[Part, ...]] = []
+    worth: tuple[Part, ...] = (
+        ("weight", "r"), ("weight", "z"), ("value", "ratio"), ("value", "z")
+    )  # fmt: skip
+    for part in worth:
+        before = _INSTEAD.get(part)
+        if part not in read or any(part in parts for parts in out):
+            continue
+        if part == ("weight", "r") and private and of_reference:
+            continue  # the copy must stay what it is
+        take = before is not None and (
+            before in read or (before[0] == "copy" and _size(before, itemsizes) == 2)
+        )
+        out.append((before, part) if before is not None and take else (part,))
+    return out
+
+
+def _size(copy: Part, itemsizes: tuple[int, ...]) -> int:
+    return itemsizes[-1 if copy[1] == "r" else 0]

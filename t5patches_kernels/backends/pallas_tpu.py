@@ -6,7 +6,9 @@ the specification. What is written here is only how rows are brought, kept and p
 
 * Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
 * Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
-  chip allows (`block_sizes.py`).
+  chip allows (`block_sizes.py`), and take each other's place.
+* A block is done as if it had no masked entry and no NaN. Where its sums show one, it is done again
+  with care: that takes twice as long, and only such blocks pay for it.
 * Edits are patches of single entries in a private copy of the reference: only those that are there
   cost anything. The window of an operand is never written to: what a kernel may do to one that is
   not fetched again is nowhere promised.
@@ -42,7 +44,14 @@ _NO_VMA = (
     'implementation="pallas_tpu" on a machine without a TPU: JAX cannot interpret a kernel inside '
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
+_SUBLANES = 8
 _NONE = -(1 << 30)  # no column, however rows and groups are added to it
+# Groups in a step of the careful way, which takes its time to compile like any other.
+_CAREFUL_UNROLL = 8
+_EDITS_A_STEP = 4
+# What a sweep writes is stored at the end of a step, but where it is more arrays than this: their
+# registers would be spilled (v4's schedule of `tnrr` in bfloat16: 679 cycles a step, 601 static).
+_STORED_LATE = 2
 Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
 
 
@@ -68,13 +77,23 @@ class _Call:
         return pl.cdiv(self.columns, self.plan.columns)
 
     @property
-    def steps(self) -> int:
-        """Steps of a sweep's loop.
+    def groups(self) -> int:
+        """Groups of 128 columns in a window."""
+        return self.plan.columns // LANES
 
-        What is left for after it has the row's edge: the last of several windows reaches beyond the
-        row by less than a group for each window.
+    @property
+    def edge(self) -> int:
+        """Groups at the end of a window that may reach beyond the row.
+
+        The last of several windows does so by less than a group for each window.
         """
-        return max(self.plan.columns // LANES - self.tiles, 0) // self.plan.unroll
+        whole = self.tiles * self.plan.columns == self.columns
+        return 0 if whole else min(self.tiles, self.groups)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a sweep's loop."""
+        return (self.groups - self.edge) // self.plan.unroll
 
     @property
     def looks_first(self) -> bool:
@@ -95,16 +114,15 @@ class _Call:
     @property
     def refs(self) -> list[Any]:
         """What the kernel is given, in order: inputs, outputs, scratch."""
-        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", "z"]
-        inputs += ["plain"] * (self.reference == "given")
+        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", ("window", "z")]
+        inputs += [("window", "r")] * (self.reference == "given")
         outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
-        return [*inputs, *outputs, *self.scratch]
+        return [*inputs, *outputs, *self.plan.places]
 
     @property
-    def scratch(self) -> list[Any]:
-        private = ["r"] * self.plan.private
-        own = [p for p in self.plan.kept if not (self.plan.private and p == ("weight", "r"))]
-        return private + own
+    def own(self) -> tuple[str, ...]:
+        """The numbers that are the target's logits."""
+        return tuple(sorted({"zy", "ry"} & objectives.reads(self.op.settings)))
 
     @property
     def returned(self) -> tuple[str, ...]:
@@ -115,7 +133,7 @@ class _Call:
             return tuple(sorted(second))
         if self.stage is Stage.GRADIENT:
             return ()
-        pair = {"m", "zy"} | ({"rm", "ry"} if self.reference else set())
+        pair = {"m", *self.own} | ({"rm"} if self.reference else set())
         if self.stage is Stage.FIRST:
             return tuple(sorted(pair | (names - second)))
         return tuple(sorted(pair | names | {"w", "bad"}))
@@ -140,12 +158,9 @@ class _Block:
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
-        if call.reference == "given" and not call.plan.private:
-            refs["r"] = refs["plain"]
-        if call.plan.private:
-            refs["weight", "r"] = refs["r"]
-        # What later looks read: the logits, as long as they are there, and the parts kept so far.
-        self.later: list[Any] = ["z", "r"] if call.reference else ["z"]
+        refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
+        self.there: list[Part] = []  # the parts that are in their place
+        self.careful = not call.looks_first  # without sums of its own, nothing is known of a row
 
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
@@ -159,158 +174,254 @@ class _Block:
     def load(self, name: Any, start: Any, groups: int, edge: bool) -> Array:
         """Some columns in float32. At the `edge` of the row, those beyond it are masked."""
         x = self.refs[name][:, pl.ds(start, groups * LANES)].astype(jnp.float32)
-        whole = self.call.tiles * self.call.plan.columns == self.call.columns
-        if whole or not edge or name not in ("z", "r", "plain"):
+        if not edge or name[0] != "window":
             return x
         column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + start
         return jnp.where(column < self.columns, x, -jnp.inf)
 
-    def sweep(self, reads: list[Any], body: Callable[[Group, Any], tuple[Any, Group]], carry: Any):
-        """Calls ``body(read, carry) -> (carry, written)`` on every group of 128 columns in turn."""
+    def logits(self, of: str) -> Part | None:
+        """Where the model's or the reference's logits are to be read."""
+        if ("copy", of) in self.there:
+            return ("copy", of)
+        changed = of == "r" and self.call.plan.private
+        return None if changed or ("window", of) not in self.refs else ("window", of)
 
-        def step(start: Any, groups: int, edge: bool, carry: Any) -> Any:
+    def sweep(
+        self,
+        reads: list[Any],
+        body: Callable[[Group, bool], tuple[Numbers, Group]],
+        total: Numbers,
+        join: Callable[[Array, Array], Array] = jnp.add,
+    ) -> Numbers:
+        """Calls ``body(read, edge) -> (terms, written)`` on each group of 128 columns.
+
+        At the `edge` there may be columns beyond the row among them, masked. Returns `total` with
+        all terms joined to it, those of a step first: shorter sums round less.
+        """
+
+        def joined(a: Numbers, b: Numbers) -> Numbers:
+            return a | {name: join(a[name], x) if name in a else x for name, x in b.items()}
+
+        def step(start: Any, groups: int, edge: bool, total: Numbers) -> Numbers:
+            terms: Numbers = {}
             wide = {name: self.load(name, start, groups, edge) for name in reads}
             written: dict[Any, list[Array]] = {}
+
+            def store(end: int) -> None:
+                for name, parts in written.items():
+                    ref = self.refs[name].at[:, pl.ds(start, groups * LANES)]
+                    columns = slice((end - len(parts)) * LANES, end * LANES)
+                    x = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+                    ref[:, columns] = x.astype(ref.dtype)
+                written.clear()
+
             for g in range(groups):
                 columns = slice(g * LANES, (g + 1) * LANES)
-                carry, out = body({name: x[:, columns] for name, x in wide.items()}, carry)
+                more, out = body({name: x[:, columns] for name, x in wide.items()}, edge)
+                terms = joined(terms, more)
                 for name, x in out.items():
                     written.setdefault(name, []).append(x)
-            for name, parts in written.items():
-                ref = self.refs[name]
-                x = jnp.concatenate(parts, axis=1) if groups > 1 else parts[0]
-                ref[:, pl.ds(start, groups * LANES)] = x.astype(ref.dtype)
-            return carry
+                if len(out) > _STORED_LATE and g % 2:
+                    store(g + 1)
+            store(groups)
+            return joined(total, terms)
 
-        groups, unroll = self.call.plan.columns // LANES, self.call.plan.unroll
-        steps = self.call.steps
+        width = self.call.plan.unroll
+        if self.careful and self.call.looks_first:
+            width = min(width, _CAREFUL_UNROLL)
+        inner = self.call.groups - self.call.edge
+        steps, rest = divmod(inner, width)
 
-        def full_step(i: Array, carry: Any) -> Any:
-            return step(pl.multiple_of(i * (unroll * LANES), unroll * LANES), unroll, False, carry)
+        def full_step(i: Array, total: Numbers) -> Numbers:
+            return step(pl.multiple_of(i * (width * LANES), width * LANES), width, False, total)
 
         if steps:
-            carry = jax.lax.fori_loop(0, steps, full_step, carry)
-        return step(steps * unroll * LANES, groups - steps * unroll, True, carry)
+            total = jax.lax.fori_loop(0, steps, full_step, total)
+        if rest:
+            total = step(steps * width * LANES, rest, False, total)
+        return step(inner * LANES, self.call.edge, True, total) if self.call.edge else total
 
     # Single entries
 
-    def group_of(self, column: Array) -> Array:
-        """Where the group of a column starts, a scalar; 0 for none."""
-        return pl.multiple_of(jnp.maximum(column, 0) & -LANES, LANES)
-
-    def target(self, i: int) -> Array:
-        """The target of a row, a scalar; `_NONE` where it is not among the columns."""
-        return self.refs["ids"][0, 0, i]
+    def target(self, i: int) -> tuple[Array, Array]:
+        """Where the group of a row's target starts, and its lane; `_NONE` if it is in none."""
+        ids = self.refs["ids"]
+        return pl.multiple_of(ids[0, 0, 2 * i], LANES), ids[0, 0, 2 * i + 1]
 
     def own_logits(self) -> Numbers:
         """The targets' logits ``[R, 1]``, 0 where there is none."""
-        names = {"zy": "z"} | ({"ry": "plain"} if self.call.reference == "given" else {})
-        out = dict.fromkeys(names, self.full(0.0))
+        source = {"zy": "z", "ry": "z" if self.call.reference == "self" else "r"}
+        return statistics.row_sums({name: self.own(source[name]) for name in self.call.own})
+
+    def own(self, of: str) -> Array:
+        """The targets' entries of some logits, each in its lane, and 0 in the others."""
+        ref = self.refs["window", of]
+        out = [jnp.zeros((_SUBLANES, LANES), jnp.float32)] * (self.call.plan.rows // _SUBLANES)
         for i in range(self.call.plan.rows):
-            start = self.group_of(self.target(i))
-            here = self.entry == self.target(i) - start + i * LANES
-            for name, source in names.items():
-                x = self.load(source, start, 1, edge=True)
-                out[name] = jnp.where(here, x, out[name])
-        own = statistics.row_sums(out)
-        return own | ({"ry": own["zy"]} if self.call.reference == "self" else {})
+            part, row = divmod(i, _SUBLANES)
+            start, lane = self.target(i)
+            x = ref[:, pl.ds(start, LANES)].astype(jnp.float32)
+            here = self.entry[:_SUBLANES] == lane + row * LANES
+            out[part] = jnp.where(here, x[part * _SUBLANES :][:_SUBLANES], out[part])
+        return jnp.concatenate(out, axis=0)
 
     def edit(self) -> Array:
-        """Patches the private reference; returns how many entries it changed."""
-        ids, r = self.refs["ids"], self.refs["r"]
-        rows, edits = self.call.plan.rows, self.call.edits
-        count = ids[0, 0, rows]
+        """Patches the copy of the reference; returns how many entries it changed."""
+        ids, r, edits = self.refs["ids"], self.refs["copy", "r"], self.call.edits
+        first, entry = 2 * self.call.plan.rows, self.entry[:_SUBLANES]
+        count = ids[0, 0, first]
 
-        def patch(k: Array, carry: None) -> None:
-            row, column = ids[0, 0, rows + 1 + k], ids[0, 0, rows + 1 + edits + k]
-            start = self.group_of(column)
-            here = self.entry == column - start + row * LANES
-            x = r[:, pl.ds(start, LANES)]
-            r[:, pl.ds(start, LANES)] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
+        def patch(k: Array) -> None:
+            row, start, lane = (ids[0, 0, first + 1 + n * edits + k] for n in range(3))
+            at = (
+                pl.ds(pl.multiple_of(row & -_SUBLANES, _SUBLANES), _SUBLANES),
+                pl.ds(pl.multiple_of(start, LANES), LANES),
+            )
+            here = entry == (row & (_SUBLANES - 1)) * LANES + lane
+            x = r[at]
+            r[at] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
+
+        def step(i: Array, carry: None) -> None:
+            for k in range(_EDITS_A_STEP):  # beyond the count: entries that are in no row
+                patch(i * _EDITS_A_STEP + k)
             return carry
 
-        jax.lax.fori_loop(0, count, patch, None)
+        jax.lax.fori_loop(0, pl.cdiv(count, _EDITS_A_STEP), step, None)
         return count
 
     # Looks
 
     def bring(self) -> Numbers:
-        """Makes the private reference where there is one; returns the maxima ``[R, 1]``."""
-        given = self.call.reference == "given"
+        """Makes the copies; returns the maxima and the targets' logits ``[R, 1]``."""
+        rows = {"z": ("window", "z")}
+        if self.call.reference:
+            rows["r"] = ("window", "r" if self.call.reference == "given" else "z")
+        copies = [of for of in rows if ("copy", of) in self.call.plan.parts]
 
-        def body(x: Group, top: Numbers) -> tuple[Numbers, Group]:
-            plain = x.get("plain", x["z"])
-            top = {name: jnp.maximum(top[name], v) for name, v in (("m", x["z"]), ("rm", plain))}
-            return top, {"r": plain} if self.call.plan.private else {}
+        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            found = {"m": x[rows["z"]], "rm": x[rows.get("r", rows["z"])]}
+            return found, {("copy", of): x[rows[of]] for of in copies}
 
-        lowest = {name: self.full(FLOOR) for name in statistics.MAXIMA}
-        top = self.sweep(["z", "plain"] if given else ["z"], body, lowest)
+        least = dict.fromkeys(statistics.MAXIMA, self.full(FLOOR))
+        top = self.sweep(sorted(set(rows.values())), body, least, jnp.maximum)
+        self.there += [("copy", of) for of in copies]
+        own = self.own_logits() if self.call.looks_first else {}
         if self.call.plan.private:
             changed = self.edit() > 0
-            top["rm"] = jax.lax.cond(changed, self.maximum_of_private, lambda: top["rm"])
-        return statistics.maxima(top["m"], top["rm"] if self.call.reference else None)
+            top["rm"] = jax.lax.cond(changed, self.maximum_of_changed, lambda: top["rm"])
+        return own | statistics.maxima(top["m"], top["rm"] if self.call.reference else None)
 
-    def maximum_of_private(self) -> Array:
+    def maximum_of_changed(self) -> Array:
         """The maxima of the edited rows, by lane."""
-        return self.sweep(["r"], lambda x, top: (jnp.maximum(top, x["r"]), {}), self.full(FLOOR))
+        copy = ("copy", "r")
+        least = {"rm": self.full(FLOOR)}
+        return self.sweep([copy], lambda x, edge: ({"rm": x[copy]}, {}), least, jnp.maximum)["rm"]
 
-    def look(self, terms: Callable[..., Numbers], row: Numbers, names: frozenset[str]) -> Numbers:
+    def reading(self) -> tuple[list[Any], Callable[[Group], tuple[Array, Array | None, dict]]]:
+        """What a later look reads, and how that becomes ``(z, r, parts)``."""
+        kept = [part for part in self.there if part[0] != "copy"]
+        z, r = self.logits("z"), self.logits("r")
+
+        def split(x: Group) -> tuple[Array, Array | None, dict]:
+            return x[z], None if r is None else x[r], {part: x[part] for part in kept}
+
+        return [*kept, *(x for x in (z, r) if x is not None)], split
+
+    def look(
+        self,
+        terms: Callable[..., Numbers],
+        row: Numbers,
+        names: frozenset[str],
+        parts: tuple[Part, ...],
+    ) -> Numbers:
         """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
-        reads, wide, kept = list(self.later), self.spread(row), set[Part]()
+        (reads, split), wide = self.reading(), self.spread(row)
 
-        def body(x: Group, sums: Numbers) -> tuple[Numbers, Group]:
-            known = {part: x[part] for part in reads if isinstance(part, tuple)}
-            more = terms(x["z"], x.get("r"), wide, known)
-            new = {p: known[p] for p in self.call.plan.kept if p in known and p not in reads}
-            kept.update(new)
-            return {name: sums[name] + more[name] for name in sums}, new
+        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            z, r, known = split(x)
+            unmasked = not (self.careful or edge)
+            asked = names - {"n"} if unmasked else names
+            more = terms(z, r, wide, asked, known, unmasked)
+            return more, {part: known[part] for part in parts}
 
         sums = self.sweep(reads, body, {name: self.full(0.0) for name in sorted(names)})
-        self.later += sorted(kept, key=str)
-        if self.call.plan.private and ("weight", "r") in kept:  # it took the logits' place
-            self.later.remove("r")
+        if "n" in names and not self.careful:
+            sums["n"] += self.call.groups - self.call.edge
+        place = self.call.plan.place
+        taken = {place(part) for part in parts}
+        self.there = [part for part in self.there if place(part) not in taken] + list(parts)
         return sums
 
-    def first_look(self, maxima: Numbers) -> Numbers:
-        """The sums of the rows and their targets' logits."""
+    def first_look(self, row: Numbers) -> Numbers:
+        """The sums of the rows."""
         names = self.names & set(statistics.SUMS)
-
-        def terms(z: Array, r: Array | None, row: Numbers, known: statistics.Parts) -> Numbers:
-            return statistics.first_terms(z, r, row, names, known)
-
-        return maxima | self.own_logits() | statistics.row_sums(self.look(terms, maxima, names))
+        parts = tuple(
+            part
+            for part in self.call.plan.kept
+            if part != ("value", "ratio") and part not in self.there
+        )
+        terms = partial(statistics.first_terms, parts=parts)
+        return statistics.row_sums(self.look(terms, row, names, parts))
 
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the rows' normalisers."""
         names = self.names & set(statistics.SECOND_LOOK)
+        parts = tuple(p for p in self.call.plan.kept if p == ("value", "ratio"))
 
-        def terms(z: Array, r: Array | None, row: Numbers, known: statistics.Parts) -> Numbers:
-            return statistics.second_terms(z, r, row, names, self.smoothing, self.size, known)
+        def terms(z, r, row, names, known, unmasked):
+            return statistics.second_terms(
+                z, r, row, names, self.smoothing, self.size, known, unmasked
+            )
 
-        return statistics.second_sums(self.look(terms, row, names), row)
+        return statistics.second_sums(self.look(terms, row, names, parts), row)
 
     def gradient(self, row: Numbers, by: Numbers) -> None:
         """Writes the gradient of the rows."""
-        reads, row, by = list(self.later), self.spread(row), self.spread(by)
+        (reads, split), row, by = self.reading(), self.spread(row), self.spread(by)
 
-        def of(x: Group, is_target: Array | None) -> Array:
-            known = {part: x[part] for part in reads if isinstance(part, tuple)}
+        def at(x: Group, is_target: Array | None, edge: bool) -> Array:
+            z, r, known = split(x)
             return statistics.gradient(
-                x["z"], x.get("r"), row, by, is_target, self.smoothing, self.size, known
-            )
+                z, r, row, by, is_target, self.smoothing, self.size, known,
+                unmasked=not (self.careful or edge), finite=not self.careful,
+            )  # fmt: skip
 
-        self.sweep(reads, lambda x, carry: (carry, {"dz": of(x, None)}), None)
-        if "zy" not in by:
-            return
-        rows, dz = self.call.plan.rows, self.refs["dz"]
+        self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, None, edge)}), {})
+        if "zy" in by:
+            self.patch_targets(reads, at)
+
+    def patch_targets(self, reads: list[Any], at: Callable[[Group, Array, bool], Array]) -> None:
+        """Writes the gradient of the targets' groups once more, with the targets in it."""
+        rows, dz, edge = self.call.plan.rows, self.refs["dz"], self.call.edge > 0
         targets = jnp.full(self.shape, _NONE, jnp.int32)
         for i in range(rows):
-            targets = jnp.where(self.row == i, self.target(i), targets)
+            targets = jnp.where(self.row == i, sum(self.target(i)), targets)
         for i in range(rows):
-            start = self.group_of(self.target(i))
-            x = {name: self.load(name, start, 1, edge=True) for name in reads}
+            start, _ = self.target(i)
+            x = {name: self.load(name, start, 1, edge) for name in reads}
             here = self.lane + start == targets
-            dz[:, pl.ds(start, LANES)] = of(x, here).astype(dz.dtype)
+            dz[:, pl.ds(start, LANES)] = at(x, here, edge).astype(dz.dtype)
+
+    def work(self, w: Array, bad: Array, numbers: Numbers, by: Numbers) -> Array:
+        """The stage, once the copies are there; returns whether its sums stand, a scalar."""
+        call = self.call
+        if call.looks_first:
+            numbers = numbers | self.first_look(numbers)
+            if call.stage is not Stage.FIRST:
+                numbers = objectives.finish(numbers, w, bad)
+        if call.looks_again:
+            numbers = numbers | self.second_look(numbers)
+        if call.stage is Stage.VISIT:
+            by = objectives.derivatives(numbers, call.op.settings, {"loss": jnp.ones_like(w)})
+        if call.returned:
+            out = self.full(0.0)
+            for k, name in enumerate(call.returned):
+                out = jnp.where(self.lane == k, numbers[name].astype(jnp.float32), out)
+            self.refs["numbers"][0] = out
+        stands = jnp.min(jnp.where(statistics.stand(numbers), 1.0, 0.0)) > 0
+        if call.makes_gradient:
+            self.gradient(numbers, by)
+        return stands
 
 
 def _kernel(call: _Call, *refs: Any) -> None:
@@ -325,23 +436,17 @@ def _kernel(call: _Call, *refs: Any) -> None:
     )
     by = dict(zip(call.by, columns[2 + len(call.given) :], strict=True))
 
-    if call.looks_first or call.plan.private:
-        maxima = block.bring()
-    if call.looks_first:
-        numbers = block.first_look(maxima)
-        if call.stage is not Stage.FIRST:
-            numbers = objectives.finish(numbers, w, bad)
-    if call.looks_again:
-        numbers = numbers | block.second_look(numbers)
-    if call.stage is Stage.VISIT:
-        by = objectives.derivatives(numbers, call.op.settings, {"loss": jnp.ones_like(w)})
-    if call.makes_gradient:
-        block.gradient(numbers, by)
-    if call.returned:
-        out = block.full(0.0)
-        for k, name in enumerate(call.returned):
-            out = jnp.where(block.lane == k, numbers[name].astype(jnp.float32), out)
-        block.refs["numbers"][0] = out
+    brought = block.bring() if call.looks_first or call.plan.private else {}
+    work = partial(block.work, w, bad, brought | numbers, by)
+    stands = work()
+    if block.careful:
+        return
+
+    @pl.when(~stands)
+    def _again() -> None:
+        block.careful = True
+        block.there = [part for part in block.there if part[0] != "value"]
+        work()
 
 
 # --- What goes in and comes out -------------------------------------------------------------------
@@ -355,23 +460,33 @@ def _within(call: _Call, ids: Array) -> Array:
     return jnp.where(here, local, _NONE)
 
 
+def _split(local: Array) -> tuple[Array, Array]:
+    """Columns as the start of a group and a lane in it; `_NONE` as a lane that is in no group."""
+    start = jnp.maximum(local, 0) & -LANES
+    return start, local - start
+
+
 def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
-    """The edits there are first, by window: their count, rows and columns; and their factors.
+    """The edits there are first, by window: their count, rows, groups and lanes; and their factors.
+
+    There is a multiple of `_EDITS_A_STEP` of them, the last in no column.
 
     Args:
       call: the kernel.
       ids: columns ``[n, R * K]``; those that are out of the row stand for none.
       log_factors: ``[n, R * K]``.
     """
-    local = _within(call, ids)
+    pad = ((0, 0), (0, call.edits - ids.shape[1]))
+    local = _within(call, jnp.pad(ids, pad, constant_values=call.columns))
+    log_factors = jnp.pad(log_factors, pad)
     log_factors = jnp.broadcast_to(log_factors[:, None, :], local.shape)
     absent = (local < 0) | (log_factors == 0.0)
-    per_row = local.shape[-1] // call.plan.rows
+    per_row = ids.shape[1] // call.plan.rows
     row = jax.lax.broadcasted_iota(jnp.int32, local.shape, 2) // per_row
     sort = partial(jax.lax.sort, dimension=2, num_keys=1, is_stable=True)
     _, row, local, log_factors = sort((absent, row, local, log_factors))
     count = jnp.sum(~absent, axis=2, keepdims=True, dtype=jnp.int32)
-    return jnp.concatenate([count, row, local], axis=2), log_factors
+    return jnp.concatenate([count, row, *_split(local)], axis=2), log_factors
 
 
 def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
@@ -381,7 +496,8 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
         pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
         return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
 
-    ids = [_within(call, by_block(tokens.targets, call.columns))]
+    targets = jnp.stack(_split(_within(call, by_block(tokens.targets, call.columns))), axis=-1)
+    ids = [targets.reshape(blocks, call.tiles, -1)]
     factors = []
     if call.edits and tokens.edit_ids is not None and tokens.log_factors is not None:
         found = by_block(tokens.edit_ids, call.columns), by_block(tokens.log_factors, 0.0)
@@ -389,7 +505,7 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
         ids.append(edits)
         factors.append(log_factors)
     elif call.edits:  # a private copy without a change
-        ids.append(jnp.zeros((blocks, call.tiles, 1 + 2 * call.edits), jnp.int32))
+        ids.append(jnp.zeros((blocks, call.tiles, 1 + 3 * call.edits), jnp.int32))
         factors.append(jnp.zeros((blocks, call.tiles, call.edits), jnp.float32))
     arrays = [jnp.concatenate(ids, axis=2), *factors]
     return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
@@ -464,7 +580,7 @@ def _run(
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=[
-            pltpu.VMEM((call.plan.rows, call.plan.columns), jnp.float32) for _ in call.scratch
+            pltpu.VMEM((call.plan.rows, call.plan.columns), jnp.float32) for _ in call.plan.places
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
@@ -513,7 +629,8 @@ def call_of(
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
-    return _Call(op, stage, plan, columns, plan.rows * per_row * private, given, by)
+    edits = block_sizes.up(plan.rows * per_row, _EDITS_A_STEP) if plan.private else 0
+    return _Call(op, stage, plan, columns, edits, given, by)
 
 
 def run(

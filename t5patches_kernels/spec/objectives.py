@@ -104,9 +104,8 @@ def smoothed_forward(row: Row, c: Settings) -> Array:
 @of_q
 def reverse(row: Row, c: Settings) -> Array:
     """KL(p, s(q)): a divergence already. Unsmoothed, it streams in one look."""
-    if c.smoothing == 0.0:
-        return (row.pz - row.pr) / row.s - row.log_s + jnp.log(row.rs)
-    return row.rkl
+    mean = (row.pz - row.pr) / row.s if c.smoothing == 0.0 else row.rkl
+    return mean - row.log_s + jnp.log(row.rs) + math.log1p(c.vocab_size * c.smoothing)
 
 
 def smoothed_likelihood(row: Row, c: Settings) -> Array:
@@ -252,11 +251,16 @@ def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
     return frozenset(recorder.read)
 
 
+def reads(c: Settings) -> frozenset[str]:
+    """Every number that the lines of an operation read."""
+    return _read_by(c, tuple(lines_of(c)))
+
+
 @functools.lru_cache(maxsize=1024)
 def needs(c: Settings) -> frozenset[str]:
     """The statistics that the lines of an operation read, with what those rely on."""
     summed = frozenset(statistics.SUMS) | frozenset(statistics.SECOND_LOOK)
-    return statistics.with_normalisers(_read_by(c, tuple(lines_of(c))) & summed)
+    return statistics.with_normalisers(reads(c) & summed)
 
 
 def looks_twice(c: Settings) -> bool:
@@ -318,7 +322,7 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
 
     Args:
       numbers: the sums over the whole row, with ``zy`` (and ``ry`` where there is a reference) the
-        target's own logits as they are; ``[R, 1]`` each.
+        target's own logits as they are, as far as they are read; ``[R, 1]`` each.
       w: weights ``[R, 1]``.
       bad: whether an id of the token is out of range ``[R, 1]``.
 
@@ -332,7 +336,8 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
     out["zy"] = jnp.maximum(numbers["zy"] - numbers["m"], FLOOR)
     if "rm" in numbers:
         out |= finish_reference(numbers)
+    if "ry" in numbers:
         out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
     if "zs" in numbers:
-        out["rkl"] = out.pop("zs") / out["s"] - jnp.log(out["s"] / out["rs"])
+        out["rkl"] = out.pop("zs") / out["s"]
     return out

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -57,6 +57,8 @@ Numbers = dict[str, Array]  # name -> [R, 1]
 
 # At or below this a logit is masked. Finite, so that a product with 0 is 0.
 FLOOR = -1e30
+# A sum of values above this has no part of a masked entry in it, unclamped, that would matter.
+_UNCLAMPED = -1e15
 
 
 class Sum(NamedTuple):
@@ -106,6 +108,7 @@ class _Tile:
     """The weights and values of one tile, each computed at most once.
 
     `known` holds those that an earlier look has computed; what is computed here is added to it.
+    `unmasked` says that the caller knows every entry of the model to be above `FLOOR`.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class _Tile:
         r: Array | None,
         numbers: Mapping[str, Array],
         known: Parts | None = None,
+        unmasked: bool = False,
     ):
+        self._unmasked = unmasked
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._numbers = numbers
         self._cache: Parts = {} if known is None else known
@@ -124,27 +129,33 @@ class _Tile:
             self._cache[key] = compute()
         return self._cache[key]
 
+    def part(self, kind: str, of: str | None) -> Array:
+        return self.value(of) if kind == "value" and of else self.weight(of)
+
     def value(self, of: str) -> Array:
-        maximum = self._numbers[_MAXIMUM[of]]
-        return self._cached(("value", of), lambda: _relative(self._logits[of], maximum))
+        x, maximum = self._logits[of], self._numbers[_MAXIMUM[of]]
+        whole = of == "z" and self._unmasked  # nothing to clamp
+        return self._cached(("value", of), lambda: x - maximum if whole else _relative(x, maximum))
 
     def weight(self, of: str | None) -> Array:
         if of is None:
-            return self._cached(
-                ("weight", of),
-                lambda: (self._logits["z"] > FLOOR).astype(self._numbers["m"].dtype),
-            )
+            return self.weighed(None, jnp.ones_like(self._numbers["m"]))
         # exp(-1e30) is 0, so the clamp of value() would change nothing here.
         maximum = self._numbers[_MAXIMUM[of]]
         return self._cached(("weight", of), lambda: jnp.exp(self._logits[of] - maximum))
 
+    def weighed(self, weight: str | None, x: Array) -> Array:
+        """`x` times a weight."""
+        if weight is not None:
+            return self.weight(weight) * x
+        if self._unmasked:
+            return x
+        return jnp.where(self._logits["z"] > FLOOR, x, jnp.zeros_like(x))  # 0 * FLOOR is not small
+
     def product(self, sum_: Sum) -> Array:
         if sum_.value is None:
             return self.weight(sum_.weight)
-        if sum_.weight is None:  # 1 * FLOOR is no rounding error: select
-            value = self.value(sum_.value)
-            return jnp.where(self._logits["z"] > FLOOR, value, jnp.zeros_like(value))
-        return self.weight(sum_.weight) * self.value(sum_.value)
+        return self.weighed(sum_.weight, self.value(sum_.value))
 
 
 def _row_sum(x: Array) -> Array:
@@ -166,11 +177,30 @@ def row_sums(terms: Numbers) -> Numbers:
 
 
 def first_terms(
-    z: Array, r: Array | None, row: Numbers, names: frozenset[str], known: Parts | None = None
+    z: Array,
+    r: Array | None,
+    row: Numbers,
+    names: frozenset[str],
+    known: Parts | None = None,
+    unmasked: bool = False,
+    parts: Collection[tuple[str, str | None]] = (),
 ) -> Numbers:
-    """What the sums among `names` add up ``[R, C]``, given the row's maxima."""
-    tile = _Tile(z, r, row, known)
-    return {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    """What the sums among `names` add up ``[R, C]``, given the row's maxima.
+
+    Args:
+      z: model logits ``[R, C]``.
+      r: reference logits ``[R, C]``, edited, or None.
+      row: the maxima.
+      names: the sums.
+      known: see `_Tile`.
+      unmasked: see `_Tile`.
+      parts: weights and values to leave in `known` whether or not the sums need them.
+    """
+    tile = _Tile(z, r, row, known, unmasked)
+    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    for kind, of in parts:
+        tile.part(kind, of)
+    return terms
 
 
 def first_look(z: Array, r: Array | None, names: frozenset[str]) -> Numbers:
@@ -217,33 +247,28 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
 
-def _smoothed_parts(
-    tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int
-) -> tuple[Array, Array]:
-    """``log s(q)`` as an entry's part less the row's: no entry is divided by a normaliser."""
+def _log_mass(tile: _Tile, row: Mapping[str, Array], smoothing: float) -> Array:
+    """``log s(q)`` of an entry but for what is the row's: no entry is divided by a normaliser."""
     if smoothing == 0.0:
-        return tile.value("r"), jnp.log(row["rs"])
-    mass = tile.weight("r") + smoothing * row["rs"]
-    return jnp.log(mass), jnp.log(row["rs"]) + math.log1p(size * smoothing)
-
-
-def _log_smoothed(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
-    """``log s(q)`` with ``s(q) = (q + smoothing) / (1 + size * smoothing)``."""
-    of_entry, of_row = _smoothed_parts(tile, row, smoothing, size)
-    return of_entry - of_row
+        return tile.value("r")
+    return jnp.log(tile.weight("r") + smoothing * row["rs"])
 
 
 def _smoothed_entropy(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
-    """``s(q) log s(q)`` where the model does not mask."""
-    log_s = _log_smoothed(tile, row, smoothing, size)
+    """``s(q) log s(q)`` where the model does not mask, ``s(q) = (q + eps) / (1 + size eps)``."""
+    log_total = jnp.log(row["rs"]) + math.log1p(size * smoothing)
+    log_s = _log_mass(tile, row, smoothing) - log_total
     # Not e^(log s): its rounding is the same in every entry of a flat row, and adds up.
     per_mass = 1.0 / (row["rs"] * (1.0 + size * smoothing))
     s = (tile.weight("r") + smoothing * row["rs"]) * per_mass
-    return jnp.where(tile.weight(None) > 0, s * log_s, 0.0)
+    return tile.weighed(None, s * log_s)
 
 
 class _SecondTile(_Tile):
-    """A tile of a row whose normalisers are known, and with them ``log p - log s(q)``."""
+    """A tile of a row whose reference's normaliser is known, and with it the log ratio.
+
+    ``log p - log s(q)`` but for what is the same in all of a row, which `objectives.reverse` adds.
+    """
 
     def __init__(
         self,
@@ -251,11 +276,11 @@ class _SecondTile(_Tile):
         r: Array | None,
         row: Numbers,
         smoothing: float,
-        size: int,
         known: Parts | None = None,
+        unmasked: bool = False,
     ):
-        super().__init__(z, r, row, known)
-        self._row, self._smoothing, self._size = row, smoothing, size
+        super().__init__(z, r, row, known, unmasked)
+        self._smoothing = smoothing
 
     def value(self, of: str) -> Array:
         if of != "ratio":
@@ -263,8 +288,7 @@ class _SecondTile(_Tile):
         return self._cached(("value", of), self._ratio)
 
     def _ratio(self) -> Array:
-        of_entry, of_row = _smoothed_parts(self, self._row, self._smoothing, self._size)
-        return (super().value("z") - of_entry) - (jnp.log(self._row["s"]) - of_row)
+        return super().value("z") - _log_mass(self, self._numbers, self._smoothing)
 
 
 def second_terms(
@@ -275,9 +299,10 @@ def second_terms(
     smoothing: float,
     size: int,
     known: Parts | None = None,
+    unmasked: bool = False,
 ) -> Numbers:
     """What the sums among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`."""
-    tile = _SecondTile(z, r, row, smoothing, size, known)
+    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
     terms = {}
     if "rkl" in names:
         terms["rkl"] = tile.product(Sum("z", "ratio"))
@@ -306,14 +331,10 @@ def second_look(
 class _Entries(_SecondTile):
     """Every entry as a tile of its own, relative to itself, or to a `reference` that is known."""
 
-    def __init__(
-        self, z: Array | None, r: Array | None, reference: Numbers, smoothing: float, size: int
-    ):
+    def __init__(self, z: Array | None, r: Array | None, reference: Numbers, smoothing: float):
         own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
         self.maxima = {m: x for m, x in own.items() if m not in reference}
-        # The model's normaliser is not known yet: log ratios are as if it were the reference's.
-        like = {"s": reference["rs"]} if reference else {}
-        super().__init__(z, r, own | reference | like, smoothing, size)
+        super().__init__(z, r, own | reference, smoothing)
 
     def _own(self, of: str | None) -> bool:
         """Whether entries are relative to themselves: masked or not is all there is to them."""
@@ -359,13 +380,27 @@ def entries(
       size: entries in the whole row.
     """
     reference = reference or {}
-    tile = _Entries(z, r, reference, smoothing, size)
+    tile = _Entries(z, r, reference, smoothing)
     numbers = tile.maxima | {
         name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names
     }
     if "sls" in names:
         numbers["sls"] = _smoothed_entropy(tile, reference, smoothing, size)
     return numbers
+
+
+def stand(sums: Numbers) -> Array:
+    """Where sums taken as if nothing were masked are right: no masked entry, no NaN shows in them.
+
+    Args:
+      sums: of whole rows, or of all that is looked at of them; with ``s``.
+    """
+    right = sums["s"] < jnp.inf
+    for name, x in sums.items():
+        value = "ratio" if name == "rkl" else SUMS[name].value if name in SUMS else None
+        if value in ("z", "ratio"):
+            right &= x > _UNCLAMPED
+    return right & (sums["rs"] < jnp.inf) if "rs" in sums else right
 
 
 def _coefficients(row: Numbers, by: Mapping[str, Array]) -> dict[Sum, Array]:
@@ -380,7 +415,7 @@ def _coefficients(row: Numbers, by: Mapping[str, Array]) -> dict[Sum, Array]:
         if name == "rkl":
             per_mass = factor / row["s"]
             add("z", "ratio", per_mass)
-            add("z", None, -per_mass * row["rkl"])
+            add("z", None, per_mass * (1.0 - row["rkl"]))
         elif name in SUMS:
             weight, value = SUMS[name]
             if weight == "z":
@@ -399,6 +434,8 @@ def gradient(
     smoothing: float,
     size: int,
     known: Parts | None = None,
+    unmasked: bool = False,
+    finite: bool = False,
 ) -> Array:
     """The gradient of a row's line by its logits: a handful of columns times per-row factors.
 
@@ -411,19 +448,29 @@ def gradient(
       smoothing: of the reference distribution in ``rkl``.
       size: entries in the whole row.
       known: see `_Tile`.
+      unmasked: see `_Tile`.
+      finite: whether the caller sees to rows of which nothing is asked (`only_asked`).
 
     Returns:
       ``[R, C]`` in the dtype of the numbers.
     """
-    tile = _SecondTile(z, r, row, smoothing, size, known)
+    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
     of_weight: dict[str | None, Array] = {}
     for (weight, value), factor in _coefficients(row, by).items():
         more = factor if value is None else factor * tile.value(value)
         of_weight[weight] = of_weight[weight] + more if weight in of_weight else more
-    columns = [tile.weight(weight) * factor for weight, factor in of_weight.items()]
+    columns = [tile.weighed(weight, factor) for weight, factor in of_weight.items()]
     if is_target is not None and "zy" in by:
         columns.append(jnp.where(is_target, by["zy"], jnp.zeros_like(by["zy"])))
     dz = sum(columns[1:], columns[0])
-    # A row without a cotangent may hold NaN, and 0 * NaN is not 0.
-    asked = functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])
-    return jnp.where(asked, dz, jnp.zeros_like(dz))
+    return dz if finite else only_asked(dz, by)
+
+
+def asked(by: Mapping[str, Array]) -> Array:
+    """The rows that have a cotangent ``[R, 1]``."""
+    return functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])
+
+
+def only_asked(dz: Array, by: Mapping[str, Array]) -> Array:
+    """0 for a row without a cotangent: it may hold NaN, and 0 * NaN is not 0."""
+    return jnp.where(asked(by), dz, jnp.zeros_like(dz))
