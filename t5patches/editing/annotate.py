@@ -365,7 +365,9 @@ def expand_negatives(
     """
     check_count(count, model)
     params = jax.tree.map(jnp.asarray, params)
-    places = list(_alternatives(examples, model, params, count, tokenizer))
+    places = list(
+        _alternatives(examples, model, params, count, tokenizer, min(batch_size, _WITH_LOGITS))
+    )
     # Enough at a time for `generate` to put alike prefixes together.
     size = 8 * max(1, batch_size // count)
 
@@ -415,6 +417,9 @@ def check_count(count: int, model: T5Config) -> None:
         )
 
 
+_WITH_LOGITS = 64
+"""Outputs at a time whose logits are all held, [64, length, vocabulary]."""
+
 _Place = tuple[int, int, tuple[int, ...]]
 """An example's number, a marked position in it, and the tokens to try there."""
 
@@ -425,7 +430,7 @@ def _alternatives(
     params: Mapping[str, Any],
     count: int,
     tokenizer: Tokenizer,
-    batch_size: int = 64,
+    batch_size: int,
 ) -> Iterator[_Place]:
     marked = [i for i, example in enumerate(examples) if any(example.marked)]
     if not marked:

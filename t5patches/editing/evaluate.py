@@ -22,11 +22,11 @@ from sacrebleu.metrics import BLEU
 from scipy import stats
 
 from t5patches.editing.annotate import Rule, speak
-from t5patches.editing.data import Batch, Example, to_arrays
+from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.forward import forward
 from t5patches.editing.tokenizer import Span, Tokenizer
-from t5patches.network import T5Config
-from t5patches_kernels import kl_divergence
+from t5patches.network import T5Config, output_head
+from t5patches_kernels import linear_token_statistics
 
 BOOTSTRAP_SAMPLES = 300
 _TWO_SIDED_95 = 1.96
@@ -411,13 +411,23 @@ def kept_divergence(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _kept_divergences(
-    params: Mapping[str, Any], original: Mapping[str, Any], batch: Batch, model: T5Config
+    params: Mapping[str, Any],
+    original: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    model: T5Config,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over kept tokens and their number, for each example."""
+    """The sum over kept tokens and their number, for each example; no logits are held."""
     kept = batch["decoder_loss_weights"] > 0
-    kl = kl_divergence(
-        forward(model, params, batch), forward(model, original, batch), direction="forward"
-    )
+    head = output_head(model, original)
+    kl: Any = linear_token_statistics(
+        forward(model, original, batch, return_hidden=True),
+        head.kernel,
+        batch["decoder_target_tokens"],
+        forward(model, params, batch, return_hidden=True),
+        output_head(model, params).kernel,
+        logit_scale=head.logit_scale,
+        transposed=head.transposed,
+    ).kl
     return jnp.where(kept, kl, 0).sum(-1), kept.sum(-1)
 
 
