@@ -336,8 +336,8 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
     out["zy"] = jnp.maximum(numbers["zy"] - numbers["m"], FLOOR)
     if "rm" in numbers:
         out |= finish_reference(numbers)
-    if "ry" in numbers:
-        out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
+        if "ry" in numbers:
+            out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
     if "zs" in numbers:
         out["rkl"] = out.pop("zs") / out["s"]
     return out
