@@ -120,9 +120,10 @@ def test_a_killed_run_goes_on(objective, environment, checkpoint, tmp_path):
     assert found["training_eval", "loss"].keys() >= {START + 2 * PERIOD, START + STEPS}
     assert expected.keys() == found.keys()
     for key, steps in found.items():
-        tolerance = 1e-3 if key[1].endswith("kl") else 1e-4
+        # T5X's cross_ent_loss is a difference, and all but 0 where a model is its own original.
+        close = {"rel": 1e-3} if key[1].endswith("kl") else {"rel": 1e-4, "abs": 1e-5}
         for step, value in steps.items():
-            assert value == pytest.approx(expected[key][step], rel=tolerance, nan_ok=True), key
+            assert value == pytest.approx(expected[key][step], nan_ok=True, **close), key
     if objective in TARGETED:
         # The model has moved, and the resumed run measures from where training began.
         kl = found["training_eval", "negative/kl"][START + STEPS]
