@@ -16,7 +16,6 @@ import tensorflow as tf
 from t5patches import configs
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
 START, STEPS, PERIOD = 10, 20, 5
 TARGETED = [o for o in configs.OBJECTIVES if o.startswith("tn")]
 
@@ -58,7 +57,7 @@ def checkpoint(environment, tmp_path_factory):
 
 def _train(environment, folder, **bindings):
     arguments = [f"--gin.{k}={v}" for k, v in {"MODEL_DIR": f"'{folder}'", **bindings}.items()]
-    files = [f"--gin_file={HERE / 'train.gin'}", f"--gin_search_paths={ROOT}"]
+    files = [f"--gin_file={HERE / 'train.gin'}", f"--gin_search_paths={HERE}"]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "t5x.train", *files, *arguments],
