@@ -1,11 +1,11 @@
-"""The tutorial of README.md: runs its commands in a fresh directory and stores what they print.
+"""The tutorial of README.md: runs its commands and stores what they print.
 
-python -m bench.tutorial
-python -m bench.readme     # puts it into README.md
+`python -m bench.readme` then puts it into README.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import shlex
@@ -25,6 +25,18 @@ COMMANDS = (
     "    --inputs tutorial/held-out.jsonl --rules tutorial/rules.toml --references \\\n"
     "    --report tutorial/report.html",
 )
+_ANNOTATE = "t5patches annotate --rules tutorial/rules.toml --inputs tutorial/inputs.txt \\\n"
+ROUNDS = (
+    f"{_ANNOTATE}    --model tutorial/model --output tutorial/1.jsonl",
+    "t5patches edit --model tutorial/model --data tutorial/1.jsonl --output tutorial/round-1",
+    f"{_ANNOTATE}    --model tutorial/round-1 --output tutorial/2.jsonl",
+    "t5patches edit --model tutorial/round-1 --data tutorial/2.jsonl --output tutorial/round-2",
+    "t5patches edit --model tutorial/round-1 --original tutorial/model \\\n"
+    "    --data tutorial/1.jsonl tutorial/2.jsonl --output tutorial/round-2-original",
+    "t5patches evaluate --rules tutorial/rules.toml --inputs tutorial/held-out.jsonl \\\n"
+    "    --before tutorial/model \\\n"
+    "    --after tutorial/round-1 tutorial/round-2 tutorial/round-2-original",
+)
 
 
 def words(command: str) -> list[str]:
@@ -32,28 +44,30 @@ def words(command: str) -> list[str]:
     return shlex.split(command.replace("\\\n", " "))[1:]
 
 
-def main() -> None:
-    """Runs the commands, shows and stores what they print."""
+def run(directory: str) -> list[dict]:
+    """Runs the commands in a directory and shows what they print."""
     root = str(pathlib.Path(__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root}
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        for command in COMMANDS:
-            print(f"$ {command}", flush=True)
-            began = time.monotonic()
-            printed = subprocess.run(
-                [sys.executable, "-m", "t5patches.cli", *words(command)],
-                cwd=directory,
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            ).stdout
-            seconds = round(time.monotonic() - began)
-            print(f"{printed}({seconds} s)\n", flush=True)
-            rows.append({"command": command, "printed": printed.splitlines(), "seconds": seconds})
-    common.save("tutorial", rows)
+    for command in (*COMMANDS, *ROUNDS):
+        print(f"$ {command}", flush=True)
+        began = time.monotonic()
+        printed = subprocess.run(
+            [sys.executable, "-m", "t5patches.cli", *words(command)],
+            cwd=directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        print(f"{printed}({time.monotonic() - began:.0f} s)\n", flush=True)
+        rows.append({"command": command, "printed": printed.splitlines()})
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--keep", metavar="DIR", help="run here; default: where all is removed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as passing:
+        common.save("tutorial", run(options.keep or passing))
