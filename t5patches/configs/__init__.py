@@ -64,15 +64,27 @@ def make_model(
     )
 
 
-def make_trainer(model: models.FusedLossModel, **options: Any) -> Trainer:
+def make_trainer(
+    model: models.FusedLossModel, *, teacher_cache: str | None = None, **options: Any
+) -> Trainer:
     """The trainer that a model needs: T5X's, or the one that keeps the original parameters.
 
     Args:
         model: to train.
+        teacher_cache: of `SelfDistillationTrainer`.
         **options: the trainer's other arguments.
 
     Returns:
         `t5patches.trainer.SelfDistillationTrainer` for a targeted objective, else `Trainer`.
+
+    Raises:
+        ValueError: a teacher cache for an objective without an original model.
     """
-    targeted = isinstance(model, models.SelfDistillationModel)
-    return (trainer.SelfDistillationTrainer if targeted else Trainer)(model=model, **options)
+    if isinstance(model, models.SelfDistillationModel):
+        return trainer.SelfDistillationTrainer(model=model, teacher_cache=teacher_cache, **options)
+    if teacher_cache is not None:
+        raise ValueError(
+            f"teacher_cache={teacher_cache!r} with {type(model).__name__}, which has no original "
+            "model: leave it out, or train with one of tnff, tnrr, tnrf, tnfll, tnrll"
+        )
+    return Trainer(model=model, **options)

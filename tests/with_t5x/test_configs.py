@@ -143,6 +143,8 @@ def test_each_objective_has_its_trainer(bound, monkeypatch):
         gin.parse_config("OBJECTIVE = 'ul'")
     plain = gin.get_configurable(configs.make_model)()
     assert type(made["trainer_cls"](model=plain)) is t5x_trainer.Trainer
+    with pytest.raises(ValueError, match="no original model"):
+        made["trainer_cls"](model=plain, teacher_cache="/any")
     for kwargs in made_with:
         assert callable(kwargs["learning_rate_fn"])
         assert kwargs["num_microbatches"] is None
