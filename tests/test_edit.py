@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import editing_samples
 import jax
@@ -182,6 +185,33 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
     assert run(place) == 2
     assert "exists: nothing is overwritten" in capsys.readouterr().err
     assert run(place, "--resume", "--seed", "1") == 2
+
+
+@pytest.mark.slow
+def test_a_process_killed_again_and_again_ends_where_an_unbroken_one_does(place):
+    place = place()
+    assert run(place, output="unbroken") == 0
+    command = [sys.executable, "-m", "t5patches.cli", "edit", "--resume", *SMALL]
+    command += ["--model", place / "tiny", "--data", place / "edits.jsonl"]
+    command += ["--output", place / "edited"]
+    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    killed = 0
+    for attempt in range(40):
+        child = subprocess.Popen([str(x) for x in command], env=environment)
+        try:
+            child.wait(timeout=attempt + 1)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        if (place / "edited").exists():
+            load_model(place / "edited")
+        if child.returncode == 0:
+            break
+    assert child.returncode == 0
+    assert killed > 2
+    for name, x in tensors(place / "unbroken").items():
+        np.testing.assert_array_equal(tensors(place / "edited")[name], x)
 
 
 def spoil_data(place, *lines):
