@@ -76,7 +76,8 @@ def _add_training(group: Any) -> None:
         metavar="K",
         type=common.count,
         help="ids that a marked position loses at most: 0 only the token that was said, more the "
-        "alternatives in the data, from `annotate --expand` (default: all that the data names)",
+        "alternatives in the data, from `annotate --expand` (default: all that the data names; "
+        "none for nl and ce, which take none)",
     )
     group.add_argument(
         "--learning-rate",

@@ -360,8 +360,8 @@ def _require_space(job: Job, checked: Checked) -> None:
 
 
 def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:
-    params = load_checkpoint(job.model)[1]
-    original = params if job.original is None else load_checkpoint(job.original)[1]
+    params: Params = load_checkpoint(job.model)[1]
+    original: Params = params if job.original is None else load_checkpoint(job.original)[1]
     with training_progress(console) as progress:
         teacher = _cached(job, checked, original, progress)
         if teacher is None:
@@ -414,7 +414,7 @@ def _described(job: Job) -> dict[str, Any]:
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
-        "data": {Path(file).name: _sha256(file) for file in job.data},
+        "data": _named(job.data),
         "templates": None if job.templates is None else _sha256(job.templates),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
@@ -430,6 +430,15 @@ def _described(job: Job) -> dict[str, Any]:
 def _weights(folder: PathLike) -> dict[str, Any]:
     files = {path.name: _sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
     return {"name": Path(folder).name, "sha256": files}
+
+
+def _named(files: Sequence[PathLike]) -> dict[str, str]:
+    """Content by name; the whole path where two files share a name."""
+    names = [Path(file).name for file in files]
+    return {
+        name if names.count(name) == 1 else str(file): _sha256(file)
+        for name, file in zip(names, files, strict=True)
+    }
 
 
 def _sha256(path: PathLike) -> str:
