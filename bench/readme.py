@@ -258,6 +258,7 @@ SECTIONS = {
     "tutorial": ("tutorial", tutorial),
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
+    "edit-small": ("edit-small", edit_small),
     "host-cpu": ("host-cpu", host_cpu),
     "tpu_static": ("tpu_static", tpu_static),
     "h200-static": ("h200-static", gpu_static),
