@@ -241,6 +241,8 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "line 2: not JSON" in message
     spoil_data(place, '{"inputs": "a cat", "outputs": "a dog", "spans": []}')
     assert "nothing is marked in any of 1 examples" in refused()
+    spoil_data(place, '{"inputs": "a", "outputs": "", "tokens": [64, 1], "spans": []}')
+    assert "example 1 has the token 64 and the model 64 ids" in refused()
     (place / "edits.jsonl").write_text(good)
     assert "'inputs' has 4 tokens and the limit is 3" in refused("--max-input-length", "3")
     assert "rates, cap and temperature mix several" in refused("--cap", "3")

@@ -195,7 +195,7 @@ def check(job: Job) -> Checked:
     tokenizer = load_tokenizer(job.model)
     check_tokenizer(tokenizer, config, job.model)
     _check_original(job)
-    sets = [_read(job, file, tokenizer) for file in job.data]
+    sets = [_read(job, file, tokenizer, config) for file in job.data]
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
@@ -291,13 +291,19 @@ def _check_original(job: Job) -> None:
         )
 
 
-def _read(job: Job, file: PathLike, tokenizer: Tokenizer) -> list[Example]:
+def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> list[Example]:
     examples = read_examples(
         file,
         tokenizer,
         max_input_length=job.max_input_length,
         max_output_length=job.max_output_length,
     )
+    for number, example in enumerate(examples, start=1):
+        if max(example.output_ids) >= config.vocab_size:
+            raise ValueError(
+                f"{file}: example {number} has the token {max(example.output_ids)} and the model "
+                f"{config.vocab_size} ids: was the file made with another model?"
+            )
     if job.templates is None:
         return examples
     return template_examples(examples, read_templates(job.templates), tokenizer, job.settings.seed)
