@@ -78,6 +78,17 @@ def test_without_rules_it_tells_how_far_an_edit_is(run, folder, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_samples_are_drawn_by_the_seed(run, capsys):
+    found = []
+    for seed in ("0", "1"):
+        arguments = ("--after", "before", "--inputs", "inputs.txt", "--scorer", "my_scorer:length")
+        assert run(*arguments, "--samples", "4", "--seed", seed, "--json") == 0
+        result = json.loads(capsys.readouterr().out)
+        found.append(result["before"]["score_maximum"])
+        assert result["rows"][0]["measures"]["score_maximum"] == found[-1]
+    assert found[0] != found[1]
+
+
 def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
     model_folder(tmp_path / "wide", mlp_dim=8)
     other = model_folder(tmp_path / "other")

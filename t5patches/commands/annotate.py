@@ -21,6 +21,9 @@ goes on from each of them, and what the rules forbid there joins the token's set
 that an edit does not trade one unwanted word for the next.
 
 Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on.
+
+  t5patches annotate --model flan-t5-small --inputs news.txt --rules rules.toml --expand 32 \
+      --output edits.jsonl
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ original's outputs.
                 {"inputs": "...", "references": ["..."]} a line
   --scorer      adds a meter of the worst of several sampled outputs to each input: the mean of the
                 largest score, and how often it reaches the threshold. my_module:function takes a
-                list of outputs and returns as many numbers; a toxicity classifier, for one
+                list of outputs and returns as many numbers; a toxicity classifier, for one.
+                The module is looked for where Python looks, and in this directory
 
 Several edits (two rounds, say) stand side by side:
 
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         meter=Meter(load_callable(options.scorer), **metered) if options.scorer else None,
         max_length=options.max_length,
         batch_size=options.batch_size,
+        seed=options.seed,
     )
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)

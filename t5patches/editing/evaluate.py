@@ -96,6 +96,7 @@ class Measuring:
         references: for each input, what a good output would be; None where nobody said.
         meter: for a score of sampled outputs.
         batch_size: examples at a time.
+        seed: of what is sampled.
     """
 
     rule: Rule | None = None
@@ -104,6 +105,7 @@ class Measuring:
     references: Sequence[Sequence[str]] | None = None
     meter: Meter | None = None
     batch_size: int = 256
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuses to compare with references that are not there."""
@@ -236,6 +238,7 @@ def say(
         tokenizer,
         max_length=measuring.max_length,
         batch_size=measuring.batch_size,
+        seed=measuring.seed,
         **options,
     )
 

@@ -60,6 +60,7 @@ def compare(
             "after": [os.fspath(folder) for folder in after],
             "inputs": len(inputs),
             "max_length": measuring.max_length,
+            "seed": measuring.seed,
             "meter": meter and {"samples": meter.samples, "threshold": meter.threshold},
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
