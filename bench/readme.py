@@ -234,8 +234,8 @@ def t5x_step_static(result: dict) -> str:
         "**Static, by the TPU compiler for one v4; nothing ran on a TPU.** The step of T5 1.1\n"
         "base in bfloat16, batch of 32 x (64 + 64), in GiB; all: arguments, outputs that take no\n"
         "argument's place, temporaries and program. T5Patches' program holds the original as\n"
-        "constants, which the compiler rounds to bfloat16 where it is used so; ours gets it as a\n"
-        f"float32 argument, split over a mesh like the model. {_setting(result['setting'])}.\n\n"
+        "constants (by their size in bfloat16); ours gets it as a float32 argument, which a mesh\n"
+        f"splits like the model.\n{_setting(result['setting'])}.\n\n"
         + _table(["", *shown, "compiling, s"], rows)
     )
 

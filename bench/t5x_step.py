@@ -19,6 +19,7 @@ import functools
 import gc
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -121,7 +122,7 @@ def on_this_machine(objective: str, rows: int) -> dict[str, Any]:
         start = time.perf_counter()
         compiled = trainer._partitioned_train_step.lower(state, batch).compile()
         row[f"{variant} compile s"] = time.perf_counter() - start
-        program = getattr(compiled, "compiled", compiled)
+        program = getattr(compiled, "_step", compiled)  # ours takes the original along
         row[f"{variant} temporaries MiB"] = common.temporaries(program, 2**20)
         row[f"{variant} constants MiB"] = constants(program.as_text()) / 2**20
         calls[variant] = functools.partial(_advance, compiled, [state], batch)
@@ -210,7 +211,8 @@ def _store(name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
         return row["objective"], row.get("variant"), row.get("chip")
 
     merged = {key(row): row for row in (*before, *rows)}
-    return common.save(name, [merged[k] for k in sorted(merged, key=str)])
+    load = os.getloadavg()[0]
+    return common.save(name, [merged[k] for k in sorted(merged, key=str)], load=load)
 
 
 def main() -> None:
