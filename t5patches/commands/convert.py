@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step",
         metavar="N",
         type=common.count,
-        help="to T5X: the step to count from (default: 0; the T5s were published at 1000000, and "
-        "their fine-tuning configs count on from there)",
+        help="to T5X: the step to count from (default: 0; T5 1.1 was published at 1000000, and "
+        "its fine-tuning configs count on from there)",
     )
 
 
