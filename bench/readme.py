@@ -173,13 +173,13 @@ def _console(rows: list[dict], printed: list[dict]) -> str:
 def edit_small(result: dict) -> str:
     """The table of `make bench-edit`."""
     shown = {
-        "edit s": "edit, s",
-        "training s": "of it training, s",
-        "peak GiB": "process at its largest, GiB",
-        "working GiB": "one update beside parameters, GiB",
+        "edit s": ("edit, s", 0),
+        "training s": ("of it training, s", 0),
+        "peak GiB": ("process at its largest, GiB", 2),
+        "working GiB": ("one update beside parameters, GiB", 2),
     }
     rows = [
-        [f"{row['losses']} losses", *(f"{row[key]:.{'12'['GiB' in key]}f}" for key in shown)]
+        [f"{row['losses']} losses", *(f"{row[k]:.{digits}f}" for k, (_, digits) in shown.items())]
         for row in result["rows"]
     ]
     before, after = result["load"]
@@ -189,7 +189,7 @@ def edit_small(result: dict) -> str:
         "the folder to the edited one; dense: `--implementation reference`. Processes that took\n"
         f"turns, medians of {result['turns']}; load of the machine {before:.1f} before and\n"
         f"{after:.1f} after.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(["", *shown.values()], rows)
+        f"{_setting(result['setting'])}.\n\n" + _table(["", *(n for n, _ in shown.values())], rows)
     )
 
 
