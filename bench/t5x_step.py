@@ -54,7 +54,9 @@ class Step(NamedTuple):
     initializer: Any
 
 
-def prepare(variant: str, objective: str, size: str, rows: int, dtype: str, loss: str) -> Step:
+def prepare(
+    variant: str, objective: str, size: str, rows: int, dtype: str, implementation: str
+) -> Step:
     """The model and the shapes of its train state."""
     import t5x_stack
     from t5x import utils
@@ -76,7 +78,9 @@ def prepare(variant: str, objective: str, size: str, rows: int, dtype: str, loss
         **of,
     )
     library = t5x_stack.upstream() if variant == "upstream" else t5x_stack.OURS
-    options = {} if variant == "upstream" else {"implementation": loss, "fused_head": fused}
+    options = (
+        {} if variant == "upstream" else {"implementation": implementation, "fused_head": fused}
+    )
     model = t5x_stack.model(library, objective, module.Transformer(config), **options)
     batch = t5x_stack.batch(rows, LENGTH)
     initializer = utils.TrainStateInitializer(

@@ -1,8 +1,8 @@
 """The parameters that a targeted training keeps to: a frozen copy, kept beside the checkpoints.
 
 A run writes them once, before its first checkpoint, in `NAME` in its directory, and takes them from
-there when it goes on: the original stays the model that training began from. They are laid out as
-T5X's orbax checkpoints are, so that T5X can restore them too.
+there when it goes on: the original stays the model that training began from. They lie as parameters
+do in T5X's orbax checkpoints, so that one reader serves both.
 """
 
 from __future__ import annotations
