@@ -157,6 +157,18 @@ def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded)
     assert 0 < sum(map(len, expected.values())) < len(tried)
 
 
+def test_rows_of_the_model_that_are_no_token_are_not_tried():
+    """A T5 has 32128 rows for 32100 tokens."""
+    wide = tiny_model(vocab_size=340)
+    args = (tiny_params(vocab_size=340), to_arrays([example("x", "in Paris", "Paris")]), wide)
+    every, known = (
+        np.asarray(annotate_module._likeliest_others(*args, (0, 1), size, 320))
+        for size in (340, tokenizer().vocab_size)
+    )
+    assert every.max() >= tokenizer().vocab_size
+    assert known.max() < tokenizer().vocab_size
+
+
 def test_rollouts_change_nothing_but_the_negatives(expanded):
     _, examples, found = expanded
     for before, after in zip(examples, found, strict=True):

@@ -363,7 +363,7 @@ def expand_negatives(
     Raises:
         ValueError: `count` is not between 1 and what the vocabulary leaves to try.
     """
-    check_count(count, model)
+    check_count(count, tokenizer)
     params = jax.tree.map(jnp.asarray, params)
     places = list(
         _alternatives(examples, model, params, count, tokenizer, min(batch_size, _WITH_LOGITS))
@@ -398,22 +398,22 @@ def expand_negatives(
     ]
 
 
-def check_count(count: int, model: T5Config) -> None:
+def check_count(count: int, tokenizer: Tokenizer) -> None:
     """Refuses a number of alternatives that `expand_negatives` cannot try.
 
     Args:
         count: K.
-        model: the sizes of the T5.
+        tokenizer: the model's.
 
     Raises:
         ValueError: `count` is not between 1 and what the vocabulary leaves to try.
     """
     # Neither padding nor the end token has characters that a rule could forbid, and the token
     # that was said is already pushed down.
-    if not 1 <= count <= model.vocab_size - 3:
+    if not 1 <= count <= tokenizer.vocab_size - 3:
         raise ValueError(
-            f"count is {count}: from 1 to {model.vocab_size - 3} alternatives can be tried with "
-            f"a vocabulary of {model.vocab_size}"
+            f"count is {count}: from 1 to {tokenizer.vocab_size - 3} alternatives can be tried "
+            f"with a vocabulary of {tokenizer.vocab_size}"
         )
 
 
@@ -441,20 +441,28 @@ def _alternatives(
         # The last batch is filled up, not compiled again.
         rows = np.minimum(np.arange(start, start + batch_size), len(marked) - 1)
         batch = {name: array[rows] for name, array in arrays.items()}
-        likeliest = np.asarray(_likeliest_others(params, batch, model, special, count))
+        likeliest = np.asarray(
+            _likeliest_others(params, batch, model, special, tokenizer.vocab_size, count)
+        )
         for number, ids in zip(marked[start : start + batch_size], likeliest, strict=False):
             for position in np.flatnonzero(examples[number].marked):
                 yield number, int(position), tuple(ids[position].tolist())
 
 
-@functools.partial(jax.jit, static_argnames=("model", "special", "count"))
+@functools.partial(jax.jit, static_argnames=("model", "special", "known", "count"))
 def _likeliest_others(
-    params: Mapping[str, Any], batch: Batch, model: T5Config, special: tuple[int, ...], count: int
+    params: Mapping[str, Any],
+    batch: Batch,
+    model: T5Config,
+    special: tuple[int, ...],
+    known: int,
+    count: int,
 ) -> jax.Array:
+    """The likeliest ids; `special` ones, and rows of the model that are no token, are barred."""
     logits = forward(model, params, batch)
     ids = jnp.arange(model.vocab_size)[None, None]
     barred = jnp.isin(ids, jnp.array(special)) | (ids == batch["decoder_target_tokens"][..., None])
-    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1]
+    return jax.lax.top_k(jnp.where(barred | (ids >= known), -jnp.inf, logits), count)[1]
 
 
 def _roll_out(

@@ -90,7 +90,7 @@ def collect(
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
     if settings.negatives:
-        check_count(settings.negatives, model.config)
+        check_count(settings.negatives, model.tokenizer)
     parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
     examples = speak(
         model.config,
