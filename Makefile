@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-edit bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x clean
+.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -73,6 +73,9 @@ bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense form
 
 bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parameters, fused and dense losses
 	$(BIN)/python -m bench.edit_small
+
+bench-teacher: $(VENV)/.has-test ## what a cached teacher saves in time and operations
+	$(BIN)/python -m bench.teacher_cache
 
 bench-tpu-static: $(VENV)/.has-test ## the TPU compiler's own figures, on any machine (hours for all)
 	$(BIN)/python -m bench.tpu_static

@@ -335,12 +335,12 @@ def token_loss(
 
 
 class Step:
-    """One update, compiled before anything large is made.
+    """One update, which can be compiled before anything large is made.
 
     Attributes:
-        state: what the update changes, as shapes and where they lie.
-        original: the same of the frozen model; None where the objective needs none.
-        compiled: the program, which says what memory it takes.
+        arguments: of `update`, as shapes and where they lie.
+        state: the first of them, what the update changes.
+        original: the second, the frozen model; None where the objective needs none.
     """
 
     def __init__(
@@ -352,7 +352,7 @@ class Step:
         *,
         cached: str | None = None,
     ):
-        """Compiles the update.
+        """Lays the update out; nothing is compiled yet.
 
         Args:
             model: the sizes of the T5.
@@ -380,8 +380,14 @@ class Step:
                 )
             tokens, _ = rows["decoder_target_tokens"]
             rows[FEATURE] = ((*tokens, model.emb_dim), jnp.dtype(cached))
-        found = _compiled(model, _compiled_with(settings), tuple(rows.items()), mesh)
-        self.state, self.original, self.compiled = found
+        self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh)
+        self.arguments, _ = _program(*self._key)
+        self.state, self.original, *_ = self.arguments
+
+    @property
+    def compiled(self) -> Any:
+        """The compiled program, which says what memory it takes."""
+        return _compiled(*self._key)
 
     def start(self, params: Params) -> _State:
         """Copies parameters to where they lie, with a fresh optimizer.
@@ -437,14 +443,22 @@ class Step:
         return self.compiled(state, original, batch, np.int32(self._seed), np.int32(step))
 
 
+_Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
+
+
 @functools.lru_cache(maxsize=8)
-def _compiled(
-    model: T5Config,
-    settings: TrainSettings,
-    rows: tuple[tuple[str, tuple[tuple[int, ...], Any]], ...],
-    mesh: Mesh | None,
-) -> tuple[_State, Any, Any]:
-    """What the update changes and reads, as shapes and where they lie, and the update."""
+def _compiled(model: T5Config, settings: TrainSettings, rows: _Rows, mesh: Mesh | None) -> Any:
+    arguments, program = _program(model, settings, rows, mesh)
+    # The losses find the mesh by themselves.
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return program.lower(*arguments).compile()
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+    model: T5Config, settings: TrainSettings, rows: _Rows, mesh: Mesh | None
+) -> tuple[tuple, Any]:
+    """What the update takes, as shapes and where they lie, and the update to be compiled."""
     optimizer = _optimizer(settings)
     shapes = devices.param_shapes(model)
     inner = jax.eval_shape(optimizer.init, shapes)
@@ -469,17 +483,15 @@ def _compiled(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
     }
     number = jax.ShapeDtypeStruct((), np.int32)
-    update = jax.jit(
-        functools.partial(_update, model=model, settings=settings),
+    program = jax.jit(
+        functools.partial(update, model=model, settings=settings),
         donate_argnums=0,
         out_shardings=(_State(of_params, of_inner), None),
     )
-    # The losses find the mesh by themselves.
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return state, original, update.lower(state, original, batch, number, number).compile()
+    return (state, original, batch, number, number), program
 
 
-def _update(
+def update(
     state: _State,
     original: Params | None,
     batch: Mapping[str, jax.Array],
@@ -489,6 +501,20 @@ def _update(
     model: T5Config,
     settings: TrainSettings,
 ) -> tuple[_State, dict[str, jax.Array]]:
+    """The arithmetic of an update, which `Step` compiles.
+
+    Args:
+        state: before.
+        original: see `token_loss`.
+        batch: see `token_loss`.
+        seed: of dropout.
+        step: its number.
+        model: the sizes of the T5.
+        settings: how to train.
+
+    Returns:
+        The state after, and what goes into the history.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step) if model.dropout_rate else None
     weights = batch["decoder_loss_weights"]
 
