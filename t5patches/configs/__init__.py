@@ -41,7 +41,7 @@ def make_model(
         An `EncoderDecoderModel...` or a `DecoderOnlyModel...` of `t5patches.models`.
 
     Raises:
-        ValueError: there is no such objective.
+        ValueError: there is no such objective, or it has no use for `original_path`.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
@@ -54,6 +54,11 @@ def make_model(
     if objective != "ce":
         options["alpha"] = alpha
     if original_path is not None:
+        if not objective.startswith("tn"):
+            raise ValueError(
+                f"original_path={original_path!r} with {objective}, which has no original model: "
+                "leave it out"
+            )
         options["original_path"] = original_path
     names = ("vocabulary",) if decoder_only else ("input_vocabulary", "output_vocabulary")
     return getattr(models, kind + loss)(

@@ -176,3 +176,8 @@ def test_readme(bound, monkeypatch):
 def test_no_such_objective(bound):
     with pytest.raises(ValueError, match="objective must be one of"):
         bound("finetune", BASE, objective="kl")
+
+
+def test_no_original_for_an_objective_without_one(bound):
+    with pytest.raises(ValueError, match="ul, which has no original model"):
+        bound("infer", BASE, objective="ul", bindings=["ORIGINAL_PATH = '/any'"])
