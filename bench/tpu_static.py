@@ -79,13 +79,22 @@ def schedule(path: str) -> Schedule:
     return Schedule((start, end), loops, skips)
 
 
-def cycles(found: Schedule, steps: int) -> int:
-    """The bundles that a block of rows without edits, masks and NaN goes through.
+def cycles(found: Schedule, steps: int, phases: int) -> int:
+    """The bundles that a window of rows without edits, masks and NaN goes through.
 
     Args:
       found: the kernel's branches.
       steps: the steps of a sweep.
+      phases: how often the kernel goes over the windows. The widest branches skip a phase each.
     """
+    if phases == 1:
+        return _walk(found, steps, None)
+    widest = sorted(found.skips, key=lambda a: a - found.skips[a])[:phases]
+    return sum(_walk(found, steps, phase) for phase in widest)
+
+
+def _walk(found: Schedule, steps: int, entered: int | None) -> int:
+    """The bundles of one step of the grid; the branch at `entered` is not taken."""
     seconds: set[int] = set()  # of pairs
     for first, to in sorted(found.skips.items()):
         if first not in seconds and to in found.skips:
@@ -97,7 +106,8 @@ def cycles(found: Schedule, steps: int) -> int:
         if at in found.loops:
             total += (at - found.loops[at] + 1) * (steps - 1)
         to = found.skips.get(at, at + 1)
-        at = at + 1 if to in seconds and at not in seconds else to
+        first = to in seconds and at not in seconds
+        at = at + 1 if first or at == entered else to
     return total
 
 
@@ -147,8 +157,9 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
             )
             for stage in Stage
         }
+    visit = calls["visit"]
     return {
-        "passes": passes(ours, (TOKENS, columns)),
+        "passes": passes(ours, (TOKENS, columns)) + (visit.again if visit else 0),
         "dense_passes": passes(dense, (TOKENS, columns)),
         "temporaries_tv": ours.memory_analysis().temp_size_in_bytes
         / (TOKENS * columns * jnp.dtype(dtype).itemsize),
@@ -158,7 +169,8 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
                 "tiles": call.tiles,
                 "rows": call.plan.rows,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
-                "arrays": 1 + len(reference) + call.makes_gradient,
+                "phases": call.phases,
+                "arrays": 1 + len(reference) + call.makes_gradient + call.again,
             }
             for stage, call in calls.items()
             if call is not None
@@ -197,7 +209,7 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     compute = copies = 0.0
     for stage, found in took.items():
         kernel = row["kernels"][stage]
-        compute += kernel["tiles"] * cycles(found, kernel["steps"])
+        compute += kernel["tiles"] * cycles(found, kernel["steps"], kernel["phases"])
         numbers = 2 * 128 * 4  # in and out, a row
         copies += kernel["rows"] * (kernel["arrays"] * row["V"] * size + numbers)
     moved = copies / core.gigabytes / 1e3

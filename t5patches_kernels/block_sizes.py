@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from t5patches_kernels.operation import Operation, Stage
 from t5patches_kernels.spec import objectives, statistics
+from t5patches_kernels.spec.objectives import Settings
 
 LANES = 128
 Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")
@@ -52,6 +53,8 @@ _RESERVED = 5 * _MIB // 4
 # Groups of 128 columns in a step of a sweep. By the v4's schedule of `tnff` in bfloat16: 16 take
 # 6784 cycles, 32 6371, 64 6243, 125 6099 (static); the wider, the longer it takes to compile.
 _UNROLL = 64
+# Groups of a window of rows that do not fit: long copies, and few steps.
+_WINDOW = 64
 
 
 def target() -> Chip | None:
@@ -94,6 +97,27 @@ class Plan:
     parts: tuple[Part, ...]  # what is held between looks
     private: bool  # the reference is changed
     buffers: tuple[Buffer, ...]
+    # Of rows that go through in windows while the reference is held as a whole: how many windows of
+    # the model's logits are held too, and what numbers are kept from window to window.
+    held: int = 0
+    windows: int = 1
+    state: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows go through in windows while the reference is held as a whole."""
+        return bool(self.state)
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of the buffers of parts and of state."""
+        windows = dict.fromkeys(self.places, 1)
+        if self.streamed:
+            windows |= {
+                ("copy", "r"): self.windows,
+                ("copy", "z"): min(self.held + 1, self.windows),
+            }
+        return [windows[part] * self.columns for part in self.places] + [LANES] * len(self.state)
 
     @property
     def kept(self) -> tuple[Part, ...]:
@@ -162,6 +186,60 @@ def plan(
         tiles += 1
 
 
+def streamed(
+    op: Operation, stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, vmem: int
+) -> Plan | None:
+    """The layout of rows that go through in windows while the reference is held as a whole.
+
+    Takes what `plan` takes; None where it does not fit, or where there is no such kernel.
+    """
+    c = op.settings
+    names = objectives.needs(c)
+    given = objectives.reference_of(c) == "given" and "ry" not in objectives.reads(c)
+    if stage not in (Stage.NUMBERS, Stage.VISIT) or not given:
+        return None
+    parts: list[Part] = [("copy", "r")]
+    if not _of_reference(names):
+        parts.append(("weight", "r"))
+    if stage is Stage.VISIT:
+        parts.append(("copy", "z"))
+    state = _state(c, stage)
+    groups = up(columns, LANES) // LANES
+    # Of about a size, the windows that reach least beyond the row.
+    about = (range(most, most * 3 // 4, -1) for most in (_WINDOW >> k for k in range(7)))
+    for some in about:
+        width = LANES * min(some, key=lambda n: up(groups, n))
+        out = _layout(stage, width, itemsizes, private, ())
+        rows, windows = out.rows, -(-columns // width)
+        fixed = [buffer for buffer in out.buffers if not buffer.name.startswith("copy")]
+        fixed.append(Buffer("copy r, later weight r", rows, windows * width, 4))
+        fixed.append(Buffer("numbers kept from window to window", rows, len(state) * LANES, 4))
+        room = vmem - _RESERVED - sum(buffer.bytes for buffer in fixed)
+        slots = min(room // (4 * rows * width), windows)
+        if slots > 0:
+            held = windows if slots == windows else slots - 1
+            fixed.append(Buffer("copy z", rows, slots * width, 4))
+            return dataclasses.replace(
+                out, parts=tuple(parts), buffers=tuple(fixed), held=held, windows=windows,
+                state=state,
+            )  # fmt: skip
+    return None
+
+
+def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
+    """The numbers that are kept from window to window, by what they are of."""
+    names = objectives.needs(c)
+    alone = names & set(statistics.OF_REFERENCE)
+    beside = statistics.with_normalisers(
+        frozenset("zs" if name == "rkl" else name for name in names - alone)
+    )
+    found = {"r": {"rm", *alone}, "z": {"m", *beside}, "own": {"zy"}, "row": {"rm", *alone}}
+    if stage is Stage.VISIT:
+        found["row"] |= {"m", *names}
+        found["by"] = set(objectives.differentiable(c, ("loss",)))
+    return tuple((of, name) for of, some in found.items() for name in sorted(some))
+
+
 def _layout(
     stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, parts: tuple[Part, ...]
 ) -> Plan:
@@ -222,8 +300,7 @@ def _wanted(
     if stage not in (Stage.NUMBERS, Stage.VISIT):
         return []
     read = _read_later(op, stage)
-    names = objectives.needs(op.settings) & set(statistics.SUMS)
-    of_reference = any(statistics.SUMS[name].value == "r" for name in names)
+    of_reference = _of_reference(objectives.needs(op.settings))
     out: list[tuple[Part, ...]] = []
     worth: tuple[Part, ...] = (
         ("weight", "r"), ("weight", "z"), ("value", "ratio"), ("value", "z")
@@ -239,6 +316,11 @@ def _wanted(
         )
         out.append((before, part) if before is not None and take else (part,))
     return out
+
+
+def _of_reference(names: Collection[str]) -> bool:
+    """Whether a sum reads the reference's logits besides what they weigh."""
+    return any(n in statistics.SUMS and statistics.SUMS[n].value == "r" for n in names)
 
 
 def _size(copy: Part, itemsizes: tuple[int, ...]) -> int:

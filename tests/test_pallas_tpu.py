@@ -78,9 +78,9 @@ def _little_vmem(monkeypatch, _fresh_programs):
     monkeypatch.setattr(block_sizes, "LEAST", least)
 
 
-def _plan(objective, stage, columns, itemsizes, vmem, private=True):
+def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=block_sizes.plan):
     op = Operation(Settings(objective, columns, smoothing=1e-6))
-    return block_sizes.plan(op, stage, columns, itemsizes, private, vmem)
+    return of(op, stage, columns, itemsizes, private, vmem)
 
 
 @pytest.mark.usefixtures("_little_vmem")
@@ -93,6 +93,24 @@ def test_in_tiles(name, dtype):
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits, dtype=dtype), dtype)
 
 
+@pytest.fixture
+def _some_vmem(monkeypatch, _fresh_programs):
+    """Room for a reference of 1000 entries and some of its model's logits."""
+    some = block_sizes.Chip("some", block_sizes._RESERVED + 180 * 1024)
+    monkeypatch.setattr(block_sizes, "LEAST", some)
+    size = (Stage.VISIT, 1000, (4, 4), some.vmem)
+    assert _plan("tnrf", *size) is None
+    streamed = _plan("tnrf", *size, of=block_sizes.streamed)
+    assert 0 < streamed.held < streamed.windows
+
+
+@pytest.mark.usefixtures("_some_vmem")
+@pytest.mark.parametrize("name", ["tnrf", "tnff-divergence"])
+def test_in_windows(name):
+    edits = 5 if name in TAKES_EDITS else 0
+    assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits))
+
+
 def test_plans_stay_within_every_chip():
     for chip in block_sizes._CHIPS:
         for columns in (1, 32100, 32128, 250112, 1_000_003):
@@ -103,6 +121,9 @@ def test_plans_stay_within_every_chip():
                         assert plan is None or plan.limit <= chip.vmem
                         whole = plan is not None and plan.columns >= columns
                         assert whole or columns > 100_000
+                        size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
+                        streamed = _plan(*size, of=block_sizes.streamed)
+                        assert streamed is None or streamed.limit <= chip.vmem
 
 
 # --- The simulated machine ------------------------------------------------------------------------
@@ -124,6 +145,12 @@ def _simulated(monkeypatch, _fresh_programs):
 def test_no_race_and_nothing_uninitialised(name):
     edits = 3 if name in TAKES_EDITS else 0
     assert_as_good_as_dense(name, NAME, batch(3, 200, edits=edits))
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.usefixtures("_simulated", "_some_vmem")
+def test_no_race_in_windows():
+    assert_as_good_as_dense("tnrf", NAME, batch(3, 1000, edits=3))
     assert not interpreter.races.races_found
 
 

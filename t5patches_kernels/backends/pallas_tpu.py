@@ -7,6 +7,8 @@ the specification. What is written here is only how rows are brought, kept and p
 * Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
 * Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
   chip allows (`block_sizes.py`), and take each other's place.
+* Rows too long for that go through in windows, three times over, the reference's alone held as a
+  whole; what does not even leave room for it is read once more for every look.
 * A block is done as if it had no masked entry and no NaN. Where its sums show one, it is done again
   with care: that takes twice as long, and only such blocks pay for it.
 * Edits are patches of single entries in a private copy of the reference: only those that are there
@@ -83,17 +85,24 @@ class _Call:
 
     @property
     def edge(self) -> int:
-        """Groups at the end of a window that may reach beyond the row.
-
-        The last of several windows does so by less than a group for each window.
-        """
-        whole = self.tiles * self.plan.columns == self.columns
-        return 0 if whole else min(self.tiles, self.groups)
+        """Groups at the end of a window that, in the last one, reach beyond the row."""
+        return min(self.tiles * self.groups - self.columns // LANES, self.groups)
 
     @property
     def steps(self) -> int:
         """Steps of a sweep's loop."""
         return (self.groups - self.edge) // self.plan.unroll
+
+    @property
+    def phases(self) -> int:
+        """How often the windows of a block are gone over, where that is not once a look."""
+        return 2 + self.makes_gradient if self.plan.streamed else 1
+
+    @property
+    def again(self) -> float:
+        """The share of the model's logits that comes in once more."""
+        held = self.plan.held if self.plan.streamed else self.tiles
+        return max(0.0, 1 - held * self.plan.columns / self.columns) * self.makes_gradient
 
     @property
     def looks_first(self) -> bool:
@@ -117,7 +126,7 @@ class _Call:
         inputs = ["ids", *["factors"] * bool(self.edits), "lanes", ("window", "z")]
         inputs += [("window", "r")] * (self.reference == "given")
         outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
-        return [*inputs, *outputs, *self.plan.places]
+        return [*inputs, *outputs, *self.plan.places, *self.plan.state]
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -154,13 +163,14 @@ class _Block:
         # Of the window; the last of several may reach beyond the row.
         self.columns: int | Array = call.columns
         if call.tiles > 1:
-            self.columns = call.columns - pl.program_id(1) * call.plan.columns
+            self.columns = call.columns - pl.program_id(2) * call.plan.columns
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
         refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
         self.there: list[Part] = []  # the parts that are in their place
         self.careful = not call.looks_first  # without sums of its own, nothing is known of a row
+        self.unroll = call.plan.unroll
 
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
@@ -171,9 +181,13 @@ class _Block:
             name: jnp.broadcast_to(x, self.shape) for name, x in numbers.items() if name != "bad"
         }
 
+    def at(self, name: Any, start: Any, groups: int) -> Any:
+        """Where some columns of the window are in an array."""
+        return pl.ds(start, groups * LANES)
+
     def load(self, name: Any, start: Any, groups: int, edge: bool) -> Array:
         """Some columns in float32. At the `edge` of the row, those beyond it are masked."""
-        x = self.refs[name][:, pl.ds(start, groups * LANES)].astype(jnp.float32)
+        x = self.refs[name][:, self.at(name, start, groups)].astype(jnp.float32)
         if not edge or name[0] != "window":
             return x
         column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + start
@@ -209,7 +223,7 @@ class _Block:
 
             def store(end: int) -> None:
                 for name, parts in written.items():
-                    ref = self.refs[name].at[:, pl.ds(start, groups * LANES)]
+                    ref = self.refs[name].at[:, self.at(name, start, groups)]
                     columns = slice((end - len(parts)) * LANES, end * LANES)
                     x = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
                     ref[:, columns] = x.astype(ref.dtype)
@@ -226,9 +240,7 @@ class _Block:
             store(groups)
             return joined(total, terms)
 
-        width = self.call.plan.unroll
-        if self.careful and self.call.looks_first:
-            width = min(width, _CAREFUL_UNROLL)
+        width = self.unroll
         inner = self.call.groups - self.call.edge
         steps, rest = divmod(inner, width)
 
@@ -275,7 +287,7 @@ class _Block:
             row, start, lane = (ids[0, 0, first + 1 + n * edits + k] for n in range(3))
             at = (
                 pl.ds(pl.multiple_of(row & -_SUBLANES, _SUBLANES), _SUBLANES),
-                pl.ds(pl.multiple_of(start, LANES), LANES),
+                self.at(("copy", "r"), pl.multiple_of(start, LANES), 1),
             )
             here = entry == (row & (_SUBLANES - 1)) * LANES + lane
             x = r[at]
@@ -293,23 +305,29 @@ class _Block:
 
     def bring(self) -> Numbers:
         """Makes the copies; returns the maxima and the targets' logits ``[R, 1]``."""
-        rows = {"z": ("window", "z")}
-        if self.call.reference:
-            rows["r"] = ("window", "r" if self.call.reference == "given" else "z")
+        top = self.copy("zr" if self.call.reference else "z")
+        own = self.own_logits() if self.call.looks_first else {}
+        if self.call.plan.private:
+            top["rm"] = self.changed(top["rm"])
+        return own | statistics.maxima(top["m"], top.get("rm"))
+
+    def copy(self, rows: str) -> Numbers:
+        """Makes the copies there are to be of some windows; returns the maxima by lane."""
+        of_self = self.call.reference == "self"
+        windows = {of: ("window", "z" if of_self else of) for of in rows}
         copies = [of for of in rows if ("copy", of) in self.call.plan.parts]
 
         def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
-            found = {"m": x[rows["z"]], "rm": x[rows.get("r", rows["z"])]}
-            return found, {("copy", of): x[rows[of]] for of in copies}
+            found = {statistics.MAXIMUM[of]: x[windows[of]] for of in rows}
+            return found, {("copy", of): x[windows[of]] for of in copies}
 
-        least = dict.fromkeys(statistics.MAXIMA, self.full(FLOOR))
-        top = self.sweep(sorted(set(rows.values())), body, least, jnp.maximum)
+        least = {statistics.MAXIMUM[of]: self.full(FLOOR) for of in rows}
         self.there += [("copy", of) for of in copies]
-        own = self.own_logits() if self.call.looks_first else {}
-        if self.call.plan.private:
-            changed = self.edit() > 0
-            top["rm"] = jax.lax.cond(changed, self.maximum_of_changed, lambda: top["rm"])
-        return own | statistics.maxima(top["m"], top["rm"] if self.call.reference else None)
+        return self.sweep(sorted(set(windows.values())), body, least, jnp.maximum)
+
+    def changed(self, top: Array) -> Array:
+        """Edits the copy of the reference; returns its maxima by lane, from those it had."""
+        return jax.lax.cond(self.edit() > 0, self.maximum_of_changed, lambda: top)
 
     def maximum_of_changed(self) -> Array:
         """The maxima of the edited rows, by lane."""
@@ -333,6 +351,7 @@ class _Block:
         row: Numbers,
         names: frozenset[str],
         parts: tuple[Part, ...],
+        sums: Numbers | None = None,
     ) -> Numbers:
         """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
         (reads, split), wide = self.reading(), self.spread(row)
@@ -344,7 +363,8 @@ class _Block:
             more = terms(z, r, wide, asked, known, unmasked)
             return more, {part: known[part] for part in parts}
 
-        sums = self.sweep(reads, body, {name: self.full(0.0) for name in sorted(names)})
+        start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
+        sums = self.sweep(reads, body, start)
         if "n" in names and not self.careful:
             sums["n"] += self.call.groups - self.call.edge
         place = self.call.plan.place
@@ -412,21 +432,137 @@ class _Block:
         if call.looks_again:
             numbers = numbers | self.second_look(numbers)
         if call.stage is Stage.VISIT:
-            by = objectives.derivatives(numbers, call.op.settings, {"loss": jnp.ones_like(w)})
+            by = self.derivatives(numbers, w)
         if call.returned:
-            out = self.full(0.0)
-            for k, name in enumerate(call.returned):
-                out = jnp.where(self.lane == k, numbers[name].astype(jnp.float32), out)
-            self.refs["numbers"][0] = out
+            self.give(numbers)
         stands = jnp.min(jnp.where(statistics.stand(numbers), 1.0, 0.0)) > 0
         if call.makes_gradient:
             self.gradient(numbers, by)
         return stands
 
+    def derivatives(self, numbers: Numbers, w: Array) -> Numbers:
+        """The derivatives of the loss by the numbers of the rows."""
+        ones = {"loss": jnp.ones_like(w)}
+        return objectives.derivatives(numbers, self.call.op.settings, ones)
+
+    def give(self, numbers: Numbers) -> None:
+        """Writes the numbers that go out."""
+        out = self.full(0.0)
+        for k, name in enumerate(self.call.returned):
+            out = jnp.where(self.lane == k, numbers[name].astype(jnp.float32), out)
+        self.refs["numbers"][0] = out
+
+
+class _Streamed(_Block):
+    """The rows of a block, a window at a time: of a row only the reference is held as a whole.
+
+    Three phases go over the windows of a block. In the first those of the reference come in, and
+    their sums are taken; in the second those of the model come in, and with the reference's
+    normaliser known all else can be summed; in the third the gradient leaves. Of the model's
+    logits the first `Plan.held` windows stay, and the others come in once more.
+    """
+
+    def __init__(self, call: _Call, refs: dict[Any, Any]):
+        super().__init__(call, refs)
+        self.careful = True
+        self.window = pl.program_id(2)
+        self.columns = call.columns - self.window * call.plan.columns
+
+    def at(self, name: Any, start: Any, groups: int) -> Any:
+        place = self.call.plan.place(name)
+        if place == ("copy", "r"):
+            start = start + self.window * self.call.plan.columns
+        elif place == ("copy", "z"):  # the last place is for all that do not stay
+            start = start + jnp.minimum(self.window, self.call.plan.held) * self.call.plan.columns
+        return pl.ds(pl.multiple_of(start, LANES), groups * LANES)
+
+    def get(self, of: str) -> Numbers:
+        """Numbers that are kept from window to window."""
+        return {key[1]: self.refs[key][...] for key in self.call.plan.state if key[0] == of}
+
+    def put(self, of: str, numbers: Numbers) -> None:
+        for name, x in numbers.items():
+            self.refs[of, name][...] = jnp.broadcast_to(x, self.shape).astype(jnp.float32)
+
+    def start(self, of: str) -> None:
+        """Nothing summed yet."""
+        names = self.get(of)
+        empty = {name: self.full(FLOOR if name in statistics.MAXIMA else 0.0) for name in names}
+        pl.when(self.window == 0)(lambda: self.put(of, empty))
+
+    def add(self, of: str, top: Array, terms: Callable[..., Numbers], parts: Any) -> None:
+        """Adds what is summed of a window, relative to the maxima by lane that are then known."""
+        before = self.get(of)
+        m = statistics.MAXIMUM[of]
+        now = {m: jnp.maximum(before[m], top)}
+        sums = {k: x for k, x in statistics.rebase(before, now).items() if k not in now}
+        self.put(of, now | self.look(terms, now, frozenset(sums), parts, sums))
+
+    def whole(self, of: str) -> Numbers:
+        """The numbers of the rows, from what was kept by lane."""
+        numbers, m = self.get(of), statistics.MAXIMUM[of]
+        row = {m: jnp.max(numbers[m], axis=-1, keepdims=True)}
+        sums = {k: x for k, x in statistics.rebase(numbers, row).items() if k not in row}
+        return row | statistics.row_sums(sums)
+
+    def reference_phase(self) -> None:
+        """The sums of the reference alone."""
+        self.start("r")
+        top = self.copy("r")["rm"]
+        top = self.changed(top) if self.call.plan.private else top
+
+        def terms(z, r, row, names, known, unmasked):
+            return statistics.first_terms(None, r, row, names, known)
+
+        self.add("r", top, terms, ())
+
+        @pl.when(self.window == self.call.tiles - 1)
+        def _() -> None:
+            found = self.whole("r")
+            self.put("row", found | objectives.finish_reference(found))
+
+    def model_phase(self, w: Array, bad: Array) -> None:
+        """All other sums, and what follows from them."""
+        self.start("z")
+        self.start("own")
+        self.there = [("copy", "r")]
+        top = self.copy("z")["m"]
+        self.put("own", {name: x + self.own("z") for name, x in self.get("own").items()})
+        of_reference = {k: x for k, x in self.get("row").items() if k in ("rm", "rs", "qr")}
+
+        def terms(z, r, top, names, known, unmasked):
+            return statistics.terms_beside(
+                z, r, of_reference | top, names, self.smoothing, self.size, known, kept
+            )
+
+        kept = tuple(part for part in self.call.plan.kept)
+        self.add("z", top, terms, kept)
+
+        @pl.when(self.window == self.call.tiles - 1)
+        def _() -> None:
+            numbers = self.whole("z") | statistics.row_sums(self.get("own"))
+            numbers |= {name: x[:, :1] for name, x in of_reference.items()}
+            numbers = objectives.finish(numbers, w, bad)
+            self.give(numbers)
+            if self.call.makes_gradient:
+                self.put("row", {k: x for k, x in numbers.items() if ("row", k) in self.refs})
+                self.put("by", self.derivatives(numbers, w))
+
+    def gradient_phase(self) -> None:
+        """The gradient of a window."""
+
+        @pl.when(self.window >= self.call.plan.held)
+        def _() -> None:
+            self.copy("z")
+
+        self.there = [("copy", "z"), *(self.call.plan.kept or [("copy", "r")])]
+        self.gradient(self.get("row"), self.get("by"))
+
 
 def _kernel(call: _Call, *refs: Any) -> None:
-    """One stage on one block of rows."""
-    block = _Block(call, dict(zip(call.refs, refs, strict=True)))
+    """One stage on one block of rows, or on one window of it."""
+    of = _Streamed if call.plan.streamed else _Block
+    block = of(call, dict(zip(call.refs, refs, strict=True)))
     lanes = block.refs["lanes"][...]
     columns = [lanes[:, k : k + 1] for k in range(2 + len(call.given) + len(call.by))]
     w, bad, numbers = (
@@ -436,6 +572,12 @@ def _kernel(call: _Call, *refs: Any) -> None:
     )
     by = dict(zip(call.by, columns[2 + len(call.given) :], strict=True))
 
+    if isinstance(block, _Streamed):
+        phases = (block.reference_phase, partial(block.model_phase, w, bad), block.gradient_phase)
+        for k, phase in enumerate(phases[: call.phases]):
+            pl.when(pl.program_id(1) == k)(phase)
+        return
+
     brought = block.bring() if call.looks_first or call.plan.private else {}
     work = partial(block.work, w, bad, brought | numbers, by)
     stands = work()
@@ -444,7 +586,7 @@ def _kernel(call: _Call, *refs: Any) -> None:
 
     @pl.when(~stands)
     def _again() -> None:
-        block.careful = True
+        block.careful, block.unroll = True, min(block.unroll, _CAREFUL_UNROLL)
         block.there = [part for part in block.there if part[0] != "value"]
         work()
 
@@ -522,17 +664,28 @@ def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | N
 
 def _specs(call: _Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
     """The windows of inputs and outputs."""
-    rows, tiles = call.plan.rows, call.tiles
-    window = pl.BlockSpec((rows, call.plan.columns), lambda i, j: (i, j))
-    lanes = pl.BlockSpec((rows, LANES), lambda i, j: (i, 0))
-    numbers = pl.BlockSpec((1, rows, LANES), lambda i, j: (j, i, 0))
+    rows, tiles, held = call.plan.rows, call.tiles, call.plan.held
+    if not call.plan.streamed:
+        window = reference = out = pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, j))
+    else:  # where a phase has no use for a window, the one before or after stays
+
+        def over(at: Callable[..., Array]) -> pl.BlockSpec:
+            return pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, at(p, j)))
+
+        last = tiles - 1
+        again = lambda j: last if held >= tiles else jnp.where(j < held, last, j)  # noqa: E731
+        window = over(lambda p, j: jnp.where(p == 0, 0, jnp.where(p == 1, j, again(j))))
+        reference = over(lambda p, j: jnp.where(p == 0, j, last))
+        out = over(lambda p, j: jnp.where(p == 2, j, 0))
+    lanes = pl.BlockSpec((rows, LANES), lambda i, p, j: (i, 0))
+    numbers = pl.BlockSpec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
 
     def entries(x: Array) -> pl.BlockSpec:
-        at = lambda i, j: (i * tiles + j, 0, 0)  # noqa: E731
+        at = lambda i, p, j: (i * tiles + j, 0, 0)  # noqa: E731
         return pl.BlockSpec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
 
-    logits = [window] * (2 if call.reference == "given" else 1)
-    outputs = [numbers] * bool(call.returned) + [window] * call.makes_gradient
+    logits = [window] + [reference] * (call.reference == "given")
+    outputs = [numbers] * bool(call.returned) + [out] * call.makes_gradient
     return [*map(entries, scalars), lanes, *logits], outputs
 
 
@@ -543,6 +696,7 @@ def _cost(call: _Call, operands: list[Array], rows: int) -> pl.CostEstimate:
     passes = call.looks_first + call.looks_again + call.makes_gradient
     moved = sum(x.size * x.dtype.itemsize for x in operands)
     moved += entries * operands[-1].dtype.itemsize * call.makes_gradient
+    moved += round(entries * call.again) * operands[-1].dtype.itemsize
     return pl.CostEstimate(
         flops=entries * 6 * pair * passes,
         transcendentals=entries * (pair + call.looks_again),
@@ -571,20 +725,22 @@ def _run(
     if interpret and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
-    shapes: list[Any] = [((call.tiles, rows, LANES), jnp.float32)] * bool(call.returned)
+    parts = 1 if call.plan.streamed else call.tiles  # by which numbers go out
+    shapes: list[Any] = [((parts, rows, LANES), jnp.float32)] * bool(call.returned)
     shapes += [(z.shape, z.dtype)] * call.makes_gradient
+    order: Any = "arbitrary" if call.plan.streamed else "parallel"
     out = pl.pallas_call(
         partial(_kernel, call),
         out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
-        grid=(blocks, call.tiles),
+        grid=(blocks, call.phases, call.tiles),
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=[
-            pltpu.VMEM((call.plan.rows, call.plan.columns), jnp.float32) for _ in call.plan.places
+            pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=call.plan.limit
+            dimension_semantics=("parallel", "arbitrary", order), vmem_limit_bytes=call.plan.limit
         ),
         cost_estimate=_cost(call, inputs, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
@@ -592,7 +748,7 @@ def _run(
     )(*[tiling.vary_over(x, axes) for x in inputs])
     tiles = [
         {name: out[0][j, :, k : k + 1] for k, name in enumerate(call.returned)}
-        for j in range(call.tiles)
+        for j in range(parts)
     ]
     return Result(_together(call, tiles), (out[-1],) if call.makes_gradient else None)
 
@@ -624,7 +780,8 @@ def call_of(
     columns = operands.model[0].shape[1]
     sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
     private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
-    plan = block_sizes.plan(op, stage, columns, sizes, private, chip.vmem)
+    size = (op, stage, columns, sizes, private, chip.vmem)
+    plan = block_sizes.plan(*size) or block_sizes.streamed(*size)
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]

@@ -81,7 +81,7 @@ SUMS: Mapping[str, Sum] = {
 }
 SECOND_LOOK = ("rkl", "sls")
 MAXIMA = ("m", "rm")
-_MAXIMUM = {"z": "m", "r": "rm"}
+MAXIMUM = {"z": "m", "r": "rm"}
 _NORMALISER = {"z": "s", "r": "rs", None: "n"}
 OF_REFERENCE = ("rs", "qr")  # the sums that read the reference alone
 # Which maximum a value is relative to.
@@ -133,7 +133,7 @@ class _Tile:
         return self.value(of) if kind == "value" and of else self.weight(of)
 
     def value(self, of: str) -> Array:
-        x, maximum = self._logits[of], self._numbers[_MAXIMUM[of]]
+        x, maximum = self._logits[of], self._numbers[MAXIMUM[of]]
         whole = of == "z" and self._unmasked  # nothing to clamp
         return self._cached(("value", of), lambda: x - maximum if whole else _relative(x, maximum))
 
@@ -141,7 +141,7 @@ class _Tile:
         if of is None:
             return self.weighed(None, jnp.ones_like(self._numbers["m"]))
         # exp(-1e30) is 0, so the clamp of value() would change nothing here.
-        maximum = self._numbers[_MAXIMUM[of]]
+        maximum = self._numbers[MAXIMUM[of]]
         return self._cached(("weight", of), lambda: jnp.exp(self._logits[of] - maximum))
 
     def weighed(self, weight: str | None, x: Array) -> Array:
@@ -177,7 +177,7 @@ def row_sums(terms: Numbers) -> Numbers:
 
 
 def first_terms(
-    z: Array,
+    z: Array | None,
     r: Array | None,
     row: Numbers,
     names: frozenset[str],
@@ -188,7 +188,7 @@ def first_terms(
     """What the sums among `names` add up ``[R, C]``, given the row's maxima.
 
     Args:
-      z: model logits ``[R, C]``.
+      z: model logits ``[R, C]``, or None for sums of the reference alone.
       r: reference logits ``[R, C]``, edited, or None.
       row: the maxima.
       names: the sums.
@@ -218,7 +218,7 @@ def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None 
       maxima: by name, the new ``m``, and ``rm`` where there is a reference.
       decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
     """
-    shift = {of: numbers[m] - maxima[m] for of, m in _MAXIMUM.items() if m in numbers}
+    shift = {of: numbers[m] - maxima[m] for of, m in MAXIMUM.items() if m in numbers}
     out = dict(numbers) | maxima
     for name, (weight, value) in SUMS.items():
         if name not in numbers:
@@ -228,7 +228,7 @@ def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None 
         if moved in shift:
             total = total + numbers[_NORMALISER[weight]] * shift[moved]
         if weight in shift:
-            by = jnp.exp(shift[weight]) if decay is None else decay[_MAXIMUM[weight]]
+            by = jnp.exp(shift[weight]) if decay is None else decay[MAXIMUM[weight]]
             total = total * by
         out[name] = total
     return out
@@ -311,6 +311,26 @@ def second_terms(
     return terms
 
 
+def terms_beside(
+    z: Array,
+    r: Array | None,
+    row: Numbers,
+    names: frozenset[str],
+    smoothing: float,
+    size: int,
+    known: Parts | None = None,
+    parts: Collection[tuple[str, str | None]] = (),
+) -> Numbers:
+    """What sums add up ``[R, C]`` where the reference's are known: ``zs`` and ``sls`` too."""
+    tile = _SecondTile(z, r, row, smoothing, known)
+    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    if "sls" in names:
+        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
+    for kind, of in parts:
+        tile.part(kind, of)
+    return terms
+
+
 def finish_second(sums: Numbers, row: Numbers) -> Numbers:
     """The sums of the second look over whole rows, with those that are a mean made one."""
     return sums | ({"rkl": sums["rkl"] / row["s"]} if "rkl" in sums else {})
@@ -338,7 +358,7 @@ class _Entries(_SecondTile):
 
     def _own(self, of: str | None) -> bool:
         """Whether entries are relative to themselves: masked or not is all there is to them."""
-        return of is None or _MAXIMUM.get(of) in self.maxima
+        return of is None or MAXIMUM.get(of) in self.maxima
 
     def _present(self, of: str | None, then: float, otherwise: float) -> Array:
         logits = self._logits[of or "z"]
