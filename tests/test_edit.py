@@ -347,3 +347,11 @@ def test_sets_mixtures_and_templates_reach_the_arrays(place):
     assert checked.arrays["edit_ids"].shape[0] == 5
     assert 0.5 < (checked.order == 4).mean() < 1
     assert tokenizer.decode(checked.arrays["encoder_input_tokens"][0]).text == "on a mat a cat sat"
+
+
+def test_data_files_of_one_name_are_told_apart(tmp_path):
+    files = [tmp_path / "a" / "edits.jsonl", tmp_path / "b" / "edits.jsonl", tmp_path / "c.jsonl"]
+    for number, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(str(number))
+    assert list(edit_module._named(files)) == [str(files[0]), str(files[1]), "c.jsonl"]
