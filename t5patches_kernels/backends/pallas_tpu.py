@@ -65,7 +65,7 @@ class _Call:
     stage: Stage
     plan: Plan
     columns: int
-    edits: int  # most edits a block can have, 0 without a changed reference
+    edits: int  # places for edits a block has, the same for each row; 0 without a changed reference
     given: tuple[str, ...]  # the numbers that come in, by lane
     by: tuple[str, ...]  # the derivatives that come in, by lane after those
 
@@ -92,6 +92,11 @@ class _Call:
     def steps(self) -> int:
         """Steps of a sweep's loop."""
         return (self.groups - self.edge) // self.plan.unroll
+
+    @property
+    def lists(self) -> int:
+        """Into how many lists, each with a count, a block's edits are split: short ones are one."""
+        return self.plan.rows if self.edits >= self.plan.rows * _EDITS_A_STEP else 1
 
     @property
     def phases(self) -> int:
@@ -278,13 +283,14 @@ class _Block:
         return jnp.concatenate(out, axis=0)
 
     def edit(self) -> Array:
-        """Patches the copy of the reference; returns how many entries it changed."""
+        """Patches the copy of the reference; returns 0 if there was nothing to change."""
         ids, r, edits = self.refs["ids"], self.refs["copy", "r"], self.call.edits
         first, entry = 2 * self.call.plan.rows, self.entry[:_SUBLANES]
-        count = ids[0, 0, first]
+        lists = self.call.lists
+        some = ids[0, 0, first]
 
         def patch(k: Array) -> None:
-            row, start, lane = (ids[0, 0, first + 1 + n * edits + k] for n in range(3))
+            row, start, lane = (ids[0, 0, first + 1 + lists + n * edits + k] for n in range(3))
             at = (
                 pl.ds(pl.multiple_of(row & -_SUBLANES, _SUBLANES), _SUBLANES),
                 self.at(("copy", "r"), pl.multiple_of(start, LANES), 1),
@@ -293,13 +299,17 @@ class _Block:
             x = r[at]
             r[at] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
 
-        def step(i: Array, carry: None) -> None:
-            for k in range(_EDITS_A_STEP):  # beyond the count: entries that are in no row
-                patch(i * _EDITS_A_STEP + k)
-            return carry
+        def whole_list(n: Array, carry: None) -> None:
+            def step(i: Array, carry: None) -> None:
+                for k in range(_EDITS_A_STEP):
+                    patch(n * (edits // lists) + i * _EDITS_A_STEP + k)
+                return carry
 
-        jax.lax.fori_loop(0, pl.cdiv(count, _EDITS_A_STEP), step, None)
-        return count
+            steps = pl.cdiv(ids[0, 0, first + 1 + n], _EDITS_A_STEP)
+            return jax.lax.fori_loop(0, steps, step, carry)
+
+        jax.lax.fori_loop(0, jnp.where(some > 0, lists, 0), whole_list, None)
+        return some
 
     # Looks
 
@@ -609,26 +619,31 @@ def _split(local: Array) -> tuple[Array, Array]:
 
 
 def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
-    """The edits there are first, by window: their count, rows, groups and lanes; and their factors.
+    """The edits by window: lists' lengths, rows, groups and lanes; and their factors.
 
-    There is a multiple of `_EDITS_A_STEP` of them, the last in no column.
+    A list is as long as to its last edit. It is not sorted: that would take XLA longer than the
+    kernel takes to pass over places without one.
 
     Args:
       call: the kernel.
       ids: columns ``[n, R * K]``; those that are out of the row stand for none.
       log_factors: ``[n, R * K]``.
     """
-    pad = ((0, 0), (0, call.edits - ids.shape[1]))
-    local = _within(call, jnp.pad(ids, pad, constant_values=call.columns))
-    log_factors = jnp.pad(log_factors, pad)
-    log_factors = jnp.broadcast_to(log_factors[:, None, :], local.shape)
-    absent = (local < 0) | (log_factors == 0.0)
-    per_row = ids.shape[1] // call.plan.rows
-    row = jax.lax.broadcasted_iota(jnp.int32, local.shape, 2) // per_row
-    sort = partial(jax.lax.sort, dimension=2, num_keys=1, is_stable=True)
-    _, row, local, log_factors = sort((absent, row, local, log_factors))
-    count = jnp.sum(~absent, axis=2, keepdims=True, dtype=jnp.int32)
-    return jnp.concatenate([count, row, *_split(local)], axis=2), log_factors
+    blocks, rows = ids.shape[0], call.plan.rows
+
+    def padded(x: Array, fill: float) -> Array:
+        x = x.reshape(blocks, rows, -1)
+        pad = ((0, 0), (0, 0), (0, call.edits // rows - x.shape[2]))
+        return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
+
+    local = _within(call, padded(ids, call.columns))
+    log_factors = jnp.broadcast_to(padded(log_factors, 0.0)[:, None, :], local.shape)
+    row = jax.lax.broadcasted_iota(jnp.int32, local.shape, 2) // (call.edits // rows)
+    there = ((local >= 0) & (log_factors != 0.0)).reshape(blocks, call.tiles, call.lists, -1)
+    place = jax.lax.broadcasted_iota(jnp.int32, there.shape, 3)
+    length = jnp.max(jnp.where(there, place + 1, 0), axis=3)
+    some = jnp.sum(length, axis=2, keepdims=True)
+    return jnp.concatenate([some, length, row, *_split(local)], axis=2), log_factors
 
 
 def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
@@ -647,7 +662,7 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
         ids.append(edits)
         factors.append(log_factors)
     elif call.edits:  # a private copy without a change
-        ids.append(jnp.zeros((blocks, call.tiles, 1 + 3 * call.edits), jnp.int32))
+        ids.append(jnp.zeros((blocks, call.tiles, 1 + call.lists + 3 * call.edits), jnp.int32))
         factors.append(jnp.zeros((blocks, call.tiles, call.edits), jnp.float32))
     arrays = [jnp.concatenate(ids, axis=2), *factors]
     return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
@@ -740,7 +755,7 @@ def _run(
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", order), vmem_limit_bytes=call.plan.limit
+            dimension_semantics=("parallel", order, order), vmem_limit_bytes=call.plan.limit
         ),
         cost_estimate=_cost(call, inputs, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
@@ -786,7 +801,9 @@ def call_of(
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
-    edits = block_sizes.up(plan.rows * per_row, _EDITS_A_STEP) if plan.private else 0
+    if per_row > _EDITS_A_STEP:
+        per_row = block_sizes.up(per_row, _EDITS_A_STEP)
+    edits = plan.rows * per_row if plan.private else 0
     return _Call(op, stage, plan, columns, edits, given, by)
 
 
