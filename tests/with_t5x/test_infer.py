@@ -78,7 +78,9 @@ def configure(monkeypatch):
             ]
         )
 
-    yield parse
+    # test_configs has stand-ins of the same names.
+    with gin.config.interactive_mode():
+        yield parse
     gin.clear_config()
 
 
