@@ -18,6 +18,7 @@ steps. The `final_*` files do not serve: idle bundles have been taken out of the
 from __future__ import annotations
 
 import argparse
+import collections
 import glob
 import json
 import operator
@@ -55,11 +56,12 @@ CORES = {
 
 
 class Schedule(NamedTuple):
-    """The bundles of one kernel."""
+    """The bundles of one kernel, and what a block of rows does of them."""
 
     grid: tuple[int, int]  # the loop over steps: first bundle, last bundle
     loops: dict[int, int]  # the loops in it: last bundle, first bundle
     skips: dict[int, int]  # forward branches in it: from, to
+    vector: list[float]  # of each bundle, the share of a cycle that vector arithmetic needs
 
 
 def schedule(path: str) -> Schedule:
@@ -76,11 +78,21 @@ def schedule(path: str) -> Schedule:
     end = max(loops, key=lambda last: last - loops[last])
     start = loops.pop(end)
     skips = {a: b for a, b in branches if start <= a < b <= end and b - a < (end - start) / 2}
-    return Schedule((start, end), loops, skips)
+    return Schedule((start, end), loops, skips, _vector(path))
 
 
-def cycles(found: Schedule, steps: int, phases: int) -> int:
-    """The bundles that a window of rows without edits, masks and NaN goes through.
+def _vector(path: str) -> list[float]:
+    """Arithmetic instructions over slots; an exponential or logarithm takes a slot on v4."""
+    stem = re.match(r".*t5patches_\w+\.\d+-", path)
+    assert stem is not None
+    (found,) = glob.glob(f"{stem[0]}*pre-delay_hlo-static-per-bundle-utilization.txt")
+    _, names, slots, _, *bundles = pathlib.Path(found).read_text().splitlines()
+    at = names.split(", ").index("VALU")
+    return [int(line.split()[at]) / int(slots.split()[at]) for line in bundles]
+
+
+def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int]:
+    """The bundles that a window of rows without edits, masks and NaN goes through, how often.
 
     Args:
       found: the kernel's branches.
@@ -90,25 +102,44 @@ def cycles(found: Schedule, steps: int, phases: int) -> int:
     if phases == 1:
         return _walk(found, steps, None)
     widest = sorted(found.skips, key=lambda a: a - found.skips[a])[:phases]
-    return sum(_walk(found, steps, phase) for phase in widest)
+    return sum((_walk(found, steps, phase) for phase in widest), collections.Counter())
 
 
-def _walk(found: Schedule, steps: int, entered: int | None) -> int:
+def _walk(found: Schedule, steps: int, entered: int | None) -> collections.Counter[int]:
     """The bundles of one step of the grid; the branch at `entered` is not taken."""
     seconds: set[int] = set()  # of pairs
     for first, to in sorted(found.skips.items()):
         if first not in seconds and to in found.skips:
             seconds.add(to)
     at, end = found.grid
-    total = 0
+    total: collections.Counter[int] = collections.Counter()
     while at <= end:
-        total += 1
+        total[at] += 1
         if at in found.loops:
-            total += (at - found.loops[at] + 1) * (steps - 1)
+            total.update(dict.fromkeys(range(found.loops[at], at + 1), steps - 1))
         to = found.skips.get(at, at + 1)
         first = to in seconds and at not in seconds
         at = at + 1 if first or at == entered else to
     return total
+
+
+def edits_cycles(found: Schedule, rows: int, each: int, share: float = 0.04) -> float:
+    """The bundles more that a block takes, on average, where a share of tokens has edits.
+
+    The first branch after the first sweep skips the edits, and the next the maxima of what they
+    have changed; the innermost loop is a step of a list.
+    """
+    from t5patches_kernels.backends.pallas_tpu import _EDITS_A_STEP
+
+    first, after = sorted(a for a in found.skips if a > min(found.loops))[:2]
+    inside = [a for a in found.loops if first < a < found.skips[first]]
+    step = min(a - found.loops[a] + 1 for a in inside)
+    a_list = max(a - found.loops[a] + 1 for a in inside) - step
+    lists = rows if each > 1 else 1
+    steps = -(-each // _EDITS_A_STEP) * share * rows if each > 1 else rows / _EDITS_A_STEP
+    blocks = 1 - (1 - share) ** rows  # that have any
+    changed = found.skips[after] - after
+    return blocks * (lists * a_list + changed) + step * (steps if each > 1 else blocks * steps)
 
 
 # --- One program, in a process of its own: the compiler is told at start-up where to write --------
@@ -170,6 +201,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
                 "rows": call.plan.rows,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
                 "phases": call.phases,
+                "edited": call.edits > 0,
                 "arrays": 1 + len(reference) + call.makes_gradient + call.again,
             }
             for stage, call in calls.items()
@@ -206,10 +238,12 @@ def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
 def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     """Cycles and copies of a block of rows, over all kernels that it goes through."""
     core, size = CORES[row["chip"]], 2 if row["dtype"] == "bfloat16" else 4
-    compute = copies = 0.0
+    compute = copies = vector = 0.0
     for stage, found in took.items():
         kernel = row["kernels"][stage]
-        compute += kernel["tiles"] * cycles(found, kernel["steps"], kernel["phases"])
+        path = path_of(found, kernel["steps"], kernel["phases"])
+        compute += kernel["tiles"] * path.total()
+        vector += kernel["tiles"] * sum(n * found.vector[at] for at, n in path.items())
         numbers = 2 * 128 * 4  # in and out, a row
         copies += kernel["rows"] * (kernel["arrays"] * row["V"] * size + numbers)
     moved = copies / core.gigabytes / 1e3
@@ -217,8 +251,13 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         "compiled": sorted(took),
         "kernels": {stage: row["kernels"][stage] for stage in took},
         "cycles": compute,
+        "vector_cycles": round(vector),
         "copies_us": moved,
     }
+    if "visit" in took and row["kernels"]["visit"]["edited"]:
+        rows = row["kernels"]["visit"]["rows"]
+        one, many = (edits_cycles(took["visit"], rows, each) for each in (1, 32))
+        facts["cycles_of_32_edits_over_1"] = round(many - one)
     if core.ghz is None:
         return facts
     at = compute / core.ghz / 1e3
@@ -231,9 +270,10 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
 # --- The table ------------------------------------------------------------------------------------
 
 HEADER = """\
-| chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles \
-| compute / copies us | ratio | bound | of roofline |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles | vector \
+| compute / copies us | ratio | bound | of roofline \
+| 32 edits over 1 |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(row: dict[str, Any]) -> str:
@@ -248,7 +288,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"| {row['chip']} | {row['objective']} | {row['dtype']} | {row['V']} "
         f"| {' '.join(row['compiled'])} | {vmem} | {row['passes']:g} | {row['dense_passes']:g} "
-        f"| {row['cycles']:.0f} | {times} |"
+        f"| {row['cycles']:.0f} | {row['vector_cycles']} | {times} "
+        f"| {row.get('cycles_of_32_edits_over_1', 0) / row['cycles']:.1%} |"
     )
 
 

@@ -50,7 +50,7 @@ _SUBLANES = 8
 _NONE = -(1 << 30)  # no column, however rows and groups are added to it
 # Groups in a step of the careful way, which takes its time to compile like any other.
 _CAREFUL_UNROLL = 8
-_EDITS_A_STEP = 4
+_EDITS_A_STEP = 8
 # What a sweep writes is stored at the end of a step, but where it is more arrays than this: their
 # registers would be spilled (v4's schedule of `tnrr` in bfloat16: 679 cycles a step, 601 static).
 _STORED_LATE = 2
@@ -95,8 +95,8 @@ class _Call:
 
     @property
     def lists(self) -> int:
-        """Into how many lists, each with a count, a block's edits are split: short ones are one."""
-        return self.plan.rows if self.edits >= self.plan.rows * _EDITS_A_STEP else 1
+        """Into how many lists, each with a length, a block's edits are split."""
+        return self.plan.rows if self.edits > self.plan.rows else 1
 
     @property
     def phases(self) -> int:
@@ -801,7 +801,7 @@ def call_of(
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
-    if per_row > _EDITS_A_STEP:
+    if per_row > 1:
         per_row = block_sizes.up(per_row, _EDITS_A_STEP)
     edits = plan.rows * per_row if plan.private else 0
     return _Call(op, stage, plan, columns, edits, given, by)
