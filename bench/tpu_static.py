@@ -13,6 +13,15 @@ through follows from its forward branches: they skip what only some blocks need 
 for pairs, of which the first skips to the second: of the two ways between them a block takes one,
 and the figures are those of the first. Every loop that is left is a sweep and has its number of
 steps. The `final_*` files do not serve: idle bundles have been taken out of them.
+
+The column "vector" is a floor: the cycles that the arithmetic of that path takes if every slot for
+it is used in every cycle, as on v4 two are, of which an exponential or a logarithm takes one. In
+bfloat16 on v4 a block's copies take 5304 cycles. `tnff` needs 4576 and `tnrr` 5586, so what is
+above that is order and latency; `tnrf` needs 7137, 1.35 times its copies, in whatever order: only
+fewer instructions would help.
+
+The last column is what 32 edits on 4% of the tokens take over one edit on each of those, of the
+cycles (not of the time, where copies take longer).
 """
 
 from __future__ import annotations

@@ -539,13 +539,13 @@ class _Streamed(_Block):
         top = self.copy("z")["m"]
         self.put("own", {name: x + self.own("z") for name, x in self.get("own").items()})
         of_reference = {k: x for k, x in self.get("row").items() if k in ("rm", "rs", "qr")}
+        kept = self.call.plan.kept
 
         def terms(z, r, top, names, known, unmasked):
             return statistics.terms_beside(
-                z, r, of_reference | top, names, self.smoothing, self.size, known, kept
+                z, r, of_reference | top, names, self.smoothing, self.size, known, parts=kept
             )
 
-        kept = tuple(part for part in self.call.plan.kept)
         self.add("z", top, terms, kept)
 
         @pl.when(self.window == self.call.tiles - 1)

@@ -291,6 +291,30 @@ class _SecondTile(_Tile):
         return super().value("z") - _log_mass(self, self._numbers, self._smoothing)
 
 
+def terms_beside(
+    z: Array,
+    r: Array | None,
+    row: Numbers,
+    names: frozenset[str],
+    smoothing: float,
+    size: int,
+    known: Parts | None = None,
+    unmasked: bool = False,
+    parts: Collection[tuple[str, str | None]] = (),
+) -> Numbers:
+    """What sums add up ``[R, C]`` where the reference's are known: ``zs`` and ``sls`` too.
+
+    Takes what `first_terms` takes.
+    """
+    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
+    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    if "sls" in names:
+        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
+    for kind, of in parts:
+        tile.part(kind, of)
+    return terms
+
+
 def second_terms(
     z: Array,
     r: Array | None,
@@ -302,33 +326,10 @@ def second_terms(
     unmasked: bool = False,
 ) -> Numbers:
     """What the sums among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`."""
-    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
-    terms = {}
-    if "rkl" in names:
-        terms["rkl"] = tile.product(Sum("z", "ratio"))
-    if "sls" in names:
-        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
-    return terms
-
-
-def terms_beside(
-    z: Array,
-    r: Array | None,
-    row: Numbers,
-    names: frozenset[str],
-    smoothing: float,
-    size: int,
-    known: Parts | None = None,
-    parts: Collection[tuple[str, str | None]] = (),
-) -> Numbers:
-    """What sums add up ``[R, C]`` where the reference's are known: ``zs`` and ``sls`` too."""
-    tile = _SecondTile(z, r, row, smoothing, known)
-    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
-    if "sls" in names:
-        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
-    for kind, of in parts:
-        tile.part(kind, of)
-    return terms
+    sums = {"rkl": "zs", "sls": "sls"}
+    asked = frozenset(sums[name] for name in names if name in sums)
+    terms = terms_beside(z, r, row, asked, smoothing, size, known, unmasked)
+    return {name: terms[sums[name]] for name in sums if name in names}
 
 
 def finish_second(sums: Numbers, row: Numbers) -> Numbers:
