@@ -199,7 +199,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
         }
     visit = calls["visit"]
     return {
-        "passes": passes(ours, (TOKENS, columns)) + (visit.again if visit else 0),
+        "passes": round(passes(ours, (TOKENS, columns)) + (visit.again if visit else 0), 2),
         "dense_passes": passes(dense, (TOKENS, columns)),
         "temporaries_tv": ours.memory_analysis().temp_size_in_bytes
         / (TOKENS * columns * jnp.dtype(dtype).itemsize),
