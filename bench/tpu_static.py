@@ -1,7 +1,7 @@
 r"""The static table of the TPU kernels: what the compiler says of them, ahead of time.
 
     make bench-tpu-static
-    python -m bench.tpu_static --chips v4 --objectives tnff,tnrr --out table.json
+    python -m bench.tpu_static --chips v4 --objectives tnff,tnrr --name mine
 
 **Nothing here ran on a TPU.** The real compiler's schedule gives the cycles of a block of rows (one
 bundle of instructions a cycle, stalls not counted); arithmetic gives the time that its copies need
@@ -302,14 +302,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _store(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def _store(name: str, rows: list[dict[str, Any]]) -> None:
     """Writes rows, in the place of those that were there for the same programs."""
+    path = HERE / "results" / f"{name}.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     key = operator.itemgetter("chip", "objective", "dtype", "V")
     merged = {key(row): row for row in (*before, *rows)}
     from bench import common  # here: the process that compiles must set up libtpu before jax
 
-    common.save(path.stem, list(merged.values()))
+    common.save(name, list(merged.values()))
 
 
 def main() -> None:
@@ -318,7 +319,7 @@ def main() -> None:
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--vocabularies", default="32128,250112")
-    parser.add_argument("--out", default=str(HERE / "results" / "tpu_static.json"))
+    parser.add_argument("--name", default="tpu_static", help="of the file in bench/results/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -338,7 +339,7 @@ def main() -> None:
                 for columns in options.vocabularies.split(","):
                     rows.append(measure(chip, name, dtype, int(columns)))
                     print(line(rows[-1]), flush=True)
-                    _store(pathlib.Path(options.out), rows)
+                    _store(options.name, rows)
 
 
 if __name__ == "__main__":

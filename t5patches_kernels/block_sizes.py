@@ -287,7 +287,7 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
             statistics.second_terms(one, r, row, names, c.smoothing, c.vocab_size, second)
         if stage is Stage.VISIT:
             by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
-            statistics.gradient(one, r, row, by, None, c.smoothing, c.vocab_size, third)
+            statistics.gradient(one, r, row, by, None, c.smoothing, third)
 
     jax.eval_shape(looks)
     return (second.read - {("value", "ratio")}) | third.read

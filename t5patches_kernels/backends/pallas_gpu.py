@@ -264,7 +264,7 @@ class _Row:
             part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
             plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
             for k, z, r, is_target in self.pieces(chunk, slot, once=False):
-                dz = statistics.gradient(z, r, row, by, is_target, c.smoothing, c.vocab_size)
+                dz = statistics.gradient(z, r, row, by, is_target, c.smoothing)
                 out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
             plgpu.commit_smem()
             if self.call.columns % self.plan.chunk:

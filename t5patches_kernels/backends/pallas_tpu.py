@@ -412,7 +412,7 @@ class _Block:
         def at(x: Group, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
             return statistics.gradient(
-                z, r, row, by, is_target, self.smoothing, self.size, known,
+                z, r, row, by, is_target, self.smoothing, known,
                 unmasked=not (self.careful or edge), finite=not self.careful,
             )  # fmt: skip
 

@@ -77,7 +77,7 @@ def _block(
     if by is None:
         by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
-    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, c.vocab_size)
+    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))
 
 

@@ -117,5 +117,5 @@ def run(
 
     z, r, (numbers, by) = _next_pass(op, operands, tokens, (numbers, by))
     is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == tokens.targets[:, None]
-    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, c.vocab_size)
+    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))

@@ -453,7 +453,6 @@ def gradient(
     by: Mapping[str, Array],
     is_target: Array | None,
     smoothing: float,
-    size: int,
     known: Parts | None = None,
     unmasked: bool = False,
     finite: bool = False,
@@ -467,7 +466,6 @@ def gradient(
       by: the derivative of the line by each number of the row it reads.
       is_target: ``[R, C]``, true at the row's target, or None where that is not among the columns.
       smoothing: of the reference distribution in ``rkl``.
-      size: entries in the whole row.
       known: see `_Tile`.
       unmasked: see `_Tile`.
       finite: whether the caller sees to rows of which nothing is asked (`only_asked`).
