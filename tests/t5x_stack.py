@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     import gin
     import seqio
     import t5x.models
-    from t5x import adafactor, checkpoints, partitioning, utils  # noqa: F401
+    from t5x import adafactor, checkpoints, optimizers, partitioning, utils  # noqa: F401
     from t5x import trainer as t5x_trainer  # noqa: F401
     from t5x.examples.decoder_only import network as decoder_only_network
 
@@ -91,14 +91,15 @@ class GivenLogits:
         raise AssertionError("only applied")
 
 
-def model(library, name, module=None, **options):
-    """A model on given logits, or on `module`."""
+def model(library, name, module=None, optimizer=None, **options):
+    """A model on given logits, or on `module`; with Adafactor, or with `optimizer`."""
     vocabulary = seqio.PassThroughVocabulary(64)
     return getattr(library.models, f"EncoderDecoderModel{name}")(
         module=module or GivenLogits(),
         input_vocabulary=vocabulary,
         output_vocabulary=vocabulary,
-        optimizer_def=adafactor.Adafactor(
+        optimizer_def=optimizer
+        or adafactor.Adafactor(
             decay_rate=0.8,
             step_offset=0,
             logical_factor_rules=adafactor.standard_logical_factor_rules(),
