@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,27 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 # Vocabulary sizes by the models that have them.
 VOCABULARIES = {"T5": 32128, "Llama 3": 128256, "mT5": 250112}
 OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+# T5 1.1's sizes, as T5X's and our own `T5Config` take them.
+_ALL_T5_1_1 = {
+    "vocab_size": VOCABULARIES["T5"],
+    "head_dim": 64,
+    "mlp_activations": ("gelu", "linear"),
+    "dropout_rate": 0.0,
+}
+T5_1_1: Mapping[str, Mapping[str, Any]] = {
+    size: {
+        **_ALL_T5_1_1,
+        "emb_dim": width,
+        "mlp_dim": inner,
+        "num_heads": heads,
+        "num_encoder_layers": layers,
+        "num_decoder_layers": layers,
+    }
+    for size, width, inner, heads, layers in (
+        ("small", 512, 1024, 6, 8),
+        ("base", 768, 2048, 12, 12),
+    )
+}
 
 
 # --- The baseline: T5Patches' formulas in plain jnp ----------------------------------------------

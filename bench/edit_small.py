@@ -31,16 +31,7 @@ from t5patches.editing.devices import param_shapes
 from t5patches.editing.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from t5patches.network import T5Config
 
-SMALL = T5Config(
-    vocab_size=common.VOCABULARIES["T5"],
-    emb_dim=512,
-    num_heads=6,
-    num_encoder_layers=8,
-    num_decoder_layers=8,
-    head_dim=64,
-    mlp_dim=1024,
-    mlp_activations=("gelu", "linear"),
-)
+SMALL = T5Config(**common.T5_1_1["small"])
 STEPS, BATCH, INPUT_LENGTH, OUTPUT_LENGTH = 20, 8, 128, 64
 # What the table calls them, and what `--implementation` does.
 LOSSES = {"fused": "xla", "dense": "reference"}

@@ -36,11 +36,6 @@ from bench import common
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 LENGTH = 64
-# T5 1.1 as T5X configures it.
-SIZES = {
-    "small": {"emb_dim": 512, "num_heads": 6, "layers": 8, "head_dim": 64, "mlp_dim": 1024},
-    "base": {"emb_dim": 768, "num_heads": 12, "layers": 12, "head_dim": 64, "mlp_dim": 2048},
-}
 VARIANTS = ("upstream", "ours", "ours, fused head")
 GIB = 2**30
 
@@ -64,19 +59,9 @@ def prepare(
 
     from t5patches import network
 
-    of = dict(SIZES[size])
-    layers = of.pop("layers")
     fused = variant == VARIANTS[2]
     module = network if fused else t5x_network
-    config = module.T5Config(
-        vocab_size=common.VOCABULARIES["T5"],
-        dtype=dtype,
-        num_encoder_layers=layers,
-        num_decoder_layers=layers,
-        mlp_activations=("gelu", "linear"),
-        dropout_rate=0.0,
-        **of,
-    )
+    config = module.T5Config(dtype=dtype, **common.T5_1_1[size])
     library = t5x_stack.upstream() if variant == "upstream" else t5x_stack.OURS
     options = (
         {} if variant == "upstream" else {"implementation": implementation, "fused_head": fused}

@@ -31,16 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 LENGTH = 64
 ROWS = 8
-SIZES = {
-    "small": T5Config(
-        vocab_size=common.VOCABULARIES["T5"], emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024,
-        num_encoder_layers=8, num_decoder_layers=8,
-    ),
-    "base": T5Config(
-        vocab_size=common.VOCABULARIES["T5"], emb_dim=768, num_heads=12, head_dim=64, mlp_dim=2048,
-        num_encoder_layers=12, num_decoder_layers=12,
-    ),
-}  # fmt: skip
+SIZES = {size: T5Config(**of) for size, of in common.T5_1_1.items()}
 VARIANTS = {"plain": ("ce", None), "live": ("tnrf", None), "cached": ("tnrf", "float32")}
 
 
