@@ -180,7 +180,7 @@ def _add_machine(group: Any) -> None:
         "--cache-teacher",
         metavar="DIR",
         help="run the original model once over the data and keep its hidden states here, for this "
-        "edit and any later one of the same data; training then takes about a quarter less. The "
+        "edit and any later one of the same data; training then runs one model and not two. The "
         "size is told first",
     )
     group.add_argument(

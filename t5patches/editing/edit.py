@@ -159,12 +159,13 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     checked = check(job)
     console.print(checked.plan.text(), highlight=False, soft_wrap=True)
     _require_space(job, checked)
-    claim(work, _described(job))
+    described = _described(job)
+    claim(work, described)
     edited = work / "edited"
     if not edited.exists():
         began = time.monotonic()
         trained = _trained(job, checked, work / "run", console)
-        record = _record(job, checked, work / "run", trained)
+        record = _record(described, checked, work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[_CARD] = _card(job, record)
@@ -452,10 +453,12 @@ def _sha256(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _record(job: Job, checked: Checked, directory: Path, trained: Trained) -> dict[str, Any]:
+def _record(
+    described: Mapping[str, Any], checked: Checked, directory: Path, trained: Trained
+) -> dict[str, Any]:
     run = json.loads((directory / "run.json").read_text())
     return {
-        "job": _described(job),
+        "job": described,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "settings": run["settings"],
         "counts": dict(checked.counts),

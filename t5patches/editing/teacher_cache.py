@@ -184,7 +184,8 @@ def write_cache(
     if not lengths:
         raise ValueError("no batch has an example to cache: all target tokens are padding")
     offsets = np.cumsum([0, *lengths.values()])
-    size = CacheSize(len(lengths), int(offsets[-1]), int(offsets[-1]) * width * _bytes(dtype))
+    tokens, itemsize = int(offsets[-1]), ts.dtype(dtype).numpy_dtype.itemsize
+    size = CacheSize(len(lengths), tokens, tokens * width * itemsize)
     if tell is not None:
         tell(size)
     index = _index(list(lengths), offsets)
@@ -275,10 +276,6 @@ def _open(directory: Path, dtype: str, shape: tuple[int, int]) -> ts.TensorStore
         "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
     }
     return ts.open(spec, open=True, create=True).result()
-
-
-def _bytes(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else 4
 
 
 def _done(directory: Path) -> int:
