@@ -80,7 +80,7 @@ bench-teacher: $(VENV)/.has-test ## what a cached teacher saves in time and oper
 bench-tpu-static: $(VENV)/.has-test ## the TPU compiler's own figures, on any machine (hours for all)
 	$(BIN)/python -m bench.tpu_static
 
-bench-tpu: $(VENV)/.has-bench ## speed on a TPU; without one it says so
+bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 	$(BIN)/python -m bench.tpu
 
 bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine

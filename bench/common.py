@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,11 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import t5patches_kernels as tk
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 # Vocabulary sizes by the models that have them.
 VOCABULARIES = {"T5": 32128, "Llama 3": 128256, "mT5": 250112}
 OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+# Those without a reference.
+ALONE: Mapping[str, Callable[..., tk.TokenLoss]] = {
+    "ul": tk.unlikelihood_loss,
+    "nl": tk.negative_likelihood_loss,
+    "ce": tk.cross_entropy_loss,
+}
+# Hidden states and kernels of a large head, for a TPU.
+TPU_HEAD = {"tokens": 4096, "vocabulary": VOCABULARIES["mT5"], "width": 1024}
 # T5 1.1's sizes, as T5X's and our own `T5Config` take them.
 _ALL_T5_1_1 = {
     "vocab_size": VOCABULARIES["T5"],
@@ -112,6 +123,55 @@ def inputs(tokens: tuple[int, ...], vocabulary: int, dtype=jnp.float32, seed: in
     return z.astype(dtype), r.astype(dtype), y, w
 
 
+def head_inputs(tokens: int, vocabulary: int, width: int) -> tuple[jax.Array, ...]:
+    """Hidden states and kernels of two models in bfloat16, logits of a few units."""
+    k = jax.random.split(jax.random.key(0), 5)
+    h = jax.random.normal(k[0], (tokens, width), jnp.bfloat16)
+    kernel = jax.random.normal(k[1], (width, vocabulary), jnp.bfloat16) * 0.1
+    y = jax.random.randint(k[4], (tokens,), 0, vocabulary)
+    w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
+    noise = [0.3 * jax.random.normal(i, x.shape, x.dtype) for i, x in ((k[2], h), (k[3], kernel))]
+    return h, kernel, h + noise[0], kernel + 0.1 * noise[1], y, w
+
+
+# --- What is compared -----------------------------------------------------------------------------
+
+
+def total(what: str, objective: str, z, r, y, w) -> jax.Array:
+    """The sum of an objective's losses.
+
+    Args:
+      what: an implementation of this library's; or ``"dense"``: T5Patches' formula and, for the
+        objectives without a reference, ours on whole arrays.
+      objective: any of `OBJECTIVES` and `ALONE`; the logits `r` are for the former.
+      z: ``[..., V]``.
+      r: ``[..., V]``.
+      y: ``[...]``.
+      w: ``[...]``.
+    """
+    if objective in ALONE:
+        implementation = "reference" if what == "dense" else what
+        return ALONE[objective](z, y, w, implementation=implementation).loss.sum()
+    if what == "dense":
+        return dense(objective, z, r, y, w).sum()
+    loss = tk.targeted_negative_loss(z, r, y, w, objective=objective, implementation=what)
+    return loss.loss.sum()
+
+
+def head_total(what: str, objective: str, h, kernel, rh, rk, y, w) -> jax.Array:
+    """The same of hidden states, for `OBJECTIVES`: the logits whole, or made in chunks.
+
+    They are float32 either way.
+    """
+    if what == "dense":
+        z, r = (jnp.dot(*x, preferred_element_type=jnp.float32) for x in ((h, kernel), (rh, rk)))
+        return total(what, objective, z, r, y, w)
+    loss = tk.linear_targeted_negative_loss(
+        h, kernel, rh, rk, y, w, objective=objective, implementation=what
+    )
+    return loss.loss.sum()
+
+
 # --- How a figure is taken ------------------------------------------------------------------------
 
 
@@ -144,6 +204,59 @@ def timed(calls: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[st
                 jax.block_until_ready(call())
                 taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: Timing(*np.percentile(ms, [50, 25, 75])) for name, ms in taken.items()}
+
+
+def profile(call: Callable[[], object], rounds: int) -> jax.profiler.ProfileData:
+    """JAX's own profile of some calls, one after another."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(rounds):
+                jax.block_until_ready(call())
+        (found,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        return jax.profiler.ProfileData.from_file(str(found))
+
+
+def _by_module(found: jax.profiler.ProfileData, program: str) -> list[float]:
+    """The executions that the cores of a device report, in nanoseconds."""
+    cores = []
+    for plane in found.planes:
+        if plane.name.startswith("/device:"):
+            events = [e for line in plane.lines if line.name == "XLA Modules" for e in line.events]
+            cores.append([e.duration_ns for e in events if e.name.partition("(")[0] == program])
+    return [max(together) for together in zip(*filter(None, cores), strict=True)]
+
+
+def _by_run(found: jax.profiler.ProfileData, program: str) -> list[float]:
+    """What the operations of a run span, in nanoseconds: all that a CPU reports."""
+    runs: dict[int, list[tuple[float, float]]] = {}
+    for event in (e for plane in found.planes for line in plane.lines for e in line.events):
+        of = dict(event.stats)
+        if of.get("hlo_module") == program:
+            runs.setdefault(of["run_id"], []).append((event.start_ns, event.end_ns))
+    return [max(b for _, b in run) - min(a for a, _ in run) for run in runs.values()]
+
+
+def device_times(found: jax.profiler.ProfileData, program: str) -> list[float]:
+    """The milliseconds that each execution of a program took on the device.
+
+    A TPU's profile has a plane for each core, ``/device:TPU:0`` and so on, whose line ``XLA
+    Modules`` has an event for each execution, by the name of the module. Cores that run a program
+    together count as the slowest of them.
+
+    Args:
+      found: a profile, as of `profile`.
+      program: the module's name, ``jit_`` and that of the function.
+
+    Raises:
+      LookupError: the program is not in the profile.
+    """
+    took = _by_module(found, program) or _by_run(found, program)
+    if not took:
+        names = ", ".join(plane.name for plane in found.planes)
+        raise LookupError(f"no execution of {program} in the profile, whose planes are {names}")
+    return [nanoseconds / 1e6 for nanoseconds in took]
 
 
 def temporaries(compiled, unit: float) -> float:

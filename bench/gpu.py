@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import t5patches_kernels as tk
 from bench import common
 from t5patches_kernels.backends import linear
 
@@ -55,26 +54,6 @@ def time_of(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict[str, fl
 # --- What is compared -----------------------------------------------------------------------------
 
 
-def of_dense(objective: str, z: Any, r: Any, y: Any, w: Any) -> Any:
-    """T5Patches' formula."""
-    return common.dense(objective, z, r, y, w).sum()
-
-
-def of_ours(implementation: str) -> Callable[..., Any]:
-    """The library's loss."""
-
-    def total(objective, z, r, y, w):
-        out = tk.targeted_negative_loss(
-            z, r, y, w, objective=objective, implementation=implementation
-        )
-        return out.loss.sum()
-
-    return total
-
-
-WHAT = {"dense": of_dense, "xla": of_ours("xla"), "pallas_gpu": of_ours("pallas_gpu")}
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def logits(key: Any, tokens: int, vocabulary: int, dtype: str) -> jax.Array:
     """Row by row: the random bits of a whole array would not fit beside the largest."""
@@ -92,7 +71,7 @@ def operands(tokens: int, vocabulary: int, dtype: str) -> tuple[jax.Array, ...]:
 
 def run_jax(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
     """Value and gradient by JAX: time, and memory beyond the inputs."""
-    f = jax.jit(jax.value_and_grad(functools.partial(WHAT[what], objective)))
+    f = jax.jit(jax.value_and_grad(functools.partial(common.total, what, objective)))
     compiled = f.lower(*args).compile()
     memory = compiled.memory_analysis()
     row = time_of(lambda: compiled(*args), jax.block_until_ready)
@@ -141,35 +120,10 @@ def copy_gb_per_second(torch_only: bool) -> float:
 # --- The head -------------------------------------------------------------------------------------
 
 
-def head_operands(tokens: int, vocabulary: int, width: int) -> tuple[jax.Array, ...]:
-    """Hidden states and kernels of two models in bfloat16, logits of a few units."""
-    k = jax.random.split(jax.random.key(0), 5)
-    h = jax.random.normal(k[0], (tokens, width), jnp.bfloat16)
-    kernel = jax.random.normal(k[1], (width, vocabulary), jnp.bfloat16) * 0.1
-    y = jax.random.randint(k[4], (tokens,), 0, vocabulary)
-    w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
-    noise = [0.3 * jax.random.normal(i, x.shape, x.dtype) for i, x in ((k[2], h), (k[3], kernel))]
-    return h, kernel, h + noise[0], kernel + 0.1 * noise[1], y, w
-
-
-def head_of(what: str, objective: str) -> Callable[..., Any]:
-    """The loss of hidden states: the logits whole, or made in chunks."""
-
-    def whole(h, kernel, rh, rk, y, w):
-        return of_dense(objective, h @ kernel, rh @ rk, y, w)
-
-    def ours(h, kernel, rh, rk, y, w):
-        out = tk.linear_targeted_negative_loss(
-            h, kernel, rh, rk, y, w, objective=objective, implementation=what
-        )
-        return out.loss.sum()
-
-    return whole if what == "dense" else ours
-
-
 def run_head(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
     """Value and both gradients of the head."""
-    compiled = jax.jit(jax.value_and_grad(head_of(what, objective), (0, 1))).lower(*args).compile()
+    f = jax.value_and_grad(functools.partial(common.head_total, what, objective), (0, 1))
+    compiled = jax.jit(f).lower(*args).compile()
     row = time_of(lambda: compiled(*args), jax.block_until_ready)
     return row | {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
 
@@ -206,7 +160,7 @@ def table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The losses on hidden states, by bytes a chunk."""
-    args = head_operands(**HEAD)
+    args = common.head_inputs(**HEAD)
     for objective in options.objectives:
         for what in options.what:
             sizes = options.chunk_mib if what != "dense" and options.chunk_mib else [None]

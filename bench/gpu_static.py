@@ -40,7 +40,7 @@ def streamed(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
     """Passes and temporaries of the dense formula and of the streaming form."""
     row: dict[str, Any] = {}
     for what in ("dense", "xla"):
-        f = jax.value_and_grad(functools.partial(gpu.WHAT[what], objective))
+        f = jax.value_and_grad(functools.partial(common.total, what, objective))
         compiled = gpu_topology.compile_for(card, f, *shapes(TOKENS, VOCABULARY, dtype))
         unit = TOKENS * VOCABULARY * jnp.dtype(dtype).itemsize
         row[f"{what} passes"] = gpu_topology.passes(compiled, (TOKENS, VOCABULARY))
@@ -54,7 +54,7 @@ def kernel(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"chunks": plan.chunks, "slots": plan.slots}
     with tempfile.TemporaryDirectory() as dump:
         os.environ["MOSAIC_GPU_DUMP_TO"] = dump
-        f = jax.value_and_grad(functools.partial(gpu.WHAT["pallas_gpu"], objective))
+        f = jax.value_and_grad(functools.partial(common.total, "pallas_gpu", objective))
         gpu_topology.compile_for(card, f, *shapes(TOKENS, VOCABULARY, dtype))
         reports = "".join(x.read_text() for x in pathlib.Path(dump).glob("*.ptxas"))
     if found := re.search(r"Used (\d+) registers", reports):
@@ -70,7 +70,7 @@ def head(card: jax.Device, objective: str) -> dict[str, Any]:
     rest = shapes(tokens, vocabulary, jnp.bfloat16)[2:]
     row: dict[str, Any] = dict(gpu.HEAD) | {"objective": objective, "dtype": "bfloat16"}
     for what in ("dense", "xla"):
-        f = jax.value_and_grad(gpu.head_of(what, objective), (0, 1))
+        f = jax.value_and_grad(functools.partial(common.head_total, what, objective), (0, 1))
         compiled = gpu_topology.compile_for(card, f, h, k, h, k, *rest)
         row[f"{what} GiB"] = round(common.temporaries(compiled, 2**30), 2)
     return row

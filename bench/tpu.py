@@ -1,65 +1,148 @@
 """The microbenchmarks of the losses on a real TPU: `make bench-tpu`.
 
-Value and gradient of each objective's summed loss over logits [T, V], ours beside T5Patches' dense
-formula, both jitted and timed in turn in one process; `a + b` over the same arrays is the time of
-three passes over memory. Without a TPU it says so and ends. The figures of a TPU that is not there
-are `bench.tpu_static`'s, and are called static.
+    python -m bench.tpu
+    python -m pytest bench/tpu.py -k "tnrf and bfloat16"    # a part, which is shown and not stored
+
+Value and gradient of every objective, T = 2048, and of a head from its hidden states: T5Patches'
+formula and the library's XLA form beside the kernels, in one run. pytest-benchmark is the harness
+and its JSON is stored; what it times is a call and the wait for its result. The device's own time
+of as many more calls is taken from JAX's profile and stored beside it, `device_ms` in
+`extra_info`: the median and the quartiles.
+
+Without a TPU it says so and ends. The figures of a TPU that is not there are `bench.tpu_static`'s,
+and are called static.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
+import json
+import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from bench import common
-from t5patches_kernels import targeted_negative_loss
+
+TOKENS = 2048
+VOCABULARIES = (common.VOCABULARIES["T5"], common.VOCABULARIES["mT5"])
+ROUNDS = 30
+
+needs_tpu = pytest.mark.skipif(jax.default_backend() != "tpu", reason="needs a TPU")
 
 
-def row(name: str, tokens: int, vocabulary: int, dtype: str) -> dict:
-    """One objective's times and temporaries."""
-    arrays = common.inputs((tokens,), vocabulary, jnp.dtype(dtype))
-    ours = functools.partial(targeted_negative_loss, objective=name, implementation="pallas_tpu")
-    programs = {
-        "dense": common.value_and_gradient(functools.partial(common.dense, name)),
-        "pallas_tpu": common.value_and_gradient(lambda *a: ours(*a).loss),
-        "a + b": lambda z, r, y, w: z + r,
-    }
-    compiled = {k: jax.jit(f).lower(*arrays).compile() for k, f in programs.items()}
-    times = common.timed({k: functools.partial(f, *arrays) for k, f in compiled.items()})
-    unit = tokens * vocabulary * jnp.dtype(dtype).itemsize
-    return {
-        "objective": name,
-        "T": tokens,
-        "V": vocabulary,
-        "dtype": dtype,
-        **{f"{k} ms": vars(t) for k, t in times.items()},
-        **{f"{k} temporaries / TV": common.temporaries(c, unit) for k, c in compiled.items()},
-        "shown": " | ".join(f"{k} {t} ms" for k, t in times.items()),
-    }
+def measure(benchmark, f: Callable, args: tuple[jax.Array, ...]) -> None:
+    """Times a function by the harness and by the device, or skips what does not fit."""
+    try:
+        compiled = jax.jit(f).lower(*args).compile()
+
+        def call():
+            return jax.block_until_ready(compiled(*args))
+
+        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=3)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        pytest.skip(f"does not fit: {str(error)[:100]}")
+    times = common.device_times(common.profile(call, ROUNDS), f"jit_{f.__name__}")
+    taken = common.Timing(*np.percentile(times, [50, 25, 75]))
+    held = common.temporaries(compiled, 2**20)
+    benchmark.extra_info.update(device_ms=vars(taken), temporaries_mib=held)
+
+
+@functools.lru_cache(maxsize=1)  # the largest take 4 GB
+def logits(vocabulary: int, dtype: str) -> tuple[jax.Array, ...]:
+    return common.inputs((TOKENS,), vocabulary, jnp.dtype(dtype))
+
+
+# --- The benchmarks -------------------------------------------------------------------------------
+
+by_vocabulary = pytest.mark.parametrize("vocabulary", VOCABULARIES)
+by_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+by_what = pytest.mark.parametrize("what", ["dense", "xla", "pallas_tpu"])
+
+
+@needs_tpu
+@by_what
+@pytest.mark.parametrize("objective", [*common.OBJECTIVES, *common.ALONE])
+@by_dtype
+@by_vocabulary
+def test_loss(benchmark, vocabulary, dtype, objective, what):
+    def loss(*args):
+        return jax.value_and_grad(functools.partial(common.total, what, objective))(*args)
+
+    measure(benchmark, loss, logits(vocabulary, dtype))
+
+
+@needs_tpu
+@by_dtype
+@by_vocabulary
+def test_three_passes(benchmark, vocabulary, dtype):
+    """What reading two arrays and writing one takes, whatever is done with them."""
+
+    def add(z, r, y, w):
+        return z + r
+
+    measure(benchmark, add, logits(vocabulary, dtype))
+
+
+@needs_tpu
+@by_what
+@pytest.mark.parametrize("objective", ["tnff", "tnrf"])
+def test_head(benchmark, objective, what):
+    def head(*args):
+        return jax.value_and_grad(functools.partial(common.head_total, what, objective), (0, 1))(
+            *args
+        )
+
+    measure(benchmark, head, common.head_inputs(**common.TPU_HEAD))
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+class Setting:
+    """Puts beside the times what pytest-benchmark does not know: device, JAX and commit."""
+
+    @staticmethod
+    def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
+        """A hook of pytest-benchmark's."""
+        machine_info.update(common.setting())
+
+
+def shown(row: dict) -> str:
+    """A benchmark's times as a line."""
+    device, wall = row["extra_info"]["device_ms"], row["stats"]
+    return (
+        f"{row['name']:55s} device {device['median']:8.3f} ms "
+        f"({device['low']:.3f}-{device['high']:.3f}), call {1e3 * wall['median']:8.3f} ms "
+        f"({1e3 * wall['q1']:.3f}-{1e3 * wall['q3']:.3f})"
+    )
 
 
 def main() -> None:
-    """Prints the rows and stores them."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2048)
-    options = parser.parse_args()
+    """Runs all, prints a line for each and stores pytest-benchmark's JSON."""
     if jax.default_backend() != "tpu":
         print(
             f"No TPU here (JAX runs on {jax.default_backend()}): nothing to time. "
             "The compiler's static figures: make bench-tpu-static"
         )
         return
-    rows = []
-    for vocabulary in (common.VOCABULARIES["T5"], common.VOCABULARIES["mT5"]):
-        for dtype in ("float32", "bfloat16"):
-            for name in common.OBJECTIVES:
-                rows.append(row(name, options.tokens, vocabulary, dtype))
-                print(name, vocabulary, dtype, rows[-1].pop("shown"), flush=True)
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    print(common.save(kind, rows))
+    path = common.RESULTS / f"{kind}.json"
+    part = path.with_suffix(".part")
+    columns = "--benchmark-columns=min,median,iqr,rounds"
+    options = ["-W", "default", "-rs", columns, f"--benchmark-json={part}"]
+    code = pytest.main([__file__, *options], plugins=[Setting()])
+    if part.exists():
+        for row in json.loads(part.read_text())["benchmarks"]:
+            print(shown(row))
+        # A run that was cut short does not replace a whole one.
+        print(f"stored in {part if code else part.replace(path)}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import glob
 import json
 import operator
@@ -160,7 +161,6 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     import jax
     import jax.numpy as jnp
     from gpu_topology import passes
-    from harness import CASES
     from tpu_topology import compile_for, target
 
     from bench import common
@@ -173,17 +173,13 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     logits = jax.ShapeDtypeStruct((TOKENS, columns), jnp.dtype(dtype))
     ids, weights = (jax.ShapeDtypeStruct((TOKENS,), d) for d in (jnp.int32, jnp.float32))
 
-    def ours(z, r, y, w):
-        return CASES[name](z, r, y, w, None, "pallas_tpu").loss.sum()
-
-    def dense(z, r, y, w):
-        if name in common.OBJECTIVES:
-            return common.dense(name, z, r, y, w).sum()
-        return CASES[name](z, r, y, w, None, "reference").loss.sum()
-
     ours, dense = (
-        compile_for(chip, jax.value_and_grad(f), logits, logits, ids, weights)
-        for f in (ours, dense)
+        compile_for(
+            chip,
+            jax.value_and_grad(functools.partial(common.total, what, name)),
+            *(logits, logits, ids, weights),
+        )
+        for what in ("pallas_tpu", "dense")
     )
     c = Settings(name, columns, smoothing=1e-6)
     reference = (logits,) if objectives.reference_of(c) == "given" else ()

@@ -76,10 +76,10 @@ def _visit_forward(driver, op, model, reference, tokens):
 def _visit_backward(driver, op, residuals, cotangents):
     (by_row, *by_kernel), again = residuals
     ct, _ = cotangents  # the numbers leave through stop_gradient
-    model: tuple = (_scaled(by_row, ct),)
-    if again is not None:
-        model += (_kernel_gradient(driver, op, by_kernel[0], again, ct),)
-    return model, None, None
+    if again is None:
+        return (_scaled(by_row, ct),), None, None
+    of_kernel = _kernel_gradient(driver, op, by_kernel[0], again, ct)
+    return (_scaled(by_row, ct), of_kernel.astype(again[0][1].dtype)), None, None
 
 
 def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
@@ -98,17 +98,21 @@ def _kernel_gradient(driver, op, for_ones, again, ct):
     same = jnp.all((ct == common) | ~counts)
     common = jnp.where(jnp.any(counts), common, 0.0)
 
-    def anew(model, reference, tokens, numbers, ct):
+    def anew(model, reference, tokens, numbers, ct) -> jax.Array:
         by = objectives.derivatives(numbers, op.settings, {"loss": ct})
         operands = Operands(model, reference)
         return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient[1]
 
-    return jax.lax.cond(
-        same,
-        lambda for_ones, *_: _scaled(for_ones, common),
-        lambda for_ones, *rest: _first_order_only(anew)(*rest),
-        *(for_ones, *again, ct),
+    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        made = jnp.ones_like(carry[0]), _first_order_only(anew)(*again, ct)
+        return tiling.vary_like(made, carry)
+
+    # A loop of one turn or none, and no `lax.cond`: what comes out of a loop takes the place of
+    # what went in, where a conditional holds both.
+    _, gradient = jax.lax.while_loop(
+        lambda carry: jnp.logical_not(carry[0]), turn, (same, for_ones)
     )
+    return _scaled(gradient, jnp.where(same, common, 1.0))
 
 
 _visit.defvjp(_visit_forward, _visit_backward)
@@ -140,7 +144,8 @@ def _read_backward(driver, op, outputs, residuals, cotangents):
         cts = {k: sharding.cotangent(ct, model[-1], op.vocab_axis) for k, ct in cts.items()}
         by = objectives.derivatives(numbers, op.settings, cts)
         operands = Operands(model, reference)
-        return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient
+        gradient = driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient
+        return tuple(g.astype(x.dtype) for g, x in zip(gradient, model, strict=True))
 
     # One gradient for all outputs that were used; none is computed for the others.
     unused = jax.custom_derivatives.SymbolicZero

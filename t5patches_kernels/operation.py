@@ -67,7 +67,8 @@ class Result(NamedTuple):
     """What a stage returns."""
 
     numbers: Numbers  # [T, 1] each
-    gradient: tuple[Array, ...] | None = None  # one per model operand, in its dtype
+    # One per model operand, in its dtype; for a head's kernel the sum in float32.
+    gradient: tuple[Array, ...] | None = None
 
 
 class Driver(Protocol):

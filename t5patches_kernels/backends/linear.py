@@ -29,18 +29,18 @@ from t5patches_kernels.spec.statistics import Array, Numbers
 # its matrix units, and for the kernel's float32 gradient to be read and written seldom.
 _CHUNK_BYTES = 16 << 20
 GPU_CHUNK_BYTES = 512 << 20
-# By the TPU compiler's figures for T = 4096, D = 1024, V = 250112 in bfloat16 on v4: 128 tokens a
-# chunk hold 0.4 GB. Every chunk moves the kernels and the float32 gradient once more (3.6 GB, 32
-# chunks); 512 tokens would move a quarter of that and hold 1.5 GB.
-TPU_CHUNK_BYTES = 192 << 20
+# By the TPU compiler's figures (`python -m bench.tpu_static --linear`) as much as keeps T = 4096,
+# D = 1024, V = 250112 within a twentieth of what dense logits hold.
+TPU_CHUNK_BYTES = 237 << 20
 _LEAST_ROWS = 8
 _MATRIX_ROWS = 128
 
 
 def chunk_rows(columns: int, chunk_bytes: int = _CHUNK_BYTES) -> int:
-    """Tokens a chunk: whole tiles of a matrix unit where there is room for one."""
+    """Tokens a chunk: whole tiles of a matrix unit where there is room for some."""
     rows = chunk_bytes // (4 * columns)
-    return max(_LEAST_ROWS, rows // _MATRIX_ROWS * _MATRIX_ROWS or rows)
+    whole = _MATRIX_ROWS if rows >= 4 * _MATRIX_ROWS else _LEAST_ROWS
+    return max(_LEAST_ROWS, rows // whole * whole)
 
 
 def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
@@ -118,5 +118,4 @@ def _chunked(
     out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns, chunk_bytes))
     if out.gradient is None:
         return out
-    dh = out.gradient[0].astype(hidden.dtype)
-    return Result(out.numbers, (dh, dw.astype(kernel.dtype)))
+    return Result(out.numbers, (out.gradient[0].astype(hidden.dtype), dw))
