@@ -84,7 +84,7 @@ bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 	$(BIN)/python -m bench.tpu
 
 bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine
-	$(BIN)/python -m bench.gpu_static
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
 
 bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json
