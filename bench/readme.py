@@ -250,7 +250,8 @@ def teacher_cache(result: dict) -> str:
         "`make bench-teacher`: one update of 8 x 64 tokens, plain fine-tuning beside TNRF with\n"
         "the original model run live and read from a cache. Milliseconds on this machine, in\n"
         "turn in one process; operations by the TPU compiler for "
-        f"{result['rows'][0]['chip']}, ahead of time.\n"
+        f"{result['rows'][0]['chip']}, ahead of time,\nbut for those that are compiled for "
+        "tokens of different cotangents and never run here.\n"
         f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
     )
 

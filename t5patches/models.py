@@ -505,6 +505,26 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
         }
         return own | super()._options(scoring)
 
+    def hidden_states(self, params: PyTree, batch: Batch) -> Array:
+        """What a teacher cache holds of a batch: the last hidden states, without dropout.
+
+        Args:
+          params: of the original model.
+          batch: arrays ``[batch, length]``, see the module.
+
+        Returns:
+          ``[batch, length, D]``.
+
+        Raises:
+          ValueError: `fused_head` is False: there is no use for them.
+        """
+        if not self.fused_head:
+            raise ValueError(
+                "A teacher cache holds hidden states, which a model uses with fused_head=True "
+                "only: include t5patches/configs/fused_head.gin."
+            )
+        return self._outputs(params, batch, None).arrays[0]
+
     def _original(
         self, batch: Batch, dropout_rng: Array | None, original: PyTree, **collections: Any
     ) -> _Outputs | None:

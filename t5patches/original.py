@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import core as flax_core
+from jax.experimental import multihost_utils
 from t5x import checkpoints
 
 PyTree = Any
@@ -41,6 +42,24 @@ def freeze(params: PyTree) -> PyTree:
 def on_devices(params: PyTree) -> bool:
     """Whether parameters are arrays of a run, and not numpy's in a state made by hand."""
     return all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+
+
+def on_host(params: PyTree) -> PyTree:
+    """Parameters as numpy's arrays, whole in every process.
+
+    Args:
+      params: a tree of arrays, which may be split over several processes.
+
+    Returns:
+      The same tree, in dictionaries.
+    """
+
+    def fetch(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, flax_core.unfreeze(params))
 
 
 def kept_in(directory: str | os.PathLike[str], params: PyTree) -> PyTree:

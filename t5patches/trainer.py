@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from flax import core as flax_core
 from jax.sharding import PartitionSpec
 
 from t5patches import models, original  # first: it says what is missing without T5X
@@ -185,12 +183,11 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
       weight_metrics_computer: T5X's, or None.
       orig_train_state: has the original parameters.
       original_path: ``original_params`` of a run, or a T5X checkpoint in either format.
-      teacher_cache: directory of a `t5patches.editing.teacher_cache` with the original's hidden
-        states on the training data: they are read instead of running the original. For models with
-        `fused_head`.
+      teacher_cache: directory that `t5patches.cache_teacher` wrote the original's hidden states on
+        the training data in: they are read instead of running the original. For models with
+        `fused_head`. Every process reads it.
 
     Raises:
-      NotImplementedError: a teacher cache in a run of several processes.
       ValueError: the original parameters of a resumed run are gone, are of another model, or cannot
         be known.
     """
@@ -240,12 +237,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         from t5patches.editing.teacher_cache import TeacherCache
         from t5patches.editing.train import fingerprint
 
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                "teacher_cache reads whole batches, and with several processes each has a part of "
-                "one: leave teacher_cache out."
-            )
-        params = flax_core.unfreeze(jax.device_get(self.orig_train_state.params))
+        params = original.on_host(self.orig_train_state.params)
         return TeacherCache(directory, {"checkpoint": fingerprint(params)})
 
     def train(
@@ -255,15 +247,20 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         if self._cache is not None:
             cache = self._cache
             batch_iter = (
-                {**batch, models.ORIGINAL_HIDDEN: cache.read(batch)} for batch in batch_iter
+                {**batch, models.ORIGINAL_HIDDEN: _states(cache, batch)} for batch in batch_iter
             )
         return super().train(batch_iter, num_steps, start_step)
 
     def compile_train(self, batch: Batch) -> None:
         """`t5x.trainer.BaseTrainer.compile_train`, whose batch may hold any values."""
         if self._cache is not None:
-            shape = (*batch["decoder_target_tokens"].shape, self._cache.width)
-            batch = {**batch, models.ORIGINAL_HIDDEN: np.zeros(shape, self._cache.dtype)}
+            tokens = batch["decoder_target_tokens"]
+            states = jax.ShapeDtypeStruct(
+                (*tokens.shape, self._cache.width),
+                self._cache.dtype,
+                sharding=getattr(tokens, "sharding", None),
+            )
+            batch = {**batch, models.ORIGINAL_HIDDEN: states}
         super().compile_train(batch)
 
     def _keep(self, params: Any) -> None:
@@ -321,6 +318,29 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
             return eval_step(self._model, train_state, batch, orig_train_state=original_state)
 
         return self._partition(step, out_axis_resources=None)
+
+
+def _states(cache: Any, batch: Batch) -> Any:
+    """What a teacher cache holds for a batch, split over the devices as the batch is."""
+    tokens = batch["decoder_target_tokens"]
+    if not isinstance(tokens, jax.Array):
+        return cache.read(batch)
+    # A process has some rows of the batch only, and several of its devices may have the same ones.
+    parts: dict[int, dict[str, Any]] = {}
+    for name, array in batch.items():
+        for shard in array.addressable_shards:
+            parts.setdefault(_first_row(shard), {})[name] = shard.data
+    states = {row: cache.read(part) for row, part in parts.items()}
+    placed = [
+        jax.device_put(states[_first_row(shard)], shard.device)
+        for shard in tokens.addressable_shards
+    ]
+    shape = (*tokens.shape, cache.width)
+    return jax.make_array_from_single_device_arrays(shape, tokens.sharding, placed)
+
+
+def _first_row(shard: Any) -> int:
+    return shard.index[0].start or 0
 
 
 def _state(params: Any) -> TrainState:

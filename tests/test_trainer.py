@@ -1,11 +1,13 @@
 """The T5X trainer: what the original model is, in every turn that a run can take."""
 
+import json
 import re
 
 import jax
 import numpy as np
 import pytest
 import t5x_stack as stack
+import two_processes
 from t5x_stack import on_both, trainer
 
 from t5patches.editing.teacher_cache import write_cache
@@ -163,25 +165,67 @@ def test_another_batch_shape():
         same(made.orig_train_state.params, began)
 
 
+def fused():
+    return stack.model(stack.OURS, "TNFF", stack.tiny_network(), fused_head=True)
+
+
+def live_and_cached(directory):
+    """The losses of two steps beside the original, whose states on both batches are written."""
+    trained, batches = fused(), [stack.batch(seed=i) for i in range(2)]
+    with trainer(stack.OURS, trained) as made:
+        losses = stack.steps(made, 2)
+        frozen = host(made.orig_train_state.params)
+    hidden_of = jax.jit(lambda batch: trained.hidden_states(frozen, batch))
+    about = {"checkpoint": fingerprint(frozen)}
+    write_cache(directory, lambda: batches, hidden_of, about, width=16, dtype="float32")
+    return losses
+
+
 def test_a_teacher_cache(tmp_path):
     """The same steps as with the original run beside the model, which the cache must be of."""
-    losses, batches = [], [stack.batch(seed=i) for i in range(2)]
-    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network(), fused_head=True)
-    with trainer(stack.OURS, trained) as made:
-        losses.append(stack.steps(made, 2))
-        frozen = host(made.orig_train_state.params)
-    about = {"checkpoint": fingerprint(frozen)}
-    hidden_of = jax.jit(lambda batch: trained._outputs(frozen, batch, None).arrays[0])
-    write_cache(tmp_path, lambda: batches, hidden_of, about, width=16, dtype="float32")
-    with trainer(stack.OURS, trained, teacher_cache=tmp_path) as made:
-        made.compile_train(batches[0])
+    losses = [live_and_cached(tmp_path)]
+    with trainer(stack.OURS, fused(), teacher_cache=tmp_path) as made:
+        made.compile_train(stack.batch())
         losses.append(stack.steps(made, 2))
     np.testing.assert_allclose(*losses, rtol=1e-6)
     with (
         pytest.raises(ValueError, match="holds another run, which differs in checkpoint"),
-        trainer(stack.OURS, trained, teacher_cache=tmp_path, seed=3),
+        trainer(stack.OURS, fused(), teacher_cache=tmp_path, seed=3),
     ):
         pass
+
+
+def test_hidden_states_need_the_fused_head():
+    with pytest.raises(ValueError, match=r"include t5patches/configs/fused_head\.gin"):
+        stack.model(stack.OURS, "TNFF", stack.tiny_network()).hidden_states({}, stack.batch())
+
+
+TWO_HOSTS = """
+import json, warnings
+warnings.simplefilter("ignore")
+import t5x_stack as stack
+from test_trainer import fused
+
+cache, expected = sys.argv[3], json.loads(sys.argv[4])
+with stack.trainer(stack.OURS, fused(), model_axis=2, teacher_cache=cache) as made:
+    split = jax.NamedSharding(made._partitioner.mesh, made._batch_axes)
+
+    def put(x):  # as T5X does: each host has its own rows
+        return jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+
+    batches = [jax.tree.map(put, stack.batch(seed=i)) for i in range(2)]
+    made.compile_train(batches[0])
+    for batch, loss in zip(batches, expected, strict=True):
+        found = float(made.train(iter([batch]), 1).result()["loss"].value)
+        assert abs(found - loss) < 1e-5 * abs(loss), (found, loss)
+print("same", jax.process_count())
+"""
+
+
+def test_two_hosts_read_a_teacher_cache(tmp_path):
+    losses = live_and_cached(tmp_path / "cache")
+    for out in two_processes.run(TWO_HOSTS, tmp_path, str(tmp_path / "cache"), json.dumps(losses)):
+        assert "same 2" in out
 
 
 @pytest.mark.parametrize("name", ["TNFF", "TNRR", "UL"])

@@ -1,19 +1,8 @@
 """Two processes with four devices each, as two hosts of a pod: the same loss and gradient."""
 
-import socket
-import subprocess
-import sys
+import two_processes
 
-import pytest
-
-CHILD = """
-import os, sys
-process, port = int(sys.argv[1]), sys.argv[2]
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+PROGRAM = """
 import jax.numpy as jnp, numpy as np
 import t5patches_kernels as tk
 
@@ -46,25 +35,5 @@ print("same", len(gradient.addressable_shards), jax.process_count())
 
 
 def test_two_processes(tmp_path):
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(child), str(i), port],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err[-3000:]
-            assert "same 4 2" in out
-    except subprocess.TimeoutExpired:
-        pytest.fail("the two processes did not finish within 300 s")
-    finally:
-        for process in processes:
-            process.kill()
+    for out in two_processes.run(PROGRAM, tmp_path):
+        assert "same 4 2" in out

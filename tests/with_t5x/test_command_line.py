@@ -55,12 +55,12 @@ def checkpoint(environment, tmp_path_factory):
     return folder / f"checkpoint_{START}"
 
 
-def _train(environment, folder, **bindings):
+def _train(environment, folder, *, module="t5x.train", more=(), **bindings):
     arguments = [f"--gin.{k}={v}" for k, v in {"MODEL_DIR": f"'{folder}'", **bindings}.items()]
-    files = [f"--gin_file={HERE / 'train.gin'}", f"--gin_search_paths={HERE}"]
+    files = [f"--gin_file={file}" for file in (HERE / "train.gin", *more)]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "t5x.train", *files, *arguments],
+            [sys.executable, "-m", module, f"--gin_search_paths={HERE}", *files, *arguments],
             env=environment,
             cwd=folder,
             stdout=log,
@@ -72,7 +72,7 @@ def _wait(process, folder):
     assert process.wait() == 0, (folder / "log.txt").read_text()[-3000:]
 
 
-def _finetune(environment, checkpoint, folder, objective, microbatches):
+def _finetune(environment, checkpoint, folder, objective, microbatches, **more):
     return _train(
         environment,
         folder,
@@ -80,6 +80,7 @@ def _finetune(environment, checkpoint, folder, objective, microbatches):
         TRAIN_STEPS=START + STEPS,
         INITIAL_CHECKPOINT_PATH=f"'{checkpoint}'",
         NUM_MICROBATCHES=microbatches,
+        **more,
     )
 
 
@@ -127,3 +128,32 @@ def test_a_killed_run_goes_on(objective, environment, checkpoint, tmp_path):
         # The model has moved, and the resumed run measures from where training began.
         kl = found["training_eval", "negative/kl"][START + STEPS]
         assert kl > 1e-4
+
+
+def test_a_teacher_cache(environment, checkpoint, tmp_path):
+    """Written by the same command line, it makes the steps that the original beside makes."""
+    live, cached = tmp_path / "live", tmp_path / "cached"
+    live.mkdir()
+    cached.mkdir()
+    # All of the data as this objective has it, and none as the checkpoint's had it.
+    fresh = {"utils.SaveCheckpointConfig.save_dataset": False}
+    head = {"more": ["t5patches/configs/fused_head.gin"], **fresh}
+    _wait(_finetune(environment, checkpoint, live, "tnrf", 2, **head), live)
+    cache = {"TEACHER_CACHE": f"'{tmp_path / 'cache'}'", **head}
+    module = {"module": "t5patches.cache_teacher"}
+    _wait(_finetune(environment, checkpoint, cached, "tnrf", 2, **cache, **module), cached)
+    assert "tokens of 48 examples" in (cached / "log.txt").read_text()
+    _wait(_finetune(environment, checkpoint, cached, "tnrf", 2, **cache), cached)
+    found, expected = _written(cached)["train", "loss"], _written(live)["train", "loss"]
+    assert found.keys() == expected.keys()
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+    # The original of the run that has begun, wherever it would begin anew.
+    bound = {"INITIAL_CHECKPOINT_PATH": None, "TRAIN_STEPS": 1, "OBJECTIVE": "'tnff'"}
+    _wait(_train(environment, cached, **bound, **cache, **module), cached)
+    # The model that another run ends with is another original.
+    bound["INITIAL_CHECKPOINT_PATH"] = f"'{live / f'checkpoint_{START + STEPS}'}'"
+    other = _train(environment, tmp_path, **bound, **cache, **module)
+    assert other.wait() != 0
+    assert "holds another run, which differs in checkpoint" in (tmp_path / "log.txt").read_text()
