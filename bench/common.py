@@ -35,9 +35,8 @@ ALONE: Mapping[str, Callable[..., tk.TokenLoss]] = {
 }
 # Hidden states and kernels of a large head, for a TPU.
 TPU_HEAD = {"tokens": 4096, "vocabulary": VOCABULARIES["mT5"], "width": 1024}
-# T5 1.1's sizes, as T5X's and our own `T5Config` take them.
+# T5 1.1's sizes and mT5's largest, as T5X's and our own `T5Config` take them.
 _ALL_T5_1_1 = {
-    "vocab_size": VOCABULARIES["T5"],
     "head_dim": 64,
     "mlp_activations": ("gelu", "linear"),
     "dropout_rate": 0.0,
@@ -45,6 +44,7 @@ _ALL_T5_1_1 = {
 T5_1_1: Mapping[str, Mapping[str, Any]] = {
     size: {
         **_ALL_T5_1_1,
+        "vocab_size": VOCABULARIES["mT5" if size.startswith("mT5") else "T5"],
         "emb_dim": width,
         "mlp_dim": inner,
         "num_heads": heads,
@@ -54,6 +54,10 @@ T5_1_1: Mapping[str, Mapping[str, Any]] = {
     for size, width, inner, heads, layers in (
         ("small", 512, 1024, 6, 8),
         ("base", 768, 2048, 12, 12),
+        ("large", 1024, 2816, 16, 24),
+        ("XL", 2048, 5120, 32, 24),
+        ("XXL", 4096, 10240, 64, 24),
+        ("mT5-XXL", 4096, 10240, 64, 24),
     )
 }
 
@@ -296,5 +300,18 @@ def save(name: str, rows: list[dict], **about: object) -> pathlib.Path:
     """Writes rows, with their setting and what else is to be known, to ``results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"setting": setting(), **about, "rows": rows}, indent=1) + "\n")
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"setting": setting(), **about, "rows": rows}, indent=1) + "\n")
+    return partial.replace(path)
+
+
+def stored(name: str) -> list[dict]:
+    """The rows in ``results/NAME.json``, none where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def add(name: str, rows: list[dict], key: Callable, **about: object) -> pathlib.Path:
+    """Writes rows beside those that are stored, in the place of those with the same key."""
+    merged = {key(row): row for row in (*stored(name), *rows)}
+    return save(name, list(merged.values()), **about)

@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import math
 import os
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,12 +46,33 @@ class Step(NamedTuple):
     model: Any
     state: Any  # shapes
     initializer: Any
+    partitioner: Any
+
+    def trainer(self, library: Any, state: Any) -> Any:
+        """The trainer of a library, from a train state."""
+        return library.trainer.SelfDistillationTrainer(
+            self.model,
+            train_state=state,
+            partitioner=self.partitioner,
+            eval_names=[],
+            summary_dir=None,
+            train_state_axes=self.initializer.train_state_axes,
+            rng=jax.random.PRNGKey(1),
+            learning_rate_fn=lambda step: 1e-3,
+            num_microbatches=None,
+        )
 
 
 def prepare(
-    variant: str, objective: str, size: str, rows: int, dtype: str, implementation: str
+    variant: str,
+    objective: str,
+    sizes: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    dtype: str,
+    implementation: str,
+    partitioner: Any,
 ) -> Step:
-    """The model and the shapes of its train state."""
+    """The model of a variant and the shapes of its train state, for batches like `batch`."""
     import t5x_stack
     from t5x import utils
     from t5x.examples.t5 import network as t5x_network
@@ -61,21 +81,20 @@ def prepare(
 
     fused = variant == VARIANTS[2]
     module = network if fused else t5x_network
-    config = module.T5Config(dtype=dtype, **common.T5_1_1[size])
+    config = module.T5Config(dtype=dtype, **sizes)
     library = t5x_stack.upstream() if variant == "upstream" else t5x_stack.OURS
     options = (
         {} if variant == "upstream" else {"implementation": implementation, "fused_head": fused}
     )
     model = t5x_stack.model(library, objective, module.Transformer(config), **options)
-    batch = t5x_stack.batch(rows, LENGTH)
     initializer = utils.TrainStateInitializer(
         optimizer_def=model.optimizer_def,
         init_fn=model.get_initial_variables,
         input_shapes={name: x.shape for name, x in batch.items()},
         input_types={name: x.dtype for name, x in batch.items()},
-        partitioner=t5x_stack.partitioner(),
+        partitioner=partitioner,
     )
-    return Step(library, model, initializer.global_train_state_shape, initializer)
+    return Step(library, model, initializer.global_train_state_shape, initializer, partitioner)
 
 
 # --- On this machine ------------------------------------------------------------------------------
@@ -95,18 +114,11 @@ def on_this_machine(objective: str, rows: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {}
     batch = t5x_stack.batch(rows, LENGTH, vocabulary=common.VOCABULARIES["T5"])
     for variant in VARIANTS:
-        step = prepare(variant, objective, "small", rows, "float32", "xla")
-        trainer = step.library.trainer.SelfDistillationTrainer(
-            step.model,
-            train_state=step.initializer.from_scratch(jax.random.PRNGKey(0)),
-            partitioner=step.initializer._partitioner,
-            eval_names=[],
-            summary_dir=None,
-            train_state_axes=step.initializer.train_state_axes,
-            rng=jax.random.PRNGKey(1),
-            learning_rate_fn=lambda step: 1e-3,
-            num_microbatches=None,
-        )
+        step = prepare(
+            variant, objective, common.T5_1_1["small"], batch, "float32", "xla",
+            t5x_stack.partitioner(),
+        )  # fmt: skip
+        trainer = step.trainer(step.library, step.initializer.from_scratch(jax.random.PRNGKey(0)))
         state = trainer.train_state
         start = time.perf_counter()
         compiled = trainer._partitioned_train_step.lower(state, batch).compile()
@@ -132,15 +144,32 @@ def _advance(compiled: Callable, state: list, batch: Any) -> Any:
 # --- For a TPU, ahead of time ---------------------------------------------------------------------
 
 
+def memory(compiled: Any) -> dict[str, float]:
+    """What a compiled step takes of a device's memory, by its compiler."""
+    found = compiled.memory_analysis()
+    of = {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+        "peak": found.peak_memory_in_bytes,
+    }
+    not_in_place = found.output_size_in_bytes - found.alias_size_in_bytes
+    of["all"] = of["arguments"] + not_in_place + of["temporaries"] + of["program"]
+    return {f"{name} GiB": size / GIB for name, size in of.items()}
+
+
 def static(chip: str, objective: str, variant: str, rows: int) -> dict[str, Any]:
     """What the TPU compiler says of a step of T5 1.1 base."""
     import t5x_stack
     from t5x.train_state import InferenceState
     from tpu_topology import compile_for
 
-    step = prepare(variant, objective, "base", rows, "bfloat16", "pallas_tpu")
-    train = step.library.trainer.train_with_lr
     batch = t5x_stack.batch(rows, LENGTH)
+    step = prepare(
+        variant, objective, common.T5_1_1["base"], batch, "bfloat16", "pallas_tpu",
+        t5x_stack.partitioner(),
+    )  # fmt: skip
+    train = step.library.trainer.train_with_lr
 
     def run(state, batch, original):
         return train(
@@ -168,40 +197,25 @@ def static(chip: str, objective: str, variant: str, rows: int) -> dict[str, Any]
     start = time.perf_counter()
     compiled = compile_for(chip, f, *arguments, donate=(0,))
     seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    cost = compiled.cost_analysis()
     return {
         "chip": chip,
         "objective": objective,
         "variant": variant,
         "compile s": seconds,
-        "arguments GiB": memory.argument_size_in_bytes / GIB,
-        "temporaries GiB": memory.temp_size_in_bytes / GIB,
-        "program GiB": memory.generated_code_size_in_bytes / GIB,
-        "peak GiB": memory.peak_memory_in_bytes / GIB,
-        "all GiB": (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        )
-        / GIB,
+        **memory(compiled),
         "accessed GB": cost["bytes accessed"] / 1e9,
         "TFLOP": cost["flops"] / 1e12,
     }
 
 
-def _store(name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
-    """Writes rows, in the place of those that were there for the same programs."""
-    path = common.RESULTS / f"{name}.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
+def _store(name: str, row: dict[str, Any]) -> pathlib.Path:
+    """Writes a row, in the place of the one that was there for the same program."""
 
     def key(row: dict[str, Any]) -> tuple:
         return row["objective"], row.get("variant"), row.get("chip")
 
-    merged = {key(row): row for row in (*before, *rows)}
-    load = os.getloadavg()[0]
-    return common.save(name, [merged[k] for k in sorted(merged, key=str)], load=load)
+    return common.add(name, [row], key, load=os.getloadavg()[0])
 
 
 def main() -> None:
@@ -218,7 +232,7 @@ def main() -> None:
             else:
                 row = on_this_machine(objective, options.rows or 8)
             print(row, flush=True)
-            print(_store("t5x-step-static" if options.chip else "t5x-step", [row]), flush=True)
+            print(_store("t5x-step-static" if options.chip else "t5x-step", row), flush=True)
 
 
 if __name__ == "__main__":

@@ -300,13 +300,9 @@ def line(row: dict[str, Any]) -> str:
 
 def _store(name: str, rows: list[dict[str, Any]]) -> None:
     """Writes rows, in the place of those that were there for the same programs."""
-    path = HERE / "results" / f"{name}.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    key = operator.itemgetter("chip", "objective", "dtype", "V")
-    merged = {key(row): row for row in (*before, *rows)}
     from bench import common  # here: the process that compiles must set up libtpu before jax
 
-    common.save(name, list(merged.values()))
+    common.add(name, rows, operator.itemgetter("chip", "objective", "dtype", "V"))
 
 
 def main() -> None:
