@@ -7,7 +7,7 @@ SEEDS ?= 1
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x clean
+.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -54,6 +54,11 @@ bench-t5x: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## a whole T5X step beside T5
 	$(VENV)-t5x/bin/python -m pip install --quiet --editable ".[aot]"
 	$(with_t5x) bench.t5x_step
 	$(with_t5x) bench.t5x_step --chip v4
+
+bench-pods: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## that step on slices of a TPU pod, by the TPU compiler (hours for all); T5X= as above
+	$(VENV)-t5x/bin/python -m pip install --quiet --editable ".[aot]"
+	JAX_PLATFORMS=cpu $(with_t5x) bench.pods --sizes base --layers 12 --rows 64
+	JAX_PLATFORMS=cpu $(with_t5x) bench.pods
 
 test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs
 	$(VENV)-hf/bin/python -m pytest tests/test_original_library.py

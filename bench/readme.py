@@ -256,6 +256,22 @@ def teacher_cache(result: dict) -> str:
     )
 
 
+def pods(result: dict) -> str:
+    """The table of `make bench-pods`."""
+    from bench import pods
+
+    last = max((row["setting"] for row in result["rows"]), key=lambda setting: setting["date"])
+    return (
+        "`make bench-pods`: **static, ahead of time, by the TPU compiler; nothing ran on a TPU.**\n"
+        "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in\n"
+        "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss\n"
+        "/ ours / ours with a fused head, the original an argument in all three. Numbers a token:\n"
+        "what the loss moves over `model`, and in how many collectives. ≈: of 1 and 3 layers, by\n"
+        "a straight line, as is the largest batch from two. -: not compiled yet.\n"
+        f"{_setting(last)}.\n\n" + _table([*pods.HEADER], pods.table(result["rows"]))
+    )
+
+
 def take_in_demo(path: pathlib.Path) -> None:
     """Stores what README.md shows of a demo's results."""
     result = json.loads(path.read_text())
@@ -281,6 +297,7 @@ SECTIONS = {
     "t5x-step": ("t5x-step", t5x_step),
     "t5x-step-static": ("t5x-step-static", t5x_step_static),
     "teacher-cache": ("teacher-cache", teacher_cache),
+    "pods": ("pods", pods),
 }
 
 

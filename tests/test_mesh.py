@@ -1,6 +1,5 @@
 """A mesh in the context: functions find it, split tokens and vocabulary, and move little."""
 
-import re
 import warnings
 
 import jax
@@ -12,6 +11,7 @@ from test_transforms import CT, LINEAR, LOSSES, B, D, H, K, R, V, W, Y, Z, close
 from tpu_topology import needs_compiler, topology
 
 import t5patches_kernels as tk
+from bench.collectives import moved
 
 P = jax.P
 AXES = {
@@ -233,19 +233,6 @@ def test_beside_a_shard_map_of_the_callers():
     close(got, whole(jax.value_and_grad(lambda *a: (local(*a) * CT).sum()), Z, R, Y, W))
 
 
-def moved(text):
-    """The collectives of a program, with their largest operand's size."""
-    found = []
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        sizes = [
-            np.prod([int(d) for d in dims.split(",") if d], dtype=int)
-            for dims in re.findall(r"\w+\[([\d,]*)\]", shape)
-        ]
-        found.append((kind, max(sizes)))
-    return found
-
-
 @pytest.mark.parametrize("vocabulary", [4096, 4099])
 @pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
 def test_what_moves_is_a_handful_of_numbers_a_token(name, vocabulary):
@@ -269,10 +256,10 @@ def test_what_moves_is_a_handful_of_numbers_a_token(name, vocabulary):
             jax.jit(jax.value_and_grad(f), out_shardings=(None, spec))
             .lower(logits, logits, y, w).compile().as_text()
         )  # fmt: skip
-    sizes = moved(text)
-    assert sizes  # at least the sum over all tokens
-    assert {kind for kind, _ in sizes} == {"all-reduce"}
-    assert max(size for _, size in sizes) <= batch * length
+    found = moved(text)
+    assert found  # at least the sum over all tokens
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert max(c.largest for c in found) <= batch * length
 
 
 def test_the_control_sees_a_vocabulary_move():
@@ -283,7 +270,7 @@ def test_the_control_sees_a_vocabulary_move():
     )
     with jax.set_mesh(mesh):
         f = jax.jit(lambda z: jnp.sort(z, axis=-1))
-        assert max(size for _, size in moved(f.lower(z).compile().as_text())) > 8 * 16
+        assert max(c.largest for c in moved(f.lower(z).compile().as_text())) > 8 * 16
 
 
 def test_the_kernel_moves_only_where_it_must():
@@ -307,10 +294,10 @@ def test_the_kernel_moves_only_where_it_must():
     out = (None, tuple(jax.NamedSharding(mesh, place[n]) for n in "hk"))
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(f, argnums=(0, 1)), out_shardings=out)
-        sizes = moved(step.lower(h, k, h, k, y, w).compile().as_text())
-    assert {kind for kind, _ in sizes} == {"all-reduce"}
+        found = moved(step.lower(h, k, h, k, y, w).compile().as_text())
+    assert {c.kind for c in found} == {"all-reduce"}
     # dW [D, V / 4] over data, as for any head; dh [B / 2, 6, D] over model, as for any split head.
-    assert [size for _, size in sizes if size > B * 6 * D] == [D * 4096 // 4]
+    assert [c.largest for c in found if c.largest > B * 6 * D] == [D * 4096 // 4]
 
 
 @needs_compiler
@@ -346,7 +333,7 @@ def test_tpu_kernels_run_on_each_chip_of_a_slice(linear):
         text = step.lower(h, k, h, k, y, w).compile().as_text()
     assert "tnrf_first" in text
     assert "tnrf_gradient" in text
-    sizes = moved(text)
-    assert {kind for kind, _ in sizes} == {"all-reduce"}
+    found = moved(text)
+    assert {c.kind for c in found} == {"all-reduce"}
     # The gradients to what comes before: hidden states over model, the head's kernel over data.
-    assert max(size for _, size in sizes) == width * vocabulary // 2
+    assert max(c.largest for c in found) == width * vocabulary // 2

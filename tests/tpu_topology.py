@@ -24,14 +24,16 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 
 @functools.cache
-def topology(chip: str):
-    """A host's chips, to compile for."""
+def topology(chip: str, shape: str | None = None):
+    """A host's chips, or those of a slice of a shape like ``4x4x4``, to compile for."""
     from jax.experimental import topologies
 
     # libtpu otherwise asks a cloud machine's metadata, and refuses to be loaded twice at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, options = CHIPS[chip]
+    if shape:
+        name = f"{name.partition(':')[0]}:{shape}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
 
 
