@@ -1,5 +1,6 @@
 """The figures of `bench.pods` on a step that is compiled whole, for eight CPU devices."""
 
+import jax
 import pytest
 
 pytest.importorskip("t5x", reason="needs T5X: make test-t5x")
@@ -18,18 +19,20 @@ SIZES = {
 
 @pytest.mark.filterwarnings("ignore")  # T5X's own
 @pytest.mark.parametrize(
-    ("variant", "numbers", "collectives"),
+    ("variant", "most", "numbers"),
     [
-        pytest.param("upstream", 16, 8, marks=t5x_stack.needs_upstream),
-        ("ours", 10, 3),
-        ("ours, fused head", 10, 3),
+        # Its accuracy gathers the largest logit of each of 4 parts, and where it is.
+        pytest.param("upstream", 4, 28, marks=t5x_stack.needs_upstream),
+        ("ours", 1, 10),
+        ("ours, fused head", 1, 10),
     ],
 )
-def test_what_the_loss_moves_in_a_whole_step(variant, numbers, collectives):
+def test_what_the_loss_moves_in_a_whole_step(variant, most, numbers):
     parts, batch = t5x_stack.partitioner(model_axis=4), pods.batch_of(4)
-    step = t5x_step.prepare(variant, pods.OBJECTIVE, SIZES, batch, "float32", "xla", parts)
-    found = moved(pods.compiled(step, batch).as_text())
+    # T5X's network and T5Patches' losses promote.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        step = t5x_step.prepare(variant, pods.OBJECTIVE, SIZES, batch, "float32", "xla", parts)
+        found = moved(pods.compiled(step, batch).as_text())
     moves = pods.numbers_a_token(found, (2, pods.TARGETS), SIZES["emb_dim"])
-    print(moves)
-    assert sum(map(sum, moves)) == numbers
-    assert len(moves) <= collectives + 9
+    assert max(map(max, moves)) == most
+    assert 0 < sum(map(sum, moves)) <= numbers
