@@ -3,7 +3,9 @@
 import json
 import sys
 
+import jax
 import pytest
+from tpu_topology import compile_for, needs_compiler
 
 from bench import common, pods, readme
 from bench.collectives import Collective, moved
@@ -53,6 +55,14 @@ def test_what_is_not_by_token_is_refused():
     text = ' %a = f32[8032,128] all-gather(%x), metadata={op_name="jit(step)/jvp()/sort"}'
     with pytest.raises(ValueError, match="nothing by token"):
         pods.numbers_a_token(moved(text), TOKENS, WIDTH)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*TPU")
+def test_the_memory_of_a_chip_is_what_its_compiler_says():
+    numbers = int(pods.HBM_GIB) << 28  # of four bytes
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"available HBM \({pods.HBM_GIB}G\)"):
+        compile_for("v4", lambda x: x + 1, jax.ShapeDtypeStruct((numbers // 8, 8), "float32"))
 
 
 def row(layers, rows, **figures):
