@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
-from t5patches.editing.teacher_cache import FEATURE, TeacherCache
+from t5patches.editing.data import ORIGINAL_HIDDEN
+from t5patches.editing.teacher_cache import TeacherCache
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, update
 from t5patches.network import T5Config, Transformer
 
@@ -78,7 +79,7 @@ def _advancing(
     def call() -> jax.Array:
         batch = dict(arrays)
         if variant == "cached":
-            batch[FEATURE] = teacher.read(batch)
+            batch[ORIGINAL_HIDDEN] = teacher.read(batch)
         state[0], metrics = step(state[0], original, batch, 0)
         return metrics["loss"]
 

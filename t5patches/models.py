@@ -46,6 +46,7 @@ import jax.numpy as jnp
 
 import t5patches_kernels
 from t5patches import network
+from t5patches.editing.data import ORIGINAL_HIDDEN
 from t5patches_kernels import Edits, TokenLoss
 
 try:
@@ -68,7 +69,6 @@ Array = jax.Array
 Batch = Mapping[str, Any]
 PyTree = Any
 
-ORIGINAL_HIDDEN = "original_hidden"  # of a batch: what a teacher cache holds
 _FLOAT32_MIN = float(jnp.finfo(jnp.float32).min)
 
 

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from t5patches import models, original  # first: it says what is missing without T5X
+from t5patches.editing.data import ORIGINAL_HIDDEN
 
 # isort: split
 from t5x import trainer as t5x_trainer
@@ -246,9 +247,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         """`t5x.trainer.BaseTrainer.train`; with a teacher cache, its states beside each batch."""
         if self._cache is not None:
             cache = self._cache
-            batch_iter = (
-                {**batch, models.ORIGINAL_HIDDEN: _states(cache, batch)} for batch in batch_iter
-            )
+            batch_iter = ({**batch, ORIGINAL_HIDDEN: _states(cache, batch)} for batch in batch_iter)
         return super().train(batch_iter, num_steps, start_step)
 
     def compile_train(self, batch: Batch) -> None:
@@ -260,7 +259,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
                 self._cache.dtype,
                 sharding=getattr(tokens, "sharding", None),
             )
-            batch = {**batch, models.ORIGINAL_HIDDEN: states}
+            batch = {**batch, ORIGINAL_HIDDEN: states}
         super().compile_train(batch)
 
     def _keep(self, params: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from t5patches import cli
 from t5patches.editing import edit as edit_module
+from t5patches.editing import runs
 from t5patches.editing import train as train_module
 from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
 from t5patches.editing.edit import Job, check, read_rounds, unfinished
@@ -294,7 +295,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
     place = place()
     usage = shutil.disk_usage(place)
     with monkeypatch.context() as patched:
-        patched.setattr(edit_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patched.setattr(runs.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert run(place) == 1
         assert "MiB of disk space and 0 MiB are free" in capsys.readouterr().err
 

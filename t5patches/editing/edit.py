@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from t5patches.editing.devices import make_mesh
 from t5patches.editing.mixing import mixing_rates, mixture_order
 from t5patches.editing.model import check_tokenizer
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
-from t5patches.editing.runs import claim
+from t5patches.editing.runs import claim, require_space
 from t5patches.editing.teacher_cache import TeacherCache
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.tokenizer import Tokenizer
@@ -353,17 +352,7 @@ def _require_space(job: Job, checked: Checked) -> None:
     needed = folder + 2 * sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state)
     )
-    place = unfinished(job.output)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the edit needs {needed / 2**20:.0f} MiB of disk space and {free / 2**20:.0f} MiB are "
-            "free",
-            str(place),
-        )
+    require_space(unfinished(job.output), needed, "the edit")
 
 
 def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:

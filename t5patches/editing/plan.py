@@ -77,8 +77,8 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         count=len(used),
         parameters=parameters,
         optimizer=_held(step.state.optimizer),
-        # Where the objective needs none, the parameters that were read stay on the host.
-        original=frozen if frozen or not on_host else parameters,
+        # What was read stays on the host, however little of it the step needs.
+        original=max(frozen, parameters) if on_host else frozen,
         working=memory.temp_size_in_bytes + max(0, inputs - frozen),
         available=_available(used[0], sum(d.platform == "cpu" for d in used)),
     )

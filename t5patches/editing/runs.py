@@ -6,6 +6,8 @@ starts from. Whoever comes with the same goes on from there; anything else is re
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -46,6 +48,49 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator
             yield from _differences(old, value)
         elif old != value:
             yield f"{name} ({old} there, {value} asked for)"
+
+
+def require_space(directory: str | os.PathLike[str], size: int, what: str) -> None:
+    """Refuses to begin what the disk has no room for.
+
+    Args:
+        directory: where it is to be written; need not exist yet.
+        size: in bytes.
+        what: it is, for the message.
+
+    Raises:
+        OSError: less is free.
+    """
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {size / 2**20:.0f} MiB of disk space and {free / 2**20:.0f} MiB are "
+            "free: make room, or choose a directory on another disk",
+            os.fspath(place),
+        )
+
+
+@contextlib.contextmanager
+def writing(what: str, left: str) -> Iterator[None]:
+    """Turns what fails in writing into an `OSError`: Tensorstore has ways of its own to say it.
+
+    Args:
+        what: is being written.
+        left: what is there in any case.
+
+    Raises:
+        OSError: for any exception inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"{what} cannot be written ({error}): {left} kept; make room and go on"
+        ) from error
 
 
 class Parts:

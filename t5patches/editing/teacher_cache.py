@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,9 @@ import numpy as np
 import tensorstore as ts
 
 from t5patches.editing.data import Batch, write_file
-from t5patches.editing.runs import claim
+from t5patches.editing.runs import claim, require_space, writing
 
 DTYPES = ("bfloat16", "float32")
-FEATURE = "original_hidden"  # of a batch
 
 _ROWS_A_CHUNK = 1024
 _KEY_BYTES = 32
@@ -192,7 +190,7 @@ def write_cache(
     run = {**about, "width": width, "dtype": dtype, "data": hashlib.sha256(index).hexdigest()}
     claim(directory, run)
     if not (directory / "index.npz").exists():
-        _require_space(directory, size)
+        require_space(directory, size.bytes, f"the teacher cache of {size}")
         write_file(directory / "index.npz", index)
     if _done(directory) < len(lengths):
         states = _open(directory, dtype, (size.tokens, width))
@@ -220,14 +218,8 @@ def _fill(
         rows = np.concatenate([hidden[s.row, s.places] for _, s in new])
         first, last = new[0][0], new[-1][0] + 1
         part = states[int(offsets[first]) : int(offsets[last])]
-        try:
+        with writing(f"the teacher cache in {directory}", "what is there is"):
             part.write(rows.astype(states.dtype.numpy_dtype)).result()
-        except Exception as error:
-            # Tensorstore says that the disk is full in ways of its own.
-            raise OSError(
-                f"the teacher cache in {directory} cannot be written ({error}): what is there is "
-                "kept; make room and go on"
-            ) from error
         done = last
         write_file(directory / "done.json", json.dumps({"examples": done}))
         if advance is not None:
@@ -281,12 +273,3 @@ def _open(directory: Path, dtype: str, shape: tuple[int, int]) -> ts.TensorStore
 def _done(directory: Path) -> int:
     path = directory / "done.json"
     return json.loads(path.read_text())["examples"] if path.exists() else 0
-
-
-def _require_space(directory: Path, size: CacheSize) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < size.bytes:
-        raise OSError(
-            f"the teacher cache takes {size} and {directory} has {free / 1e9:.3f} GB free: make "
-            "room, choose another directory, or train with the live original model"
-        )

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t5patches.editing import devices
-from t5patches.editing.data import Batch, batch_indices
+from t5patches.editing.data import ORIGINAL_HIDDEN, Batch, batch_indices
 from t5patches.editing.forward import forward
-from t5patches.editing.runs import claim
-from t5patches.editing.teacher_cache import FEATURE, CacheSize, TeacherCache, write_cache
+from t5patches.editing.runs import claim, writing
+from t5patches.editing.teacher_cache import CacheSize, TeacherCache, write_cache
 from t5patches.network import T5Config, head_params, output_head
 from t5patches_kernels import (
     Edits,
@@ -201,7 +201,7 @@ def train(
         for step in range(first, settings.steps):
             batch = _batch(arrays, settings, step, order)
             if teacher is not None:
-                batch[FEATURE] = teacher.read(batch)
+                batch[ORIGINAL_HIDDEN] = teacher.read(batch)
             state, metrics = step_of(state, frozen, batch, step)
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value)
@@ -315,8 +315,8 @@ def token_loss(
             )
     if original is None:
         raise ValueError(f"{settings.objective} needs the parameters of the original model")
-    if FEATURE in batch:
-        original_hidden = batch[FEATURE].astype(hidden.dtype)
+    if ORIGINAL_HIDDEN in batch:
+        original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
     else:
         original_hidden = forward(model, original, batch, return_hidden=True)
     return linear_targeted_negative_loss(
@@ -379,7 +379,7 @@ class Step:
                     f"cache: leave the cache out, or use one of {TARGETED}"
                 )
             tokens, _ = rows["decoder_target_tokens"]
-            rows[FEATURE] = ((*tokens, model.emb_dim), jnp.dtype(cached))
+            rows[ORIGINAL_HIDDEN] = ((*tokens, model.emb_dim), jnp.dtype(cached))
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh)
         self.arguments, _ = _program(*self._key)
         self.state, self.original, *_ = self.arguments
@@ -477,7 +477,7 @@ def _program(
     params = jax.tree.map(placed, shapes, of_params)
     state = _State(params, jax.tree.map(placed, inner, of_inner))
     original: Any = params if settings.objective in TARGETED else None
-    if FEATURE in dict(rows):
+    if ORIGINAL_HIDDEN in dict(rows):
         original = head_params(model, params)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
@@ -679,7 +679,7 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
-    try:
+    with writing(f"the checkpoint of step {step}", "the one before it, if any, is"):
         checkpoints.save(
             step,
             args=ocp.args.Composite(
@@ -688,12 +688,6 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
                 history=ocp.args.JsonSave(history),
             ),
         )
-    except Exception as error:
-        # Tensorstore says that the disk is full in ways of its own.
-        raise OSError(
-            f"the checkpoint of step {step} cannot be written ({error}): the one before it, if "
-            "any, is kept; make room and go on"
-        ) from error
 
 
 def _restore(
