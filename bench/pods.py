@@ -2,15 +2,16 @@ r"""T5X's training step on slices of a TPU v4 pod: `make bench-pods T5X=FOLDER`.
 
     python -m bench.pods                                        # what is not stored yet
     python -m bench.pods --sizes base --chips 8 --variants ours
-    python -m bench.pods --sizes XXL --layers 2 4               # where all 24 take too long
-    python -m bench.pods --no-compile                           # the table of what is stored
+    python -m bench.pods --sizes XXL --chips 64 --layers 24     # all of a model
+    python -m bench.pods --sizes                                # none: the table of what is stored
 
 **Static: the TPU compiler's own figures, ahead of time. Nothing ran on a TPU**, and no parameter is
 ever made: the step is compiled for shapes. It is the step of our trainer for TNRF, on the mesh and
 by the standard rules of T5X's partitioner: parameters in float32, split over ``model`` and whole
 along ``data``; activations in bfloat16, none computed twice; Adafactor; no dropout; inputs of 512
 tokens, targets of 128. The variants differ in model and loss: T5Patches' model; ours in its place,
-on the same network; ours with `t5patches.network` and ``fused_head=True``.
+on the same network, with the kernels for TPUs; ours with `t5patches.network` and
+``fused_head=True``.
 
 T5Patches' own trainer makes the original parameters a constant of the program, whole on each
 device, and raises where they are split over several hosts, as on all of these slices. Here its
@@ -18,7 +19,8 @@ model gets them as ours does: an argument, split like the parameters being train
 
 A row is one compiled program, stored as soon as it is there: a run that was stopped goes on with
 what is missing. Where no row has all of a model's layers, the table's figures follow from two
-depths by a straight line and are marked; the largest batch follows from two batches by another.
+depths by a straight line and are marked; the largest batch follows from two batches by another: at
+that batch arguments, temporaries, program and what is returned fill what a program gets of a chip.
 """
 
 from __future__ import annotations

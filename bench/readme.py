@@ -266,8 +266,9 @@ def pods(result: dict) -> str:
         "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in\n"
         "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss\n"
         "/ ours / ours with a fused head, the original an argument in all three. Numbers a token:\n"
-        "what the loss moves over `model`, and in how many collectives. ≈: of 1 and 3 layers, by\n"
-        "a straight line, as is the largest batch from two. -: not compiled yet.\n"
+        "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: from 1\n"
+        "and 3 layers of encoder and decoder, by a straight line, as the largest batch is from\n"
+        f"two, for {pods.HBM_GIB} GiB of a chip's 32. -: not compiled yet.\n"
         f"{_setting(last)}.\n\n" + _table([*pods.HEADER], pods.table(result["rows"]))
     )
 
