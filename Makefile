@@ -84,6 +84,7 @@ bench-teacher: $(VENV)/.has-test ## what a cached teacher saves in time and oper
 
 bench-tpu-static: $(VENV)/.has-test ## the TPU compiler's own figures, on any machine (hours for all)
 	$(BIN)/python -m bench.tpu_static
+	$(BIN)/python -m bench.tpu_static --linear --objectives tnff,tnrf
 
 bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 	$(BIN)/python -m bench.tpu

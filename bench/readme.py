@@ -9,11 +9,13 @@ Nothing is measured here. A test holds README.md to the stored results.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
 
 from bench import common
+from bench.tpu_static import CORES
 from bench.tutorial import COMMANDS
 
 README = common.RESULTS.parent.parent / "README.md"
@@ -60,39 +62,70 @@ def host_cpu(result: dict) -> str:
 def tpu_static(result: dict) -> str:
     """The table of `make bench-tpu-static`: compute over copies, by chip and objective."""
     found = {(r["chip"], r["objective"], r["dtype"], r["V"]): r for r in result["rows"]}
-    chips = list(dict.fromkeys(r["chip"] for r in result["rows"]))
-
-    def ratio(key: tuple) -> str:
-        row = found.get(key)
-        if row is None:
-            return ""
-        if "ratio" not in row:
-            return f"{row['cycles']:.0f} cycles"
-        return f"{row['ratio']:.2f}"
-
-    columns = [
-        (name, dtype, v)
-        for name in common.OBJECTIVES
-        for dtype in ("float32", "bfloat16")
-        for v in common.VOCABULARIES.values()
-        if any((chip, name, dtype, v) in found for chip in chips)
-    ]
+    chips = [chip for chip in CORES if any(key[0] == chip for key in found)]
+    programs = itertools.product(
+        (*common.OBJECTIVES, *common.ALONE),
+        ("float32", "bfloat16"),
+        sorted({r["V"] for r in result["rows"]}),
+    )
     rows = []
-    for name, dtype, v in columns:
-        of = [found[chip, name, dtype, v] for chip in chips if (chip, name, dtype, v) in found]
-        passes = sorted({f"{r['passes']:g}" for r in of})
+    for name, dtype, v in programs:
+        of = {chip: row for chip in chips if (row := found.get((chip, name, dtype, v)))}
+        if not of:
+            continue
+        passes = sorted({f"{r['passes']:g}" for r in of.values()})
         # In bfloat16 the count on v4 has copies through another memory in it: not traffic.
-        counted = [r for r in of if r["dtype"] == "float32"]
+        counted = [r for r in of.values() if r["dtype"] == "float32"]
         dense = sorted({f"{r['dense_passes']:g}" for r in counted}, key=float)
-        cells = [ratio((chip, name, dtype, v)) for chip in chips]
-        rows.append([f"`{name}` {dtype} {v}", "-".join(passes), "-".join(dense), *cells])
-    header = ["", "passes", "XLA on the dense formula", *chips]
+        more = [r["cycles_of_32_edits_over_1"] / r["cycles"] for r in of.values()
+                if r.get("cycles_of_32_edits_over_1")][:1]  # fmt: skip
+        rows.append(
+            [
+                f"`{name}` {dtype} {v}",
+                "-".join(passes),
+                "-".join(dense),
+                *(_ratio(of.get(chip)) for chip in chips),
+                "".join(f"{x:.1%}" for x in more),
+            ]
+        )
+    header = ["", "passes", "XLA on the dense formula", *chips, f"32 edits over one, {chips[0]}"]
     return (
         "`make bench-tpu-static`: **static, ahead of time, by the TPU compiler; nothing ran on\n"
         "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the\n"
         "time of a block's instructions over that of its copies: below 1 the kernel is at the\n"
-        "memory roofline. Blocks without edits; clocks and bandwidths as published or assumed; no\n"
-        "stalls counted; tpu7x has no published clock.\n"
+        "memory roofline. Blocks without edits; the last column: what 32 edits on 4% of\n"
+        "tokens add to the instructions of one edit on each of those. Clocks and bandwidths as\n"
+        "published or assumed; no stalls counted; tpu7x has no published clock.\n"
+        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+    )
+
+
+def _ratio(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ratio']:.2f}" if "ratio" in row else f"{row['cycles']:.0f} cycles"
+
+
+def tpu_linear(result: dict) -> str:
+    """The table of heads of `make bench-tpu-static`."""
+    rows = [
+        [
+            f"{row['chip']}, `{row['objective']}`, T = {row['T']}, D = {row['D']}, V = {row['V']}",
+            f"{row['accumulator_gb']:.2f} + {row['beyond_gb']:.3f}",
+            f"{row['dense_gb']:.2f}",
+            f"{row['chunks']} x {row['rows']}",
+            *(f"{row[f'{k}_ms']:.1f}" for k in ("chunked_copies", "products", "dense_copies",
+                                                "in_kernel_products")),
+        ]
+        for row in sorted(result["rows"], key=lambda row: [*CORES].index(row["chip"]))
+    ]  # fmt: skip
+    header = ["bfloat16", "held, GB", "dense, GB", "chunks", "copies, ms", "products, ms",
+              "dense: copies, ms", "in-kernel: products, ms"]  # fmt: skip
+    return (
+        "From hidden states to the loss and both gradients, **static** too. Held: the float32\n"
+        "gradient of the kernel, and what is held beyond it; dense: XLA on whole float32 logits.\n"
+        "Copies are the compiler's count of bytes at the chip's bandwidth, products the matrix\n"
+        "unit's at its full rate: each the least that its part can take.\n"
         f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
     )
 
@@ -294,6 +327,7 @@ SECTIONS = {
     "edit-small": ("edit-small", edit_small),
     "host-cpu": ("host-cpu", host_cpu),
     "tpu_static": ("tpu_static", tpu_static),
+    "tpu_linear": ("tpu_linear", tpu_linear),
     "h200-static": ("h200-static", gpu_static),
     "t5x-step": ("t5x-step", t5x_step),
     "t5x-step-static": ("t5x-step-static", t5x_step_static),

@@ -2,6 +2,7 @@ r"""The static table of the TPU kernels: what the compiler says of them, ahead o
 
     make bench-tpu-static
     python -m bench.tpu_static --chips v4 --objectives tnff,tnrr --name mine
+    python -m bench.tpu_static --linear --objectives tnff,tnrf
 
 **Nothing here ran on a TPU.** The real compiler's schedule gives the cycles of a block of rows (one
 bundle of instructions a cycle, stalls not counted); arithmetic gives the time that its copies need
@@ -22,6 +23,12 @@ fewer instructions would help.
 
 The last column is what 32 edits on 4% of the tokens take over one edit on each of those, of the
 cycles (not of the time, where copies take longer).
+
+With `--linear` a row is a head, from hidden states to the loss and both gradients: what is held
+beyond the kernel's gradient in float32, beside XLA's form on whole float32 logits; and the least
+that the copies take (the compiler's count of bytes at the chip's bandwidth; a count of what goes
+through v4's other memory too) and the products (at the matrix unit's full rate), beside the
+products that a form would need which keeps the logits inside a kernel.
 """
 
 from __future__ import annotations
@@ -30,6 +37,7 @@ import argparse
 import collections
 import functools
 import glob
+import itertools
 import json
 import operator
 import os
@@ -46,19 +54,20 @@ TOKENS = 2048
 
 
 class Core(NamedTuple):
-    """A core's clock and its share of the chip's bandwidth, as published or assumed."""
+    """A core's clock and its share of the chip's rates, as published or assumed."""
 
     ghz: float | None
     gigabytes: float
+    teraflops: float  # bfloat16
 
 
 # tpu7x has no published clock: its cycles are shown, its times are not.
 CORES = {
-    "v4": Core(1.05, 614),
-    "v5e": Core(1.5, 819),
-    "v5p": Core(1.75, 1382),
-    "v6e": Core(1.75, 1640),
-    "tpu7x": Core(None, 3690),
+    "v4": Core(1.05, 614, 137.5),
+    "v5e": Core(1.5, 819, 197),
+    "v5p": Core(1.75, 1382, 229.5),
+    "v6e": Core(1.75, 1640, 918),
+    "tpu7x": Core(None, 3690, 1153.5),
 }
 
 
@@ -272,6 +281,88 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# --- A head: from hidden states to the loss and its gradients -------------------------------------
+
+HEADS = ((4096, 768, 32128), (4096, 1024, 250112))  # tokens, width, vocabulary: T5's and mT5's
+
+
+def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) -> dict[str, Any]:
+    """A row of the table of heads: what is held, and the least that copies and products take."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import jax
+    import jax.numpy as jnp
+    from tpu_topology import compile_for, device, target
+
+    from bench import common
+    from t5patches_kernels import block_sizes
+    from t5patches_kernels.backends import linear, pallas_tpu
+    from t5patches_kernels.operation import Head, Operands, Operation, Stage, Tokens
+    from t5patches_kernels.spec.objectives import Settings
+
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, width), (width, columns)))
+    y, w, bad = (jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32, jnp.bool_))
+    edits = [jax.ShapeDtypeStruct((tokens, 1), d) for d in (jnp.int32, jnp.float32)]
+    programs = {
+        what: compile_for(
+            chip,
+            jax.value_and_grad(functools.partial(common.head_total, what, name), (0, 1)),
+            *(h, k, h, k, y, w),
+        )
+        for what in ("pallas_tpu", "dense")
+    }
+    # The compiler counts a loop's body once: the forward visit alone has one loop, over chunks.
+    op = Operation(Settings(name, columns, smoothing=1e-6), head=Head(1.0, transposed=False))
+    visit = functools.partial(linear.run, pallas_tpu.run, op, Stage.VISIT)
+    chunk = compile_for(chip, visit, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
+    rows = linear.chunk_rows(tokens, columns, linear.TPU_CHUNK_BYTES)
+    chunks = -(-tokens // rows)
+    moved = {
+        "chunked": chunks * chunk.cost_analysis()["bytes accessed"],
+        "dense": programs["dense"].cost_analysis()["bytes accessed"],
+    }
+    with target(chip):
+        vmem = (block_sizes.target() or block_sizes.LEAST).vmem
+    cores, core = device(chip).num_cores, CORES[chip]
+    product = 2 * tokens * width * columns / core.teraflops / cores / 1e9  # ms
+    # A kernel cannot keep logits for a gradient that needs whole rows: it makes both again, for the
+    # hidden states and once more for the kernel, unless one of the two gradients stays in VMEM.
+    products = 6 if 4 * tokens * width < vmem / 2 else 8
+    accumulator = 4 * width * columns
+    held = {k: p.memory_analysis().temp_size_in_bytes / 1e9 for k, p in programs.items()}
+    return {
+        "chip": chip,
+        "objective": name,
+        "T": tokens,
+        "D": width,
+        "V": columns,
+        "accumulator_gb": accumulator / 1e9,
+        "beyond_gb": held["pallas_tpu"] - accumulator / 1e9,
+        "dense_gb": held["dense"],
+        "chunks": chunks,
+        "rows": rows,
+        **{f"{k}_copies_ms": v / core.gigabytes / cores / 1e6 for k, v in moved.items()},
+        "products_ms": 4 * product * chunks * rows / tokens,
+        "in_kernel_products_ms": products * product,
+    }
+
+
+HEAD_HEADER = """\
+| chip | objective | T, D, V | held beyond the accumulator, GB | dense, GB | chunks \
+| copies, ms | products, ms | dense: copies, ms | in-kernel: products, ms |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def head_line(row: dict[str, Any]) -> str:
+    """A row of the table of heads as Markdown."""
+    return (
+        f"| {row['chip']} | {row['objective']} | {row['T']}, {row['D']}, {row['V']} "
+        f"| {row['beyond_gb']:.3f} ({row['beyond_gb'] / row['dense_gb']:.1%}) "
+        f"| {row['dense_gb']:.2f} | {row['chunks']} of {row['rows']} "
+        f"| {row['chunked_copies_ms']:.1f} | {row['products_ms']:.1f} "
+        f"| {row['dense_copies_ms']:.1f} | {row['in_kernel_products_ms']:.1f} |"
+    )
+
+
 # --- The table ------------------------------------------------------------------------------------
 
 HEADER = """\
@@ -298,20 +389,14 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _store(name: str, rows: list[dict[str, Any]]) -> None:
-    """Writes rows, in the place of those that were there for the same programs."""
-    from bench import common  # here: the process that compiles must set up libtpu before jax
-
-    common.add(name, rows, operator.itemgetter("chip", "objective", "dtype", "V"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chips", default=",".join(CORES))
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--vocabularies", default="32128,250112")
-    parser.add_argument("--name", default="tpu_static", help="of the file in bench/results/")
+    parser.add_argument("--vocabularies", default="32128,32100,250112")
+    parser.add_argument("--linear", action="store_true", help="hidden states instead of logits")
+    parser.add_argument("--name", help="of the file in bench/results/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -323,15 +408,23 @@ def main() -> None:
     except ImportError:
         print("The static table needs the TPU compiler: pip install libtpu")
         return
-    print(f"Static, ahead of time; T = {TOKENS}; nothing ran on a TPU.\n{HEADER}")
-    rows: list[dict[str, Any]] = []
-    for chip in options.chips.split(","):
-        for name in options.objectives.split(","):
-            for dtype in options.dtypes.split(","):
-                for columns in options.vocabularies.split(","):
-                    rows.append(measure(chip, name, dtype, int(columns)))
-                    print(line(rows[-1]), flush=True)
-                    _store(options.name, rows)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from bench import common  # after that, which JAX reads when it is imported
+
+    chips, objectives = (x.split(",") for x in (options.chips, options.objectives))
+    if options.linear:
+        name, header, shown, sizes = "tpu_linear", HEAD_HEADER, head_line, "TDV"
+        heads = itertools.product(chips, objectives, HEADS)
+        measured = (measure_head(chip, objective, *head) for chip, objective, head in heads)
+    else:
+        name, header, shown, sizes = "tpu_static", HEADER, line, ("dtype", "V")
+        kinds = options.dtypes.split(","), map(int, options.vocabularies.split(","))
+        measured = itertools.starmap(measure, itertools.product(chips, objectives, *kinds))
+    key = operator.itemgetter("chip", "objective", *sizes)
+    print(f"Static, ahead of time; nothing ran on a TPU.\n{header}")
+    for row in measured:
+        print(shown(row), flush=True)
+        common.add(options.name or name, [row], key)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 The chunk's matrix products are the compiler's own; what happens to its logits is whatever driver
 the caller chose. The gradient makes the chunk's logits again, weighs each row by its own cotangent
 and multiplies straight on into ``hidden`` and ``kernel``: right for any per-token cotangent.
+
+Not all in one kernel, on a TPU either: a gradient needs whole rows, so a kernel that keeps no
+logits makes them again, for ``hidden`` and for ``kernel``: six to eight products where chunks take
+four. `python -m bench.tpu_static --linear` prints what that comes to, and README says what follows.
 """
 
 from __future__ import annotations
@@ -36,11 +40,15 @@ _LEAST_ROWS = 8
 _MATRIX_ROWS = 128
 
 
-def chunk_rows(columns: int, chunk_bytes: int = _CHUNK_BYTES) -> int:
-    """Tokens a chunk: whole tiles of a matrix unit where there is room for some."""
-    rows = chunk_bytes // (4 * columns)
-    whole = _MATRIX_ROWS if rows >= 4 * _MATRIX_ROWS else _LEAST_ROWS
-    return max(_LEAST_ROWS, rows // whole * whole)
+def chunk_rows(rows: int, columns: int, chunk_bytes: int) -> int:
+    """Tokens a chunk: about as many in each, as the last one is moved back over the one before it.
+
+    In whole tiles of a matrix unit where there is room for some.
+    """
+    most = max(_LEAST_ROWS, chunk_bytes // (4 * columns))
+    tile = _MATRIX_ROWS if most >= 4 * _MATRIX_ROWS else _LEAST_ROWS
+    chunks = -(-rows // (most // tile * tile))
+    return -(-rows // (chunks * tile)) * tile
 
 
 def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
@@ -115,7 +123,8 @@ def _chunked(
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, numbers, by)
-    out, dw = tiling.for_row_blocks(body, inputs, rows, chunk_rows(columns, chunk_bytes))
+    block = chunk_rows(rows, columns, chunk_bytes)
+    out, dw = tiling.for_row_blocks(body, inputs, rows, block)
     if out.gradient is None:
         return out
     return Result(out.numbers, (out.gradient[0].astype(hidden.dtype), dw))
