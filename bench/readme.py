@@ -73,7 +73,7 @@ def tpu_static(result: dict) -> str:
         of = {chip: row for chip in chips if (row := found.get((chip, name, dtype, v)))}
         if not of:
             continue
-        passes = sorted({f"{r['passes']:g}" for r in of.values()})
+        passes = sorted({_passes(r) for r in of.values()})
         # In bfloat16 the count on v4 has copies through another memory in it: not traffic.
         counted = [r for r in of.values() if r["dtype"] == "float32"]
         dense = sorted({f"{r['dense_passes']:g}" for r in counted}, key=float)
@@ -94,10 +94,18 @@ def tpu_static(result: dict) -> str:
         "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the\n"
         "time of a block's instructions over that of its copies: below 1 the kernel is at the\n"
         "memory roofline. Blocks without edits; the last column: what 32 edits on 4% of\n"
-        "tokens add to the instructions of one edit on each of those. Clocks and bandwidths as\n"
-        "published or assumed; no stalls counted; tpu7x has no published clock.\n"
+        "tokens add to the instructions of one edit on each of those. In parentheses: with logits\n"
+        "that are the program's arguments, which XLA copies where V is not a multiple of 128.\n"
+        "Clocks and bandwidths as published or assumed; no stalls counted; tpu7x has no published\n"
+        "clock.\n"
         f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
     )
+
+
+def _passes(row: dict) -> str:
+    """Where rows are no whole number of 128 entries: of logits that a product has made here."""
+    given = f"{row['passes']:g}"
+    return f"{row['passes_made']:g} ({given})" if "passes_made" in row else given
 
 
 def _ratio(row: dict | None) -> str:
