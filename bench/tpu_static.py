@@ -15,11 +15,18 @@ for pairs, of which the first skips to the second: of the two ways between them 
 and the figures are those of the first. Every loop that is left is a sweep and has its number of
 steps. The `final_*` files do not serve: idle bundles have been taken out of them.
 
-The column "vector" is a floor: the cycles that the arithmetic of that path takes if every slot for
-it is used in every cycle, as on v4 two are, of which an exponential or a logarithm takes one. In
-bfloat16 on v4 a block's copies take 5304 cycles. `tnff` needs 4576 and `tnrr` 5586, so what is
-above that is order and latency; `tnrf` needs 7137, 1.35 times its copies, in whatever order: only
-fewer instructions would help.
+The columns "vector" and "least" are a floor: the cycles that the arithmetic of that path takes if
+every slot for it is used in every cycle, as on v4 two are, of which an exponential or a logarithm
+takes one; and those over the copies. What a ratio is above its floor is order and latency; where
+the floor itself is above 1, only fewer instructions would help. "a register" is what it consists
+of: instructions for each register of 8 x 128 entries of a row, over all looks. For `tnrf` in
+bfloat16 on v4 those are 4 for two conversions and two maxima, 11 for the first sums (3 for each
+exponential, with its difference and its scaling to base 2, and five sums and products), 6 for the
+second (2 for the logarithm) and 6.5 for the gradient and its rounding. The matrix unit, which could
+convert, wants the rows in another order: to change it takes as many instructions.
+
+"masked" is what a block takes that is done again with care over what it takes, for blocks with
+masked entries elsewhere than in the last 128 columns of the row.
 
 The last column is what 32 edits on 4% of the tokens take over one edit on each of those, of the
 cycles (not of the time, where copies take longer).
@@ -80,7 +87,8 @@ class Schedule(NamedTuple):
     grid: tuple[int, int]  # the loop over steps: first bundle, last bundle
     loops: dict[int, int]  # the loops in it: last bundle, first bundle
     skips: dict[int, int]  # forward branches in it: from, to
-    vector: list[float]  # of each bundle, the share of a cycle that vector arithmetic needs
+    vector: list[int]  # of each bundle, its vector arithmetic
+    slots: int  # for that in a bundle
 
 
 def schedule(path: str) -> Schedule:
@@ -97,17 +105,17 @@ def schedule(path: str) -> Schedule:
     end = max(loops, key=lambda last: last - loops[last])
     start = loops.pop(end)
     skips = {a: b for a, b in branches if start <= a < b <= end and b - a < (end - start) / 2}
-    return Schedule((start, end), loops, skips, _vector(path))
+    return Schedule((start, end), loops, skips, *_vector(path))
 
 
-def _vector(path: str) -> list[float]:
-    """Arithmetic instructions over slots; an exponential or logarithm takes a slot on v4."""
+def _vector(path: str) -> tuple[list[int], int]:
+    """Arithmetic instructions and slots; an exponential or logarithm takes a slot on v4."""
     stem = re.match(r".*t5patches_\w+\.\d+-", path)
     assert stem is not None
     (found,) = glob.glob(f"{stem[0]}*pre-delay_hlo-static-per-bundle-utilization.txt")
     _, names, slots, _, *bundles = pathlib.Path(found).read_text().splitlines()
     at = names.split(", ").index("VALU")
-    return [int(line.split()[at]) / int(slots.split()[at]) for line in bundles]
+    return [int(line.split()[at]) for line in bundles], int(slots.split()[at])
 
 
 def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int]:
@@ -140,6 +148,17 @@ def _walk(found: Schedule, steps: int, entered: int | None) -> collections.Count
         first = to in seconds and at not in seconds
         at = at + 1 if first or at == entered else to
     return total
+
+
+def again_cycles(found: Schedule, steps: int) -> int:
+    """The bundles more that a block takes which is done again with care.
+
+    The branch before those is the last that skips a loop.
+    """
+    first = max(a for a, b in found.skips.items() if any(a < last < b for last in found.loops))
+    to = found.skips[first]
+    inside = ((a, last) for last, a in found.loops.items() if first < a and last < to)
+    return to - first - 1 + sum((last - a + 1) * (steps - 1) for a, last in inside)
 
 
 def edits_cycles(found: Schedule, rows: int, each: int, share: float = 0.04) -> float:
@@ -222,6 +241,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
         "kernels": {
             stage: {
                 "steps": call.steps,
+                "careful_steps": (call.groups - call.edge) // pallas_tpu._CAREFUL_UNROLL,
                 "tiles": call.tiles,
                 "rows": call.plan.rows,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
@@ -263,12 +283,13 @@ def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
 def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     """Cycles and copies of a block of rows, over all kernels that it goes through."""
     core, size = CORES[row["chip"]], 2 if row["dtype"] == "bfloat16" else 4
-    compute = copies = vector = 0.0
+    compute = copies = vector = registers = 0.0
     for stage, found in took.items():
         kernel = row["kernels"][stage]
         path = path_of(found, kernel["steps"], kernel["phases"])
         compute += kernel["tiles"] * path.total()
         vector += kernel["tiles"] * sum(n * found.vector[at] for at, n in path.items())
+        slots, registers = found.slots, kernel["rows"] * row["V"] / (8 * 128)
         numbers = 2 * 128 * 4  # in and out, a row
         copies += kernel["rows"] * (kernel["arrays"] * row["V"] * size + numbers)
     moved = copies / core.gigabytes / 1e3
@@ -276,19 +297,24 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         "compiled": sorted(took),
         "kernels": {stage: row["kernels"][stage] for stage in took},
         "cycles": compute,
-        "vector_cycles": round(vector),
+        "vector_cycles": round(vector / slots),
+        "instructions_a_register": vector / registers,
         "copies_us": moved,
     }
     if "visit" in took and row["kernels"]["visit"]["edited"]:
         rows = row["kernels"]["visit"]["rows"]
         one, many = (edits_cycles(took["visit"], rows, each) for each in (1, 32))
         facts["cycles_of_32_edits_over_1"] = round(many - one)
+    if "visit" in took and row["kernels"]["visit"]["phases"] == 1:
+        again = again_cycles(took["visit"], row["kernels"]["visit"]["careful_steps"])
+        facts["masked_over_unmasked"] = 1 + again / compute
     if core.ghz is None:
         return facts
     at = compute / core.ghz / 1e3
     bound = "HBM" if at < moved else "vector unit"
     return facts | {
-        "compute_us": at, "ratio": at / moved, "roofline": min(1.0, moved / at), "bound": bound
+        "compute_us": at, "ratio": at / moved, "roofline": min(1.0, moved / at), "bound": bound,
+        "least_ratio": vector / slots / core.ghz / 1e3 / moved,
     }  # fmt: skip
 
 
@@ -378,24 +404,25 @@ def head_line(row: dict[str, Any]) -> str:
 
 HEADER = """\
 | chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles | vector \
-| compute / copies us | ratio | bound | of roofline \
+| a register | compute / copies us | ratio | least | bound | of roofline | masked \
 | 32 edits over 1 |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as Markdown."""
     vmem = max(kernel["vmem_mib"] for kernel in row["kernels"].values())
-    times = "- | - | - | -"
+    times = "- | - | - | - | -"
     if "ratio" in row:
         times = (
             f"{row['compute_us']:.2f} / {row['copies_us']:.2f} | {row['ratio']:.2f} "
-            f"| {row['bound']} | {row['roofline']:.0%}"
+            f"| {row['least_ratio']:.2f} | {row['bound']} | {row['roofline']:.0%}"
         )
     return (
         f"| {row['chip']} | {row['objective']} | {row['dtype']} | {row['V']} "
         f"| {' '.join(row['compiled'])} | {vmem} | {row['passes']:g} | {row['dense_passes']:g} "
-        f"| {row['cycles']:.0f} | {row['vector_cycles']} | {times} "
+        f"| {row['cycles']:.0f} | {row['vector_cycles']} | {row['instructions_a_register']:.1f} "
+        f"| {times} | {row.get('masked_over_unmasked', 1):.2f} "
         f"| {row.get('cycles_of_32_edits_over_1', 0) / row['cycles']:.1%} |"
     )
 

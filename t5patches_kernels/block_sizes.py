@@ -50,9 +50,10 @@ _CHIPS = (
 LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
-# Groups of 128 columns in a step of a sweep. By the v4's schedule of `tnff` in bfloat16: 16 take
-# 6784 cycles, 32 6371, 64 6243, 125 6099 (static); the wider, the longer it takes to compile.
-_UNROLL = 64
+# Groups of 128 columns in a step of a sweep, at most. By the v4's schedule of `tnff` in bfloat16,
+# V = 32128: four steps of 64 or less take 5402 cycles, three of 84 or less 5318 (static); the wider,
+# the longer it takes to compile.
+_UNROLL = 96
 # Groups of a window of rows that do not fit: long copies, and few steps.
 _WINDOW = 64
 
@@ -258,7 +259,9 @@ def _layout(
     for part in parts:
         held.setdefault(_place(part, parts), []).append(f"{part[0]} {part[1]}")
     buffers += [Buffer(", later ".join(names), rows, columns, 4) for names in held.values()]
-    return Plan(rows, columns, _UNROLL, parts, private, tuple(buffers))
+    groups = columns // LANES
+    unroll = -(-groups // -(-groups // _UNROLL))  # in as many steps, all as long
+    return Plan(rows, columns, unroll, parts, private, tuple(buffers))
 
 
 class _Touched(dict):

@@ -69,6 +69,29 @@ def test_sizes(name, size, dtype):
     assert_as_good_as_dense(name, NAME, batch(0, size, edits=edits, dtype=dtype), dtype)
 
 
+@pytest.mark.usefixtures("_fresh_programs")
+@pytest.mark.parametrize("name", ["tnff", "tnrll"])
+def test_a_padded_vocabulary_is_not_done_twice(name, monkeypatch):
+    """Masks in the last 128 columns are no reason to do a block again; elsewhere they are."""
+    honest = pallas_tpu._Block.work
+
+    def spoilt(self, *arguments):
+        stands = honest(self, *arguments)
+        if self.careful:
+            self.refs["dz"][...] = jnp.full_like(self.refs["dz"][...], jnp.nan)
+        return stands
+
+    def gradient(masked):
+        z, r = (x.at[:, masked].set(-jnp.inf) for x in logits)
+        y, w = jnp.arange(8), jnp.array([1.0, -1.0] * 4)
+        return jax.grad(lambda z: LOSSES[name](z, r, y, w, implementation=NAME).loss.sum())(z)
+
+    monkeypatch.setattr(pallas_tpu._Block, "work", spoilt)
+    logits = jax.random.normal(jax.random.key(0), (2, 8, 300))
+    assert np.isfinite(gradient(slice(291, 300))).all()
+    assert np.isnan(gradient(slice(100, 109))).all()
+
+
 # --- Rows that do not fit -------------------------------------------------------------------------
 
 

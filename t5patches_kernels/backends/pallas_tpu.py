@@ -9,8 +9,9 @@ the specification. What is written here is only how rows are brought, kept and p
   chip allows (`block_sizes.py`), and take each other's place.
 * Rows too long for that go through in windows, three times over, the reference's alone held as a
   whole; what does not even leave room for it is read once more for every look.
-* A block is done as if it had no masked entry and no NaN. Where its sums show one, it is done again
-  with care: that takes twice as long, and only such blocks pay for it.
+* A block is done as if it had no masked entry and no NaN, but for the last group of a row, where a
+  padded vocabulary is masked. Where its sums show one elsewhere, it is done again with care: that
+  takes about twice as long, and only such blocks pay for it.
 * Edits are patches of single entries in a private copy of the reference: only those that are there
   cost anything. The window of an operand is never written to: what a kernel may do to one that is
   not fetched again is nowhere promised.
@@ -51,9 +52,10 @@ _NONE = -(1 << 30)  # no column, however rows and groups are added to it
 # Groups in a step of the careful way, which takes its time to compile like any other.
 _CAREFUL_UNROLL = 8
 _EDITS_A_STEP = 8
-# What a sweep writes is stored at the end of a step, but where it is more arrays than this: their
-# registers would be spilled (v4's schedule of `tnrr` in bfloat16: 679 cycles a step, 601 static).
-_STORED_LATE = 2
+# Groups of one array that are stored together. Of several arrays each group is stored at once, as
+# registers would be spilled. (v4's schedule, bfloat16: 5348 cycles of `tnff` with all of a step
+# stored together, 5308 with 8; 8724 of `tnrf` with two groups of three arrays, 8463 with one.)
+_STORED = 8
 Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
 
 
@@ -85,8 +87,12 @@ class _Call:
 
     @property
     def edge(self) -> int:
-        """Groups at the end of a window that, in the last one, reach beyond the row."""
-        return min(self.tiles * self.groups - self.columns // LANES, self.groups)
+        """Groups at the end of a window that are always done with care.
+
+        In the last window those are the row's last group, where a padded vocabulary is masked, and
+        all beyond the row.
+        """
+        return min(self.tiles * self.groups - (self.columns - 1) // LANES, self.groups)
 
     @property
     def steps(self) -> int:
@@ -190,13 +196,17 @@ class _Block:
         """Where some columns of the window are in an array."""
         return pl.ds(start, groups * LANES)
 
-    def load(self, name: Any, start: Any, groups: int, edge: bool) -> Array:
-        """Some columns in float32. At the `edge` of the row, those beyond it are masked."""
-        x = self.refs[name][:, self.at(name, start, groups)].astype(jnp.float32)
-        if not edge or name[0] != "window":
-            return x
-        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + start
-        return jnp.where(column < self.columns, x, -jnp.inf)
+    def load(self, name: Any, start: Any, groups: int, edge: int) -> list[Array]:
+        """Groups of 128 columns in float32. Beyond the row, in the last `edge`, they are masked."""
+        x = self.refs[name][:, self.at(name, start, groups)]
+        inner = groups - edge
+        wide = x[:, : inner * LANES].astype(jnp.float32) if inner else x  # faster than by group
+        out = [wide[:, g * LANES : (g + 1) * LANES] for g in range(inner)]
+        for g in range(inner, groups):
+            group = x[:, g * LANES : (g + 1) * LANES].astype(jnp.float32)
+            inside = self.lane + (start + g * LANES) < self.columns
+            out.append(jnp.where(inside, group, -jnp.inf) if name[0] == "window" else group)
+        return out
 
     def logits(self, of: str) -> Part | None:
         """Where the model's or the reference's logits are to be read."""
@@ -221,7 +231,7 @@ class _Block:
         def joined(a: Numbers, b: Numbers) -> Numbers:
             return a | {name: join(a[name], x) if name in a else x for name, x in b.items()}
 
-        def step(start: Any, groups: int, edge: bool, total: Numbers) -> Numbers:
+        def step(start: Any, groups: int, edge: int, total: Numbers) -> Numbers:
             terms: Numbers = {}
             wide = {name: self.load(name, start, groups, edge) for name in reads}
             written: dict[Any, list[Array]] = {}
@@ -235,28 +245,26 @@ class _Block:
                 written.clear()
 
             for g in range(groups):
-                columns = slice(g * LANES, (g + 1) * LANES)
-                more, out = body({name: x[:, columns] for name, x in wide.items()}, edge)
+                here = {name: x[g] for name, x in wide.items()}
+                more, out = body(here, g >= groups - edge)
                 terms = joined(terms, more)
                 for name, x in out.items():
                     written.setdefault(name, []).append(x)
-                if len(out) > _STORED_LATE and g % 2:
+                if len(out) > 1 or (g + 1) % _STORED == 0:
                     store(g + 1)
             store(groups)
             return joined(total, terms)
 
-        width = self.unroll
-        inner = self.call.groups - self.call.edge
-        steps, rest = divmod(inner, width)
+        width, edge = self.unroll, self.call.edge
+        steps = (self.call.groups - edge) // width
+        rest = self.call.groups - steps * width  # in one step with the edge: alone it would wait
 
         def full_step(i: Array, total: Numbers) -> Numbers:
-            return step(pl.multiple_of(i * (width * LANES), width * LANES), width, False, total)
+            return step(pl.multiple_of(i * (width * LANES), width * LANES), width, 0, total)
 
         if steps:
             total = jax.lax.fori_loop(0, steps, full_step, total)
-        if rest:
-            total = step(steps * width * LANES, rest, False, total)
-        return step(inner * LANES, self.call.edge, True, total) if self.call.edge else total
+        return step(steps * width * LANES, rest, edge, total)
 
     # Single entries
 
@@ -422,15 +430,15 @@ class _Block:
 
     def patch_targets(self, reads: list[Any], at: Callable[[Group, Array, bool], Array]) -> None:
         """Writes the gradient of the targets' groups once more, with the targets in it."""
-        rows, dz, edge = self.call.plan.rows, self.refs["dz"], self.call.edge > 0
+        rows, dz = self.call.plan.rows, self.refs["dz"]
         targets = jnp.full(self.shape, _NONE, jnp.int32)
         for i in range(rows):
             targets = jnp.where(self.row == i, sum(self.target(i)), targets)
         for i in range(rows):
             start, _ = self.target(i)
-            x = {name: self.load(name, start, 1, edge) for name in reads}
+            x = {name: self.load(name, start, 1, 1)[0] for name in reads}
             here = self.lane + start == targets
-            dz[:, pl.ds(start, LANES)] = at(x, here, edge).astype(dz.dtype)
+            dz[:, pl.ds(start, LANES)] = at(x, here, True).astype(dz.dtype)
 
     def work(self, w: Array, bad: Array, numbers: Numbers, by: Numbers) -> Array:
         """The stage, once the copies are there; returns whether its sums stand, a scalar."""
