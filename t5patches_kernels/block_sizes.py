@@ -51,8 +51,8 @@ LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
 # Groups of 128 columns in a step of a sweep, at most. By the v4's schedule of `tnff` in bfloat16,
-# V = 32128: four steps of 64 or less take 5402 cycles, three of 84 or less 5318 (static); the wider,
-# the longer it takes to compile.
+# V = 32128: four steps of 64 or less take 5402 cycles, three of 84 or less 5318 (static). Wider
+# ones take longer to compile.
 _UNROLL = 96
 # Groups of a window of rows that do not fit: long copies, and few steps.
 _WINDOW = 64
