@@ -301,13 +301,13 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         "instructions_a_register": vector / registers,
         "copies_us": moved,
     }
-    if "visit" in took and row["kernels"]["visit"]["edited"]:
-        rows = row["kernels"]["visit"]["rows"]
-        one, many = (edits_cycles(took["visit"], rows, each) for each in (1, 32))
-        facts["cycles_of_32_edits_over_1"] = round(many - one)
-    if "visit" in took and row["kernels"]["visit"]["phases"] == 1:
-        again = again_cycles(took["visit"], row["kernels"]["visit"]["careful_steps"])
+    visit = row["kernels"].get("visit")
+    if "visit" in took and visit["phases"] == 1:  # else what only some blocks need is in each phase
+        again = again_cycles(took["visit"], visit["careful_steps"])
         facts["masked_over_unmasked"] = 1 + again / compute
+        if visit["edited"]:
+            one, many = (edits_cycles(took["visit"], visit["rows"], each) for each in (1, 32))
+            facts["cycles_of_32_edits_over_1"] = round(many - one)
     if core.ghz is None:
         return facts
     at = compute / core.ghz / 1e3
