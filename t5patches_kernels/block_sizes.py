@@ -54,7 +54,8 @@ _RESERVED = 5 * _MIB // 4
 # V = 32128: four steps of 64 or less take 5402 cycles, three of 84 or less 5318 (static). Wider
 # ones take longer to compile.
 _UNROLL = 96
-# Groups of a window of rows that do not fit: long copies, and few steps.
+# Groups of a window of rows that do not fit: long copies, and few steps; and in a step of a tile of
+# such rows, which leaves less for spills: where T = 1, steps of 82 spill 4.6 MiB on v4 (static).
 _WINDOW = 64
 
 
@@ -174,14 +175,14 @@ def plan(
     wanted = _wanted(op, stage, itemsizes, private)
     for keep in range(len(wanted), -1, -1):
         parts = tuple(itertools.chain(*wanted[:keep]))
-        out = _layout(stage, up(columns, LANES), itemsizes, private, parts)
+        out = _layout(stage, up(columns, LANES), itemsizes, private, parts, _UNROLL)
         if out.vmem + _RESERVED <= vmem:
             return out
     if stage in (Stage.NUMBERS, Stage.VISIT):
         return None
     tiles = 2
     while True:
-        out = _layout(stage, up(-(-columns // tiles), LANES), itemsizes, private, ())
+        out = _layout(stage, up(-(-columns // tiles), LANES), itemsizes, private, (), _WINDOW)
         if out.vmem + _RESERVED <= vmem:
             return out
         tiles += 1
@@ -210,7 +211,7 @@ def streamed(
     about = (range(most, most * 3 // 4, -1) for most in (_WINDOW >> k for k in range(7)))
     for some in about:
         width = LANES * min(some, key=lambda n: up(groups, n))
-        out = _layout(stage, width, itemsizes, private, ())
+        out = _layout(stage, width, itemsizes, private, (), _WINDOW)
         rows, windows = out.rows, -(-columns // width)
         fixed = [buffer for buffer in out.buffers if not buffer.name.startswith("copy")]
         fixed.append(Buffer("copy r, later weight r", rows, windows * width, 4))
@@ -242,7 +243,12 @@ def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
 
 
 def _layout(
-    stage: Stage, columns: int, itemsizes: tuple[int, ...], private: bool, parts: tuple[Part, ...]
+    stage: Stage,
+    columns: int,
+    itemsizes: tuple[int, ...],
+    private: bool,
+    parts: tuple[Part, ...],
+    most: int,
 ) -> Plan:
     # A register holds 8 rows of 32 bits; two bfloat16 rows share one.
     rows = 16 if min(itemsizes) == 2 else 8
@@ -260,7 +266,7 @@ def _layout(
         held.setdefault(_place(part, parts), []).append(f"{part[0]} {part[1]}")
     buffers += [Buffer(", later ".join(names), rows, columns, 4) for names in held.values()]
     groups = columns // LANES
-    unroll = -(-groups // -(-groups // _UNROLL))  # in as many steps, all as long
+    unroll = -(-groups // -(-groups // most))  # in as many steps, all as long
     return Plan(rows, columns, unroll, parts, private, tuple(buffers))
 
 
