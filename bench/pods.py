@@ -49,8 +49,8 @@ INPUTS, TARGETS = 512, 128
 SLICES = {8: "2x2x2", 64: "4x4x4", 512: "8x8x8"}  # of v4, by the number of chips
 # Over how many chips each model's parameters are split.
 MODEL_AXIS = {"base": 4, "large": 4, "XL": 4, "XXL": 8, "mT5-XXL": 8}
-# Two batches, as sequences for each part of the data axis.
-ROWS = {"base": (64, 32), "large": (16, 32), "XL": (8, 16), "XXL": (4, 8), "mT5-XXL": (4, 8)}
+# Two batches, as sequences for each part of the data axis; the second is near what fits.
+ROWS = {"base": (64, 192), "large": (16, 64), "XL": (8, 32), "XXL": (4, 24), "mT5-XXL": (4, 24)}
 DEPTHS = (1, 3)  # layers of encoder and decoder, where not all are asked for
 HBM_GIB = 30.75  # what the compiler lets a program have of a v4 chip's 32 GiB
 
@@ -244,9 +244,10 @@ def table(rows: Rows) -> list[list[str]]:
     """A line for each size and slice that has rows; in a cell the variants, in their order."""
     lines = []
     for size, chips in itertools.product(MODEL_AXIS, SLICES):
+        mine = [row for row in rows if (row["size"], row["chips"]) == (size, chips)]
         of = [
-            [row for row in rows if (row["size"], row["chips"], row["variant"]) == key]
-            for key in itertools.product([size], [chips], t5x_step.VARIANTS)
+            [row for row in mine if row["variant"] == variant and row["rows"] in ROWS[size]]
+            for variant in t5x_step.VARIANTS
         ]
         if not any(of):
             continue
@@ -260,6 +261,23 @@ def table(rows: Rows) -> list[list[str]]:
         chosen = [size, f"{chips} = {data} × {MODEL_AXIS[size]}", str(batch * data)]
         lines.append(chosen + [" / ".join(cells) for cells in figures])
     return lines
+
+
+def lines_held(rows: Rows) -> list[tuple[Mapping[str, Any], float]]:
+    """Rows of a third depth, and what the line through the others says of their temporaries."""
+    groups: dict[tuple, dict[int, Any]] = {}
+    for row in rows:
+        if "too large" not in row:
+            program = Program(*KEY(row))
+            groups.setdefault(program._replace(layers=0), {})[program.layers] = row
+    held = []
+    for found in groups.values():
+        deepest = found.pop(max(found))
+        others = {layers: row["temporaries GiB"] for layers, row in found.items()}
+        expected = line(others, deepest["layers"])
+        if expected is not None:
+            held.append((deepest, expected))
+    return held
 
 
 def main() -> None:

@@ -311,10 +311,17 @@ def pods(result: dict) -> str:
         "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in\n"
         "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss\n"
         "/ ours / ours with a fused head, the original an argument in all three. Numbers a token:\n"
-        "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: from 1\n"
-        "and 3 layers of encoder and decoder, by a straight line, as the largest batch is from\n"
-        f"two, for {pods.HBM_GIB} GiB of a chip's 32. -: not compiled yet.\n"
-        f"{_setting(last)}.\n\n" + _table([*pods.HEADER], pods.table(result["rows"]))
+        "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: by a\n"
+        "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch\n"
+        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32. -: not compiled yet.\n"
+        + "".join(
+            f"{row['size']}, {row['chips']} chips, {T5X_VARIANTS[row['variant']]}, "
+            f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries,\n"
+            f"by the line {expected:.2f}.\n"
+            for row, expected in pods.lines_held(result["rows"])
+        )
+        + f"{_setting(last)}.\n\n"
+        + _table([*pods.HEADER], pods.table(result["rows"]))
     )
 
 

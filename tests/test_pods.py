@@ -88,11 +88,19 @@ def test_a_compiled_figure_goes_before_a_line():
     assert pods.cell("peak GiB", found[:2], 12, 2) == f"≈{row(12, 2)['peak GiB']:.2f}"
 
 
+def test_a_third_depth_is_held_against_the_line():
+    third = row(6, 2, **{"temporaries GiB": 9.0})
+    found = [row(1, 2), third, row(3, 2), row(1, 4), row(3, 4)]
+    ((deepest, expected),) = pods.lines_held(found)
+    assert deepest == third
+    assert expected == pytest.approx(row(6, 2)["temporaries GiB"])
+
+
 def test_too_few_rows_give_nothing():
     too_large = pods.Program("base", 8, "ours", 3, 2)._asdict() | {"too large": "HBM"}
     assert pods.figure("peak GiB", [row(1, 2), too_large], 12, 2) is None
     assert pods.largest_batch([row(1, 2), row(3, 2)], 12) is None
-    (cells,) = pods.table([row(1, 64)])
+    (cells,) = pods.table([row(1, 64), row(1, 7)])
     assert cells == ["base", "8 = 2 × 4", "128", *["- / - / -"] * 3, "- / 3 in 2 / -", "- / - / -"]
 
 
