@@ -76,16 +76,15 @@ def tpu_static(result: dict) -> str:
         passes = sorted({_passes(r) for r in of.values()})
         # In bfloat16 the count on v4 has copies through another memory in it: not traffic.
         counted = [r for r in of.values() if r["dtype"] == "float32"]
-        dense = sorted({f"{r['dense_passes']:g}" for r in counted}, key=float)
-        more = [r["cycles_of_32_edits_over_1"] / r["cycles"] for r in of.values()
-                if r.get("cycles_of_32_edits_over_1")][:1]  # fmt: skip
+        dense = sorted({r["dense_passes"] for r in counted})
+        more = of.get(chips[0], {}).get("cycles_of_32_edits_over_1", 0)
         rows.append(
             [
                 f"`{name}` {dtype} {v}",
                 "-".join(passes),
-                "-".join(dense),
+                "-".join(f"{x:g}" for x in (*dense[:1], *dense[1:][-1:])),
                 *(_ratio(of.get(chip)) for chip in chips),
-                "".join(f"{x:.1%}" for x in more),
+                f"{more / of[chips[0]]['cycles']:.1%}" if more else "",
             ]
         )
     header = ["", "passes", "XLA on the dense formula", *chips, f"32 edits over one, {chips[0]}"]
