@@ -1,6 +1,7 @@
 """What is held, by the compiler's own account, in units of one [T, V] float32 array (TV)."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +73,22 @@ def test_linear_holds_no_logits(name):
     # One array for the kernel's gradient, made again in its own place where cotangents differ, and
     # a chunk.
     assert held <= d / t + 0.1
+
+
+def test_a_head_takes_four_products():
+    """The three that make a kernel's gradient again stay in the loop of one turn or none."""
+    t, v, d = 64, 2048, 32
+
+    def total(h, k, rh, rk, y, w):
+        return tk.linear_targeted_negative_loss(h, k, rh, rk, y, w, implementation="xla").loss.sum()
+
+    arguments = shapes(t, (t, d), (d, v), (t, d), (d, v))
+    text = temporaries(jax.value_and_grad(total, (0, 1)), arguments, 1)[1].as_text()
+    named = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{$(.*?)^\}", text, re.S | re.M))
+
+    def products(name):
+        called = re.findall(r"(?:calls|to_apply)=(%[\w.-]+)", named[name])
+        return named[name].count(" dot(") + sum(map(products, called))
+
+    assert products(re.search(r"^ENTRY (%[\w.-]+)", text, re.M)[1]) == 4
+    assert 3 in [products(body) for body in re.findall(r"body=(%[\w.-]+)", text)]
