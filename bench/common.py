@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -236,7 +237,10 @@ def _by_run(found: jax.profiler.ProfileData, program: str) -> list[float]:
     """What the operations of a run span, in nanoseconds: all that a CPU reports."""
     runs: dict[int, list[tuple[float, float]]] = {}
     for event in (e for plane in found.planes for line in plane.lines for e in line.events):
-        of = dict(event.stats)
+        with warnings.catch_warnings():
+            # By Python 3.12, of JAX's own type; as an error it would end the process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            of = dict(event.stats)
         if of.get("hlo_module") == program:
             runs.setdefault(of["run_id"], []).append((event.start_ns, event.end_ns))
     return [max(b for _, b in run) - min(a for a, _ in run) for run in runs.values()]
