@@ -37,6 +37,10 @@ $(VENV)-t5x/.has-test-t5x: pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --no-deps t5
 	@touch $@
 
+$(VENV)-t5x/.has-aot: $(VENV)-t5x/.has-test-t5x
+	$(@D)/bin/python -m pip install --quiet --editable ".[aot]"
+	@touch $@
+
 with_t5x = PYTHONPATH=$(abspath $(T5X))/t5x:$(abspath $(T5X))/airio:$(abspath $(T5X))/jestimator \
 	T5PATCHES_UPSTREAM=$(abspath $(T5X))/t5patches $(VENV)-t5x/bin/python -m
 
@@ -50,13 +54,11 @@ test-t5x: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## the T5X drop-in; T5X=a fold
 	$(with_t5x) pytest --durations 15 \
 		tests/with_t5x tests/test_feature_converters.py tests/test_models.py tests/test_trainer.py tests/test_network.py
 
-bench-t5x: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## a whole T5X step beside T5Patches' own, here and for a TPU; T5X= as above
-	$(VENV)-t5x/bin/python -m pip install --quiet --editable ".[aot]"
+bench-t5x: t5x-checkouts $(VENV)-t5x/.has-aot ## a whole T5X step beside T5Patches' own, here and for a TPU; T5X= as above
 	$(with_t5x) bench.t5x_step
 	$(with_t5x) bench.t5x_step --chip v4
 
-bench-pods: t5x-checkouts $(VENV)-t5x/.has-test-t5x ## that step on slices of a TPU pod, by the TPU compiler (hours for all); T5X= as above
-	$(VENV)-t5x/bin/python -m pip install --quiet --editable ".[aot]"
+bench-pods: t5x-checkouts $(VENV)-t5x/.has-aot ## that step on slices of a TPU pod, by the TPU compiler (hours for all); T5X= as above
 	JAX_PLATFORMS=cpu $(with_t5x) bench.pods --sizes base --layers 12 --rows 64
 	JAX_PLATFORMS=cpu $(with_t5x) bench.pods
 

@@ -188,6 +188,11 @@ class Timing:
     low: float  # first quartile
     high: float  # third quartile
 
+    @classmethod
+    def of(cls, taken: list[float]) -> Timing:
+        """What the runs took."""
+        return cls(*np.percentile(taken, [50, 25, 75]))
+
     def __str__(self) -> str:
         return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
 
@@ -208,7 +213,7 @@ def timed(calls: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[st
                 start = time.perf_counter()
                 jax.block_until_ready(call())
                 taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: Timing(*np.percentile(ms, [50, 25, 75])) for name, ms in taken.items()}
+    return {name: Timing.of(ms) for name, ms in taken.items()}
 
 
 def profile(call: Callable[[], object], rounds: int) -> jax.profiler.ProfileData:
@@ -236,13 +241,13 @@ def _by_module(found: jax.profiler.ProfileData, program: str) -> list[float]:
 def _by_run(found: jax.profiler.ProfileData, program: str) -> list[float]:
     """What the operations of a run span, in nanoseconds: all that a CPU reports."""
     runs: dict[int, list[tuple[float, float]]] = {}
-    for event in (e for plane in found.planes for line in plane.lines for e in line.events):
-        with warnings.catch_warnings():
-            # By Python 3.12, of JAX's own type; as an error it would end the process.
-            warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings():
+        # By Python 3.12, of the type of an event's `stats`; as an error it would end the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for event in (e for plane in found.planes for line in plane.lines for e in line.events):
             of = dict(event.stats)
-        if of.get("hlo_module") == program:
-            runs.setdefault(of["run_id"], []).append((event.start_ns, event.end_ns))
+            if of.get("hlo_module") == program:
+                runs.setdefault(of["run_id"], []).append((event.start_ns, event.end_ns))
     return [max(b for _, b in run) - min(a for a, _ in run) for run in runs.values()]
 
 

@@ -32,19 +32,17 @@ def _setting(setting: dict[str, str]) -> str:
     return f"{setting['device']}; {', '.join(parts)}"
 
 
+def _measured(setting: dict[str, str], header: list[str], rows: list[list[str]]) -> str:
+    """A table under what its figures depend on."""
+    return f"{_setting(setting)}.\n\n" + _table(header, rows)
+
+
 def host_cpu(result: dict) -> str:
     """The table of `make bench`."""
-
-    def milliseconds(row: dict, of: str) -> str:
-        t = row[f"{of} ms"]
-        return f"{t['median']:.1f} ({t['low']:.1f}-{t['high']:.1f})"
-
     rows = [
         [
             f"`{row['objective']}`",
-            milliseconds(row, "dense"),
-            milliseconds(row, "fused"),
-            milliseconds(row, "entries"),
+            *(str(common.Timing(**row[f"{of} ms"])) for of in ("dense", "fused", "entries")),
             f"{row['times faster']:.1f}",
             f"{row['dense temporaries / TV']:.2f}",
             f"{row['fused temporaries / TV']:.2f}",
@@ -57,7 +55,7 @@ def host_cpu(result: dict) -> str:
         "beside T5Patches' formula in plain jnp, both jitted, in one run; median (quartiles); TV:\n"
         "one [T, V] float32 array held beyond inputs and outputs. Entries: the exponentials and\n"
         "the logarithm alone, in one elementwise pass with a fresh result.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        + _measured(result["setting"], header, rows)
     )
 
 
@@ -99,8 +97,7 @@ def tpu_static(result: dict) -> str:
         "tokens add to the instructions of one edit on each of those. In parentheses: with logits\n"
         "that are the program's arguments, which XLA copies where V is not a multiple of 128.\n"
         "Clocks and bandwidths as published or assumed; no stalls counted; tpu7x has no published\n"
-        "clock.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        "clock.\n" + _measured(result["setting"], header, rows)
     )
 
 
@@ -139,7 +136,7 @@ def tpu_linear(result: dict) -> str:
         "gradient of the kernel, and what is held beyond it; dense: XLA on whole float32 logits.\n"
         "Copies are the compiler's count of bytes at the chip's bandwidth, products the matrix\n"
         "unit's at its full rate: each the least that its part can take.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        + _measured(result["setting"], header, rows)
     )
 
 
@@ -164,8 +161,7 @@ def gpu_static(result: dict) -> str:
         "`make bench-gpu-static`: **static, ahead of time, compiled for an H200; not yet\n"
         "timed on hardware.** Value and gradient, T = 2048, V = 32128: passes over [T, V]\n"
         "arrays counted in the optimised program, and what it holds; registers and spilled bytes\n"
-        "of the Mosaic GPU kernel.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        "of the Mosaic GPU kernel.\n" + _measured(result["setting"], header, rows)
     )
 
 
@@ -188,7 +184,7 @@ def demo(result: dict) -> str:
         "`make demo`: a tiny T5 that names places its source does not name, edited on its own\n"
         "marked outputs; KL from the original on unmarked positions; BLEU, ROUGE-L and exact\n"
         f"match of new with original outputs; standard errors {result['errors']}.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(["", *shown.values()], rows)
+        + _measured(result["setting"], ["", *shown.values()], rows)
     )
 
 
@@ -235,7 +231,7 @@ def edit_small(result: dict) -> str:
         "the folder to the edited one; dense: `--implementation reference`. Processes that took\n"
         f"turns, medians of {result['turns']}; load of the machine {before:.1f} before and\n"
         f"{after:.1f} after.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(["", *(n for n, _ in shown.values())], rows)
+        + _measured(result["setting"], ["", *(n for n, _ in shown.values())], rows)
     )
 
 
@@ -259,7 +255,7 @@ def t5x_step(result: dict) -> str:
         "`make bench-t5x`: a whole training step of T5X's trainer, T5 1.1 small in float32, batch\n"
         "of 8 x (64 + 64) tokens, Adafactor, in turns in one run, median (quartiles); load of the\n"
         f"machine {result['load']:.0f}. Fused head: with `t5patches.network` in place of T5X's.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        + _measured(result["setting"], header, rows)
     )
 
 
@@ -281,8 +277,8 @@ def t5x_step_static(result: dict) -> str:
         "base in bfloat16, batch of 32 x (64 + 64), in GiB; all: arguments, outputs that take no\n"
         "argument's place, temporaries and program. T5Patches' program holds the original as\n"
         "constants (by their size in bfloat16); ours gets it as a float32 argument, which a mesh\n"
-        f"splits like the model.\n{_setting(result['setting'])}.\n\n"
-        + _table(["", *shown, "compiling, s"], rows)
+        "splits like the model.\n"
+        + _measured(result["setting"], ["", *shown, "compiling, s"], rows)
     )
 
 
@@ -298,7 +294,7 @@ def teacher_cache(result: dict) -> str:
         "turn in one process; operations by the TPU compiler for "
         f"{result['rows'][0]['chip']}, ahead of time,\nbut for those that are compiled for "
         "tokens of different cotangents and never run here.\n"
-        f"{_setting(result['setting'])}.\n\n" + _table(header, rows)
+        + _measured(result["setting"], header, rows)
     )
 
 
@@ -321,8 +317,7 @@ def pods(result: dict) -> str:
             f"by the line {expected:.2f}.\n"
             for row, expected in pods.lines_held(result["rows"])
         )
-        + f"{_setting(last)}.\n\n"
-        + _table([*pods.HEADER], pods.table(result["rows"]))
+        + _measured(last, [*pods.HEADER], pods.table(result["rows"]))
     )
 
 

@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from bench import common
@@ -48,9 +47,8 @@ def measure(benchmark, f: Callable, args: tuple[jax.Array, ...]) -> None:
             raise
         pytest.skip(f"does not fit: {str(error)[:100]}")
     times = common.device_times(common.profile(call, ROUNDS), f"jit_{f.__name__}")
-    taken = common.Timing(*np.percentile(times, [50, 25, 75]))
     held = common.temporaries(compiled, 2**20)
-    benchmark.extra_info.update(device_ms=vars(taken), temporaries_mib=held)
+    benchmark.extra_info.update(device_ms=vars(common.Timing.of(times)), temporaries_mib=held)
 
 
 @functools.lru_cache(maxsize=1)  # the largest take 4 GB
