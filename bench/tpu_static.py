@@ -162,22 +162,22 @@ def again_cycles(found: Schedule, steps: int) -> int:
 
 
 def edits_cycles(found: Schedule, rows: int, each: int, share: float = 0.04) -> float:
-    """The bundles more that a block takes, on average, where a share of tokens has edits.
+    """The bundles that the lists of edits take in a block, where a share of tokens has any.
 
-    The first branch after the first sweep skips the edits, and the next the maxima of what they
-    have changed; the innermost loop is a step of a list.
+    The first branch after the first sweep skips the edits and the maxima of what they have changed.
+    Two loops there are one in the other: over lists with an edit (one for each token, or with an
+    edit a token one for all of them), and over the steps of a list.
     """
     from t5patches_kernels.backends.pallas_tpu import _EDITS_A_STEP
 
-    first, after = sorted(a for a in found.skips if a > min(found.loops))[:2]
-    inside = [a for a in found.loops if first < a < found.skips[first]]
-    step = min(a - found.loops[a] + 1 for a in inside)
-    a_list = max(a - found.loops[a] + 1 for a in inside) - step
-    lists = rows if each > 1 else 1
-    steps = -(-each // _EDITS_A_STEP) * share * rows if each > 1 else rows / _EDITS_A_STEP
-    blocks = 1 - (1 - share) ** rows  # that have any
-    changed = found.skips[after] - after
-    return blocks * (lists * a_list + changed) + step * (steps if each > 1 else blocks * steps)
+    first = min(a for a in found.skips if a > min(found.loops))
+    loops = [(a, last) for last, a in found.loops.items() if first < a < found.skips[first]]
+    a_list, step = next(
+        (b - a + 1, d - c + 1) for a, b in loops for c, d in loops if a < c and d < b
+    )
+    lists = share * rows if each > 1 else 1 - (1 - share) ** rows
+    steps = -(-(each if each > 1 else rows) // _EDITS_A_STEP)
+    return lists * (a_list + (steps - 1) * step)
 
 
 # --- One program, in a process of its own: the compiler is told at start-up where to write --------

@@ -48,7 +48,7 @@ _NO_VMA = (
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
 _SUBLANES = 8
-_NONE = -(1 << 30)  # no column, however rows and groups are added to it
+_NONE = 1 << 30  # no column: its group is the first, its lane in none
 # Groups in a step of the careful way, which takes its time to compile like any other.
 _CAREFUL_UNROLL = 8
 _EDITS_A_STEP = 8
@@ -186,25 +186,39 @@ class _Block:
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
 
+    def read_rows(self) -> None:
+        """Reads what comes in row by row; after a sweep, during which it crosses the lanes."""
+        call, lanes = self.call, self.refs["lanes"][...]
+        columns = range(3 + len(call.given) + len(call.by))
+        self.w, bad, target, *rest = (
+            jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in columns
+        )
+        self.bad = bad != 0.0
+        self.numbers = dict(zip(call.given, rest, strict=False))
+        self.by = dict(zip(call.by, rest[len(call.given) :], strict=True))
+        target = target.astype(jnp.int32) - (call.columns - self.columns)
+        inside = (target >= 0) & (target < call.plan.columns)
+        self.targets = jnp.where(inside, target, _NONE)
+
     def spread(self, numbers: Mapping[str, Array]) -> Numbers:
-        """Numbers of rows over the lanes, once, for sweeps to use."""
-        return {
-            name: jnp.broadcast_to(x, self.shape) for name, x in numbers.items() if name != "bad"
-        }
+        """Numbers of rows over the lanes."""
+        return {name: jnp.broadcast_to(x, self.shape) for name, x in numbers.items()}
 
     def at(self, name: Any, start: Any, groups: int) -> Any:
         """Where some columns of the window are in an array."""
         return pl.ds(start, groups * LANES)
 
-    def load(self, name: Any, start: Any, groups: int, edge: int) -> list[Array]:
+    def load(
+        self, name: Any, start: Any, groups: int, edge: int, rows: slice = slice(None)
+    ) -> list[Array]:
         """Groups of 128 columns in float32. Beyond the row, in the last `edge`, they are masked."""
-        x = self.refs[name][:, self.at(name, start, groups)]
+        x = self.refs[name][rows, self.at(name, start, groups)]
         inner = groups - edge
         wide = x[:, : inner * LANES].astype(jnp.float32) if inner else x  # faster than by group
         out = [wide[:, g * LANES : (g + 1) * LANES] for g in range(inner)]
         for g in range(inner, groups):
             group = x[:, g * LANES : (g + 1) * LANES].astype(jnp.float32)
-            inside = self.lane + (start + g * LANES) < self.columns
+            inside = self.lane[rows] + (start + g * LANES) < self.columns
             out.append(jnp.where(inside, group, -jnp.inf) if name[0] == "window" else group)
         return out
 
@@ -268,10 +282,9 @@ class _Block:
 
     # Single entries
 
-    def target(self, i: int) -> tuple[Array, Array]:
-        """Where the group of a row's target starts, and its lane; `_NONE` if it is in none."""
-        ids = self.refs["ids"]
-        return pl.multiple_of(ids[0, 0, 2 * i], LANES), ids[0, 0, 2 * i + 1]
+    def target(self, i: int) -> Array:
+        """Where the group of a row's target starts; of the first where it is in none."""
+        return pl.multiple_of(self.refs["ids"][0, 0, i], LANES)
 
     def own_logits(self) -> Numbers:
         """The targets' logits ``[R, 1]``, 0 where there is none."""
@@ -284,50 +297,57 @@ class _Block:
         out = [jnp.zeros((_SUBLANES, LANES), jnp.float32)] * (self.call.plan.rows // _SUBLANES)
         for i in range(self.call.plan.rows):
             part, row = divmod(i, _SUBLANES)
-            start, lane = self.target(i)
-            x = ref[:, pl.ds(start, LANES)].astype(jnp.float32)
-            here = self.entry[:_SUBLANES] == lane + row * LANES
+            x = ref[:, pl.ds(self.target(i), LANES)].astype(jnp.float32)
+            here = self.row[:_SUBLANES] == row
             out[part] = jnp.where(here, x[part * _SUBLANES :][:_SUBLANES], out[part])
-        return jnp.concatenate(out, axis=0)
+        here = self.lane == self.targets - _group(self.targets)
+        return jnp.where(here, jnp.concatenate(out, axis=0), 0.0)
 
-    def edit(self) -> Array:
-        """Patches the copy of the reference; returns 0 if there was nothing to change."""
-        ids, r, edits = self.refs["ids"], self.refs["copy", "r"], self.call.edits
-        first, entry = 2 * self.call.plan.rows, self.entry[:_SUBLANES]
-        lists = self.call.lists
-        some = ids[0, 0, first]
+    def edit(self, first: Array) -> None:
+        """Patches the copy of the reference, by the lists from the first that has an edit."""
+        ids, r, call = self.refs["ids"], self.refs["copy", "r"], self.call
+        after = call.plan.rows + 1
+        lengths = after + call.lists
+        columns = lengths + call.lists
+        entry = self.entry[:_SUBLANES]
 
-        def patch(k: Array) -> None:
-            row, start, lane = (ids[0, 0, first + 1 + lists + n * edits + k] for n in range(3))
+        def patch(row: Array, k: Array) -> None:
+            column = ids[0, 0, columns + k]
+            start = _group(column)
             at = (
                 pl.ds(pl.multiple_of(row & -_SUBLANES, _SUBLANES), _SUBLANES),
                 self.at(("copy", "r"), pl.multiple_of(start, LANES), 1),
             )
-            here = entry == (row & (_SUBLANES - 1)) * LANES + lane
+            here = entry == (row & (_SUBLANES - 1)) * LANES + (column - start)
             x = r[at]
             r[at] = jnp.where(here, x + self.refs["factors"][0, 0, k], x)
 
-        def whole_list(n: Array, carry: None) -> None:
+        def a_list(n: Array) -> Array:
             def step(i: Array, carry: None) -> None:
-                for k in range(_EDITS_A_STEP):
-                    patch(n * (edits // lists) + i * _EDITS_A_STEP + k)
+                for j in range(_EDITS_A_STEP):
+                    k = i * _EDITS_A_STEP + j
+                    patch(*((k, k) if call.lists == 1 else (n, n * (call.edits // call.lists) + k)))
                 return carry
 
-            steps = pl.cdiv(ids[0, 0, first + 1 + n], _EDITS_A_STEP)
-            return jax.lax.fori_loop(0, steps, step, carry)
+            jax.lax.fori_loop(0, pl.cdiv(ids[0, 0, lengths + n], _EDITS_A_STEP), step, None)
+            return ids[0, 0, after + n]
 
-        jax.lax.fori_loop(0, jnp.where(some > 0, lists, 0), whole_list, None)
-        return some
+        jax.lax.while_loop(lambda n: n < call.lists, a_list, first)
 
     # Looks
 
-    def bring(self) -> Numbers:
-        """Makes the copies; returns the maxima and the targets' logits ``[R, 1]``."""
+    def bring(self) -> None:
+        """Makes the copies, and reads what comes in row by row; takes maxima, targets' logits."""
         top = self.copy("zr" if self.call.reference else "z")
-        own = self.own_logits() if self.call.looks_first else {}
+        self.read_rows()
+        numbers = statistics.maxima(top["m"], top.get("rm"))
+        if self.call.looks_first:
+            numbers |= self.own_logits()
+        numbers = self.spread(numbers)
         if self.call.plan.private:
-            top["rm"] = self.changed(top["rm"])
-        return own | statistics.maxima(top["m"], top.get("rm"))
+            whole = lambda top: self.spread({"rm": statistics.row_max(top)})["rm"]  # noqa: E731
+            numbers["rm"] = self.changed(numbers["rm"], whole)
+        self.numbers = numbers | self.numbers
 
     def copy(self, rows: str) -> Numbers:
         """Makes the copies there are to be of some windows; returns the maxima by lane."""
@@ -343,15 +363,23 @@ class _Block:
         self.there += [("copy", of) for of in copies]
         return self.sweep(sorted(set(windows.values())), body, least, jnp.maximum)
 
-    def changed(self, top: Array) -> Array:
-        """Edits the copy of the reference; returns its maxima by lane, from those it had."""
-        return jax.lax.cond(self.edit() > 0, self.maximum_of_changed, lambda: top)
+    def changed(self, top: Array, of_lanes: Callable[[Array], Array] = lambda top: top) -> Array:
+        """Edits the copy of the reference; returns its maxima, from those it had.
 
-    def maximum_of_changed(self) -> Array:
-        """The maxima of the edited rows, by lane."""
+        Args:
+          top: the maxima it had.
+          of_lanes: makes such maxima of those by lane.
+        """
+        first = self.refs["ids"][0, 0, self.call.plan.rows]
         copy = ("copy", "r")
-        least = {"rm": self.full(FLOOR)}
-        return self.sweep([copy], lambda x, edge: ({"rm": x[copy]}, {}), least, jnp.maximum)["rm"]
+
+        def edited() -> Array:
+            self.edit(first)
+            least = {"rm": self.full(FLOOR)}
+            found = self.sweep([copy], lambda x, edge: ({"rm": x[copy]}, {}), least, jnp.maximum)
+            return of_lanes(found["rm"])
+
+        return jax.lax.cond(first < self.call.lists, edited, lambda: top)
 
     def reading(self) -> tuple[list[Any], Callable[[Group], tuple[Array, Array | None, dict]]]:
         """What a later look reads, and how that becomes ``(z, r, parts)``."""
@@ -372,13 +400,13 @@ class _Block:
         sums: Numbers | None = None,
     ) -> Numbers:
         """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
-        (reads, split), wide = self.reading(), self.spread(row)
+        reads, split = self.reading()
 
         def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
             z, r, known = split(x)
             unmasked = not (self.careful or edge)
             asked = names - {"n"} if unmasked else names
-            more = terms(z, r, wide, asked, known, unmasked)
+            more = terms(z, r, row, asked, known, unmasked)
             return more, {part: known[part] for part in parts}
 
         start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
@@ -399,7 +427,7 @@ class _Block:
             if part != ("value", "ratio") and part not in self.there
         )
         terms = partial(statistics.first_terms, parts=parts)
-        return statistics.row_sums(self.look(terms, row, names, parts))
+        return self.spread(statistics.row_sums(self.look(terms, row, names, parts)))
 
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the rows' normalisers."""
@@ -411,46 +439,47 @@ class _Block:
                 z, r, row, names, self.smoothing, self.size, known, unmasked
             )
 
-        return statistics.second_sums(self.look(terms, row, names, parts), row)
+        return self.spread(statistics.second_sums(self.look(terms, row, names, parts), row))
 
     def gradient(self, row: Numbers, by: Numbers) -> None:
         """Writes the gradient of the rows."""
-        (reads, split), row, by = self.reading(), self.spread(row), self.spread(by)
+        reads, split = self.reading()
+        row = {name: x for name, x in row.items() if x.dtype == jnp.float32}
 
-        def at(x: Group, is_target: Array | None, edge: bool) -> Array:
+        def at(x: Group, rows: slice, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
+            of_rows = ({name: x[rows] for name, x in numbers.items()} for numbers in (row, by))
             return statistics.gradient(
-                z, r, row, by, is_target, self.smoothing, known,
+                z, r, *of_rows, is_target, self.smoothing, known,
                 unmasked=not (self.careful or edge), finite=not self.careful,
             )  # fmt: skip
 
-        self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, None, edge)}), {})
+        self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, slice(None), None, edge)}), {})
         if "zy" in by:
             self.patch_targets(reads, at)
 
-    def patch_targets(self, reads: list[Any], at: Callable[[Group, Array, bool], Array]) -> None:
+    def patch_targets(
+        self, reads: list[Any], at: Callable[[Group, slice, Array, bool], Array]
+    ) -> None:
         """Writes the gradient of the targets' groups once more, with the targets in it."""
-        rows, dz = self.call.plan.rows, self.refs["dz"]
-        targets = jnp.full(self.shape, _NONE, jnp.int32)
-        for i in range(rows):
-            targets = jnp.where(self.row == i, sum(self.target(i)), targets)
-        for i in range(rows):
-            start, _ = self.target(i)
-            x = {name: self.load(name, start, 1, 1)[0] for name in reads}
-            here = self.lane + start == targets
-            dz[:, pl.ds(start, LANES)] = at(x, here, True).astype(dz.dtype)
+        dz = self.refs["dz"]
+        for i in range(self.call.plan.rows):
+            rows, start = slice(i & -_SUBLANES, (i & -_SUBLANES) + _SUBLANES), self.target(i)
+            x = {name: self.load(name, start, 1, 1, rows)[0] for name in reads}
+            here = self.lane[rows] + start == self.targets[rows]
+            dz[rows, pl.ds(start, LANES)] = at(x, rows, here, True).astype(dz.dtype)
 
-    def work(self, w: Array, bad: Array, numbers: Numbers, by: Numbers) -> Array:
+    def work(self) -> Array:
         """The stage, once the copies are there; returns whether its sums stand, a scalar."""
-        call = self.call
+        call, numbers, by = self.call, self.numbers, self.by
         if call.looks_first:
             numbers = numbers | self.first_look(numbers)
             if call.stage is not Stage.FIRST:
-                numbers = objectives.finish(numbers, w, bad)
+                numbers = objectives.finish(numbers, self.w, self.bad)
         if call.looks_again:
             numbers = numbers | self.second_look(numbers)
         if call.stage is Stage.VISIT:
-            by = self.derivatives(numbers, w)
+            by = self.derivatives(numbers)
         if call.returned:
             self.give(numbers)
         stands = jnp.min(jnp.where(statistics.stand(numbers), 1.0, 0.0)) > 0
@@ -458,10 +487,9 @@ class _Block:
             self.gradient(numbers, by)
         return stands
 
-    def derivatives(self, numbers: Numbers, w: Array) -> Numbers:
+    def derivatives(self, numbers: Numbers) -> Numbers:
         """The derivatives of the loss by the numbers of the rows."""
-        ones = {"loss": jnp.ones_like(w)}
-        return objectives.derivatives(numbers, self.call.op.settings, ones)
+        return objectives.derivatives(numbers, self.call.op.settings, {"loss": self.full(1.0)})
 
     def give(self, numbers: Numbers) -> None:
         """Writes the numbers that go out."""
@@ -539,12 +567,13 @@ class _Streamed(_Block):
             found = self.whole("r")
             self.put("row", found | objectives.finish_reference(found))
 
-    def model_phase(self, w: Array, bad: Array) -> None:
+    def model_phase(self) -> None:
         """All other sums, and what follows from them."""
         self.start("z")
         self.start("own")
         self.there = [("copy", "r")]
         top = self.copy("z")["m"]
+        self.read_rows()
         self.put("own", {name: x + self.own("z") for name, x in self.get("own").items()})
         of_reference = {k: x for k, x in self.get("row").items() if k in ("rm", "rs", "qr")}
         kept = self.call.plan.kept
@@ -559,12 +588,11 @@ class _Streamed(_Block):
         @pl.when(self.window == self.call.tiles - 1)
         def _() -> None:
             numbers = self.whole("z") | statistics.row_sums(self.get("own"))
-            numbers |= {name: x[:, :1] for name, x in of_reference.items()}
-            numbers = objectives.finish(numbers, w, bad)
+            numbers = objectives.finish(self.spread(numbers | of_reference), self.w, self.bad)
             self.give(numbers)
             if self.call.makes_gradient:
                 self.put("row", {k: x for k, x in numbers.items() if ("row", k) in self.refs})
-                self.put("by", self.derivatives(numbers, w))
+                self.put("by", self.derivatives(numbers))
 
     def gradient_phase(self) -> None:
         """The gradient of a window."""
@@ -573,6 +601,7 @@ class _Streamed(_Block):
         def _() -> None:
             self.copy("z")
 
+        self.read_rows()
         self.there = [("copy", "z"), *(self.call.plan.kept or [("copy", "r")])]
         self.gradient(self.get("row"), self.get("by"))
 
@@ -581,24 +610,17 @@ def _kernel(call: _Call, *refs: Any) -> None:
     """One stage on one block of rows, or on one window of it."""
     of = _Streamed if call.plan.streamed else _Block
     block = of(call, dict(zip(call.refs, refs, strict=True)))
-    lanes = block.refs["lanes"][...]
-    columns = [lanes[:, k : k + 1] for k in range(2 + len(call.given) + len(call.by))]
-    w, bad, numbers = (
-        columns[0],
-        columns[1] != 0.0,
-        dict(zip(call.given, columns[2:], strict=False)),
-    )
-    by = dict(zip(call.by, columns[2 + len(call.given) :], strict=True))
-
     if isinstance(block, _Streamed):
-        phases = (block.reference_phase, partial(block.model_phase, w, bad), block.gradient_phase)
+        phases = (block.reference_phase, block.model_phase, block.gradient_phase)
         for k, phase in enumerate(phases[: call.phases]):
             pl.when(pl.program_id(1) == k)(phase)
         return
 
-    brought = block.bring() if call.looks_first or call.plan.private else {}
-    work = partial(block.work, w, bad, brought | numbers, by)
-    stands = work()
+    if call.looks_first or call.plan.private:
+        block.bring()
+    else:
+        block.read_rows()
+    stands = block.work()
     if block.careful:
         return
 
@@ -606,7 +628,7 @@ def _kernel(call: _Call, *refs: Any) -> None:
     def _again() -> None:
         block.careful, block.unroll = True, min(block.unroll, _CAREFUL_UNROLL)
         block.there = [part for part in block.there if part[0] != "value"]
-        work()
+        block.work()
 
 
 # --- What goes in and comes out -------------------------------------------------------------------
@@ -620,17 +642,17 @@ def _within(call: _Call, ids: Array) -> Array:
     return jnp.where(here, local, _NONE)
 
 
-def _split(local: Array) -> tuple[Array, Array]:
-    """Columns as the start of a group and a lane in it; `_NONE` as a lane that is in no group."""
-    start = jnp.maximum(local, 0) & -LANES
-    return start, local - start
+def _group(column: Array) -> Array:
+    """Where the group of a column starts."""
+    return column & (_NONE - LANES)
 
 
 def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
-    """The edits by window: lists' lengths, rows, groups and lanes; and their factors.
+    """The edits by window: which lists have any, their lengths, and columns; and their factors.
 
-    A list is as long as to its last edit. It is not sorted: that would take XLA longer than the
-    kernel takes to pass over places without one.
+    The first of these is the first list that has an edit, and one after each list the next, so that
+    the others take no time. A list is as long as to its last edit. It is not sorted: that would
+    take XLA longer than the kernel takes to pass over places without one.
 
     Args:
       call: the kernel.
@@ -646,23 +668,23 @@ def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Arra
 
     local = _within(call, padded(ids, call.columns))
     log_factors = jnp.broadcast_to(padded(log_factors, 0.0)[:, None, :], local.shape)
-    row = jax.lax.broadcasted_iota(jnp.int32, local.shape, 2) // (call.edits // rows)
-    there = ((local >= 0) & (log_factors != 0.0)).reshape(blocks, call.tiles, call.lists, -1)
+    there = ((local < _NONE) & (log_factors != 0.0)).reshape(blocks, call.tiles, call.lists, -1)
     place = jax.lax.broadcasted_iota(jnp.int32, there.shape, 3)
     length = jnp.max(jnp.where(there, place + 1, 0), axis=3)
-    some = jnp.sum(length, axis=2, keepdims=True)
-    return jnp.concatenate([some, length, row, *_split(local)], axis=2), log_factors
+    n = jax.lax.broadcasted_iota(jnp.int32, length.shape, 2)
+    after = jax.lax.cummin(jnp.where(length > 0, n, call.lists), axis=2, reverse=True)
+    none = jnp.full_like(after[..., :1], call.lists)
+    return jnp.concatenate([after, none, length, local], axis=2), log_factors
 
 
 def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
-    """What the kernel reads entry by entry: targets and edits, ``[windows, 1, n]`` each."""
+    """What the kernel reads entry by entry: targets' groups, edits; ``[windows, 1, n]`` each."""
 
     def by_block(x: Array, fill: float) -> Array:
         pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
         return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
 
-    targets = jnp.stack(_split(_within(call, by_block(tokens.targets, call.columns))), axis=-1)
-    ids = [targets.reshape(blocks, call.tiles, -1)]
+    ids = [_group(_within(call, by_block(tokens.targets, call.columns)))]
     factors = []
     if call.edits and tokens.edit_ids is not None and tokens.log_factors is not None:
         found = by_block(tokens.edit_ids, call.columns), by_block(tokens.log_factors, 0.0)
@@ -670,7 +692,8 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
         ids.append(edits)
         factors.append(log_factors)
     elif call.edits:  # a private copy without a change
-        ids.append(jnp.zeros((blocks, call.tiles, 1 + call.lists + 3 * call.edits), jnp.int32))
+        places = 1 + 2 * call.lists + call.edits
+        ids.append(jnp.full((blocks, call.tiles, places), call.lists, jnp.int32))
         factors.append(jnp.zeros((blocks, call.tiles, call.edits), jnp.float32))
     arrays = [jnp.concatenate(ids, axis=2), *factors]
     return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
@@ -678,7 +701,9 @@ def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
 
 def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | None) -> Array:
     """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
-    columns = [tokens.weights[:, None], tokens.bad[:, None]]
+    inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
+    target = jnp.where(inside, tokens.targets, -1)
+    columns = [x[:, None] for x in (tokens.weights, tokens.bad, target)]
     columns += [(numbers or {})[name] for name in call.given]
     columns += [(by or {})[name] for name in call.by]
     lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
@@ -763,7 +788,10 @@ def _run(
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", order, order), vmem_limit_bytes=call.plan.limit
+            dimension_semantics=("parallel", order, order),
+            vmem_limit_bytes=call.plan.limit,
+            # Of the windows' copies, which are Pallas's own: they take 100 cycles of a block.
+            disable_bounds_checks=True,
         ),
         cost_estimate=_cost(call, inputs, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",

@@ -162,13 +162,14 @@ def _row_sum(x: Array) -> Array:
     return jnp.sum(x, axis=-1, keepdims=True)
 
 
-def _row_max(x: Array) -> Array:
+def row_max(x: Array) -> Array:
+    """The maxima of rows, `FLOOR` where all of one is masked."""
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), FLOOR)
 
 
 def maxima(z: Array, r: Array | None) -> Numbers:
     """The maxima of a tile."""
-    return {"m": _row_max(z)} | ({} if r is None else {"rm": _row_max(r)})
+    return {"m": row_max(z)} | ({} if r is None else {"rm": row_max(r)})
 
 
 def row_sums(terms: Numbers) -> Numbers:
