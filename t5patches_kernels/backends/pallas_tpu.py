@@ -189,14 +189,15 @@ class _Block:
     def read_rows(self) -> None:
         """Reads what comes in row by row; after a sweep, during which it crosses the lanes."""
         call, lanes = self.call, self.refs["lanes"][...]
-        columns = range(3 + len(call.given) + len(call.by))
-        self.w, bad, target, *rest = (
+        columns = range(4 + len(call.given) + len(call.by))
+        self.w, bad, group, lane, *rest = (
             jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in columns
         )
         self.bad = bad != 0.0
         self.numbers = dict(zip(call.given, rest, strict=False))
         self.by = dict(zip(call.by, rest[len(call.given) :], strict=True))
-        target = target.astype(jnp.int32) - (call.columns - self.columns)
+        group, lane = (x.astype(jnp.int32) for x in (group, lane))
+        target = group * LANES + lane - (call.columns - self.columns)
         inside = (target >= 0) & (target < call.plan.columns)
         self.targets = jnp.where(inside, target, _NONE)
 
@@ -703,7 +704,8 @@ def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | N
     """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
     inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
     target = jnp.where(inside, tokens.targets, -1)
-    columns = [x[:, None] for x in (tokens.weights, tokens.bad, target)]
+    parts = divmod(target, LANES)  # float32 has not every whole number beyond 2^24
+    columns = [x[:, None] for x in (tokens.weights, tokens.bad, *parts)]
     columns += [(numbers or {})[name] for name in call.given]
     columns += [(by or {})[name] for name in call.by]
     lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
