@@ -50,9 +50,9 @@ _CHIPS = (
 LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
-# Groups of 128 columns in a step of a sweep, at most. By the v4's schedule of `tnff` in bfloat16,
-# V = 32128: four steps of 64 or less take 5402 cycles, three of 84 or less 5318 (static). Wider
-# ones take longer to compile.
+# Groups of 128 columns in a step of a sweep, at most. By v4's schedule of `tnfll` in bfloat16,
+# V = 32128 (static): 5299 cycles in four steps of 64 or less, 5277 in three of 84 or less, 5406 in
+# one of 251, in which more registers are spilled.
 _UNROLL = 96
 # Groups of a window of rows that do not fit: long copies, and few steps; and in a step of a tile of
 # such rows, which leaves less for spills: where T = 1, steps of 82 spill 4.6 MiB on v4 (static).

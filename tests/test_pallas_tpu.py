@@ -60,6 +60,14 @@ def test_sets_of_edits(name, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, 257, edits=5))
 
 
+def test_few_rows_have_edits():
+    """Lists of edits are passed over where they are empty, and blocks without any."""
+    b = batch(5, 257, edits=5)
+    rows = np.arange(len(b.ids))
+    some = (rows % 5 == 3) & (rows > 20)
+    assert_as_good_as_dense("tnff", NAME, b._replace(ids=np.where(some[:, None], b.ids, -1)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [1, 130, 1000, 2049, 32100])

@@ -15,7 +15,9 @@ the specification. What is written here is only how rows are brought, kept and p
 * Edits are patches of single entries in a private copy of the reference: only those that are there
   cost anything. The window of an operand is never written to: what a kernel may do to one that is
   not fetched again is nowhere promised.
-* The target's own column of the gradient is made by doing its group of 128 columns once more.
+* The target's own column of the gradient is made by doing its group of 128 columns once more, for
+  the eight rows that share its registers.
+* What belongs to rows crosses the lanes beside a sweep, which otherwise would wait for it.
 
 On a machine without a TPU the kernels run interpreted.
 """
