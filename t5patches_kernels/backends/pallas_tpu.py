@@ -451,9 +451,9 @@ class _Block:
 
         def at(x: Group, rows: slice, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
-            of_rows = ({name: x[rows] for name, x in numbers.items()} for numbers in (row, by))
+            here, asked = ({n: v[rows] for n, v in numbers.items()} for numbers in (row, by))
             return statistics.gradient(
-                z, r, *of_rows, is_target, self.smoothing, known,
+                z, r, here, asked, is_target, self.smoothing, known,
                 unmasked=not (self.careful or edge), finite=not self.careful,
             )  # fmt: skip
 
