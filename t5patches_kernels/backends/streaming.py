@@ -11,9 +11,9 @@ from functools import partial
 import jax
 
 from t5patches_kernels import tiling
-from t5patches_kernels.backends import xla, xla_gpu
+from t5patches_kernels.backends import cpu_functions, xla, xla_gpu
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec.statistics import Numbers
+from t5patches_kernels.spec.statistics import Functions, Numbers
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -29,5 +29,6 @@ def run(
     return tiling.by_platform(
         (operands, tokens, numbers, by),
         gpu=partial(xla_gpu.run, op, stage),
-        default=partial(xla.run, op, stage),
+        tpu=partial(xla.run, Functions(), op, stage),
+        default=partial(xla.run, cpu_functions.FUNCTIONS, op, stage),
     )

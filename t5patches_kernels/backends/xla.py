@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from t5patches_kernels import tiling
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import Array, Numbers
+from t5patches_kernels.spec.statistics import Array, Functions, Numbers
 
 # A float32 block of one logits array. Measured on a 2-core Zen 5 with 1 MiB of L2 a core
 # (`make bench`): flat from 0.5 to 2 MiB; below 4 rows XLA no longer splits a block over cores.
@@ -42,6 +42,7 @@ def _edited(reference: Array, tokens: Tokens) -> Array:
 
 
 def _block(
+    functions: Functions,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -58,7 +59,7 @@ def _block(
     names = objectives.needs(c)
 
     if numbers is None:
-        numbers = statistics.first_look(z, r, names)
+        numbers = statistics.first_look(z, r, names, functions)
         numbers["zy"] = own_logit(z, tokens.targets)
         if plain is not None:
             numbers["ry"] = own_logit(plain, tokens.targets)
@@ -67,7 +68,7 @@ def _block(
         numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
 
     if objectives.looks_twice(c) and stage is not Stage.GRADIENT:
-        more = statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size)
+        more = statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size, functions)
         if stage is Stage.SECOND:
             return Result(more)
         numbers = numbers | more
@@ -77,12 +78,13 @@ def _block(
     if by is None:
         by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
-    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing)
+    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, functions=functions)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def run(
+    functions: Functions,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -90,12 +92,12 @@ def run(
     numbers: Numbers | None = None,
     by: Numbers | None = None,
 ) -> Result:
-    """The driver (`operation.Driver`)."""
+    """The driver (`operation.Driver`), by the functions that entries go through."""
     rows, columns = operands.model[0].shape
 
     def body(block, fresh):
         del fresh  # nothing is summed over rows
-        return _block(op, stage, *block), None
+        return _block(functions, op, stage, *block), None
 
     inputs = (operands, tokens, numbers, by)
     return tiling.for_row_blocks(body, inputs, rows, block_rows(columns))[0]

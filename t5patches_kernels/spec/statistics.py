@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -59,6 +59,19 @@ Numbers = dict[str, Array]  # name -> [R, 1]
 FLOOR = -1e30
 # A sum of values above this has no part of a masked entry in it, unclamped, that would matter.
 _UNCLAMPED = -1e15
+
+
+class Functions(NamedTuple):
+    """What entries go through. A driver may have better ones for its device.
+
+    ``exp`` is given numbers of at most 0, ``log`` positive ones.
+    """
+
+    exp: Callable[[Array], Array] = jnp.exp
+    log: Callable[[Array], Array] = jnp.log
+
+
+_XLAS = Functions()
 
 
 class Sum(NamedTuple):
@@ -118,8 +131,10 @@ class _Tile:
         numbers: Mapping[str, Array],
         known: Parts | None = None,
         unmasked: bool = False,
+        functions: Functions = _XLAS,
     ):
         self._unmasked = unmasked
+        self.functions = functions
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._numbers = numbers
         self._cache: Parts = {} if known is None else known
@@ -142,7 +157,7 @@ class _Tile:
             return self.weighed(None, jnp.ones_like(self._numbers["m"]))
         # exp(-1e30) is 0, so the clamp of value() would change nothing here.
         maximum = self._numbers[MAXIMUM[of]]
-        return self._cached(("weight", of), lambda: jnp.exp(self._logits[of] - maximum))
+        return self._cached(("weight", of), lambda: self.functions.exp(self._logits[of] - maximum))
 
     def weighed(self, weight: str | None, x: Array) -> Array:
         """`x` times a weight."""
@@ -185,6 +200,7 @@ def first_terms(
     known: Parts | None = None,
     unmasked: bool = False,
     parts: Collection[tuple[str, str | None]] = (),
+    functions: Functions = _XLAS,
 ) -> Numbers:
     """What the sums among `names` add up ``[R, C]``, given the row's maxima.
 
@@ -196,18 +212,21 @@ def first_terms(
       known: see `_Tile`.
       unmasked: see `_Tile`.
       parts: weights and values to leave in `known` whether or not the sums need them.
+      functions: what entries go through.
     """
-    tile = _Tile(z, r, row, known, unmasked)
+    tile = _Tile(z, r, row, known, unmasked, functions)
     terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
     for kind, of in parts:
         tile.part(kind, of)
     return terms
 
 
-def first_look(z: Array, r: Array | None, names: frozenset[str]) -> Numbers:
+def first_look(
+    z: Array, r: Array | None, names: frozenset[str], functions: Functions = _XLAS
+) -> Numbers:
     """The maxima of a tile and its sums among `names`."""
     tops = maxima(z, r)
-    return tops | row_sums(first_terms(z, r, tops, names))
+    return tops | row_sums(first_terms(z, r, tops, names, functions=functions))
 
 
 def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None = None) -> Numbers:
@@ -252,7 +271,7 @@ def _log_mass(tile: _Tile, row: Mapping[str, Array], smoothing: float) -> Array:
     """``log s(q)`` of an entry but for what is the row's: no entry is divided by a normaliser."""
     if smoothing == 0.0:
         return tile.value("r")
-    return jnp.log(tile.weight("r") + smoothing * row["rs"])
+    return tile.functions.log(tile.weight("r") + smoothing * row["rs"])
 
 
 def _smoothed_entropy(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
@@ -279,8 +298,9 @@ class _SecondTile(_Tile):
         smoothing: float,
         known: Parts | None = None,
         unmasked: bool = False,
+        functions: Functions = _XLAS,
     ):
-        super().__init__(z, r, row, known, unmasked)
+        super().__init__(z, r, row, known, unmasked, functions)
         self._smoothing = smoothing
 
     def value(self, of: str) -> Array:
@@ -302,12 +322,13 @@ def terms_beside(
     known: Parts | None = None,
     unmasked: bool = False,
     parts: Collection[tuple[str, str | None]] = (),
+    functions: Functions = _XLAS,
 ) -> Numbers:
     """What sums add up ``[R, C]`` where the reference's are known: ``zs`` and ``sls`` too.
 
     Takes what `first_terms` takes.
     """
-    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
+    tile = _SecondTile(z, r, row, smoothing, known, unmasked, functions)
     terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
     if "sls" in names:
         terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
@@ -325,11 +346,12 @@ def second_terms(
     size: int,
     known: Parts | None = None,
     unmasked: bool = False,
+    functions: Functions = _XLAS,
 ) -> Numbers:
     """What the sums among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`."""
     sums = {"rkl": "zs", "sls": "sls"}
     asked = frozenset(sums[name] for name in names if name in sums)
-    terms = terms_beside(z, r, row, asked, smoothing, size, known, unmasked)
+    terms = terms_beside(z, r, row, asked, smoothing, size, known, unmasked, functions=functions)
     return {name: terms[sums[name]] for name in sums if name in names}
 
 
@@ -344,10 +366,17 @@ def second_sums(terms: Numbers, row: Numbers) -> Numbers:
 
 
 def second_look(
-    z: Array, r: Array | None, row: Numbers, names: frozenset[str], smoothing: float, size: int
+    z: Array,
+    r: Array | None,
+    row: Numbers,
+    names: frozenset[str],
+    smoothing: float,
+    size: int,
+    functions: Functions = _XLAS,
 ) -> Numbers:
     """The sums among `SECOND_LOOK` in `names`, given the numbers of the whole row."""
-    return second_sums(second_terms(z, r, row, names, smoothing, size), row)
+    terms = second_terms(z, r, row, names, smoothing, size, functions=functions)
+    return second_sums(terms, row)
 
 
 class _Entries(_SecondTile):
@@ -457,6 +486,7 @@ def gradient(
     known: Parts | None = None,
     unmasked: bool = False,
     finite: bool = False,
+    functions: Functions = _XLAS,
 ) -> Array:
     """The gradient of a row's line by its logits: a handful of columns times per-row factors.
 
@@ -470,11 +500,12 @@ def gradient(
       known: see `_Tile`.
       unmasked: see `_Tile`.
       finite: whether the caller sees to rows of which nothing is asked (`only_asked`).
+      functions: what entries go through.
 
     Returns:
       ``[R, C]`` in the dtype of the numbers.
     """
-    tile = _SecondTile(z, r, row, smoothing, known, unmasked)
+    tile = _SecondTile(z, r, row, smoothing, known, unmasked, functions)
     of_weight: dict[str | None, Array] = {}
     for (weight, value), factor in _coefficients(row, by).items():
         more = factor if value is None else factor * tile.value(value)
