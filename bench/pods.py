@@ -21,6 +21,8 @@ A row is one compiled program, stored as soon as it is there: a run that was sto
 what is missing. Where no row has all of a model's layers, the table's figures follow from two
 depths by a straight line and are marked; the largest batch follows from two batches by another: at
 that batch arguments, temporaries, program and what is returned fill what a program gets of a chip.
+On a larger slice a chip does what it does on the smallest, so that there one program is enough: its
+distance from the same program on 8 chips is added to what is known of those.
 """
 
 from __future__ import annotations
@@ -182,7 +184,7 @@ def line(points: Mapping[int, float], x: int) -> float | None:
     return fa + (fb - fa) * (x - a) / (b - a)
 
 
-def figure(name: str, found: Rows, layers: int, rows: int) -> float | None:
+def figure(name: str, found: Rows, layers: int, rows: int, like: Rows = ()) -> float | None:
     """A figure of the step with so many layers and rows, from rows of one size, slice and variant.
 
     Args:
@@ -190,6 +192,8 @@ def figure(name: str, found: Rows, layers: int, rows: int) -> float | None:
       found: the rows.
       layers: compiled, or by a line through two other depths.
       rows: compiled, or by a line through two other batches.
+      like: rows of a smaller slice, whose chips do as much each. What is not compiled follows from
+        there, and from how far a program is from the same one there.
 
     Returns:
       None where too little is compiled.
@@ -199,12 +203,23 @@ def figure(name: str, found: Rows, layers: int, rows: int) -> float | None:
         if name in row:
             depths.setdefault(row["rows"], {})[row["layers"]] = row[name]
     whole = {batch: line(by_layers, layers) for batch, by_layers in depths.items()}
-    return line({batch: value for batch, value in whole.items() if value is not None}, rows)
+    value = line({batch: value for batch, value in whole.items() if value is not None}, rows)
+    there = figure(name, like, layers, rows) if value is None and like else None
+    if there is None:
+        return value
+    same = operator.itemgetter("layers", "rows")
+    apart = [
+        a[name] - b[name]
+        for a in found
+        for b in like
+        if same(a) == same(b) and name in a and name in b
+    ]
+    return there + apart[0] if apart else None
 
 
-def largest_batch(found: Rows, layers: int) -> int | None:
+def largest_batch(found: Rows, layers: int, like: Rows = ()) -> int | None:
     """Rows for each part of the data axis with which the step takes all of a chip's memory."""
-    none, one = (figure("all GiB", found, layers, rows) for rows in (0, 1))
+    none, one = (figure("all GiB", found, layers, rows, like) for rows in (0, 1))
     if none is None or one is None:
         return None
     return max(0, math.floor((HBM_GIB - none) / (one - none)))
@@ -224,9 +239,9 @@ HEADER = (
 )
 
 
-def cell(name: str, found: Rows, layers: int, rows: int) -> str:
+def cell(name: str, found: Rows, layers: int, rows: int, like: Rows) -> str:
     """A figure, with a mark where it is not of a compiled program."""
-    value = figure(name, found, layers, rows)
+    value = figure(name, found, layers, rows, like)
     if value is None:
         return "-"
     compiled = any((row["layers"], row["rows"]) == (layers, rows) for row in found)
@@ -242,21 +257,24 @@ def moves(found: Rows) -> str:
 
 def table(rows: Rows) -> list[list[str]]:
     """A line for each size and slice that has rows; in a cell the variants, in their order."""
-    lines = []
+    lines, is_of = [], operator.itemgetter("size", "chips", "variant")
     for size, chips in itertools.product(MODEL_AXIS, SLICES):
-        mine = [row for row in rows if (row["size"], row["chips"]) == (size, chips)]
-        of = [
-            [row for row in mine if row["variant"] == variant and row["rows"] in ROWS[size]]
-            for variant in t5x_step.VARIANTS
-        ]
+        of, like = (
+            [
+                [row for row in rows if row["rows"] in ROWS[size] and is_of(row) == (size, n, kind)]
+                for kind in t5x_step.VARIANTS
+            ]
+            for n in (chips, min(SLICES))
+        )
         if not any(of):
             continue
         layers, batch = common.T5_1_1[size]["num_encoder_layers"], ROWS[size][0]
+        known = [(found, layers, batch, there) for found, there in zip(of, like, strict=True)]
         data = chips // MODEL_AXIS[size]
         memory = (
-            [cell(f"{name} GiB", found, layers, batch) for found in of] for name in HEADER[3:6]
+            [cell(f"{name} GiB", *of_variant) for of_variant in known] for name in HEADER[3:6]
         )
-        largest = [largest_batch(found, layers) for found in of]
+        largest = [largest_batch(found, layers, there) for found, _, _, there in known]
         figures = (*memory, map(moves, of), ["-" if n is None else f"{n * data}" for n in largest])
         chosen = [size, f"{chips} = {data} × {MODEL_AXIS[size]}", str(batch * data)]
         lines.append(chosen + [" / ".join(cells) for cells in figures])
@@ -287,12 +305,14 @@ def main() -> None:
     choice("--sizes", default=[*MODEL_AXIS], choices=MODEL_AXIS)
     choice("--chips", type=int, default=[*SLICES], choices=SLICES)
     choice("--variants", default=t5x_step.VARIANTS, choices=t5x_step.VARIANTS)
-    choice("--layers", type=int, default=DEPTHS, help="of the encoder, and of the decoder")
-    choice("--rows", type=int, help="sequences for each part of the data axis (default: by size)")
+    choice("--layers", type=int, help="of the encoder, and of the decoder (default: by slice)")
+    choice("--rows", type=int, help="sequences for each part of the data axis (default: by size and slice)")
     options = parser.parse_args()
     stored = set(map(KEY, common.stored(NAME)))
     for size, chips, variant in itertools.product(options.sizes, options.chips, options.variants):
-        for rows, layers in itertools.product(options.rows or ROWS[size], options.layers):
+        some = slice(None if chips == min(SLICES) else 1)  # of which the others follow
+        of_slice = options.rows or ROWS[size][some], options.layers or DEPTHS[some]
+        for rows, layers in itertools.product(*of_slice):
             program = Program(size, chips, variant, layers, rows)
             if program not in stored:
                 row = measure(program)

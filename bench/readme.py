@@ -312,7 +312,9 @@ def pods(result: dict) -> str:
         "/ ours / ours with a fused head, the original an argument in all three. Numbers a token:\n"
         "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: by a\n"
         "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch\n"
-        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32. -: not compiled yet.\n"
+        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32; on 64 and 512 chips one\n"
+        "program is compiled, and what it needs beyond the same one on 8 chips is added to what\n"
+        "is known of those. -: not compiled yet.\n"
         + "".join(
             f"{row['size']}, {row['chips']} chips, {T5X_VARIANTS[row['variant']]}, "
             f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries,\n"

@@ -65,10 +65,10 @@ def test_the_memory_of_a_chip_is_what_its_compiler_says():
         compile_for("v4", lambda x: x + 1, jax.ShapeDtypeStruct((numbers // 8, 8), "float32"))
 
 
-def row(layers, rows, **figures):
+def row(layers, rows, chips=8, **figures):
     """A program's row; its memory is bilinear, as the table takes it to be."""
     memory = 1 + 0.5 * layers + rows * (0.25 + 0.125 * layers)
-    program = pods.Program("base", 8, "ours", layers, rows)
+    program = pods.Program("base", chips, "ours", layers, rows)
     of = dict.fromkeys((f"{name} GiB" for name in ("arguments", "temporaries", "peak")), memory)
     return program._asdict() | of | {"all GiB": memory, "loss moves": [[1, 1], [1]]} | figures
 
@@ -84,8 +84,18 @@ def test_figures_follow_from_two_depths_and_two_batches():
 def test_a_compiled_figure_goes_before_a_line():
     found = [row(1, 2), row(3, 2), row(12, 2, **{"peak GiB": 5.0})]
     assert pods.figure("peak GiB", found, 12, 2) == 5
-    assert pods.cell("peak GiB", found, 12, 2) == "5.00"
-    assert pods.cell("peak GiB", found[:2], 12, 2) == f"≈{row(12, 2)['peak GiB']:.2f}"
+    assert pods.cell("peak GiB", found, 12, 2, []) == "5.00"
+    assert pods.cell("peak GiB", found[:2], 12, 2, []) == f"≈{row(12, 2)['peak GiB']:.2f}"
+
+
+def test_one_program_of_a_larger_slice_is_enough():
+    small = [row(layers, rows) for layers in (1, 3) for rows in (2, 4)]
+    (large,) = found = [row(1, 2, chips=64)]
+    large["peak GiB"] += 0.25
+    assert pods.figure("peak GiB", found, 1, 2, small) == large["peak GiB"]
+    assert pods.figure("peak GiB", found, 12, 8, small) == row(12, 8)["peak GiB"] + 0.25
+    assert pods.largest_batch(found, 12, small) == pods.largest_batch(small, 12)
+    assert pods.figure("peak GiB", [row(2, 2, chips=64)], 12, 8, small) is None
 
 
 def test_a_third_depth_is_held_against_the_line():
