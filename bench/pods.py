@@ -306,7 +306,11 @@ def main() -> None:
     choice("--chips", type=int, default=[*SLICES], choices=SLICES)
     choice("--variants", default=t5x_step.VARIANTS, choices=t5x_step.VARIANTS)
     choice("--layers", type=int, help="of the encoder, and of the decoder (default: by slice)")
-    choice("--rows", type=int, help="sequences for each part of the data axis (default: by size and slice)")
+    choice(
+        "--rows",
+        type=int,
+        help="sequences for each part of the data axis (default: by size and slice)",
+    )
     options = parser.parse_args()
     stored = set(map(KEY, common.stored(NAME)))
     for size, chips, variant in itertools.product(options.sizes, options.chips, options.variants):

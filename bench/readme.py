@@ -15,6 +15,7 @@ import pathlib
 import re
 
 from bench import common
+from bench.t5x_step import VARIANTS as T5X_VARIANTS
 from bench.tpu_static import CORES
 from bench.tutorial import COMMANDS
 
@@ -35,6 +36,11 @@ def _setting(setting: dict[str, str]) -> str:
 def _measured(setting: dict[str, str], header: list[str], rows: list[list[str]]) -> str:
     """A table under what its figures depend on."""
     return f"{_setting(setting)}.\n\n" + _table(header, rows)
+
+
+def _whose(variant: str) -> str:
+    """A variant of T5X's step in words."""
+    return "T5Patches" if variant == "upstream" else variant
 
 
 def host_cpu(result: dict) -> str:
@@ -245,7 +251,7 @@ def t5x_step(result: dict) -> str:
             t = row[f"{variant} ms"]
             rows.append(
                 [
-                    f"{row['objective']}, {T5X_VARIANTS[variant]}",
+                    f"{row['objective']}, {_whose(variant)}",
                     f"{t['median'] / 1e3:.2f} ({t['low'] / 1e3:.2f}-{t['high'] / 1e3:.2f})",
                     f"{row[f'{variant} temporaries MiB']:.0f}",
                     f"{row[f'{variant} constants MiB']:.0f}",
@@ -266,12 +272,12 @@ def t5x_step_static(result: dict) -> str:
     shown = ("arguments", "program", "temporaries", "peak", "all")
     rows = [
         [
-            f"{row['objective']}, {T5X_VARIANTS[row['variant']]}",
+            f"{row['objective']}, {_whose(row['variant'])}",
             *(f"{row[f'{name} GiB']:.2f}" for name in shown),
             f"{row['compile s']:.0f}",
         ]
         for row in sorted(
-            result["rows"], key=lambda r: (r["objective"], [*T5X_VARIANTS].index(r["variant"]))
+            result["rows"], key=lambda r: (r["objective"], T5X_VARIANTS.index(r["variant"]))
         )
     ]
     return (
@@ -316,7 +322,7 @@ def pods(result: dict) -> str:
         "program is compiled, and what it needs beyond the same one on 8 chips is added to what\n"
         "is known of those. -: not compiled yet.\n"
         + "".join(
-            f"{row['size']}, {row['chips']} chips, {T5X_VARIANTS[row['variant']]}, "
+            f"{row['size']}, {row['chips']} chips, {_whose(row['variant'])}, "
             f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries,\n"
             f"by the line {expected:.2f}.\n"
             for row, expected in pods.lines_held(result["rows"])
@@ -333,11 +339,6 @@ def take_in_demo(path: pathlib.Path) -> None:
     common.save("demo", rows, **kept)
 
 
-T5X_VARIANTS = {
-    "upstream": "T5Patches",
-    "ours": "ours",
-    "ours, fused head": "ours, fused head",
-}
 # The text in README.md between `<!-- NAME -->` and `<!-- end -->`: what is stored, and its form.
 SECTIONS = {
     "tutorial": ("tutorial", tutorial),

@@ -1,12 +1,19 @@
-"""What every test runs under: 8 CPU devices, strict promotion, one hypothesis profile per pace."""
+"""What every test runs under: 8 CPU devices, one cache of programs, strict promotion, a pace."""
 
 import os
+import tempfile
 
 # Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+
+# Many tests compile the same small T5. Workers and child processes take over what is set here.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="t5patches-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.4"
 
 import hypothesis
 import jax
