@@ -51,8 +51,8 @@ INPUTS, TARGETS = 512, 128
 SLICES = {8: "2x2x2", 64: "4x4x4", 512: "8x8x8"}  # of v4, by the number of chips
 # Over how many chips each model's parameters are split.
 MODEL_AXIS = {"base": 4, "large": 4, "XL": 4, "XXL": 8, "mT5-XXL": 8}
-# Two batches, as sequences for each part of the data axis; the second is near what fits.
-ROWS = {"base": (64, 192), "large": (16, 64), "XL": (8, 32), "XXL": (4, 24), "mT5-XXL": (4, 24)}
+# Two batches, as sequences for each part of the data axis; the second nearer to what fits.
+ROWS = {"base": (64, 192), "large": (16, 64), "XL": (8, 32), "XXL": (4, 24), "mT5-XXL": (4, 8)}
 DEPTHS = (1, 3)  # layers of encoder and decoder, where not all are asked for
 HBM_GIB = 30.75  # what the compiler lets a program have of a v4 chip's 32 GiB
 
