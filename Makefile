@@ -59,7 +59,7 @@ bench-t5x: t5x-checkouts $(VENV)-t5x/.has-aot ## a whole T5X step beside T5Patch
 	$(with_t5x) bench.t5x_step --chip v4
 
 bench-pods: t5x-checkouts $(VENV)-t5x/.has-aot ## that step on slices of a TPU pod, by the TPU compiler (hours for all); T5X= as above
-	JAX_PLATFORMS=cpu $(with_t5x) bench.pods --sizes base --layers 12 --rows 64
+	JAX_PLATFORMS=cpu $(with_t5x) bench.pods --sizes base --chips 8 --layers 12 --rows 64
 	JAX_PLATFORMS=cpu $(with_t5x) bench.pods
 
 test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs

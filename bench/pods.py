@@ -269,12 +269,13 @@ def table(rows: Rows) -> list[list[str]]:
         if not any(of):
             continue
         layers, batch = common.T5_1_1[size]["num_encoder_layers"], ROWS[size][0]
-        known = [(found, layers, batch, there) for found, there in zip(of, like, strict=True)]
+        pairs = [*zip(of, like, strict=True)]
         data = chips // MODEL_AXIS[size]
         memory = (
-            [cell(f"{name} GiB", *of_variant) for of_variant in known] for name in HEADER[3:6]
+            [cell(f"{name} GiB", found, layers, batch, there) for found, there in pairs]
+            for name in HEADER[3:6]
         )
-        largest = [largest_batch(found, layers, there) for found, _, _, there in known]
+        largest = [largest_batch(found, layers, there) for found, there in pairs]
         figures = (*memory, map(moves, of), ["-" if n is None else f"{n * data}" for n in largest])
         chosen = [size, f"{chips} = {data} × {MODEL_AXIS[size]}", str(batch * data)]
         lines.append(chosen + [" / ".join(cells) for cells in figures])

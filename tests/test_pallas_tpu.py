@@ -7,7 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import CASES, MAIN, TAKES_EDITS, Batch, _compiled, assert_as_good_as_dense, batch
+from harness import CASES, MAIN, TAKES_EDITS, _compiled, assert_as_good_as_dense, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
@@ -171,22 +171,17 @@ def _simulated(monkeypatch, _fresh_programs):
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def two_blocks(rows):
-    """As many rows as two steps of a grid have: the simulator takes its time over each."""
-    return Batch(*(x[:16] for x in rows))
-
-
 @pytest.mark.usefixtures("_simulated")
 @pytest.mark.parametrize("name", ["tnff", "tnrf", "tnfll", "ul", "ce"])
 def test_no_race_and_nothing_uninitialised(name):
     edits = 3 if name in TAKES_EDITS else 0
-    assert_as_good_as_dense(name, NAME, two_blocks(batch(3, 200, edits=edits)))
+    assert_as_good_as_dense(name, NAME, batch(3, 200, edits=edits))
     assert not interpreter.races.races_found
 
 
 @pytest.mark.usefixtures("_simulated", "_some_vmem")
 def test_no_race_in_windows():
-    assert_as_good_as_dense("tnrf", NAME, two_blocks(batch(3, 1000, edits=3)))
+    assert_as_good_as_dense("tnrf", NAME, batch(3, 1000, edits=3))
     assert not interpreter.races.races_found
 
 

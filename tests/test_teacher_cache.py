@@ -215,7 +215,8 @@ def arrays():
     )
 
 
-@pytest.mark.parametrize(("dtype", "shards"), [("float32", None), ("bfloat16", 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shards", [None, 2])
 def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, shards):
     mesh = None if shards is None else make_mesh(2, jax.devices()[:4])
     start, original = tiny_params(), tiny_params(1)
