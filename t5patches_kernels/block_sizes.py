@@ -27,7 +27,10 @@ _INSTEAD: Mapping[Part, Part] = {
     ("weight", "r"): ("copy", "r"),
     ("weight", "z"): ("copy", "z"),
     ("value", "ratio"): ("value", "z"),
+    statistics.EITHER: ("value", "z"),
 }
+# The parts that only the second look can compute.
+LATE = (("value", "ratio"), statistics.EITHER)
 _MIB = 1 << 20
 
 
@@ -233,7 +236,7 @@ def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
     names = objectives.needs(c)
     alone = names & set(statistics.OF_REFERENCE)
     beside = statistics.with_normalisers(
-        frozenset("zs" if name == "rkl" else name for name in names - alone)
+        frozenset(statistics.SECOND_LOOK.get(name, name) for name in names - alone)
     )
     found = {"r": {"rm", *alone}, "z": {"m", *beside}, "own": {"zy"}, "row": {"rm", *alone}}
     if stage is Stage.VISIT:
@@ -287,19 +290,23 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     c = op.settings
     one = jnp.ones((1, 1), jnp.float32)
     names = objectives.needs(c)
-    row = dict.fromkeys((*statistics.MAXIMA, *names), one)
+    row = dict.fromkeys((*statistics.MAXIMA, *names, "w"), one)
     r = one if objectives.reference_of(c) else None
-    second, third = _Touched({}), _Touched({("value", "ratio"): one})
+    second, third = _Touched({}), _Touched(dict.fromkeys(LATE, one))
+    either = objectives.either(c)
+
+    def tile(known: statistics.Parts) -> statistics.Tile:
+        return statistics.Tile(one, r, row, c.smoothing, c.vocab_size, known=known)
 
     def looks() -> None:
         if objectives.looks_twice(c):
-            statistics.second_terms(one, r, row, names, c.smoothing, c.vocab_size, second)
+            statistics.second_terms(tile(second), names, either)
         if stage is Stage.VISIT:
             by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
-            statistics.gradient(one, r, row, by, None, c.smoothing, third)
+            statistics.gradient(tile(third), statistics.coefficients(row, by, either), None)
 
     jax.eval_shape(looks)
-    return (second.read - {("value", "ratio")}) | third.read
+    return (second.read - set(LATE)) | third.read
 
 
 def _wanted(
@@ -312,7 +319,7 @@ def _wanted(
     of_reference = _of_reference(objectives.needs(op.settings))
     out: list[tuple[Part, ...]] = []
     worth: tuple[Part, ...] = (
-        ("weight", "r"), ("weight", "z"), ("value", "ratio"), ("value", "z")
+        ("weight", "r"), ("weight", "z"), *LATE, ("value", "z")
     )  # fmt: skip
     for part in worth:
         before = _INSTEAD.get(part)

@@ -1,6 +1,7 @@
 """The specification by itself: merging, tiles, derivatives, and that nothing is written twice."""
 
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ import t5patches_kernels
 from t5patches_kernels import losses, reference
 from t5patches_kernels.spec import objectives, statistics
 from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.spec.statistics import Functions, Tile
 
 # All but those that need the other row's normaliser first.
-ALL = frozenset(name for name, sum_ in statistics.SUMS.items() if sum_.value != "ratio")
+ALL = frozenset(statistics.SUMS) - {"zs", "ss", "sz"}
+BITS = Functions(jnp.exp2, jnp.log2, 1 / math.log(2))
 SETTINGS = {
     name: Settings(name, 130, alpha=3.0, smoothing=1e-3, z_loss=1e-2, threshold=-9.0)
     for name in objectives.OBJECTIVES
@@ -77,8 +80,8 @@ def numbers_of(c, z, r, y, w):
     numbers["zy"], numbers["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
     numbers = objectives.finish(numbers, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
     if objectives.looks_twice(c):
-        more = statistics.second_look(z, ref, numbers, names, c.smoothing, c.vocab_size)
-        numbers = numbers | more
+        tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+        numbers = numbers | statistics.second_look(tile, names)
     return numbers, ref
 
 
@@ -100,8 +103,62 @@ def test_derivative_table_is_the_derivative(name):
         if not by:  # an output without a gradient: the reference's own
             np.testing.assert_array_equal(jax.grad(total)(z), 0.0)
             continue
-        dz = statistics.gradient(z, ref, numbers, by, is_target, c.smoothing)
+        tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+        dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
         np.testing.assert_allclose(dz, jax.grad(total)(z), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("unmasked", [False, True])
+@pytest.mark.parametrize("name", ["tnrf", "tnrll"])
+def test_two_numbers_of_which_a_row_needs_one_share_a_sum(name, unmasked):
+    """What each row needs of them, and the gradient, are as with a sum for each; in bits too."""
+    c = SETTINGS[name]
+    rng = np.random.default_rng(2)
+    z, r = (jnp.asarray(rng.normal(size=(12, 130))) for _ in range(2))
+    w = jnp.tile(jnp.array([1.0, -1.0, -0.5]), 4)
+    numbers, _ = numbers_of(c, z, r, jnp.arange(12), w)
+    by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
+    either, names = objectives.either(c), objectives.needs(c) & statistics.SECOND_LOOK.keys()
+    for functions in (Functions(), BITS):
+        tile = Tile(z, r, numbers, c.smoothing, 130, unmasked=unmasked, functions=functions)
+        sums = statistics.row_sums(statistics.second_terms(tile, names, either))
+        assert len(sums) == 1
+        shared = statistics.finish_second(sums, numbers, either, functions)
+        for asked, number in ((w > 0, either.kept), (w < 0, either.pushed)):
+            np.testing.assert_allclose(shared[number][asked], numbers[number][asked], rtol=1e-12)
+        tile = Tile(z, r, numbers | shared, c.smoothing, 130, functions=functions)
+        table = statistics.coefficients(tile.row, by, either, functions)
+        dz = statistics.gradient(tile, table, None)
+        plain = Tile(z, r, numbers, c.smoothing, 130)
+        apart = statistics.gradient(plain, statistics.coefficients(numbers, by), None)
+        np.testing.assert_allclose(dz, apart, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "divergence" not in name])
+def test_values_in_bits_give_the_same_numbers_and_gradients(name):
+    c = SETTINGS[name]
+    z, r = rows(3)
+    y, w = jnp.arange(len(z)) % 130, jnp.where(jnp.arange(len(z)) % 2, 1.0, -1.0)
+    numbers, ref = numbers_of(c, z, r, y, w)
+    names = objectives.needs(c)
+    first = statistics.in_nats(statistics.first_look(z, ref, names, BITS), BITS)
+    tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size, functions=BITS)
+    for name, x in (first | statistics.second_look(tile, names)).items():
+        if name not in ("s", "rs"):  # finish() has replaced those of empty rows
+            np.testing.assert_allclose(x, numbers[name], rtol=1e-9, atol=1e-9, err_msg=name)
+    output = next(iter(objectives.lines_of(c)))
+    by = objectives.derivatives(numbers, c, {output: jnp.ones_like(w)[:, None]})
+    dz = statistics.gradient(tile, statistics.coefficients(numbers, by, None, BITS), None)
+    plain = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+    expected = statistics.gradient(plain, statistics.coefficients(numbers, by), None)
+    np.testing.assert_allclose(dz, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_only_objectives_with_two_kinds_of_rows_share():
+    shared = {name: objectives.either(c) for name, c in SETTINGS.items()}
+    assert shared.pop("tnrf") == shared.pop("tnrf-divergence") == ("sqz", "rkl")
+    assert shared.pop("tnrll") == shared.pop("tnrll-divergence") == ("sum_z", "rkl")
+    assert not any(shared.values())
 
 
 def test_an_objective_asks_for_no_more_than_it_needs():

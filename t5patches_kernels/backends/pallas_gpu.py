@@ -31,7 +31,7 @@ from t5patches_kernels import tiling
 from t5patches_kernels.backends import xla_gpu
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers, Tile
 
 # What a block may take of an SM's 228 KiB of shared memory, for two to fit beside each other.
 _SHARED_BYTES = 108 << 10
@@ -218,7 +218,7 @@ class _Row:
 
     def first_look(self) -> Numbers:
         """The maxima and sums of the row."""
-        names = self.call.names - set(statistics.SECOND_LOOK)
+        names = self.call.names - statistics.SECOND_LOOK.keys()
         tops = {"m": FLOOR} | ({"rm": FLOOR} if self.call.reference else {})
 
         def body(_, chunk: Array, slot: Array, numbers: Numbers) -> Numbers:
@@ -229,7 +229,7 @@ class _Row:
             }
             numbers = statistics.rebase(numbers, maxima)
             for z, r in pieces:
-                for name, x in statistics.first_terms(z, r, maxima, names).items():
+                for name, x in statistics.terms(Tile(z, r, maxima), names).items():
                     numbers[name] = numbers[name] + x
             return numbers
 
@@ -242,11 +242,11 @@ class _Row:
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the row's normalisers."""
         c = self.call.op.settings
-        names = self.call.names & set(statistics.SECOND_LOOK)
+        names = self.call.names & statistics.SECOND_LOOK.keys()
 
         def body(_, chunk: Array, slot: Array, sums: Numbers) -> Numbers:
             for _, z, r, _ in self.pieces(chunk, slot, once=True):
-                terms = statistics.second_terms(z, r, row, names, c.smoothing, c.vocab_size)
+                terms = statistics.second_terms(Tile(z, r, row, c.smoothing, c.vocab_size), names)
                 sums = {name: sums[name] + x for name, x in terms.items()}
             return sums
 
@@ -258,13 +258,15 @@ class _Row:
         c = self.call.op.settings
         derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
         by = _plainly(derivatives, row)
+        table = statistics.coefficients(row, by)
         out = self.refs["out"]
 
         def body(i: Array, chunk: Array, slot: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
             plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
             for k, z, r, is_target in self.pieces(chunk, slot, once=False):
-                dz = statistics.gradient(z, r, row, by, is_target, c.smoothing)
+                tile = Tile(z, r, row, c.smoothing, c.vocab_size)
+                dz = statistics.gradient(tile, table, is_target)
                 out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
             plgpu.commit_smem()
             if self.call.columns % self.plan.chunk:

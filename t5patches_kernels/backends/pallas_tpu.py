@@ -36,10 +36,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5patches_kernels import block_sizes, tiling
-from t5patches_kernels.block_sizes import LANES, Chip, Part, Plan
+from t5patches_kernels.backends.tpu_functions import FUNCTIONS
+from t5patches_kernels.block_sizes import LANES, LATE, Chip, Part, Plan
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+from t5patches_kernels.spec.statistics import FLOOR, Array, Either, Numbers, Tile
 
 # How kernels are interpreted. True has no side effects and so runs under every transformation;
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
@@ -130,6 +131,12 @@ class _Call:
         )
 
     @property
+    def either(self) -> Either | None:
+        """Numbers that share a sum, and columns of the gradient that share a place."""
+        whole = self.stage in (Stage.NUMBERS, Stage.VISIT) and not self.plan.streamed
+        return objectives.either(self.op.settings) if whole else None
+
+    @property
     def makes_gradient(self) -> bool:
         return self.stage in (Stage.VISIT, Stage.GRADIENT)
 
@@ -150,7 +157,7 @@ class _Call:
     def returned(self) -> tuple[str, ...]:
         """The numbers that go out, by lane."""
         names = objectives.needs(self.op.settings)
-        second = names & set(statistics.SECOND_LOOK)
+        second = names & statistics.SECOND_LOOK.keys()
         if self.stage is Stage.SECOND:
             return tuple(sorted(second))
         if self.stage is Stage.GRADIENT:
@@ -169,9 +176,7 @@ class _Block:
 
     def __init__(self, call: _Call, refs: dict[Any, Any]):
         self.call, self.refs = call, refs
-        c = call.op.settings
-        self.names = objectives.needs(c)
-        self.smoothing, self.size = c.smoothing, c.vocab_size
+        self.names = objectives.needs(call.op.settings)
         self.shape = (call.plan.rows, LANES)
         # Of the window; the last of several may reach beyond the row.
         self.columns: int | Array = call.columns
@@ -394,9 +399,18 @@ class _Block:
 
         return [*kept, *(x for x in (z, r) if x is not None)], split
 
+    def tile(
+        self, z: Array, r: Array | None, row: Numbers, known: statistics.Parts, unmasked: bool
+    ) -> Tile:
+        c = self.call.op.settings
+        return Tile(
+            z, r, row, c.smoothing, c.vocab_size,
+            known=known, unmasked=unmasked, functions=FUNCTIONS,
+        )  # fmt: skip
+
     def look(
         self,
-        terms: Callable[..., Numbers],
+        terms: Callable[[Tile, frozenset[str]], Numbers],
         row: Numbers,
         names: frozenset[str],
         parts: tuple[Part, ...],
@@ -409,7 +423,7 @@ class _Block:
             z, r, known = split(x)
             unmasked = not (self.careful or edge)
             asked = names - {"n"} if unmasked else names
-            more = terms(z, r, row, asked, known, unmasked)
+            more = terms(self.tile(z, r, row, known, unmasked), asked)
             return more, {part: known[part] for part in parts}
 
         start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
@@ -423,39 +437,35 @@ class _Block:
 
     def first_look(self, row: Numbers) -> Numbers:
         """The sums of the rows."""
-        names = self.names & set(statistics.SUMS)
-        parts = tuple(
-            part
-            for part in self.call.plan.kept
-            if part != ("value", "ratio") and part not in self.there
-        )
-        terms = partial(statistics.first_terms, parts=parts)
-        return self.spread(statistics.row_sums(self.look(terms, row, names, parts)))
+        names = self.names & statistics.SUMS.keys() - set(self.call.either or ())
+        parts = tuple(p for p in self.call.plan.kept if p not in LATE and p not in self.there)
+        terms = partial(statistics.terms, parts=parts)
+        sums = statistics.row_sums(self.look(terms, row, names, parts))
+        return self.spread(statistics.in_nats(sums, FUNCTIONS))
 
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the rows' normalisers."""
-        names = self.names & set(statistics.SECOND_LOOK)
-        parts = tuple(p for p in self.call.plan.kept if p == ("value", "ratio"))
-
-        def terms(z, r, row, names, known, unmasked):
-            return statistics.second_terms(
-                z, r, row, names, self.smoothing, self.size, known, unmasked
-            )
-
-        return self.spread(statistics.second_sums(self.look(terms, row, names, parts), row))
+        either = self.call.either
+        names = self.names & statistics.SECOND_LOOK.keys() - set(either or ())
+        summed = names | ({either.kept} if either else set())
+        parts = tuple(p for p in self.call.plan.kept if p in LATE)
+        found = self.look(
+            lambda tile, _: statistics.second_terms(tile, names, either), row, summed, parts
+        )
+        sums = statistics.row_sums(found)
+        return self.spread(statistics.finish_second(sums, row, either, FUNCTIONS))
 
     def gradient(self, row: Numbers, by: Numbers) -> None:
         """Writes the gradient of the rows."""
         reads, split = self.reading()
         row = {name: x for name, x in row.items() if x.dtype == jnp.float32}
+        table = statistics.coefficients(row, by, self.call.either, FUNCTIONS)
 
         def at(x: Group, rows: slice, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
-            here, asked = ({n: v[rows] for n, v in numbers.items()} for numbers in (row, by))
-            return statistics.gradient(
-                z, r, here, asked, is_target, self.smoothing, known,
-                unmasked=not (self.careful or edge), finite=not self.careful,
-            )  # fmt: skip
+            here, factors = ({k: v[rows] for k, v in of.items()} for of in (row, table))
+            tile = self.tile(z, r, here, known, not (self.careful or edge))
+            return statistics.gradient(tile, factors, is_target, finite=not self.careful)
 
         self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, slice(None), None, edge)}), {})
         if "zy" in by:
@@ -539,31 +549,30 @@ class _Streamed(_Block):
         empty = {name: self.full(FLOOR if name in statistics.MAXIMA else 0.0) for name in names}
         pl.when(self.window == 0)(lambda: self.put(of, empty))
 
-    def add(self, of: str, top: Array, terms: Callable[..., Numbers], parts: Any) -> None:
+    def add(self, of: str, top: Array, row: Numbers, parts: tuple[Part, ...]) -> None:
         """Adds what is summed of a window, relative to the maxima by lane that are then known."""
         before = self.get(of)
         m = statistics.MAXIMUM[of]
         now = {m: jnp.maximum(before[m], top)}
-        sums = {k: x for k, x in statistics.rebase(before, now).items() if k not in now}
-        self.put(of, now | self.look(terms, now, frozenset(sums), parts, sums))
+        sums = statistics.rebase(before, now, functions=FUNCTIONS)
+        sums = {k: x for k, x in sums.items() if k not in now}
+        terms = partial(statistics.terms, parts=parts)
+        self.put(of, now | self.look(terms, row | now, frozenset(sums), parts, sums))
 
     def whole(self, of: str) -> Numbers:
         """The numbers of the rows, from what was kept by lane."""
         numbers, m = self.get(of), statistics.MAXIMUM[of]
         row = {m: jnp.max(numbers[m], axis=-1, keepdims=True)}
-        sums = {k: x for k, x in statistics.rebase(numbers, row).items() if k not in row}
-        return row | statistics.row_sums(sums)
+        sums = statistics.rebase(numbers, row, functions=FUNCTIONS)
+        sums = statistics.row_sums({k: x for k, x in sums.items() if k not in row})
+        return row | statistics.in_nats(sums, FUNCTIONS)
 
     def reference_phase(self) -> None:
         """The sums of the reference alone."""
         self.start("r")
         top = self.copy("r")["rm"]
         top = self.changed(top) if self.call.plan.private else top
-
-        def terms(z, r, row, names, known, unmasked):
-            return statistics.first_terms(None, r, row, names, known)
-
-        self.add("r", top, terms, ())
+        self.add("r", top, {}, ())
 
         @pl.when(self.window == self.call.tiles - 1)
         def _() -> None:
@@ -579,14 +588,7 @@ class _Streamed(_Block):
         self.read_rows()
         self.put("own", {name: x + self.own("z") for name, x in self.get("own").items()})
         of_reference = {k: x for k, x in self.get("row").items() if k in ("rm", "rs", "qr")}
-        kept = self.call.plan.kept
-
-        def terms(z, r, top, names, known, unmasked):
-            return statistics.terms_beside(
-                z, r, of_reference | top, names, self.smoothing, self.size, known, parts=kept
-            )
-
-        self.add("z", top, terms, kept)
+        self.add("z", top, of_reference, self.call.plan.kept)
 
         @pl.when(self.window == self.call.tiles - 1)
         def _() -> None:

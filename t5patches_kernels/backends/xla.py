@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from t5patches_kernels import tiling
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import Array, Functions, Numbers
+from t5patches_kernels.spec.statistics import Array, Functions, Numbers, Tile
 
 # A float32 block of one logits array. Measured on a 2-core Zen 5 with 1 MiB of L2 a core
 # (`make bench`): flat from 0.5 to 2 MiB; below 4 rows XLA no longer splits a block over cores.
@@ -67,8 +67,11 @@ def _block(
             return Result(numbers)
         numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
 
+    def tile(row: Numbers) -> Tile:
+        return Tile(z, r, row, c.smoothing, c.vocab_size, functions=functions)
+
     if objectives.looks_twice(c) and stage is not Stage.GRADIENT:
-        more = statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size, functions)
+        more = statistics.second_look(tile(numbers), names)
         if stage is Stage.SECOND:
             return Result(more)
         numbers = numbers | more
@@ -78,7 +81,7 @@ def _block(
     if by is None:
         by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
-    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing, functions=functions)
+    dz = statistics.gradient(tile(numbers), statistics.coefficients(numbers, by), is_target)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))
 
 

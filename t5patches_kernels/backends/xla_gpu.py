@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from t5patches_kernels.backends.xla import own_logit
 from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import Array, Numbers
+from t5patches_kernels.spec.statistics import Array, Numbers, Tile
 
 # The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
 # which pays for merges between threads (seen in the optimised HLO; not yet timed on hardware).
@@ -61,16 +61,16 @@ def parts_of(columns: int) -> int:
 
 
 def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Numbers:
-    """The sums of whole rows; with ``zs`` and ``sls`` for what would take a second look."""
+    """The sums of whole rows; with those that a second look would make numbers of."""
     c = op.settings
     z, r = _read(op, operands, tokens)
     names = objectives.needs(c)
     if stage is Stage.FIRST or not objectives.looks_twice(c):
-        return _reduce(statistics.entries(z, r, names - set(statistics.SECOND_LOOK)))
+        return _reduce(statistics.entries(z, r, names - statistics.SECOND_LOOK.keys()))
     alone = names & frozenset(statistics.OF_REFERENCE)
     of_reference = _reduce(statistics.entries(None, r, alone))
     z, r, of_reference = _next_pass(op, operands, tokens, of_reference)
-    sums = {"zs" if name == "rkl" else name for name in names - alone}
+    sums = {statistics.SECOND_LOOK.get(name, name) for name in names - alone}
     known = objectives.finish_reference(of_reference)
     entries: Numbers = {}
     for name in sorted(statistics.with_normalisers(frozenset(sums))):
@@ -101,7 +101,7 @@ def run(
     if stage is Stage.SECOND and numbers is not None:
         z, r = _read(op, operands, tokens)
         names = objectives.needs(c)
-        return Result(statistics.second_look(z, r, numbers, names, c.smoothing, c.vocab_size))
+        return Result(statistics.second_look(Tile(z, r, numbers, c.smoothing, c.vocab_size), names))
 
     if stage is not Stage.GRADIENT:
         numbers = _sums(op, operands, tokens, stage)
@@ -117,5 +117,6 @@ def run(
 
     z, r, (numbers, by) = _next_pass(op, operands, tokens, (numbers, by))
     is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == tokens.targets[:, None]
-    dz = statistics.gradient(z, r, numbers, by, is_target, c.smoothing)
+    tile = Tile(z, r, numbers, c.smoothing, c.vocab_size)
+    dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))

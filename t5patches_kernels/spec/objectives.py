@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +81,6 @@ def likelihood(row: Row, c: Settings) -> Array:
     return -row.log_prob
 
 
-def _smoothed(cross_entropy: Array, row: Row, eps: float, size: int) -> Array:
-    """CE(s(q), p) from CE(q, p): the uniform part adds sum -log p over the unmasked entries."""
-    return (cross_entropy + eps * (row.n * row.log_s - row.sum_z)) / (1 + size * eps)
-
-
 @of_q
 def forward(row: Row, c: Settings) -> Array:
     """CE(q, p), or KL(q, p) with `divergence`."""
@@ -97,7 +93,8 @@ def smoothed_forward(row: Row, c: Settings) -> Array:
     """CE(s(q), p), or KL(s(q), p) with `divergence`."""
     if c.smoothing == 0.0:
         return forward(row, c)
-    out = _smoothed(row.log_s - row.qz / row.rs, row, c.smoothing, c.vocab_size)
+    out = row.log_s * (1 + c.smoothing * row.n) - row.sqz
+    out = out / (1 + c.vocab_size * c.smoothing)
     return out + row.sls if c.divergence else out
 
 
@@ -110,10 +107,10 @@ def reverse(row: Row, c: Settings) -> Array:
 
 def smoothed_likelihood(row: Row, c: Settings) -> Array:
     """CE(s(onehot y), p), or its divergence."""
-    out = _smoothed(-row.log_prob, row, c.smoothing, c.vocab_size)
+    total = 1 + c.vocab_size * c.smoothing
+    out = (c.smoothing * (row.n * row.log_s - row.sum_z) - row.log_prob) / total
     if not c.divergence:
         return out
-    total = 1 + c.vocab_size * c.smoothing
     on, off = (1 + c.smoothing) / total, c.smoothing / total
     return out + on * math.log(on) + (row.n - 1) * (off * math.log(off) if off else 0.0)
 
@@ -244,11 +241,15 @@ class _Recorder(dict):
         return jnp.ones((1, 1), jnp.bool_ if name == "bad" else jnp.float32)
 
 
+def _reads_of(line: Callable[[Row], Any]) -> frozenset[str]:
+    recorder = _Recorder()
+    jax.eval_shape(lambda: line(Row(recorder)))
+    return frozenset(recorder.read)
+
+
 @functools.lru_cache(maxsize=1024)
 def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
-    recorder = _Recorder()
-    jax.eval_shape(lambda: [lines_of(c)[name](Row(recorder), c) for name in outputs])
-    return frozenset(recorder.read)
+    return _reads_of(lambda row: [lines_of(c)[name](row, c) for name in outputs])
 
 
 def reads(c: Settings) -> frozenset[str]:
@@ -259,13 +260,27 @@ def reads(c: Settings) -> frozenset[str]:
 @functools.lru_cache(maxsize=1024)
 def needs(c: Settings) -> frozenset[str]:
     """The statistics that the lines of an operation read, with what those rely on."""
-    summed = frozenset(statistics.SUMS) | frozenset(statistics.SECOND_LOOK)
+    summed = frozenset(statistics.SUMS) | statistics.SECOND_LOOK.keys()
     return statistics.with_normalisers(reads(c) & summed)
 
 
 def looks_twice(c: Settings) -> bool:
     """Whether an operation needs the row's normalisers before it can finish its sums."""
-    return bool(needs(c) & set(statistics.SECOND_LOOK))
+    return bool(needs(c) & statistics.SECOND_LOOK.keys())
+
+
+@functools.lru_cache(maxsize=1024)
+def either(c: Settings) -> statistics.Either | None:
+    """The two numbers of the second look of which a row needs one, where there are two."""
+    if "rkl" not in needs(c) or c.objective not in OBJECTIVES:
+        return None
+
+    def read_by(term: Term) -> frozenset[str]:
+        return _reads_of(lambda row: term(row, c))
+
+    kept, pushed = read_by(OBJECTIVES[c.objective].kept), read_by(OBJECTIVES[c.objective].pushed)
+    found = [name for name in ("sqz", "sum_z") if name in kept - pushed]
+    return statistics.Either(found[0], "rkl") if found and "rkl" in pushed - kept else None
 
 
 def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -275,7 +290,7 @@ def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """
     of_model = {name for name, sum_ in statistics.SUMS.items() if "z" in sum_}
     own = {"rs"} if reference_of(c) == "self" else set()
-    return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl"})))
+    return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz"})))
 
 
 def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
@@ -338,6 +353,7 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
         out |= finish_reference(numbers)
         if "ry" in numbers:
             out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
-    if "zs" in numbers:
-        out["rkl"] = out.pop("zs") / out["s"]
-    return out
+    made_from = {name: sum_ for name, sum_ in statistics.SECOND_LOOK.items() if sum_ in numbers}
+    found = {name: out.pop(sum_) for name, sum_ in made_from.items()}
+    out.pop("ss", None)  # it has served to move "sz" from maximum to maximum
+    return out | statistics.finish_second(found, out)

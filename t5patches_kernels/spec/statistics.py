@@ -16,6 +16,8 @@ name      weight              value        reads as
 ``sum_z`` 1 if unmasked       ``z - m``    the uniform part of a smoothed target
 ``n``     1 if unmasked       1            how many entries the model does not mask
 ``zs``    ``e^(z - m)``       log ratio    the reverse divergence, with ``rs`` known before
+``ss``    ``q + eps``         1            the smoothed reference's mass where ``z`` is unmasked
+``sz``    ``q + eps``         ``z - m``    its cross-entropy to the model; both times ``rs``
 ========= =================== ============ ==========================================
 
 That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
@@ -23,11 +25,15 @@ That table is all there is to write: how a tile is summed (`first_look`), how tw
 apart from their maxima because the pair is far more accurate than one log-sum-exp (60 times on rows
 whose target leads, `objectives.md`).
 
-Two sums need the row's normalisers first and so a second look (`second_look`): ``rkl``, the reverse
-divergence, whose smoothing sits inside a logarithm, and ``sls``, the negated entropy of a smoothed
-target. With the row in fast memory the second look costs no traffic. Where it does, only the
-reference is looked at first: with ``rs`` known, ``log s(q)`` is known at every entry, and ``rkl``
-follows from the sum ``zs`` of log ratios relative to the maxima (`entries`).
+Three numbers need the row's normalisers first and so a second look (`second_look`): ``rkl``, the
+reverse divergence, whose smoothing sits inside a logarithm, ``sqz``, the cross-entropy of the
+smoothed reference, and ``sls``, the negated entropy of a smoothed target. With the row in fast
+memory the second look costs no traffic. Where it does, only the reference is looked at first: with
+``rs`` known, ``s(q)`` is known at every entry, and the three follow from sums relative to the
+maxima (`SECOND_LOOK`, `entries`).
+
+Of two sums a row may need only the one that belongs to its kept tokens or to those pushed down:
+they can share one place (`Either`).
 
 Two numbers are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
 ``rm``.
@@ -47,7 +53,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +70,20 @@ _UNCLAMPED = -1e15
 class Functions(NamedTuple):
     """What entries go through. A driver may have better ones for its device.
 
-    ``exp`` is given numbers of at most 0, ``log`` positive ones.
+    ``exp`` is given values of at most 0, ``log`` positive numbers.
     """
 
     exp: Callable[[Array], Array] = jnp.exp
     log: Callable[[Array], Array] = jnp.log
+    per_nat: float = 1.0  # of values, units in a nat: 1 / ln 2 where both are to base 2
+
+    def scaled(self, nats: Array) -> Array:
+        """Nats in the unit of values."""
+        return nats if self.per_nat == 1.0 else nats * self.per_nat
+
+    def in_nats(self, x: Array) -> Array:
+        """The unit of values in nats."""
+        return x if self.per_nat == 1.0 else x * (1.0 / self.per_nat)
 
 
 _XLAS = Functions()
@@ -77,7 +92,8 @@ _XLAS = Functions()
 class Sum(NamedTuple):
     """A streamed statistic: the sum of `weight` times `value` over a row."""
 
-    weight: str | None  # "z": e^(z - m), "r": e^(r - rm), None: 1 where z is unmasked
+    # "z": e^(z - m), "r": e^(r - rm), "s": the latter smoothed, None: 1 where z is unmasked
+    weight: str | None
     value: str | None  # "z": z - m, "r": r - rm, "ratio": the two's log ratio, None: 1
 
 
@@ -91,11 +107,16 @@ SUMS: Mapping[str, Sum] = {
     "sum_z": Sum(None, "z"),
     "n": Sum(None, None),
     "zs": Sum("z", "ratio"),
+    "ss": Sum("s", None),
+    "sz": Sum("s", "z"),
 }
-SECOND_LOOK = ("rkl", "sls")
+# The numbers that need the row's normalisers, by the sum that they are made from, and by which
+# normaliser it is divided.
+SECOND_LOOK = {"rkl": "zs", "sqz": "sz", "sls": "sls"}
+_PER = {"rkl": "s", "sqz": "rs"}
 MAXIMA = ("m", "rm")
 MAXIMUM = {"z": "m", "r": "rm"}
-_NORMALISER = {"z": "s", "r": "rs", None: "n"}
+_NORMALISER = {"z": "s", "r": "rs", "s": "ss", None: "n"}
 OF_REFERENCE = ("rs", "qr")  # the sums that read the reference alone
 # Which maximum a value is relative to.
 _MOVES: Mapping[str | None, str] = {"z": "z", "r": "r", "ratio": "z"}
@@ -104,60 +125,97 @@ _MOVES: Mapping[str | None, str] = {"z": "z", "r": "r", "ratio": "z"}
 def with_normalisers(names: frozenset[str]) -> frozenset[str]:
     """Adds the sums that merging or the second look of `names` relies on."""
     needed = {_NORMALISER[SUMS[name].weight] for name in names if name in SUMS}
-    if names & set(SECOND_LOOK):
+    if names & SECOND_LOOK.keys():
         needed |= {"s", "rs"}
     return names | needed
 
 
-def _relative(x: Array, maximum: Array) -> Array:
-    return jnp.maximum(x - maximum, FLOOR)
+class Either(NamedTuple):
+    """Two numbers of which a row needs one, by whether its token is kept or pushed down."""
+
+    kept: str  # "sqz" or "sum_z"
+    pushed: str  # "rkl"
 
 
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
 Parts = dict[tuple[str, str | None], Array]
+EITHER = ("either", None)
 
 
-class _Tile:
-    """The weights and values of one tile, each computed at most once.
-
-    `known` holds those that an earlier look has computed; what is computed here is added to it.
-    `unmasked` says that the caller knows every entry of the model to be above `FLOOR`.
-    """
+class Tile:
+    """A tile of rows with its weights and values, each computed at most once."""
 
     def __init__(
         self,
         z: Array | None,
         r: Array | None,
-        numbers: Mapping[str, Array],
+        row: Mapping[str, Array],
+        smoothing: float = 0.0,
+        size: int = 0,
+        *,
         known: Parts | None = None,
         unmasked: bool = False,
         functions: Functions = _XLAS,
     ):
-        self._unmasked = unmasked
+        """A tile.
+
+        Args:
+          z: model logits ``[R, C]``, or None for sums of the reference alone.
+          r: reference logits ``[R, C]``, edited, or None.
+          row: the maxima, and what else is known of the rows.
+          smoothing: of the reference distribution.
+          size: entries in a whole row.
+          known: weights and values that an earlier look has computed; what is computed here is
+            added to it.
+          unmasked: whether the caller knows every entry of the model to be above `FLOOR`.
+          functions: what entries go through.
+        """
+        self.row = row
+        self.smoothing, self.size = smoothing, size
         self.functions = functions
+        self._unmasked = unmasked
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
-        self._numbers = numbers
         self._cache: Parts = {} if known is None else known
 
-    def _cached(self, key, compute):
+    def part_or(self, key: tuple[str, str | None], compute: Callable[[], Array]) -> Array:
+        """What is known, or is computed and then known."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
 
     def part(self, kind: str, of: str | None) -> Array:
+        """A weight or a value, by its key in `Parts`."""
         return self.value(of) if kind == "value" and of else self.weight(of)
 
+    def _nats(self, of: str) -> Array:
+        return self._logits[of] - self.row[MAXIMUM[of]]
+
     def value(self, of: str) -> Array:
-        x, maximum = self._logits[of], self._numbers[MAXIMUM[of]]
-        whole = of == "z" and self._unmasked  # nothing to clamp
-        return self._cached(("value", of), lambda: x - maximum if whole else _relative(x, maximum))
+        """The values of a `Sum`, in the unit of the tile's functions."""
+        if of == "ratio":  # log p - log s(q) but for what is the row's, which `reverse` adds
+            return self.part_or(("value", of), lambda: self.value("z") - self._log_mass())
+        nats = self._nats(of)
+        if of != "z" or not self._unmasked:
+            nats = jnp.maximum(nats, FLOOR)
+        return self.part_or(("value", of), lambda: self.functions.scaled(nats))
 
     def weight(self, of: str | None) -> Array:
+        """The weights of a `Sum`."""
         if of is None:
-            return self.weighed(None, jnp.ones_like(self._numbers["m"]))
+            return self.weighed(None, jnp.ones_like(self.row["m"]))
+        if of == "s":
+            even = self.smoothing * self.row["rs"]
+            return self.part_or(("weight", of), lambda: self.weight("r") + self.weighed(None, even))
         # exp(-1e30) is 0, so the clamp of value() would change nothing here.
-        maximum = self._numbers[MAXIMUM[of]]
-        return self._cached(("weight", of), lambda: self.functions.exp(self._logits[of] - maximum))
+        scaled = self.functions.scaled
+        return self.part_or(("weight", of), lambda: self.functions.exp(scaled(self._nats(of))))
+
+    def _log_mass(self) -> Array:
+        """``log s(q)`` but for what is the row's: no entry is divided by a normaliser."""
+        if self.smoothing == 0.0:
+            return self.value("r")
+        even = self.smoothing * self.row["rs"]
+        return self.functions.log(self.weight("s") if self._unmasked else self.weight("r") + even)
 
     def weighed(self, weight: str | None, x: Array) -> Array:
         """`x` times a weight."""
@@ -168,9 +226,14 @@ class _Tile:
         return jnp.where(self._logits["z"] > FLOOR, x, jnp.zeros_like(x))  # 0 * FLOOR is not small
 
     def product(self, sum_: Sum) -> Array:
+        """What a sum adds up."""
         if sum_.value is None:
             return self.weight(sum_.weight)
         return self.weighed(sum_.weight, self.value(sum_.value))
+
+    def either(self, kept: Array, pushed: Array) -> Array:
+        """Of two arrays the one that belongs to a row's token."""
+        return jnp.where(self.row["w"] < 0, pushed, kept)
 
 
 def _row_sum(x: Array) -> Array:
@@ -192,44 +255,47 @@ def row_sums(terms: Numbers) -> Numbers:
     return {name: _row_sum(x) for name, x in terms.items()}
 
 
-def first_terms(
-    z: Array | None,
-    r: Array | None,
-    row: Numbers,
-    names: frozenset[str],
-    known: Parts | None = None,
-    unmasked: bool = False,
-    parts: Collection[tuple[str, str | None]] = (),
-    functions: Functions = _XLAS,
-) -> Numbers:
-    """What the sums among `names` add up ``[R, C]``, given the row's maxima.
-
-    Args:
-      z: model logits ``[R, C]``, or None for sums of the reference alone.
-      r: reference logits ``[R, C]``, edited, or None.
-      row: the maxima.
-      names: the sums.
-      known: see `_Tile`.
-      unmasked: see `_Tile`.
-      parts: weights and values to leave in `known` whether or not the sums need them.
-      functions: what entries go through.
-    """
-    tile = _Tile(z, r, row, known, unmasked, functions)
-    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
-    for kind, of in parts:
-        tile.part(kind, of)
-    return terms
-
-
 def first_look(
     z: Array, r: Array | None, names: frozenset[str], functions: Functions = _XLAS
 ) -> Numbers:
     """The maxima of a tile and its sums among `names`."""
     tops = maxima(z, r)
-    return tops | row_sums(first_terms(z, r, tops, names, functions=functions))
+    tile = Tile(z, r, tops, functions=functions)
+    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys()))
 
 
-def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None = None) -> Numbers:
+def terms(
+    tile: Tile, names: frozenset[str], parts: Collection[tuple[str, str | None]] = ()
+) -> Numbers:
+    """What sums add up ``[R, C]``.
+
+    Args:
+      tile: of rows of which as much is known as the sums need.
+      names: the sums.
+      parts: weights and values to leave in what is known, whether or not the sums need them.
+    """
+    out = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
+    if "sls" in names:
+        out["sls"] = _smoothed_entropy(tile)
+    for kind, of in parts:
+        tile.part(kind, of)
+    return out
+
+
+def in_nats(sums: Numbers, functions: Functions) -> Numbers:
+    """Sums of values in nats, as every line reads them."""
+    return {
+        name: functions.in_nats(x) if name in SUMS and SUMS[name].value else x
+        for name, x in sums.items()
+    }
+
+
+def rebase(
+    numbers: Numbers,
+    maxima: Numbers,
+    decay: Mapping[str, Array] | None = None,
+    functions: Functions = _XLAS,
+) -> Numbers:
     """The same sums relative to other maxima.
 
     Args:
@@ -237,6 +303,7 @@ def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None 
         known beforehand and does not change.
       maxima: by name, the new ``m``, and ``rm`` where there is a reference.
       decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
+      functions: what entries go through; sums of values are in its unit.
     """
     shift = {of: numbers[m] - maxima[m] for of, m in MAXIMUM.items() if m in numbers}
     out = dict(numbers) | maxima
@@ -246,7 +313,7 @@ def rebase(numbers: Numbers, maxima: Numbers, decay: Mapping[str, Array] | None 
         total = numbers[name]
         moved = _MOVES.get(value)
         if moved in shift:
-            total = total + numbers[_NORMALISER[weight]] * shift[moved]
+            total = total + numbers[_NORMALISER[weight]] * functions.scaled(shift[moved])
         if weight in shift:
             by = jnp.exp(shift[weight]) if decay is None else decay[MAXIMUM[weight]]
             total = total * by
@@ -267,125 +334,70 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
 
-def _log_mass(tile: _Tile, row: Mapping[str, Array], smoothing: float) -> Array:
-    """``log s(q)`` of an entry but for what is the row's: no entry is divided by a normaliser."""
-    if smoothing == 0.0:
-        return tile.value("r")
-    return tile.functions.log(tile.weight("r") + smoothing * row["rs"])
-
-
-def _smoothed_entropy(tile: _Tile, row: Mapping[str, Array], smoothing: float, size: int) -> Array:
+def _smoothed_entropy(tile: Tile) -> Array:
     """``s(q) log s(q)`` where the model does not mask, ``s(q) = (q + eps) / (1 + size eps)``."""
-    log_total = jnp.log(row["rs"]) + math.log1p(size * smoothing)
-    log_s = _log_mass(tile, row, smoothing) - log_total
+    rs, total = tile.row["rs"], 1.0 + tile.size * tile.smoothing
+    log_s = tile.functions.in_nats(tile._log_mass()) - (jnp.log(rs) + math.log(total))
     # Not e^(log s): its rounding is the same in every entry of a flat row, and adds up.
-    per_mass = 1.0 / (row["rs"] * (1.0 + size * smoothing))
-    s = (tile.weight("r") + smoothing * row["rs"]) * per_mass
+    s = (tile.weight("r") + tile.smoothing * rs) * (1.0 / (rs * total))
     return tile.weighed(None, s * log_s)
 
 
-class _SecondTile(_Tile):
-    """A tile of a row whose reference's normaliser is known, and with it the log ratio.
+def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None) -> Numbers:
+    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`.
 
-    ``log p - log s(q)`` but for what is the same in all of a row, which `objectives.reverse` adds.
+    With `either` the two of it are one sum, under the name of the first.
     """
+    if either is None:
+        asked = names & SECOND_LOOK.keys()
+        found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
+        return {name: found[SECOND_LOOK[name]] for name in asked}
+    both = (tile.product(SUMS[SECOND_LOOK.get(name, name)]) for name in either)
+    rest = second_terms(tile, names - set(either))
+    column(tile, either)  # for the gradient, where what is known is held
+    return {either.kept: tile.either(*both)} | rest
+
+
+def finish_second(
+    sums: Numbers,
+    row: Mapping[str, Array],
+    either: Either | None = None,
+    functions: Functions = _XLAS,
+) -> Numbers:
+    """The numbers of the second look from sums over whole rows.
+
+    With `either` a row has both of it from the one sum, and only that which it needs is right.
+    """
+    if either is not None:
+        sums = sums | {either.pushed: sums[either.kept]}
+    in_unit = {name: functions.in_nats(x) if name != "sls" else x for name, x in sums.items()}
+    return {k: x / row[_PER[k]] if k in _PER else x for k, x in in_unit.items()}
+
+
+def second_sums(terms: Numbers, row: Numbers) -> Numbers:
+    """The numbers among `SECOND_LOOK`, from their terms. They add up across tiles."""
+    return finish_second(row_sums(terms), row)
+
+
+def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
+    """The numbers among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
+    return finish_second(row_sums(second_terms(tile, names)), tile.row, functions=tile.functions)
+
+
+class _Entries(Tile):
+    """Every entry as a tile of its own, relative to itself, or to a `reference` that is known."""
 
     def __init__(
         self,
         z: Array | None,
         r: Array | None,
-        row: Numbers,
+        reference: Numbers,
         smoothing: float,
-        known: Parts | None = None,
-        unmasked: bool = False,
-        functions: Functions = _XLAS,
+        size: int,
     ):
-        super().__init__(z, r, row, known, unmasked, functions)
-        self._smoothing = smoothing
-
-    def value(self, of: str) -> Array:
-        if of != "ratio":
-            return super().value(of)
-        return self._cached(("value", of), self._ratio)
-
-    def _ratio(self) -> Array:
-        return super().value("z") - _log_mass(self, self._numbers, self._smoothing)
-
-
-def terms_beside(
-    z: Array,
-    r: Array | None,
-    row: Numbers,
-    names: frozenset[str],
-    smoothing: float,
-    size: int,
-    known: Parts | None = None,
-    unmasked: bool = False,
-    parts: Collection[tuple[str, str | None]] = (),
-    functions: Functions = _XLAS,
-) -> Numbers:
-    """What sums add up ``[R, C]`` where the reference's are known: ``zs`` and ``sls`` too.
-
-    Takes what `first_terms` takes.
-    """
-    tile = _SecondTile(z, r, row, smoothing, known, unmasked, functions)
-    terms = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
-    if "sls" in names:
-        terms["sls"] = _smoothed_entropy(tile, row, smoothing, size)
-    for kind, of in parts:
-        tile.part(kind, of)
-    return terms
-
-
-def second_terms(
-    z: Array,
-    r: Array | None,
-    row: Numbers,
-    names: frozenset[str],
-    smoothing: float,
-    size: int,
-    known: Parts | None = None,
-    unmasked: bool = False,
-    functions: Functions = _XLAS,
-) -> Numbers:
-    """What the sums among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`."""
-    sums = {"rkl": "zs", "sls": "sls"}
-    asked = frozenset(sums[name] for name in names if name in sums)
-    terms = terms_beside(z, r, row, asked, smoothing, size, known, unmasked, functions=functions)
-    return {name: terms[sums[name]] for name in sums if name in names}
-
-
-def finish_second(sums: Numbers, row: Numbers) -> Numbers:
-    """The sums of the second look over whole rows, with those that are a mean made one."""
-    return sums | ({"rkl": sums["rkl"] / row["s"]} if "rkl" in sums else {})
-
-
-def second_sums(terms: Numbers, row: Numbers) -> Numbers:
-    """The sums among `SECOND_LOOK`, from their terms. They add up across tiles."""
-    return finish_second(row_sums(terms), row)
-
-
-def second_look(
-    z: Array,
-    r: Array | None,
-    row: Numbers,
-    names: frozenset[str],
-    smoothing: float,
-    size: int,
-    functions: Functions = _XLAS,
-) -> Numbers:
-    """The sums among `SECOND_LOOK` in `names`, given the numbers of the whole row."""
-    terms = second_terms(z, r, row, names, smoothing, size, functions=functions)
-    return second_sums(terms, row)
-
-
-class _Entries(_SecondTile):
-    """Every entry as a tile of its own, relative to itself, or to a `reference` that is known."""
-
-    def __init__(self, z: Array | None, r: Array | None, reference: Numbers, smoothing: float):
         own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
         self.maxima = {m: x for m, x in own.items() if m not in reference}
-        super().__init__(z, r, own | reference, smoothing)
+        super().__init__(z, r, own | reference, smoothing, size)
 
     def _own(self, of: str | None) -> bool:
         """Whether entries are relative to themselves: masked or not is all there is to them."""
@@ -399,12 +411,12 @@ class _Entries(_SecondTile):
     def weight(self, of: str | None) -> Array:
         if not self._own(of):
             return super().weight(of)
-        return self._cached(("weight", of), lambda: self._present(of, 1.0, 0.0))
+        return self.part_or(("weight", of), lambda: self._present(of, 1.0, 0.0))
 
     def value(self, of: str) -> Array:
         if not self._own(of):
             return super().value(of)
-        return self._cached(("value", of), lambda: self._present(of, 0.0, FLOOR))
+        return self.part_or(("value", of), lambda: self._present(of, 0.0, FLOOR))
 
     def product(self, sum_: Sum) -> Array:
         if sum_.value == (sum_.weight or "z") and self._own(sum_.value):
@@ -425,19 +437,14 @@ def entries(
     Args:
       z: model logits ``[R, C]``.
       r: reference logits ``[R, C]``, edited, or None.
-      names: the sums; with `reference` also ``zs`` and ``sls``.
+      names: the sums; with `reference` also those that `SECOND_LOOK` is made from.
       reference: the finished ``rm`` and ``rs`` of the whole rows, where they are known.
       smoothing: of the reference distribution.
       size: entries in the whole row.
     """
     reference = reference or {}
-    tile = _Entries(z, r, reference, smoothing)
-    numbers = tile.maxima | {
-        name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names
-    }
-    if "sls" in names:
-        numbers["sls"] = _smoothed_entropy(tile, reference, smoothing, size)
-    return numbers
+    tile = _Entries(z, r, reference, smoothing, size)
+    return tile.maxima | terms(tile, names)
 
 
 def stand(sums: Numbers) -> Array:
@@ -448,80 +455,98 @@ def stand(sums: Numbers) -> Array:
     """
     right = sums["s"] < jnp.inf
     for name, x in sums.items():
-        value = "ratio" if name == "rkl" else SUMS[name].value if name in SUMS else None
-        if value in ("z", "ratio"):
+        made_from = SUMS.get(SECOND_LOOK.get(name, name))
+        if made_from is not None and made_from.value in ("z", "ratio"):
             right &= x > _UNCLAMPED
     return right & (sums["rs"] < jnp.inf) if "rs" in sums else right
 
 
-def _coefficients(row: Numbers, by: Mapping[str, Array]) -> dict[Sum, Array]:
-    """The gradient as a table: what multiplies each weight * value, by the product rule."""
-    table: dict[Sum, Array] = {}
+# By what is multiplied: a weight times a value, the column of an `Either`, or "zy", the target's.
+Coefficients = dict[Sum | Either | str, Array]
+
+
+def coefficients(
+    row: Mapping[str, Array],
+    by: Mapping[str, Array],
+    either: Either | None = None,
+    functions: Functions = _XLAS,
+) -> Coefficients:
+    """The gradient as a table: what multiplies each weight * value, by the product rule.
+
+    Args:
+      row: the numbers of the whole row.
+      by: the derivative of the line by each number of the row it reads.
+      either: two of those numbers of which a row needs one.
+      functions: what entries go through.
+    """
+    table: Coefficients = {}
 
     def add(weight: str | None, value: str | None, factor: Array) -> None:
         key = Sum(weight, value)
+        factor = factor if value is None else functions.in_nats(factor)
         table[key] = table[key] + factor if key in table else factor
 
     for name, factor in by.items():
-        if name == "rkl":
+        if name == "zy":
+            table["zy"] = factor
+        elif name == "rkl":
             per_mass = factor / row["s"]
             add("z", "ratio", per_mass)
             add("z", None, per_mass * (1.0 - row["rkl"]))
+        elif name == "sqz":
+            add("s", None, factor / row["rs"])
         elif name in SUMS:
             weight, value = SUMS[name]
             if weight == "z":
                 add("z", value, factor)
             if value == "z" or (weight, value) == ("r", None):
                 add(weight, None, factor)
-    return table
+    if either is not None:
+        kept, pushed = (table.pop(sum_) for sum_ in _columns(either))
+        table[either] = jnp.where(row["w"] < 0, pushed, kept)
+    asked = _any_asked(by)  # a row of which nothing is asked may hold NaN, and 0 * NaN is not 0
+    return {key: jnp.where(asked, x, jnp.zeros_like(x)) for key, x in table.items()}
 
 
-def gradient(
-    z: Array,
-    r: Array | None,
-    row: Numbers,
-    by: Mapping[str, Array],
-    is_target: Array | None,
-    smoothing: float,
-    known: Parts | None = None,
-    unmasked: bool = False,
-    finite: bool = False,
-    functions: Functions = _XLAS,
-) -> Array:
-    """The gradient of a row's line by its logits: a handful of columns times per-row factors.
-
-    Args:
-      z: model logits ``[R, C]``.
-      r: reference logits ``[R, C]``, edited, or None.
-      row: the numbers of the whole row.
-      by: the derivative of the line by each number of the row it reads.
-      is_target: ``[R, C]``, true at the row's target, or None where that is not among the columns.
-      smoothing: of the reference distribution in ``rkl``.
-      known: see `_Tile`.
-      unmasked: see `_Tile`.
-      finite: whether the caller sees to rows of which nothing is asked (`only_asked`).
-      functions: what entries go through.
-
-    Returns:
-      ``[R, C]`` in the dtype of the numbers.
-    """
-    tile = _SecondTile(z, r, row, smoothing, known, unmasked, functions)
-    of_weight: dict[str | None, Array] = {}
-    for (weight, value), factor in _coefficients(row, by).items():
-        more = factor if value is None else factor * tile.value(value)
-        of_weight[weight] = of_weight[weight] + more if weight in of_weight else more
-    columns = [tile.weighed(weight, factor) for weight, factor in of_weight.items()]
-    if is_target is not None and "zy" in by:
-        columns.append(jnp.where(is_target, by["zy"], jnp.zeros_like(by["zy"])))
-    dz = sum(columns[1:], columns[0])
-    return dz if finite else only_asked(dz, by)
-
-
-def asked(by: Mapping[str, Array]) -> Array:
+def _any_asked(by: Mapping[Any, Array]) -> Array:
     """The rows that have a cotangent ``[R, 1]``."""
     return functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])
 
 
-def only_asked(dz: Array, by: Mapping[str, Array]) -> Array:
-    """0 for a row without a cotangent: it may hold NaN, and 0 * NaN is not 0."""
-    return jnp.where(asked(by), dz, jnp.zeros_like(dz))
+def _columns(either: Either) -> tuple[Sum, Sum]:
+    return Sum("s" if either.kept == "sqz" else None, None), Sum("z", "ratio")
+
+
+def column(tile: Tile, either: Either) -> Array:
+    """What the gradient of a row has of `either`, by the one that it needs ``[R, C]``."""
+    return tile.part_or(EITHER, lambda: tile.either(*map(tile.product, _columns(either))))
+
+
+def gradient(
+    tile: Tile, table: Coefficients, is_target: Array | None, finite: bool = False
+) -> Array:
+    """The gradient of a row's line by its logits: a handful of columns times per-row factors.
+
+    Args:
+      tile: of rows all of whose numbers are known.
+      table: the coefficients of the rows.
+      is_target: ``[R, C]``, true at the row's target, or None where that is not among the columns.
+      finite: whether the caller sees to rows of which nothing is asked: they may hold NaN.
+
+    Returns:
+      ``[R, C]`` in the dtype of the numbers.
+    """
+    of_weight: dict[str | None, Array] = {}
+    columns = []
+    for key, factor in table.items():
+        if isinstance(key, Either):
+            columns.append(column(tile, key) * factor)
+        elif isinstance(key, Sum):
+            more = factor if key.value is None else factor * tile.value(key.value)
+            before = of_weight.get(key.weight)
+            of_weight[key.weight] = more if before is None else before + more
+    columns += [tile.weighed(weight, factor) for weight, factor in of_weight.items()]
+    if is_target is not None and "zy" in table:
+        columns.append(jnp.where(is_target, table["zy"], jnp.zeros_like(table["zy"])))
+    dz = sum(columns[1:], columns[0])
+    return dz if finite else jnp.where(_any_asked(table), dz, jnp.zeros_like(dz))
