@@ -120,13 +120,17 @@ def test_two_numbers_of_which_a_row_needs_one_share_a_sum(name, unmasked):
     by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     either, names = objectives.either(c), objectives.needs(c) & statistics.SECOND_LOOK.keys()
     for functions in (Functions(), BITS):
-        tile = Tile(z, r, numbers, c.smoothing, 130, unmasked=unmasked, functions=functions)
+        seen = numbers | either.first(numbers)
+        again = statistics.terms(Tile(z, r, seen, functions=functions), frozenset({"rs"}))
+        seen |= statistics.row_sums(again)
+        seen |= either.second(seen, c.smoothing)
+        tile = Tile(z, r, seen, c.smoothing, 130, unmasked=unmasked, functions=functions)
         sums = statistics.row_sums(statistics.second_terms(tile, names, either))
         assert len(sums) == 1
-        shared = statistics.finish_second(sums, numbers, either, functions)
+        shared = statistics.finish_second(sums, seen, either, functions)
         for asked, number in ((w > 0, either.kept), (w < 0, either.pushed)):
             np.testing.assert_allclose(shared[number][asked], numbers[number][asked], rtol=1e-12)
-        tile = Tile(z, r, numbers | shared, c.smoothing, 130, functions=functions)
+        tile = Tile(z, r, seen | shared, c.smoothing, 130, functions=functions)
         table = statistics.coefficients(tile.row, by, either, functions)
         dz = statistics.gradient(tile, table, None)
         plain = Tile(z, r, numbers, c.smoothing, 130)

@@ -463,7 +463,8 @@ class _Block:
 
         def at(x: Group, rows: slice, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
-            here, factors = ({k: v[rows] for k, v in of.items()} for of in (row, table))
+            here = {name: x[rows] for name, x in row.items()}
+            factors = {key: factor[rows] for key, factor in table.items()}
             tile = self.tile(z, r, here, known, not (self.careful or edge))
             return statistics.gradient(tile, factors, is_target, finite=not self.careful)
 
@@ -485,10 +486,14 @@ class _Block:
     def work(self) -> Array:
         """The stage, once the copies are there; returns whether its sums stand, a scalar."""
         call, numbers, by = self.call, self.numbers, self.by
+        if call.either:
+            numbers = numbers | call.either.first(numbers | {"w": self.w})
         if call.looks_first:
             numbers = numbers | self.first_look(numbers)
             if call.stage is not Stage.FIRST:
                 numbers = objectives.finish(numbers, self.w, self.bad)
+        if call.either:
+            numbers = numbers | call.either.second(numbers, call.op.settings.smoothing)
         if call.looks_again:
             numbers = numbers | self.second_look(numbers)
         if call.stage is Stage.VISIT:
@@ -632,7 +637,7 @@ def _kernel(call: _Call, *refs: Any) -> None:
     @pl.when(~stands)
     def _again() -> None:
         block.careful, block.unroll = True, min(block.unroll, _CAREFUL_UNROLL)
-        block.there = [part for part in block.there if part[0] != "value"]
+        block.there = [part for part in block.there if part[0] in ("copy", "weight")]
         block.work()
 
 

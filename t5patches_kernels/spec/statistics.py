@@ -131,10 +131,33 @@ def with_normalisers(names: frozenset[str]) -> frozenset[str]:
 
 
 class Either(NamedTuple):
-    """Two numbers of which a row needs one, by whether its token is kept or pushed down."""
+    """Two numbers of which a row needs one, by whether its token is kept or pushed down.
 
-    kept: str  # "sqz" or "sum_z"
+    They share a sum: of a weight times the log ratio, in which a kept row has its own weight, and 0
+    for ``log s(q)``.
+    """
+
+    kept: str  # "sqz", or "sum_z": then a kept row has no use for the reference
     pushed: str  # "rkl"
+
+    @property
+    def weight(self) -> str | None:
+        """The weight of a kept row."""
+        return SUMS[SECOND_LOOK.get(self.kept, self.kept)].weight
+
+    def first(self, row: Mapping[str, Array]) -> Numbers:
+        """Numbers for all looks: a reference without a use has weights of 0."""
+        return {} if self.weight else {"rm": jnp.where(row["w"] < 0, row["rm"], -FLOOR)}
+
+    def second(self, row: Mapping[str, Array], smoothing: float) -> Numbers:
+        """Numbers for the second look.
+
+        With a mass of 1 the ``log s(q)`` of a reference without a use is 0 by itself; of others it
+        is to be multiplied.
+        """
+        if self.weight:
+            return {"pushed": jnp.where(row["w"] < 0, 1.0, 0.0)}
+        return {"rs": jnp.where(row["w"] < 0, row["rs"], 1.0 / smoothing)}
 
 
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
@@ -193,7 +216,7 @@ class Tile:
     def value(self, of: str) -> Array:
         """The values of a `Sum`, in the unit of the tile's functions."""
         if of == "ratio":  # log p - log s(q) but for what is the row's, which `reverse` adds
-            return self.part_or(("value", of), lambda: self.value("z") - self._log_mass())
+            return self.part_or(("value", of), lambda: self.value("z") - self.log_mass())
         nats = self._nats(of)
         if of != "z" or not self._unmasked:
             nats = jnp.maximum(nats, FLOOR)
@@ -210,7 +233,7 @@ class Tile:
         scaled = self.functions.scaled
         return self.part_or(("weight", of), lambda: self.functions.exp(scaled(self._nats(of))))
 
-    def _log_mass(self) -> Array:
+    def log_mass(self) -> Array:
         """``log s(q)`` but for what is the row's: no entry is divided by a normaliser."""
         if self.smoothing == 0.0:
             return self.value("r")
@@ -230,10 +253,6 @@ class Tile:
         if sum_.value is None:
             return self.weight(sum_.weight)
         return self.weighed(sum_.weight, self.value(sum_.value))
-
-    def either(self, kept: Array, pushed: Array) -> Array:
-        """Of two arrays the one that belongs to a row's token."""
-        return jnp.where(self.row["w"] < 0, pushed, kept)
 
 
 def _row_sum(x: Array) -> Array:
@@ -337,7 +356,7 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
 def _smoothed_entropy(tile: Tile) -> Array:
     """``s(q) log s(q)`` where the model does not mask, ``s(q) = (q + eps) / (1 + size eps)``."""
     rs, total = tile.row["rs"], 1.0 + tile.size * tile.smoothing
-    log_s = tile.functions.in_nats(tile._log_mass()) - (jnp.log(rs) + math.log(total))
+    log_s = tile.functions.in_nats(tile.log_mass()) - (jnp.log(rs) + math.log(total))
     # Not e^(log s): its rounding is the same in every entry of a flat row, and adds up.
     s = (tile.weight("r") + tile.smoothing * rs) * (1.0 / (rs * total))
     return tile.weighed(None, s * log_s)
@@ -352,10 +371,24 @@ def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None
         asked = names & SECOND_LOOK.keys()
         found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
         return {name: found[SECOND_LOOK[name]] for name in asked}
-    both = (tile.product(SUMS[SECOND_LOOK.get(name, name)]) for name in either)
-    rest = second_terms(tile, names - set(either))
-    column(tile, either)  # for the gradient, where what is known is held
-    return {either.kept: tile.either(*both)} | rest
+    product, column = _shared(tile, either)
+    tile.part_or(EITHER, lambda: column)  # for the gradient, where what is known is held
+    return {either.kept: product} | second_terms(tile, names - set(either))
+
+
+def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
+    """What the sum of `either` adds up, and the column that the gradient has of it."""
+    pushed = tile.row["w"] < 0
+    kept = tile.weight(either.weight)
+    weight = jnp.where(pushed, tile.weight("z"), kept)
+    log_mass = tile.log_mass()
+    ratio = tile.value("z") - (tile.row["pushed"] * log_mass if either.weight else log_mass)
+    product = weight * ratio
+    return product, jnp.where(pushed, product, weight)
+
+
+def _column(tile: Tile, either: Either) -> Array:
+    return tile.part_or(EITHER, lambda: _shared(tile, either)[1])
 
 
 def finish_second(
@@ -502,7 +535,7 @@ def coefficients(
             if value == "z" or (weight, value) == ("r", None):
                 add(weight, None, factor)
     if either is not None:
-        kept, pushed = (table.pop(sum_) for sum_ in _columns(either))
+        kept, pushed = (table.pop(s) for s in (Sum(either.weight, None), Sum("z", "ratio")))
         table[either] = jnp.where(row["w"] < 0, pushed, kept)
     asked = _any_asked(by)  # a row of which nothing is asked may hold NaN, and 0 * NaN is not 0
     return {key: jnp.where(asked, x, jnp.zeros_like(x)) for key, x in table.items()}
@@ -511,15 +544,6 @@ def coefficients(
 def _any_asked(by: Mapping[Any, Array]) -> Array:
     """The rows that have a cotangent ``[R, 1]``."""
     return functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])
-
-
-def _columns(either: Either) -> tuple[Sum, Sum]:
-    return Sum("s" if either.kept == "sqz" else None, None), Sum("z", "ratio")
-
-
-def column(tile: Tile, either: Either) -> Array:
-    """What the gradient of a row has of `either`, by the one that it needs ``[R, C]``."""
-    return tile.part_or(EITHER, lambda: tile.either(*map(tile.product, _columns(either))))
 
 
 def gradient(
@@ -540,7 +564,7 @@ def gradient(
     columns = []
     for key, factor in table.items():
         if isinstance(key, Either):
-            columns.append(column(tile, key) * factor)
+            columns.append(_column(tile, key) * factor)
         elif isinstance(key, Sum):
             more = factor if key.value is None else factor * tile.value(key.value)
             before = of_weight.get(key.weight)
