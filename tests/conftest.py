@@ -1,4 +1,4 @@
-"""What every test runs under: 8 CPU devices, one cache of programs, strict promotion, a pace."""
+"""What every test runs under: 8 CPU devices, a cache of programs, strict promotion, a pace."""
 
 import os
 import tempfile
@@ -19,11 +19,25 @@ import hypothesis
 import jax
 import pytest
 
+# In this process only `shared_programs` stores any: interpreted kernels are large programs that no
+# other test runs (to store one has once ended a worker), and those for a TPU cannot be loaded.
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+_STORED = getattr(jax.config, _LEAST_SECONDS)
+jax.config.update(_LEAST_SECONDS, float("inf"))
+
 hypothesis.settings.register_profile(
     "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile("slow", max_examples=400, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """What is compiled here is kept for other tests, workers and child processes."""
+    jax.config.update(_LEAST_SECONDS, _STORED)
+    yield
+    jax.config.update(_LEAST_SECONDS, float("inf"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from t5patches.editing.model import load_model
 from t5patches.editing.rules import Rules, read_rules
 from t5patches.editing.train import training_progress
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 INPUTS = [f"news {i}" for i in range(7)]
 SETTINGS = CollectSettings(max_length=8, batch_size=4, negatives=3)
 

@@ -25,6 +25,8 @@ from t5patches.editing.tokenizer import train_sentencepiece
 from t5patches.editing.train import TrainSettings
 from t5patches.network import Transformer
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 TEXTS = ["a cat sat on a mat", "a dog sat on a cat", "on a mat a dog sat"]
 LINES = [
     {"inputs": "a cat sat", "outputs": "a dog sat", "spans": [[2, 5]]},

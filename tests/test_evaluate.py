@@ -27,6 +27,8 @@ from t5patches.editing.evaluate import (
 )
 from t5patches.editing.forward import forward
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 BEFORE = [
     example("a", "a fire in Paris", "Paris"),
     example("b", "the mayor sold the bridge in New York", "New York"),

@@ -12,6 +12,8 @@ import t5_folders
 from t5patches.editing import generate as module
 from t5patches.editing.generate import generate
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CONFIG, PARAMS, EXPECTED = t5_folders.load("t5_1_1")
 INPUTS = EXPECTED["inputs"]
 # Of every length, one with the padding id inside, one that ends, one repeated.

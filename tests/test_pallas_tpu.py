@@ -127,7 +127,7 @@ def test_in_tiles(name, dtype):
 @pytest.fixture
 def _some_vmem(monkeypatch, _fresh_programs):
     """Room for a reference of 1000 entries and some of its model's logits."""
-    some = block_sizes.Chip("some", block_sizes._RESERVED + 180 * 1024)
+    some = block_sizes.Chip("some", block_sizes._RESERVED + 190 * 1024)
     monkeypatch.setattr(block_sizes, "LEAST", some)
     size = (Stage.VISIT, 1000, (4, 4), some.vmem)
     assert _plan("tnrf", *size) is None

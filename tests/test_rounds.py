@@ -9,6 +9,8 @@ from t5patches import cli
 from t5patches.editing.edit import RECORD
 from t5patches.editing.tokenizer import train_sentencepiece
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 OPTIONS = ("--max-length", "6", "--batch-size", "8")
 
 

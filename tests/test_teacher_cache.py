@@ -18,6 +18,8 @@ from t5patches.editing.teacher_cache import TeacherCache, write_cache
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, train
 from t5patches.network import T5Config, Transformer
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 MODEL = T5Config(
     vocab_size=32, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16,
     num_encoder_layers=1, num_decoder_layers=2,

@@ -34,6 +34,8 @@ from t5patches.editing.train import (
     training_progress,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # Dropout, so that a resumed run must also draw what the unbroken one drew.
 MODEL = tiny_model(dropout_rate=0.1)
 SETTINGS = TrainSettings(steps=6, batch_size=3, checkpoint_every=2, learning_rate=1e-2)
