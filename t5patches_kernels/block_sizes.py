@@ -26,11 +26,11 @@ Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or
 _INSTEAD: Mapping[Part, Part] = {
     ("weight", "r"): ("copy", "r"),
     ("weight", "z"): ("copy", "z"),
-    ("value", "ratio"): ("value", "z"),
+    statistics.PRODUCT: ("value", "z"),
     statistics.EITHER: ("value", "z"),
 }
 # The parts that only the second look can compute.
-LATE = (("value", "ratio"), statistics.EITHER)
+LATE = (statistics.PRODUCT, statistics.EITHER)
 _MIB = 1 << 20
 
 

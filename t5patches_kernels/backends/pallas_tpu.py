@@ -187,8 +187,16 @@ class _Block:
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
         refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
         self.there: list[Part] = []  # the parts that are in their place
-        self.careful = not call.looks_first  # without sums of its own, nothing is known of a row
+        # Without sums that show them, masked entries have to be expected.
+        self.careful = not (call.looks_first and self.show_masks())
         self.unroll = call.plan.unroll
+
+    def show_masks(self) -> bool:
+        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
+        names = self.names
+        if self.call.stage is Stage.FIRST:
+            names = names & statistics.SUMS.keys()
+        return "n" not in names or any(statistics.reads_logits(name) for name in names)
 
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)

@@ -162,6 +162,8 @@ class Either(NamedTuple):
 
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
 Parts = dict[tuple[str, str | None], Array]
+# Of the two factors of "zs"; and of an `Either`, what the gradient has of it.
+PRODUCT = ("product", "ratio")
 EITHER = ("either", None)
 
 
@@ -252,6 +254,8 @@ class Tile:
         """What a sum adds up."""
         if sum_.value is None:
             return self.weight(sum_.weight)
+        if sum_ == SUMS["zs"]:
+            return self.part_or(PRODUCT, lambda: self.weight("z") * self.value("ratio"))
         return self.weighed(sum_.weight, self.value(sum_.value))
 
 
@@ -480,6 +484,12 @@ def entries(
     return tile.maxima | terms(tile, names)
 
 
+def reads_logits(name: str) -> bool:
+    """Whether a masked entry of the model would show in a number."""
+    made_from = SUMS.get(SECOND_LOOK.get(name, name))
+    return made_from is not None and made_from.value in ("z", "ratio")
+
+
 def stand(sums: Numbers) -> Array:
     """Where sums taken as if nothing were masked are right: no masked entry, no NaN shows in them.
 
@@ -488,8 +498,7 @@ def stand(sums: Numbers) -> Array:
     """
     right = sums["s"] < jnp.inf
     for name, x in sums.items():
-        made_from = SUMS.get(SECOND_LOOK.get(name, name))
-        if made_from is not None and made_from.value in ("z", "ratio"):
+        if reads_logits(name):
             right &= x > _UNCLAMPED
     return right & (sums["rs"] < jnp.inf) if "rs" in sums else right
 
@@ -560,16 +569,14 @@ def gradient(
     Returns:
       ``[R, C]`` in the dtype of the numbers.
     """
-    of_weight: dict[str | None, Array] = {}
     columns = []
     for key, factor in table.items():
         if isinstance(key, Either):
             columns.append(_column(tile, key) * factor)
-        elif isinstance(key, Sum):
-            more = factor if key.value is None else factor * tile.value(key.value)
-            before = of_weight.get(key.weight)
-            of_weight[key.weight] = more if before is None else before + more
-    columns += [tile.weighed(weight, factor) for weight, factor in of_weight.items()]
+        elif isinstance(key, Sum) and key.value is None:
+            columns.append(tile.weighed(key.weight, factor))
+        elif isinstance(key, Sum):  # by what a sum has added up, which is there or held
+            columns.append(tile.product(key) * factor)
     if is_target is not None and "zy" in table:
         columns.append(jnp.where(is_target, table["zy"], jnp.zeros_like(table["zy"])))
     dz = sum(columns[1:], columns[0])
