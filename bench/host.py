@@ -48,7 +48,7 @@ def _add(z, r, y, w):
 
 
 def _entries(name: str, z, r, y, w):
-    exp, log = cpu_functions.FUNCTIONS
+    exp, log = cpu_functions.exp, cpu_functions.log
     if name in ("tnff", "tnfll"):
         return exp(z) - exp(r)
     return exp(z) * (z - log(exp(r) + 1e-6))
