@@ -15,19 +15,20 @@ for pairs, of which the first skips to the second: of the two ways between them 
 and the figures are those of the first. Every loop that is left is a sweep and has its number of
 steps. The `final_*` files do not serve: idle bundles have been taken out of them.
 
-The columns "vector" and "least" are a floor: the cycles that the arithmetic of that path takes if
-every slot for it is used in every cycle, as on v4 two are, of which an exponential or a logarithm
-takes one; and those over the copies. What a ratio is above its floor is order and latency; where
-the floor itself is above 1, only fewer instructions would help. "a register" is what it consists
-of: instructions for each register of 8 x 128 entries of a row, over all looks. For `tnrf` in
-bfloat16 on v4 those are 4 for two conversions and two maxima, 11 for the first sums (3 for each
-exponential, with its difference and its scaling to base 2, and five sums and products), 6 for the
-second (2 for the logarithm) and 6.5 for the gradient and its rounding. The matrix unit, which could
-convert, wants the rows in another order: to change it takes as many instructions. `tnrll` in
-bfloat16 on v4 is above 1.25 by order and latency: its looks keep the slots for vector arithmetic
-87 to 89% busy, as exponentials and logarithms come out one after another, and what waits for them
-must fit in 32 registers. (To sum the reference before the model, which takes the
-logarithm out of a look of its own, is 13% faster for it on v5e, 9% slower on v6e and 2% on v4.)
+The columns "least" are a floor: the cycles of that path if in each sweep the busiest unit is never
+idle, and those over the copies. The units are vector arithmetic, loads, stores, exponentials and
+logarithms; and on v4, whose two slots for arithmetic are one that adds and one that multiplies (an
+exponential or logarithm takes either), each of the two. What a ratio is above its floor is order
+and latency; where the floor itself is above 1, only fewer or other instructions would help. "a
+register" is what it consists of: arithmetic for each register of 8 x 128 entries of a row, over all
+looks. For `tnrf` in bfloat16 on v4 those are 4 for two conversions and two maxima; 8 for the first
+sums (3 for each exponential, with its difference and its scaling to base 2, and a sum); 8 for the
+second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum, and
+what the gradient needs of it); 3.5 for the gradient and its rounding. Of the two sums that `tnrf` and
+`tnrll` need a row takes only one, which is what keeps this at 8: with both it was 27.5 in all. The
+matrix unit, which could convert, wants the rows in another order: to change it takes as many
+instructions. (To sum the reference before the model, which takes the logarithm out of a look of its
+own, was 13% faster for `tnrll` on v5e, 9% slower on v6e and 2% on v4.)
 
 "masked" is what a block takes that is done again with care over what it takes, for blocks with
 masked entries elsewhere than in the last 128 columns of the row.
@@ -85,41 +86,75 @@ CORES = {
 # --- The compiler's schedule ----------------------------------------------------------------------
 
 
+class Unit(NamedTuple):
+    """A part of the core: how often each bundle uses it, of how often it can."""
+
+    uses: list[int]
+    slots: int
+
+
 class Schedule(NamedTuple):
     """The bundles of one kernel, and what a block of rows does of them."""
 
     grid: tuple[int, int]  # the loop over steps: first bundle, last bundle
     loops: dict[int, int]  # the loops in it: last bundle, first bundle
     skips: dict[int, int]  # forward branches in it: from, to
-    vector: list[int]  # of each bundle, its vector arithmetic
-    slots: int  # for that in a bundle
+    units: list[Unit]  # what the bundles use; vector arithmetic first
 
 
 def schedule(path: str) -> Schedule:
     """Reads the branches of a kernel."""
-    branches, at = [], -1
+    branches = []
     for line in pathlib.Path(path).read_text().splitlines():
-        bundle = re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)
-        if bundle is None:
+        at = _number(line)
+        if at < 0:
             continue
-        at = int(bundle[1], 16)
         targets = re.findall(r"sbr\.rel (?:\([^)]*\) )?target bundleno = (\d+)", line)
         branches += [(at, int(target)) for target in targets]
     loops = {last: first for last, first in branches if first <= last}
     end = max(loops, key=lambda last: last - loops[last])
     start = loops.pop(end)
     skips = {a: b for a, b in branches if start <= a < b <= end and b - a < (end - start) / 2}
-    return Schedule((start, end), loops, skips, *_vector(path))
+    return Schedule((start, end), loops, skips, _units(path))
 
 
-def _vector(path: str) -> tuple[list[int], int]:
-    """Arithmetic instructions and slots; an exponential or logarithm takes a slot on v4."""
+def _units(path: str) -> list[Unit]:
+    """Vector arithmetic (on v4 an exponential or logarithm takes a slot of it), loads and stores.
+
+    Where a bundle has two slots for arithmetic, as on v4, one of them adds and subtracts and the
+    other multiplies: no bundle of any of these kernels has two of the same kind.
+    """
     stem = re.match(r".*t5patches_\w+\.\d+-", path)
     assert stem is not None
     (found,) = glob.glob(f"{stem[0]}*pre-delay_hlo-static-per-bundle-utilization.txt")
     _, names, slots, _, *bundles = pathlib.Path(found).read_text().splitlines()
-    at = names.split(", ").index("VALU")
-    return [int(line.split()[at]) for line in bundles], int(slots.split()[at])
+    counts = list(zip(*(map(int, line.split()) for line in bundles), strict=True))
+    columns = [names.split(", ").index(name) for name in ("VALU", "EUP", "VLOAD", "VSTORE")]
+    units = [Unit(list(counts[at]), int(slots.split()[at])) for at in columns]
+    if units[0].slots == 2:
+        texts = [line for line in pathlib.Path(path).read_text().splitlines() if _number(line) >= 0]
+        for kind in (r"= v(?:add|sub)\.f32", r"= vmul\.f32"):
+            units.append(Unit([len(re.findall(kind, line)) for line in texts], 1))
+    return units
+
+
+def _number(line: str) -> int:
+    """A bundle's number; -1 where the line is none."""
+    bundle = re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)
+    return -1 if bundle is None else int(bundle[1], 16)
+
+
+def least_cycles(found: Schedule, path: collections.Counter[int]) -> float:
+    """The cycles that a path takes if its busiest unit is never idle, sweep by sweep."""
+    total, at = 0.0, sorted(path)
+    ends = [
+        i for i in range(1, len(at)) if at[i] != at[i - 1] + 1 or path[at[i]] != path[at[i - 1]]
+    ]
+    for start, end in itertools.pairwise([0, *ends, len(at)]):
+        bundles = at[start:end]
+        busiest = max(sum(unit.uses[b] for b in bundles) / unit.slots for unit in found.units)
+        total += path[bundles[0]] * busiest
+    return total
 
 
 def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int]:
@@ -287,13 +322,14 @@ def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
 def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     """Cycles and copies of a block of rows, over all kernels that it goes through."""
     core, size = CORES[row["chip"]], 2 if row["dtype"] == "bfloat16" else 4
-    compute = copies = vector = registers = 0.0
+    compute = copies = vector = least = registers = 0.0
     for stage, found in took.items():
         kernel = row["kernels"][stage]
         path = path_of(found, kernel["steps"], kernel["phases"])
         compute += kernel["tiles"] * path.total()
-        vector += kernel["tiles"] * sum(n * found.vector[at] for at, n in path.items())
-        slots, registers = found.slots, kernel["rows"] * row["V"] / (8 * 128)
+        vector += kernel["tiles"] * sum(n * found.units[0].uses[at] for at, n in path.items())
+        least += kernel["tiles"] * least_cycles(found, path)
+        registers = kernel["rows"] * row["V"] / (8 * 128)
         numbers = 2 * 128 * 4  # in and out, a row
         copies += kernel["rows"] * (kernel["arrays"] * row["V"] * size + numbers)
     moved = copies / core.gigabytes / 1e3
@@ -301,7 +337,7 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         "compiled": sorted(took),
         "kernels": {stage: row["kernels"][stage] for stage in took},
         "cycles": compute,
-        "vector_cycles": round(vector / slots),
+        "least_cycles": round(least),
         "instructions_a_register": vector / registers,
         "copies_us": moved,
     }
@@ -318,7 +354,7 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     bound = "HBM" if at < moved else "vector unit"
     return facts | {
         "compute_us": at, "ratio": at / moved, "roofline": min(1.0, moved / at), "bound": bound,
-        "least_ratio": vector / slots / core.ghz / 1e3 / moved,
+        "least_ratio": least / core.ghz / 1e3 / moved,
     }  # fmt: skip
 
 
@@ -407,7 +443,7 @@ def head_line(row: dict[str, Any]) -> str:
 # --- The table ------------------------------------------------------------------------------------
 
 HEADER = """\
-| chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles | vector \
+| chip | objective | dtype | V | kernels | VMEM MiB | passes | XLA dense | cycles | least \
 | a register | compute / copies us | ratio | least | bound | of roofline | masked \
 | 32 edits over 1 |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
@@ -425,7 +461,7 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"| {row['chip']} | {row['objective']} | {row['dtype']} | {row['V']} "
         f"| {' '.join(row['compiled'])} | {vmem} | {row['passes']:g} | {row['dense_passes']:g} "
-        f"| {row['cycles']:.0f} | {row['vector_cycles']} | {row['instructions_a_register']:.1f} "
+        f"| {row['cycles']:.0f} | {row['least_cycles']} | {row['instructions_a_register']:.1f} "
         f"| {times} | {row.get('masked_over_unmasked', 1):.2f} "
         f"| {row.get('cycles_of_32_edits_over_1', 0) / row['cycles']:.1%} |"
     )
