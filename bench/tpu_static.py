@@ -23,11 +23,10 @@ and latency; where the floor itself is above 1, only fewer or other instructions
 register" is what it consists of: arithmetic for each register of 8 x 128 entries of a row, over all
 looks. For `tnrf` in bfloat16 on v4 those are 4 for two conversions and two maxima; 8 for the first
 sums (3 for each exponential, with its difference and its scaling to base 2, and a sum); 8 for the
-second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum, and
-what the gradient needs of it); 3.5 for the gradient and its rounding. Of the two sums that `tnrf` and
-`tnrll` need a row takes only one, which is what keeps this at 8: with both it was 27.5 in all. The
-matrix unit, which could convert, wants the rows in another order: to change it takes as many
-instructions. (To sum the reference before the model, which takes the logarithm out of a look of its
+second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum,
+and what the gradient needs of it); 3.5 for the gradient and its rounding: 23.5 where it was 27.5
+with a sum for what kept tokens need and one for the others. The matrix unit, which could convert,
+wants the rows in another order: to change it takes as many instructions. (To sum the reference before the model, which takes the logarithm out of a look of its
 own, was 13% faster for `tnrll` on v5e, 9% slower on v6e and 2% on v4.)
 
 "masked" is what a block takes that is done again with care over what it takes, for blocks with
