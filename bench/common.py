@@ -321,6 +321,10 @@ def stored(name: str) -> list[dict]:
 
 
 def add(name: str, rows: list[dict], key: Callable, **about: object) -> pathlib.Path:
-    """Writes rows beside those that are stored, in the place of those with the same key."""
-    merged = {key(row): row for row in (*stored(name), *rows)}
+    """Writes rows beside those that are stored, in the place of those with the same key.
+
+    Each says when and of which commit it is: those beside it may be older.
+    """
+    now = {k: v for k, v in setting().items() if k in ("date", "commit")}
+    merged = {key(row): row for row in (*stored(name), *(row | now for row in rows))}
     return save(name, list(merged.values()), **about)

@@ -26,8 +26,9 @@ sums (3 for each exponential, with its difference and its scaling to base 2, and
 second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum,
 and what the gradient needs of it); 3.5 for the gradient and its rounding: 23.5 where it was 27.5
 with a sum for what kept tokens need and one for the others. The matrix unit, which could convert,
-wants the rows in another order: to change it takes as many instructions. (To sum the reference before the model, which takes the logarithm out of a look of its
-own, was 13% faster for `tnrll` on v5e, 9% slower on v6e and 2% on v4.)
+wants the rows in another order: to change it takes as many instructions. (To
+sum the reference before the model, which takes the logarithm out of a look of its own, was 13%
+faster for `tnrll` on v5e, 9% slower on v6e and 2% on v4.)
 
 "masked" is what a block takes that is done again with care over what it takes, for blocks with
 masked entries elsewhere than in the last 128 columns of the row.
