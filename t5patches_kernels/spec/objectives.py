@@ -93,9 +93,10 @@ def smoothed_forward(row: Row, c: Settings) -> Array:
     """CE(s(q), p), or KL(s(q), p) with `divergence`."""
     if c.smoothing == 0.0:
         return forward(row, c)
-    out = row.log_s * (1 + c.smoothing * row.n) - row.sqz
-    out = out / (1 + c.vocab_size * c.smoothing)
-    return out + row.sls if c.divergence else out
+    total, mass = 1 + c.vocab_size * c.smoothing, 1 + c.smoothing * row.n
+    if c.divergence:
+        return (mass * (row.log_s - jnp.log(row.rs) - math.log(total)) - row.sqr) / total
+    return (mass * row.log_s - row.sqz) / total
 
 
 @of_q
@@ -279,7 +280,7 @@ def either(c: Settings) -> statistics.Either | None:
         return _reads_of(lambda row: term(row, c))
 
     kept, pushed = read_by(OBJECTIVES[c.objective].kept), read_by(OBJECTIVES[c.objective].pushed)
-    found = [name for name in ("sqz", "sum_z") if name in kept - pushed]
+    found = [name for name in ("sqz", "sqr", "sum_z") if name in kept - pushed]
     return statistics.Either(found[0], "rkl") if found and "rkl" in pushed - kept else None
 
 
@@ -290,7 +291,7 @@ def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """
     of_model = {name for name, sum_ in statistics.SUMS.items() if "z" in sum_}
     own = {"rs"} if reference_of(c) == "self" else set()
-    return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz"})))
+    return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz", "sqr"})))
 
 
 def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:

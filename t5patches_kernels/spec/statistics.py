@@ -17,7 +17,8 @@ name      weight              value        reads as
 ``n``     1 if unmasked       1            how many entries the model does not mask
 ``zs``    ``e^(z - m)``       log ratio    the reverse divergence, with ``rs`` known before
 ``ss``    ``q + eps``         1            the smoothed reference's mass where ``z`` is unmasked
-``sz``    ``q + eps``         ``z - m``    its cross-entropy to the model; both times ``rs``
+``sz``    ``q + eps``         ``z - m``    its cross-entropy to the model
+``sr``    ``q + eps``         log ratio    its divergence from the model; all three times ``rs``
 ========= =================== ============ ==========================================
 
 That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
@@ -26,8 +27,8 @@ apart from their maxima because the pair is far more accurate than one log-sum-e
 whose target leads, `objectives.md`).
 
 Three numbers need the row's normalisers first and so a second look (`second_look`): ``rkl``, the
-reverse divergence, whose smoothing sits inside a logarithm, ``sqz``, the cross-entropy of the
-smoothed reference, and ``sls``, the negated entropy of a smoothed target. With the row in fast
+reverse divergence, whose smoothing sits inside a logarithm, and for the smoothed reference ``sqz``,
+its cross-entropy, and ``sqr``, its divergence. With the row in fast
 memory the second look costs no traffic. Where it does, only the reference is looked at first: with
 ``rs`` known, ``s(q)`` is known at every entry, and the three follow from sums relative to the
 maxima (`SECOND_LOOK`, `entries`).
@@ -51,7 +52,6 @@ tiles ``[R, C]``.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -109,11 +109,12 @@ SUMS: Mapping[str, Sum] = {
     "zs": Sum("z", "ratio"),
     "ss": Sum("s", None),
     "sz": Sum("s", "z"),
+    "sr": Sum("s", "ratio"),
 }
 # The numbers that need the row's normalisers, by the sum that they are made from, and by which
 # normaliser it is divided.
-SECOND_LOOK = {"rkl": "zs", "sqz": "sz", "sls": "sls"}
-_PER = {"rkl": "s", "sqz": "rs"}
+SECOND_LOOK = {"rkl": "zs", "sqz": "sz", "sqr": "sr"}
+_PER = {"rkl": "s", "sqz": "rs", "sqr": "rs"}
 MAXIMA = ("m", "rm")
 MAXIMUM = {"z": "m", "r": "rm"}
 _NORMALISER = {"z": "s", "r": "rs", "s": "ss", None: "n"}
@@ -133,11 +134,11 @@ def with_normalisers(names: frozenset[str]) -> frozenset[str]:
 class Either(NamedTuple):
     """Two numbers of which a row needs one, by whether its token is kept or pushed down.
 
-    They share a sum: of a weight times the log ratio, in which a kept row has its own weight, and 0
-    for ``log s(q)``.
+    They share a sum: of a weight times the log ratio. A kept row has a weight of its own, and 0 for
+    ``log s(q)`` unless its number is of ratios too.
     """
 
-    kept: str  # "sqz", or "sum_z": then a kept row has no use for the reference
+    kept: str  # "sqz", "sqr" or "sum_z"; with the last a kept row has no use for the reference
     pushed: str  # "rkl"
 
     @property
@@ -152,8 +153,8 @@ class Either(NamedTuple):
     def second(self, row: Mapping[str, Array], smoothing: float) -> Numbers:
         """Numbers for the second look.
 
-        With a mass of 1 the ``log s(q)`` of a reference without a use is 0 by itself; of others it
-        is to be multiplied.
+        With a mass of 1 the ``log s(q)`` of a reference without a use is 0 by itself; else it is to
+        be multiplied.
         """
         if self.weight:
             return {"pushed": jnp.where(row["w"] < 0, 1.0, 0.0)}
@@ -298,8 +299,6 @@ def terms(
       parts: weights and values to leave in what is known, whether or not the sums need them.
     """
     out = {name: tile.product(sum_) for name, sum_ in SUMS.items() if name in names}
-    if "sls" in names:
-        out["sls"] = _smoothed_entropy(tile)
     for kind, of in parts:
         tile.part(kind, of)
     return out
@@ -357,17 +356,8 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
 
-def _smoothed_entropy(tile: Tile) -> Array:
-    """``s(q) log s(q)`` where the model does not mask, ``s(q) = (q + eps) / (1 + size eps)``."""
-    rs, total = tile.row["rs"], 1.0 + tile.size * tile.smoothing
-    log_s = tile.functions.in_nats(tile.log_mass()) - (jnp.log(rs) + math.log(total))
-    # Not e^(log s): its rounding is the same in every entry of a flat row, and adds up.
-    s = (tile.weight("r") + tile.smoothing * rs) * (1.0 / (rs * total))
-    return tile.weighed(None, s * log_s)
-
-
 def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None) -> Numbers:
-    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `second_sums`.
+    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `finish_second`.
 
     With `either` the two of it are one sum, under the name of the first.
     """
@@ -386,7 +376,8 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
     kept = tile.weight(either.weight)
     weight = jnp.where(pushed, tile.weight("z"), kept)
     log_mass = tile.log_mass()
-    ratio = tile.value("z") - (tile.row["pushed"] * log_mass if either.weight else log_mass)
+    asked = tile.row["pushed"] * log_mass if either.kept == "sqz" else log_mass
+    ratio = tile.value("z") - asked
     product = weight * ratio
     return product, jnp.where(pushed, product, weight)
 
@@ -407,13 +398,8 @@ def finish_second(
     """
     if either is not None:
         sums = sums | {either.pushed: sums[either.kept]}
-    in_unit = {name: functions.in_nats(x) if name != "sls" else x for name, x in sums.items()}
-    return {k: x / row[_PER[k]] if k in _PER else x for k, x in in_unit.items()}
-
-
-def second_sums(terms: Numbers, row: Numbers) -> Numbers:
-    """The numbers among `SECOND_LOOK`, from their terms. They add up across tiles."""
-    return finish_second(row_sums(terms), row)
+    found = {name: functions.in_nats(x) for name, x in sums.items()}
+    return {name: x / row[_PER[name]] if name in _PER else x for name, x in found.items()}
 
 
 def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
@@ -535,7 +521,7 @@ def coefficients(
             per_mass = factor / row["s"]
             add("z", "ratio", per_mass)
             add("z", None, per_mass * (1.0 - row["rkl"]))
-        elif name == "sqz":
+        elif name in ("sqz", "sqr"):
             add("s", None, factor / row["rs"])
         elif name in SUMS:
             weight, value = SUMS[name]
