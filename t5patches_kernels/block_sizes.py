@@ -290,7 +290,7 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     c = op.settings
     one = jnp.ones((1, 1), jnp.float32)
     names = objectives.needs(c)
-    row = dict.fromkeys((*statistics.MAXIMA, *names, "w", "pushed"), one)
+    row = dict.fromkeys((*statistics.MAXIMA, *names, "w"), one)
     r = one if objectives.reference_of(c) else None
     second, third = _Touched({}), _Touched(dict.fromkeys(LATE, one))
     either = objectives.either(c)

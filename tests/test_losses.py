@@ -64,9 +64,9 @@ def test_control_a_phantom_column_is_seen(name, monkeypatch):
     """The control: a driver that counts one column of logit 0 too many must fail."""
     honest = statistics.first_look
 
-    def padded(z, r, names, functions):
+    def padded(z, r, *rest):
         pad = ((0, 0), (0, 1))
-        return honest(jnp.pad(z, pad), None if r is None else jnp.pad(r, pad), names, functions)
+        return honest(jnp.pad(z, pad), None if r is None else jnp.pad(r, pad), *rest)
 
     monkeypatch.setattr(statistics, "first_look", padded)
     with pytest.raises(AssertionError, match="constant"):

@@ -57,12 +57,15 @@ def exp(x: Array) -> Array:
 
 
 def log(x: Array) -> Array:
-    """``log x`` for normal positive float32 numbers of at most 2^126; NaN for NaN."""
+    """``log x`` for normal positive float32 numbers of at most 2^126; NaN for others."""
     # x = 2^n y with y in [2/3, 4/3): around 1 nothing cancels.
     power = (_bits(x) - _TWO_THIRDS) & ~((1 << _MANTISSA_BITS) - 1)
     rest = x * _float(_ONE - power) - 1.0  # a product, so that NaN stays NaN
     n = jax.lax.shift_right_arithmetic(power, jnp.int32(_MANTISSA_BITS)).astype(jnp.float32)
-    return n * _LN2_HIGH + ((_polynomial(_LOG, rest) * (rest * rest) + n * _LN2_LOW) + rest)
+    out = n * _LN2_HIGH + ((_polynomial(_LOG, rest) * (rest * rest) + n * _LN2_LOW) + rest)
+    # XLA hands products and sums over to YNNPACK's reductions, every operand an array in memory;
+    # not so a choice.
+    return jnp.where(x > 0, out, math.nan)
 
 
 FUNCTIONS = Functions(exp=exp, log=log)

@@ -57,21 +57,25 @@ def _block(
     plain = z if of == "self" else operands.reference[0].astype(jnp.float32) if of else None
     r = None if plain is None else _edited(plain, tokens)
     names = objectives.needs(c)
+    w = tokens.weights[:, None]
+    either = objectives.either(c) if stage in (Stage.NUMBERS, Stage.VISIT) else None
 
     if numbers is None:
-        numbers = statistics.first_look(z, r, names, functions)
+        numbers = statistics.first_look(z, r, names, functions, either, w)
         numbers["zy"] = own_logit(z, tokens.targets)
         if plain is not None:
             numbers["ry"] = own_logit(plain, tokens.targets)
         if stage is Stage.FIRST:
             return Result(numbers)
-        numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
+        numbers = objectives.finish(numbers, w, tokens.bad[:, None])
+        if either is not None:
+            numbers = numbers | either.second(numbers, c.smoothing)
 
     def tile(row: Numbers) -> Tile:
         return Tile(z, r, row, c.smoothing, c.vocab_size, functions=functions)
 
     if objectives.looks_twice(c) and stage is not Stage.GRADIENT:
-        more = statistics.second_look(tile(numbers), names)
+        more = statistics.second_look(tile(numbers), names, either)
         if stage is Stage.SECOND:
             return Result(more)
         numbers = numbers | more
@@ -81,7 +85,9 @@ def _block(
     if by is None:
         by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
-    dz = statistics.gradient(tile(numbers), statistics.coefficients(numbers, by), is_target)
+    dz = statistics.gradient(
+        tile(numbers), statistics.coefficients(numbers, by, either, functions), is_target
+    )
     return Result(numbers, (dz.astype(operands.model[0].dtype),))
 
 

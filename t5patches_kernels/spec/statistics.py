@@ -151,14 +151,8 @@ class Either(NamedTuple):
         return {} if self.weight else {"rm": jnp.where(row["w"] < 0, row["rm"], -FLOOR)}
 
     def second(self, row: Mapping[str, Array], smoothing: float) -> Numbers:
-        """Numbers for the second look.
-
-        With a mass of 1 the ``log s(q)`` of a reference without a use is 0 by itself; else it is to
-        be multiplied.
-        """
-        if self.weight:
-            return {"pushed": jnp.where(row["w"] < 0, 1.0, 0.0)}
-        return {"rs": jnp.where(row["w"] < 0, row["rs"], 1.0 / smoothing)}
+        """Numbers for the second look: a reference without a use has a mass of 1 everywhere."""
+        return {} if self.weight else {"rs": jnp.where(row["w"] < 0, row["rs"], 1.0 / smoothing)}
 
 
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
@@ -280,12 +274,19 @@ def row_sums(terms: Numbers) -> Numbers:
 
 
 def first_look(
-    z: Array, r: Array | None, names: frozenset[str], functions: Functions = _XLAS
+    z: Array,
+    r: Array | None,
+    names: frozenset[str],
+    functions: Functions = _XLAS,
+    either: Either | None = None,
+    w: Array | None = None,
 ) -> Numbers:
-    """The maxima of a tile and its sums among `names`."""
+    """The maxima of a tile and its sums among `names`, but for those that are left to `either`."""
     tops = maxima(z, r)
+    if either is not None and w is not None:
+        tops |= either.first(tops | {"w": w})
     tile = Tile(z, r, tops, functions=functions)
-    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys()))
+    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys() - set(either or ())))
 
 
 def terms(
@@ -376,8 +377,9 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
     kept = tile.weight(either.weight)
     weight = jnp.where(pushed, tile.weight("z"), kept)
     log_mass = tile.log_mass()
-    asked = tile.row["pushed"] * log_mass if either.kept == "sqz" else log_mass
-    ratio = tile.value("z") - asked
+    if either.kept == "sqz":
+        log_mass = jnp.where(pushed, log_mass, jnp.zeros_like(log_mass))
+    ratio = tile.value("z") - log_mass
     product = weight * ratio
     return product, jnp.where(pushed, product, weight)
 
@@ -402,9 +404,10 @@ def finish_second(
     return {name: x / row[_PER[name]] if name in _PER else x for name, x in found.items()}
 
 
-def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
+def second_look(tile: Tile, names: frozenset[str], either: Either | None = None) -> Numbers:
     """The numbers among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
-    return finish_second(row_sums(second_terms(tile, names)), tile.row, functions=tile.functions)
+    sums = row_sums(second_terms(tile, names, either))
+    return finish_second(sums, tile.row, either, tile.functions)
 
 
 class _Entries(Tile):
