@@ -1,9 +1,9 @@
-"""Writes the stored results into README.md, between its markers.
+"""Writes the stored results into README.md and bench/README.md, between their markers.
 
     python -m bench.readme
     python -m bench.readme --demo demo-report/results.json   # takes in a demo's results first
 
-Nothing is measured here. A test holds README.md to the stored results.
+Nothing is measured here. A test holds both to the stored results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.t5x_step import VARIANTS as T5X_VARIANTS
 from bench.tpu_static import CORES
 from bench.tutorial import COMMANDS
 
-README = common.RESULTS.parent.parent / "README.md"
+DOCUMENTS = (common.RESULTS.parent.parent / "README.md", common.RESULTS.parent / "README.md")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -107,6 +107,12 @@ def tpu_static(result: dict) -> str:
         "Clocks and bandwidths as published or assumed; no stalls counted; tpu7x has no published\n"
         "clock.\n" + _measured(result["setting"], header, rows)
     )
+
+
+def tpu_kernels(result: dict) -> str:
+    """The part of that table with T5's vocabulary."""
+    rows = [row for row in result["rows"] if row["V"] == common.VOCABULARIES["T5"]]
+    return tpu_static(result | {"rows": rows})
 
 
 def _passes(row: dict) -> str:
@@ -339,13 +345,14 @@ def take_in_demo(path: pathlib.Path) -> None:
     common.save("demo", rows, **kept)
 
 
-# The text in README.md between `<!-- NAME -->` and `<!-- end -->`: what is stored, and its form.
+# The text of a document between `<!-- NAME -->` and `<!-- end -->`: what is stored, and its form.
 SECTIONS = {
     "tutorial": ("tutorial", tutorial),
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "edit-small": ("edit-small", edit_small),
     "host-cpu": ("host-cpu", host_cpu),
+    "tpu_kernels": ("tpu_static", tpu_kernels),
     "tpu_static": ("tpu_static", tpu_static),
     "tpu_linear": ("tpu_linear", tpu_linear),
     "h200-static": ("h200-static", gpu_static),
@@ -374,4 +381,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.demo:
         take_in_demo(options.demo)
-    README.write_text(rendered(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(rendered(document.read_text()))

@@ -7,6 +7,8 @@ import subprocess
 import jax
 import pytest
 
+from bench import readme
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -23,15 +25,20 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_linked_files_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=["root", "bench"])
+def test_linked_places_exist(document):
+    for path, heading in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", document.read_text()):
+        there = document.parent / path
+        assert there.exists(), path
+        titles = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE) if heading else []
+        anchors = [re.sub(r"[^a-z0-9 ]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not heading or heading in anchors, heading
 
 
-def test_numbers_are_those_stored():
-    from bench.readme import rendered
-
-    assert rendered(README) == README, "run: python -m bench.readme"
+@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=["root", "bench"])
+def test_numbers_are_those_stored(document):
+    text = document.read_text()
+    assert readme.rendered(text) == text, "run: python -m bench.readme"
 
 
 def test_make_help_lists_every_target():

@@ -17,6 +17,7 @@ from tpu_topology import CHIPS, compile_for, needs_compiler, target
 import t5patches_kernels as tk
 from bench import common
 from t5patches_kernels import block_sizes
+from t5patches_kernels.backends import tpu_functions
 from t5patches_kernels.operation import Operation, Stage
 from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE, Settings
 
@@ -89,6 +90,11 @@ def test_compiles_sets_of_edits_and_statistics(chip):
 
     assert "tnrf_visit" in compile_for(chip, edited, z, r, y, w, ids, factors).as_text()
     assert "statistics_gradient" in compile_for(chip, jax.grad(statistics), z, r, y).as_text()
+
+
+def test_values_are_in_bits():
+    """This JAX lets the kernels have the chip's own logarithm."""
+    assert tpu_functions.FUNCTIONS.per_nat > 1
 
 
 def test_control_xla_has_no_kernel():

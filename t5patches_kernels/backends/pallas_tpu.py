@@ -12,6 +12,7 @@ the specification. What is written here is only how rows are brought, kept and p
 * A block is done as if it had no masked entry and no NaN, but for the last group of a row, where a
   padded vocabulary is masked. Where its sums show one elsewhere, it is done again with care: that
   takes about twice as long, and only such blocks pay for it.
+* Exponentials and logarithms are to base 2, as the chip's are (`tpu_functions.py`).
 * Edits are patches of single entries in a private copy of the reference: only those that are there
   cost anything. The window of an operand is never written to: what a kernel may do to one that is
   not fetched again is nowhere promised.

@@ -14,28 +14,20 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import math as mlir_math
 from jax.interpreters import mlir
 
-from t5patches_kernels.spec.statistics import Array, Functions
+from t5patches_kernels.spec.statistics import Functions
 
 
-def _log2_of_compiler() -> Primitive | None:
-    """``log2`` as a primitive of kernels, or None where this JAX has another way to add one."""
+def _functions() -> Functions:
     try:
         from jax._src.pallas.mosaic.lowering import register_lowering_rule
     except ImportError:
-        return None
+        return Functions()
     log2 = Primitive("log2")
     log2.def_impl(jnp.log2)
     log2.def_abstract_eval(lambda x: x)
     mlir.register_lowering(log2, mlir.lower_fun(jnp.log2, multiple_results=False))
     register_lowering_rule(log2)(lambda ctx, x: mlir_math.log2(x))
-    return log2
+    return Functions(jnp.exp2, log2.bind, 1.0 / math.log(2))
 
 
-_LOG2 = _log2_of_compiler()
-
-
-def _log2(x: Array) -> Array:
-    return _LOG2.bind(x) if _LOG2 is not None else jnp.log2(x)
-
-
-FUNCTIONS = Functions() if _LOG2 is None else Functions(jnp.exp2, _log2, 1.0 / math.log(2))
+FUNCTIONS = _functions()
