@@ -76,8 +76,8 @@ lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense formula
-	$(BIN)/python -m bench.host
-	$(BIN)/python -m bench.host --kept
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host --kept
 
 bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parameters, fused and dense losses
 	$(BIN)/python -m bench.edit_small
