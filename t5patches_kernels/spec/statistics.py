@@ -226,9 +226,12 @@ class Tile:
         if of == "s":
             even = self.smoothing * self.row["rs"]
             return self.part_or(("weight", of), lambda: self.weight("r") + self.weighed(None, even))
-        # exp(-1e30) is 0, so the clamp of value() would change nothing here.
-        scaled = self.functions.scaled
-        return self.part_or(("weight", of), lambda: self.functions.exp(scaled(self._nats(of))))
+
+        def power() -> Array:  # exp(-1e30) is 0, so that a value is clamped changes nothing here
+            value = self.value("z") if of == "z" else self.functions.scaled(self._nats(of))
+            return self.functions.exp(value)
+
+        return self.part_or(("weight", of), power)
 
     def log_mass(self) -> Array:
         """``log s(q)`` but for what is the row's: no entry is divided by a normaliser."""
