@@ -52,6 +52,8 @@ def test_every_stage_is_that_of_the_other_form(name):
     rows, tokens = operands(c)
     visit = streaming.run(op, Stage.VISIT, rows, tokens)
     by = objectives.derivatives(visit.numbers, c, {"loss": jnp.ones_like(visit.numbers["m"])})
+    pushed = np.asarray(tokens.weights) < 0
+    asked = dict(zip(objectives.either(c) or (), (~pushed, pushed), strict=False))
     for stage in Stage:
         if stage is Stage.SECOND and not objectives.looks_twice(c):
             continue
@@ -59,7 +61,10 @@ def test_every_stage_is_that_of_the_other_form(name):
         want, got = (form.run(op, stage, rows, tokens, *given) for form in (streaming, xla_gpu))
         assert set(want.numbers) <= set(got.numbers)
         for key, x in want.numbers.items():
-            np.testing.assert_allclose(got.numbers[key], x, rtol=2e-5, atol=2e-5, err_msg=key)
+            some = asked.get(key, slice(None))
+            np.testing.assert_allclose(
+                got.numbers[key][some], x[some], rtol=2e-5, atol=2e-5, err_msg=key
+            )
         assert (want.gradient is None) == (got.gradient is None)
         if want.gradient is not None:
             np.testing.assert_allclose(got.gradient[0], want.gradient[0], rtol=2e-5, atol=2e-5)
