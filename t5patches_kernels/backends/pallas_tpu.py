@@ -55,6 +55,7 @@ _SUBLANES = 8
 _NONE = 1 << 30  # no column: its group is the first, its lane in none
 # Groups in a step of the careful way, which takes its time to compile like any other.
 _CAREFUL_UNROLL = 8
+_FIRST_WITH_CARE = 32
 _EDITS_A_STEP = 8
 # Groups of one array that are stored together. Of several arrays each group is stored at once, as
 # registers would be spilled. (v4's schedule, bfloat16: 5348 cycles of `tnff` with all of a step
@@ -101,7 +102,21 @@ class _Call:
     @property
     def steps(self) -> int:
         """Steps of a sweep's loop."""
-        return (self.groups - self.edge) // self.plan.unroll
+        return (self.groups - self.edge) // self.unroll
+
+    @property
+    def unroll(self) -> int:
+        """Groups of 128 columns in a step of a sweep: a first look with care spills more."""
+        with_care = self.looks_first and not self.shows_masks
+        return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
+
+    @property
+    def shows_masks(self) -> bool:
+        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
+        names = objectives.needs(self.op.settings)
+        if self.stage is Stage.FIRST:
+            names = names & statistics.SUMS.keys()
+        return "n" not in names or any(statistics.reads_logits(name) for name in names)
 
     @property
     def lists(self) -> int:
@@ -189,15 +204,8 @@ class _Block:
         refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
         self.there: list[Part] = []  # the parts that are in their place
         # Without sums that show them, masked entries have to be expected.
-        self.careful = not (call.looks_first and self.show_masks())
-        self.unroll = call.plan.unroll
-
-    def show_masks(self) -> bool:
-        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
-        names = self.names
-        if self.call.stage is Stage.FIRST:
-            names = names & statistics.SUMS.keys()
-        return "n" not in names or any(statistics.reads_logits(name) for name in names)
+        self.careful = not (call.looks_first and call.shows_masks)
+        self.unroll = call.unroll
 
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
