@@ -378,6 +378,7 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
     """What the sum of `either` adds up, and the column that the gradient has of it."""
     pushed = tile.row["w"] < 0
     kept = tile.weight(either.weight)
+    # Before the logarithm: v4's compiler makes 5% more of this look of the other order.
     weight = jnp.where(pushed, tile.weight("z"), kept)
     log_mass = tile.log_mass()
     if either.kept == "sqz":
