@@ -296,7 +296,7 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     either = objectives.either(c)
 
     def tile(known: statistics.Parts) -> statistics.Tile:
-        return statistics.Tile(one, r, row, c.smoothing, c.vocab_size, known=known)
+        return statistics.Tile(one, r, row, c.smoothing, known=known)
 
     def looks() -> None:
         if objectives.looks_twice(c):

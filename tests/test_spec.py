@@ -80,7 +80,7 @@ def numbers_of(c, z, r, y, w):
     numbers["zy"], numbers["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
     numbers = objectives.finish(numbers, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
     if objectives.looks_twice(c):
-        tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+        tile = Tile(z, ref, numbers, c.smoothing)
         numbers = numbers | statistics.second_look(tile, names)
     return numbers, ref
 
@@ -103,7 +103,7 @@ def test_derivative_table_is_the_derivative(name):
         if not by:  # an output without a gradient: the reference's own
             np.testing.assert_array_equal(jax.grad(total)(z), 0.0)
             continue
-        tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+        tile = Tile(z, ref, numbers, c.smoothing)
         dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
         np.testing.assert_allclose(dz, jax.grad(total)(z), rtol=1e-9, atol=1e-12)
 
@@ -124,16 +124,16 @@ def test_two_numbers_of_which_a_row_needs_one_share_a_sum(name, unmasked):
         again = statistics.terms(Tile(z, r, seen, functions=functions), frozenset({"rs"}))
         seen |= statistics.row_sums(again)
         seen |= either.second(seen, c.smoothing)
-        tile = Tile(z, r, seen, c.smoothing, 130, unmasked=unmasked, functions=functions)
+        tile = Tile(z, r, seen, c.smoothing, unmasked=unmasked, functions=functions)
         sums = statistics.row_sums(statistics.second_terms(tile, names, either))
         assert len(sums) == 1
         shared = statistics.finish_second(sums, seen, either, functions)
         for asked, number in ((w > 0, either.kept), (w < 0, either.pushed)):
             np.testing.assert_allclose(shared[number][asked], numbers[number][asked], rtol=1e-12)
-        tile = Tile(z, r, seen | shared, c.smoothing, 130, functions=functions)
+        tile = Tile(z, r, seen | shared, c.smoothing, functions=functions)
         table = statistics.coefficients(tile.row, by, either, functions)
         dz = statistics.gradient(tile, table, None)
-        plain = Tile(z, r, numbers, c.smoothing, 130)
+        plain = Tile(z, r, numbers, c.smoothing)
         apart = statistics.gradient(plain, statistics.coefficients(numbers, by), None)
         np.testing.assert_allclose(dz, apart, rtol=1e-11, atol=1e-14)
 
@@ -146,14 +146,14 @@ def test_values_in_bits_give_the_same_numbers_and_gradients(name):
     numbers, ref = numbers_of(c, z, r, y, w)
     names = objectives.needs(c)
     first = statistics.in_nats(statistics.first_look(z, ref, names, BITS), BITS)
-    tile = Tile(z, ref, numbers, c.smoothing, c.vocab_size, functions=BITS)
+    tile = Tile(z, ref, numbers, c.smoothing, functions=BITS)
     for name, x in (first | statistics.second_look(tile, names)).items():
         if name not in ("s", "rs"):  # finish() has replaced those of empty rows
             np.testing.assert_allclose(x, numbers[name], rtol=1e-9, atol=1e-9, err_msg=name)
     output = next(iter(objectives.lines_of(c)))
     by = objectives.derivatives(numbers, c, {output: jnp.ones_like(w)[:, None]})
     dz = statistics.gradient(tile, statistics.coefficients(numbers, by, None, BITS), None)
-    plain = Tile(z, ref, numbers, c.smoothing, c.vocab_size)
+    plain = Tile(z, ref, numbers, c.smoothing)
     expected = statistics.gradient(plain, statistics.coefficients(numbers, by), None)
     np.testing.assert_allclose(dz, expected, rtol=1e-9, atol=1e-12)
 

@@ -246,7 +246,7 @@ class _Row:
 
         def body(_, chunk: Array, slot: Array, sums: Numbers) -> Numbers:
             for _, z, r, _ in self.pieces(chunk, slot, once=True):
-                terms = statistics.second_terms(Tile(z, r, row, c.smoothing, c.vocab_size), names)
+                terms = statistics.second_terms(Tile(z, r, row, c.smoothing), names)
                 sums = {name: sums[name] + x for name, x in terms.items()}
             return sums
 
@@ -265,7 +265,7 @@ class _Row:
             part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
             plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
             for k, z, r, is_target in self.pieces(chunk, slot, once=False):
-                tile = Tile(z, r, row, c.smoothing, c.vocab_size)
+                tile = Tile(z, r, row, c.smoothing)
                 dz = statistics.gradient(tile, table, is_target)
                 out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
             plgpu.commit_smem()

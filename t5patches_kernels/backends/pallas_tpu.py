@@ -421,7 +421,7 @@ class _Block:
     ) -> Tile:
         c = self.call.op.settings
         return Tile(
-            z, r, row, c.smoothing, c.vocab_size,
+            z, r, row, c.smoothing,
             known=known, unmasked=unmasked, functions=FUNCTIONS,
         )  # fmt: skip
 

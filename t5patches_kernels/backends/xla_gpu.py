@@ -77,7 +77,7 @@ def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Nu
         # What several sums have in common, XLA would store. Of copies of what is known it cannot
         # tell that they are equal, and computes each sum's entries afresh.
         known = jax.lax.optimization_barrier(known)
-        entries |= statistics.entries(z, r, frozenset({name}), known, c.smoothing, c.vocab_size)
+        entries |= statistics.entries(z, r, frozenset({name}), known, c.smoothing)
     return _reduce(entries) | of_reference
 
 
@@ -101,7 +101,7 @@ def run(
     if stage is Stage.SECOND and numbers is not None:
         z, r = _read(op, operands, tokens)
         names = objectives.needs(c)
-        return Result(statistics.second_look(Tile(z, r, numbers, c.smoothing, c.vocab_size), names))
+        return Result(statistics.second_look(Tile(z, r, numbers, c.smoothing), names))
 
     if stage is not Stage.GRADIENT:
         numbers = _sums(op, operands, tokens, stage)
@@ -117,6 +117,6 @@ def run(
 
     z, r, (numbers, by) = _next_pass(op, operands, tokens, (numbers, by))
     is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == tokens.targets[:, None]
-    tile = Tile(z, r, numbers, c.smoothing, c.vocab_size)
+    tile = Tile(z, r, numbers, c.smoothing)
     dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
     return Result(numbers, (dz.astype(operands.model[0].dtype),))

@@ -171,7 +171,6 @@ class Tile:
         r: Array | None,
         row: Mapping[str, Array],
         smoothing: float = 0.0,
-        size: int = 0,
         *,
         known: Parts | None = None,
         unmasked: bool = False,
@@ -184,14 +183,13 @@ class Tile:
           r: reference logits ``[R, C]``, edited, or None.
           row: the maxima, and what else is known of the rows.
           smoothing: of the reference distribution.
-          size: entries in a whole row.
           known: weights and values that an earlier look has computed; what is computed here is
             added to it.
           unmasked: whether the caller knows every entry of the model to be above `FLOOR`.
           functions: what entries go through.
         """
         self.row = row
-        self.smoothing, self.size = smoothing, size
+        self.smoothing = smoothing
         self.functions = functions
         self._unmasked = unmasked
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
@@ -423,11 +421,10 @@ class _Entries(Tile):
         r: Array | None,
         reference: Numbers,
         smoothing: float,
-        size: int,
     ):
         own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
         self.maxima = {m: x for m, x in own.items() if m not in reference}
-        super().__init__(z, r, own | reference, smoothing, size)
+        super().__init__(z, r, own | reference, smoothing)
 
     def _own(self, of: str | None) -> bool:
         """Whether entries are relative to themselves: masked or not is all there is to them."""
@@ -460,7 +457,6 @@ def entries(
     names: frozenset[str],
     reference: Numbers | None = None,
     smoothing: float = 0.0,
-    size: int = 0,
 ) -> Numbers:
     """The numbers of every entry by itself ``[R, C]``: what a reduction with `merge` starts from.
 
@@ -470,10 +466,9 @@ def entries(
       names: the sums; with `reference` also those that `SECOND_LOOK` is made from.
       reference: the finished ``rm`` and ``rs`` of the whole rows, where they are known.
       smoothing: of the reference distribution.
-      size: entries in the whole row.
     """
     reference = reference or {}
-    tile = _Entries(z, r, reference, smoothing, size)
+    tile = _Entries(z, r, reference, smoothing)
     return tile.maxima | terms(tile, names)
 
 
