@@ -241,7 +241,8 @@ def call(
       dimensions.
     """
     op = Operation(c, vocab_axis, inputs.head, _is_intermediate(inputs.model[0]))
-    implementation = dispatch.choose(implementation, op)
+    given = Operands(inputs.model, inputs.reference)
+    implementation = dispatch.choose(implementation, op, given)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"

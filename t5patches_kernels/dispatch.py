@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 
 import jax
+import jax.numpy as jnp
 
 from t5patches_kernels import checks
 from t5patches_kernels.backends import linear as linear_backend
 from t5patches_kernels.backends import streaming
-from t5patches_kernels.operation import Driver, Operation
+from t5patches_kernels.operation import Driver, Operands, Operation, columns_of
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
 _HOPPER = 9.0
-# The best proven by the platform that JAX runs on; elsewhere "xla".
-_BEST = {"tpu": "pallas_tpu"}
+# The best by the platform that JAX runs on, where it runs; elsewhere "xla".
+_BEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def why_not(implementation: str, op: Operation) -> str | None:
@@ -61,22 +61,31 @@ def _why_not_pallas_gpu() -> str | None:
     return None
 
 
-def choose(implementation: str | None, op: Operation) -> str:
-    """The implementation that runs: the one asked for, or the best proven for this device.
+def choose(implementation: str | None, op: Operation, operands: Operands) -> str:
+    """The implementation that runs: the one asked for, or the best for this device and these rows.
 
     Raises:
       NotImplementedError: `implementation` was asked for by name and cannot run.
     """
     if implementation is None:
         best = _BEST.get(jax.default_backend(), "xla")
-        reason = why_not(best, op)
-        if reason:
-            warnings.warn(f"the losses run as XLA and not as {best}: {reason}.", stacklevel=5)
-        return "xla" if reason else best
+        return "xla" if why_not(best, op) or _why_not_rows(best, op, operands) else best
     reason = why_not(implementation, op)
     if reason:
         raise NotImplementedError(f"implementation={implementation!r}: {reason}.")
     return implementation
+
+
+def _why_not_rows(implementation: str, op: Operation, operands: Operands) -> str | None:
+    """The reason for which an implementation that can run cannot take rows of this shape."""
+    if implementation != "pallas_gpu":
+        return None
+    from t5patches_kernels.backends import pallas_gpu
+
+    made = [jnp.dtype(jnp.float32)]  # what a head makes
+    dtypes = made if op.head else [x.dtype for x in (*operands.model, *operands.reference)]
+    itemsizes = tuple(jnp.dtype(x).itemsize for x in dtypes)
+    return pallas_gpu.why_not(columns_of(op, operands), itemsizes)
 
 
 @functools.cache  # one object a choice: programs are cached under their driver

@@ -37,10 +37,34 @@ def test_any_vocabulary(name, size):
     assert_as_good_as_dense(name, "xla", batch(size, size))
 
 
-def test_the_program_of_a_gpu_is_the_one_for_gpus():
-    z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
-    lowered = jax.jit(lambda z: tk.token_statistics(z, jnp.zeros(8, int)).entropy).lower(z)
-    assert "stablehlo.while" not in lowered.as_text()
+@pytest.mark.parametrize(("size", "kernel"), [(264, True), (257, False)])
+def test_the_program_of_a_gpu_is_the_one_for_gpus(size, kernel):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(8, size)), jnp.float32)
+    y, w = jnp.zeros(8, int), jnp.ones(8)
+    loss = jax.jit(lambda z: tk.targeted_negative_loss(z, z, y, w).loss)
+    text = loss.lower(z).as_text()
+    assert "stablehlo.while" not in text
+    assert ("mosaic_gpu" in text) == kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["tnff", "tnrf"])
+def test_the_same_bits_every_time(name, dtype):
+    """What threads share is in order: no barrier of the kernel is automatic."""
+    size = 32064  # its last chunk overlaps
+    keys = jax.random.split(jax.random.key(0), 2)
+    z, r = (3 * jax.random.normal(k, (2048, size), DTYPES[dtype]) for k in keys)
+    y, w = jnp.arange(2048) * 13 % size, jnp.where(jnp.arange(2048) % 4 == 0, -1.0, 1.0)
+
+    def total(z):
+        out = tk.targeted_negative_loss(z, r, y, w, objective=name, implementation="pallas_gpu")
+        return out.loss.sum()
+
+    visit = jax.jit(jax.value_and_grad(total))
+    value, gradient = visit(z)
+    for _ in range(30):
+        again = visit(z)
+        assert (again[0] == value) & (again[1] == gradient).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,5 +1,7 @@
 """The GPU kernel, interpreted: the oracle, races, the transforms, and what it cannot run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from harness import CASES, Batch, _compiled, assert_as_good_as_dense, batch
 
 import t5patches_kernels as tk
 from t5patches_kernels import dispatch
+from t5patches_kernels.operation import Head, Operands, Operation
+from t5patches_kernels.spec.objectives import Settings
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -22,8 +26,9 @@ SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots
 def _small_chunks(monkeypatch):
     """Rows that do not fit, at sizes an interpreter can bear."""
     monkeypatch.setattr(pallas_gpu, "_WIDE", 128)
-    monkeypatch.setattr(pallas_gpu, "_SHARED_BYTES", 8 << 10)
-    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2)
+    monkeypatch.setattr(pallas_gpu, "_PIECES", 4)
+    monkeypatch.setattr(pallas_gpu, "_SHARED_BYTES", 12 << 10)
+    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2, 1)
 
 
 def some_rows(b: Batch) -> Batch:
@@ -127,7 +132,24 @@ def test_older_cards(monkeypatch):
     assert "compute capability 9.0" in reason
     monkeypatch.setattr(_Card, "compute_capability", "9.0")
     assert dispatch.why_not(NAME, None) is None
-    assert dispatch.choose(None, None) == "xla"  # until a measurement says otherwise
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "dtype", "chosen"),
+    [("9.0", 32128, jnp.float32, NAME), ("9.0", 50257, jnp.float32, "xla"),
+     ("9.0", 32132, jnp.bfloat16, "xla"), ("8.0", 32128, jnp.float32, "xla")],
+)  # fmt: skip
+def test_the_default_on_a_gpu(monkeypatch, capability, size, dtype, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [_Card()])
+    monkeypatch.setattr(_Card, "compute_capability", capability)
+    op = Operation(Settings("tnff", size))
+    z = jax.ShapeDtypeStruct((2, size), dtype)
+    assert dispatch.choose(None, op, Operands((z,), (z,))) == chosen
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 8), (size, 8)))
+    of_head = dataclasses.replace(op, head=Head(1.0, transposed=True))
+    made_in_float32 = NAME if (capability, size) == ("9.0", 32132) else chosen
+    assert dispatch.choose(None, of_head, Operands((h, k), (h, k))) == made_in_float32
 
 
 def test_other_machines(monkeypatch):

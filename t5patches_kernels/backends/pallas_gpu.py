@@ -3,11 +3,16 @@
 A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a look works on
 each chunk in turn, and when it is done with one fetches the one that shares its slot. The next look
 goes through the chunks the other way round, so that it begins with those that are still there: a
-row that fits into the ring is read once, and of a longer one the ring's share is. Two blocks share
-an SM, so that one computes while the other waits.
+row that fits into the ring is read once, and of a longer one the ring's share is.
 
 A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
-own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a look.
+own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a look. What few
+chunks have, edited entries, the target, an overlap, the others branch around.
+
+No barrier is automatic. The threads of a block share two things: a slot of the ring, into which a
+copy is only sent after `commit_smem` behind the last read, and which is only read after waiting for
+that copy; and a slot of the gradient, written after waiting for the copy out of it two chunks ago
+and copied after `commit_smem`.
 
 The kernel runs whatever visits a row more than once; a single look is left to the streaming form,
 which already makes no more passes than it must.
@@ -33,11 +38,11 @@ from t5patches_kernels.operation import Operands, Operation, Result, Stage, Toke
 from t5patches_kernels.spec import objectives, statistics
 from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers, Tile
 
-# What a block may take of an SM's 228 KiB of shared memory, for two to fit beside each other.
-_SHARED_BYTES = 108 << 10
+_SHARED_BYTES = 228 << 10  # of an SM
+_OWN_BYTES = 4 << 10  # what a block takes of them beside its slots
 _THREADS = 128
-_WIDE = 4 * _THREADS  # lanes of a piece: 4 entries a thread make loads of 16 bytes of float32
-_PIECES = 4
+_WIDE = 2 * _THREADS  # lanes of a piece
+_PIECES = 8
 _COPY_BYTES = 16  # a bulk copy moves multiples of this
 _OUT_SLOTS = 2
 MAX_COLUMNS = 262144
@@ -71,6 +76,7 @@ class Plan:
     pieces: int
     chunks: int
     slots: int
+    blocks: int  # that share an SM
 
     @property
     def chunk(self) -> int:
@@ -81,6 +87,10 @@ class Plan:
 def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
     """Chunks as large as registers allow, and as many slots as shared memory does.
 
+    Two blocks share an SM, so that one computes while the other waits; of rows of two float32
+    logits one has an SM alone, as then it holds most of T5's row and two hold a third of theirs (on
+    an H100 a quarter faster; three or four blocks, or wider pieces, were slower throughout).
+
     Args:
       columns: entries of a row.
       itemsizes: of the logits that are read; the first are the model's, and the gradient's too.
@@ -88,8 +98,10 @@ def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
     lanes = _WIDE if columns >= _WIDE else _THREADS
     pieces = min(_PIECES, columns // lanes)
     chunks = pl.cdiv(columns, lanes * pieces)
-    budget = _SHARED_BYTES // (lanes * pieces) - _OUT_SLOTS * itemsizes[0]
-    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))))
+    blocks = 2 if sum(itemsizes) <= 4 else 1
+    room = _SHARED_BYTES // blocks - _OWN_BYTES
+    budget = room // (lanes * pieces) - _OUT_SLOTS * itemsizes[0]
+    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))), blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,23 +193,46 @@ class _Row:
                 carry = jax.lax.fori_loop(first, last, partial(step, wait=first >= here), carry)
         return carry
 
-    def pieces(self, chunk: Array, slot: Array, *, once: bool):
-        """The pieces of a chunk, edited, in float32: ``(z, r, column - first)``.
+    def pieces(self, chunk: Array, slot: Array, *, once: bool) -> list[tuple[Array, Array]]:
+        """The pieces of a chunk, edited, in float32: ``(z, r)``, or twice ``z`` without reference.
 
         With `once`, entries that the chunk before has had are masked.
         """
-        start, lanes = self.start(chunk), self.plan.lanes
-        lane = self.across(jax.lax.broadcasted_iota(jnp.int32, (lanes,), 0))
-        for k in range(self.plan.pieces):
-            first = start + k * lanes
-            z = self.read("z", slot, k)
-            r = self.read("r", slot, k) if "r" in self.rings else z
-            for edited, log_factor in self.edits:
-                r = r + jnp.where(lane == edited - first, log_factor, jnp.float32(0))
-            if once and self.call.columns % self.plan.chunk:
-                fresh = lane >= chunk * self.plan.chunk - first
-                z, r = (jnp.where(fresh, x, -jnp.inf) for x in (z, r))
-            yield k, z, r if self.call.reference else None, lane == self.target - first
+        every = range(self.plan.pieces)
+        z = [self.read("z", slot, k) for k in every]
+        r = [self.read("r", slot, k) for k in every] if "r" in self.rings else z
+        read = list(zip(z, r, strict=True))
+        overlaps = once and self.call.columns % self.plan.chunk != 0
+        rare = [chunk == self.plan.chunks - 1] if overlaps else []
+        rare += [self.holds(chunk, column) for column, _ in self.edits]
+
+        def changed(pieces: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+            return [self.change(chunk, k, *piece, overlaps) for k, piece in enumerate(pieces)]
+
+        if not rare:
+            return read
+        return jax.lax.cond(functools.reduce(jnp.logical_or, rare), changed, lambda x: x, read)
+
+    def change(
+        self, chunk: Array, k: int, z: Array, r: Array, overlaps: bool
+    ) -> tuple[Array, Array]:
+        """A piece as `pieces` has it, from what was read."""
+        for edited, log_factor in self.edits:
+            r = r + jnp.where(self.columns(chunk, k) == edited, log_factor, jnp.float32(0))
+        if overlaps:
+            fresh = self.columns(chunk, k) >= chunk * self.plan.chunk
+            z, r = (jnp.where(fresh, x, -jnp.inf) for x in (z, r))
+        return z, r
+
+    def holds(self, chunk: Array, column: Array) -> Array:
+        """Whether a column is among those of a chunk."""
+        first = self.start(chunk)
+        return (column >= first) & (column < first + self.plan.chunk)
+
+    def columns(self, chunk: Array, k: int) -> Array:
+        """The columns of a piece."""
+        lane = self.across(jax.lax.broadcasted_iota(jnp.int32, (self.plan.lanes,), 0))
+        return lane + (self.start(chunk) + k * self.plan.lanes)
 
     def read(self, name: str, slot: Array, piece: int) -> Array:
         entries = pl.ds(piece * self.plan.lanes, self.plan.lanes)
@@ -222,7 +257,7 @@ class _Row:
         tops = {"m": FLOOR} | ({"rm": FLOOR} if self.call.reference else {})
 
         def body(_, chunk: Array, slot: Array, numbers: Numbers) -> Numbers:
-            pieces = [(z, r) for _, z, r, _ in self.pieces(chunk, slot, once=True)]
+            pieces = self.pieces(chunk, slot, once=True)
             maxima = {
                 m: functools.reduce(jnp.maximum, (p[of] for p in pieces), numbers[m])
                 for of, m in enumerate(tops)
@@ -245,7 +280,7 @@ class _Row:
         names = self.call.names & statistics.SECOND_LOOK.keys()
 
         def body(_, chunk: Array, slot: Array, sums: Numbers) -> Numbers:
-            for _, z, r, _ in self.pieces(chunk, slot, once=True):
+            for z, r in self.pieces(chunk, slot, once=True):
                 terms = statistics.second_terms(Tile(z, r, row, c.smoothing), names)
                 sums = {name: sums[name] + x for name, x in terms.items()}
             return sums
@@ -259,15 +294,24 @@ class _Row:
         derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
         by = _plainly(derivatives, row)
         table = statistics.coefficients(row, by)
+        own = table.pop("zy", None)
         out = self.refs["out"]
+
+        def add_own(chunk: Array, own: Array, dz: list[Array]) -> list[Array]:
+            at = (self.columns(chunk, k) == self.target for k in range(self.plan.pieces))
+            return [x + jnp.where(y, own, jnp.float32(0)) for x, y in zip(dz, at, strict=True)]
 
         def body(i: Array, chunk: Array, slot: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
             plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
-            for k, z, r, is_target in self.pieces(chunk, slot, once=False):
-                tile = Tile(z, r, row, c.smoothing)
-                dz = statistics.gradient(tile, table, is_target)
-                out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = dz.astype(out.dtype)
+            pieces = self.pieces(chunk, slot, once=False)
+            tiles = (Tile(z, r, row, c.smoothing) for z, r in pieces)
+            dz = [statistics.gradient(tile, table, None) for tile in tiles]
+            if own is not None:
+                here = self.holds(chunk, self.target)
+                dz = jax.lax.cond(here, partial(add_own, chunk, own), lambda x: x, dz)
+            for k, x in enumerate(dz):
+                out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = x.astype(out.dtype)
             plgpu.commit_smem()
             if self.call.columns % self.plan.chunk:
                 # The last chunk and the one before it share entries: one copy after the other.
@@ -387,7 +431,9 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
         grid=(rows,),
         grid_names=("row",),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=_interpreter() if interpret else None,
     )
