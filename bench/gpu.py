@@ -1,9 +1,9 @@
 r"""The table of the GPU: value and gradient of a loss, ours beside what one would use instead.
 
-    python -m bench.gpu --out bench/results/h200.json             # the whole table
+    python -m bench.gpu --out bench/results/gpu.json             # the whole table
     python -m bench.gpu --tokens 2048 --vocabularies 32128        # a part of it
-    python -m bench.gpu --linear --out bench/results/h200-linear.json
-    JAX_PLATFORMS=cpu python -m bench.gpu --what torch --out bench/results/h200-torch.json
+    python -m bench.gpu --linear --out bench/results/gpu-linear.json
+    JAX_PLATFORMS=cpu python -m bench.gpu --what torch --out bench/results/gpu-torch.json
 
 Times are of the device: calls are queued back to back and the queue's time is divided by their
 number, so that a call's launch hides behind the one before it. GB/s counts the floor, two arrays
@@ -31,7 +31,7 @@ from t5patches_kernels.backends import linear
 
 ROUNDS = 7
 ROUND_SECONDS = 0.06
-HEAD = {"tokens": 8192, "vocabulary": 250112, "width": 1024}
+HEAD = {"tokens": 32768, "vocabulary": 250112, "width": 1024}
 
 
 def time_of(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict[str, float]:
@@ -49,6 +49,9 @@ def time_of(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict[str, fl
         wait(out)
         rounds.append(1e3 * (time.perf_counter() - start) / count)
     return {"ms": statistics.median(rounds), "least": min(rounds), "most": max(rounds)}
+
+
+HEAD_TOKENS = 8192  # that are timed: the dense form's logits of all of them fill a card
 
 
 # --- What is compared -----------------------------------------------------------------------------
@@ -160,7 +163,8 @@ def table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The losses on hidden states, by bytes a chunk."""
-    args = common.head_inputs(**HEAD)
+    shape = HEAD | {"tokens": HEAD_TOKENS}
+    args = common.head_inputs(**shape)
     for objective in options.objectives:
         for what in options.what:
             sizes = options.chunk_mib if what != "dense" and options.chunk_mib else [None]
@@ -171,7 +175,10 @@ def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 row = guarded(functools.partial(run_head, what, objective, args))
                 chunk = {} if what == "dense" else {"chunk_mib": linear.GPU_CHUNK_BYTES >> 20}
                 yield (
-                    HEAD | {"dtype": "bfloat16", "objective": objective, "what": what} | chunk | row
+                    shape
+                    | {"dtype": "bfloat16", "objective": objective, "what": what}
+                    | chunk
+                    | row
                 )
 
 

@@ -172,10 +172,79 @@ def gpu_static(result: dict) -> str:
     header = ["", "dense, passes", "XLA form, passes", "dense, TV held", "XLA form, TV held",
               "kernel's registers", "spilled"]  # fmt: skip
     return (
-        "`make bench-gpu-static`: **static, ahead of time, compiled for an H200; not yet\n"
-        "timed on hardware.** Value and gradient, T = 2048, V = 32128: passes over [T, V]\n"
-        "arrays counted in the optimised program, and what it holds; registers and spilled bytes\n"
-        "of the Mosaic GPU kernel.\n" + _measured(result["setting"], header, rows)
+        "`make bench-gpu-static`: **static, ahead of time, compiled for an H200.** Value and\n"
+        "gradient, T = 2048, V = 32128: passes over [T, V] arrays counted in the optimised\n"
+        "program, and what it holds; registers and spilled bytes of the Mosaic GPU kernel.\n"
+        + _measured(result["setting"], header, rows)
+    )
+
+
+def _gpu_table(result: dict, tokens: int) -> str:
+    """What was timed on a card at so many tokens: each program beside the others."""
+    torch = json.loads((common.RESULTS / "gpu-torch.json").read_text())
+    measured = (*result["rows"], *torch["rows"])
+    keys = ("objective", "dtype", "vocabulary", "tokens", "what")
+    found = {tuple(row[k] for k in keys): row for row in measured}
+    names = ("dense", "torch", "xla", "pallas_gpu")
+    rows = []
+    for of in dict.fromkeys(key[:4] for key in found if key[3] == tokens):
+        at = {name: found[*of, name] for name in names if (*of, name) in found}
+        if "pallas_gpu" not in at:
+            continue
+        ours = at["pallas_gpu"]
+        rows.append(
+            [
+                "`{}` {} {}".format(*of),
+                *(f"{at[name]['ms']:.3g}" if name in at else "" for name in names),
+                f"{at['dense']['ms'] / ours['ms']:.1f}",
+                f"{at['xla']['ms'] / ours['ms']:.2f}",
+                f"{ours['gb_per_second'] / result['about']['copy_gb_per_second']:.0%}",
+                *(
+                    f"{at[k]['temporary_bytes'] / 2**20:.1f}"
+                    for k in ("dense", "xla", "pallas_gpu")
+                ),
+            ]
+        )
+    header = ["", "dense, ms", "torch.compile, ms", "XLA form, ms", "kernel, ms",
+              "dense / kernel", "XLA form / kernel", "of a copy's speed",
+              "dense, MiB", "XLA form, MiB", "kernel, MiB"]  # fmt: skip
+    return _measured(result["about"], header, rows)
+
+
+def gpu(result: dict) -> str:
+    """The table of `make bench-gpu`."""
+    about = result["about"]
+    return (
+        "`make bench-gpu`, on an NVIDIA H100: value and gradient of T = 8192 tokens, device time,\n"
+        "median; T5Patches' formula in JAX and by `torch.compile`, the streaming XLA form and the\n"
+        "kernel. Of a copy's speed: two arrays read and one written, in the kernel's time, over a\n"
+        f"device-to-device copy in the same process ({about['copy_gb_per_second']:.0f} GB/s).\n"
+        "MiB: held beyond inputs and outputs.\n" + _gpu_table(result, 8192)
+    )
+
+
+def gpu_fewer_tokens(result: dict) -> str:
+    """More of it."""
+    return "`make bench-gpu`, the same for T = 2048.\n" + _gpu_table(result, 2048)
+
+
+def gpu_linear(result: dict) -> str:
+    """The head's part of `make bench-gpu`."""
+    rows = [
+        [
+            f"`{row['objective']}` {row['what']}",
+            f"{row['ms']:.1f} ({row['least']:.1f}-{row['most']:.1f})",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    of = result["rows"][0]
+    return (
+        f"`make bench-gpu`, hidden states to loss and both gradients, T = {of['tokens']}, "
+        f"D = {of['width']}, V = {of['vocabulary']},\nbfloat16: logits whole (dense), or made in "
+        "chunks of 512 MiB and given to the XLA form or the\nkernel. Milliseconds, median "
+        "(least-most); MiB beyond inputs and outputs.\n"
+        + _measured(result["about"], ["", "ms", "MiB held"], rows)
     )
 
 
@@ -355,6 +424,9 @@ SECTIONS = {
     "tpu_kernels": ("tpu_static", tpu_kernels),
     "tpu_static": ("tpu_static", tpu_static),
     "tpu_linear": ("tpu_linear", tpu_linear),
+    "gpu": ("gpu", gpu),
+    "gpu_fewer_tokens": ("gpu", gpu_fewer_tokens),
+    "gpu_linear": ("gpu-linear", gpu_linear),
     "h200-static": ("h200-static", gpu_static),
     "t5x-step": ("t5x-step", t5x_step),
     "t5x-step-static": ("t5x-step-static", t5x_step_static),

@@ -10,29 +10,33 @@ import re
 import jax
 from jax._src.mesh import AbstractDevice  # not public yet; `AbstractMesh` takes one
 
-# The facts XLA asks about a card: NVIDIA's figures for an H200.
-_H200 = """
+# The facts XLA asks about a card, by NVIDIA's figures.
+_HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
+  device_vendor: "NVIDIA Corporation" name: "{name}"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
+device_description_str: "{name}"
 """
+_CARDS = {
+    "H100": {"name": "NVIDIA H100 80GB HBM3", "memory": 85899345920, "bandwidth": 3352320000000},
+    "H200": {"name": "NVIDIA H200", "memory": 151397597184, "bandwidth": 4800000000000},
+}
 
 
 @functools.cache
-def device() -> jax.Device | str:
-    """A compile-only H200, or why there is none."""
+def device(card: str = "H200") -> jax.Device | str:
+    """A compile-only card, or why there is none."""
     try:
         import jax_plugins.xla_cuda13  # noqa: F401
     except ImportError:
@@ -40,8 +44,11 @@ def device() -> jax.Device | str:
     from jax.experimental import topologies
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    config = _HOPPER
+    for key, value in _CARDS[card].items():
+        config = config.replace(f"{{{key}}}", str(value))
     description = topologies.get_topology_desc(
-        platform="cuda", target_config=_H200, topology="1x1x1"
+        platform="cuda", target_config=config, topology="1x1x1"
     )
     return description.devices[0]
 

@@ -89,7 +89,7 @@ def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
 
     Two blocks share an SM, so that one computes while the other waits; of rows of two float32
     logits one has an SM alone, as then it holds most of T5's row and two hold a third of theirs (on
-    an H100 a quarter faster; three or four blocks, or wider pieces, were slower throughout).
+    an H100 a quarter faster; what else was tried stands in bench/README.md).
 
     Args:
       columns: entries of a row.

@@ -426,27 +426,27 @@ class _Entries(Tile):
         self.maxima = {m: x for m, x in own.items() if m not in reference}
         super().__init__(z, r, own | reference, smoothing)
 
-    def _own(self, of: str | None) -> bool:
+    def _own(self, of: str) -> bool:
         """Whether entries are relative to themselves: masked or not is all there is to them."""
-        return of is None or MAXIMUM.get(of) in self.maxima
-
-    def _present(self, of: str | None, then: float, otherwise: float) -> Array:
-        logits = self._logits[of or "z"]
-        yes, no = (jnp.asarray(x, logits.dtype) for x in (then, otherwise))
-        return jnp.where(logits > FLOOR, yes, no)
+        return MAXIMUM.get(of) in self.maxima
 
     def weight(self, of: str | None) -> Array:
-        if not self._own(of):
+        if of is None or not self._own(of):
             return super().weight(of)
-        return self.part_or(("weight", of), lambda: self._present(of, 1.0, 0.0))
+        # Not by a comparison: on an H100 XLA stored that for the other sums. 1e-20 times what is
+        # between `FLOOR` and the next float32 above it is more than 1.
+        above = 1e-20 * (self.maxima[MAXIMUM[of]] - FLOOR)
+        return self.part_or(("weight", of), lambda: jnp.clip(above, 0.0, 1.0))
 
     def value(self, of: str) -> Array:
         if not self._own(of):
             return super().value(of)
-        return self.part_or(("value", of), lambda: self._present(of, 0.0, FLOOR))
+        logits = self._logits[of]
+        none, masked = (jnp.asarray(x, logits.dtype) for x in (0.0, FLOOR))
+        return self.part_or(("value", of), lambda: jnp.where(logits > FLOOR, none, masked))
 
     def product(self, sum_: Sum) -> Array:
-        if sum_.value == (sum_.weight or "z") and self._own(sum_.value):
+        if sum_.value and sum_.value == (sum_.weight or "z") and self._own(sum_.value):
             return jnp.zeros_like(self._logits[sum_.value])
         return super().product(sum_)
 
