@@ -101,7 +101,8 @@ def tpu_static(result: dict) -> str:
         "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the\n"
         "time of a block's instructions over that of its copies: below 1 the kernel is at the\n"
         "memory roofline. After it the least that these instructions need, the busiest unit of\n"
-        "the core never idle. Blocks without edits; the last column: what 32 edits on 4% of\n"
+        "the core never idle. Kept: a block of kept tokens only, where others have one that is\n"
+        "pushed down. Blocks without edits; the last column: what 32 edits on 4% of\n"
         "tokens add to the instructions of one edit on each of those. In parentheses: with logits\n"
         "that are the program's arguments, which XLA copies where V is not a multiple of 128.\n"
         "Clocks and bandwidths as published or assumed; no stalls counted; tpu7x has no published\n"
@@ -127,7 +128,8 @@ def _ratio(row: dict | None) -> str:
     if "ratio" not in row:
         return f"{row['cycles']:.0f} cycles"
     least = f" ≥ {row['least_ratio']:.2f}" if "least_ratio" in row else ""
-    return f"{row['ratio']:.2f}{least}"
+    kept = row.get("kept_over_pushed")
+    return f"{row['ratio']:.2f}{least}" + (f", kept {kept * row['ratio']:.2f}" if kept else "")
 
 
 def tpu_linear(result: dict) -> str:

@@ -26,9 +26,12 @@ sums (3 for each exponential, with its difference and its scaling to base 2, and
 second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum,
 and what the gradient needs of it); 3.5 for the gradient and its rounding: 23.5 where it was 27.5
 with a sum for what kept tokens need and one for the others. The matrix unit, which could convert,
-wants the rows in another order: to change it takes as many instructions. (To
-sum the reference before the model, which takes the logarithm out of a look of its own, was 13%
-faster for `tnrll` on v5e, 9% slower on v6e and 2% on v4.)
+wants the rows in another order: to change it takes as many instructions. (To sum the reference
+before the model, which takes the logarithm out of a look of its own, was 13% faster for `tnrll` on
+v5e, 9% slower on v6e and 2% on v4.)
+
+"kept" is what a block of kept tokens only takes, over one in which a token is pushed down: of
+`tnrf` and `tnrll` the former has no use for the logarithm, and goes another way.
 
 "masked" is what a block takes that is done again with care over what it takes, for blocks with
 masked entries elsewhere than in the last 128 columns of the row.
@@ -157,21 +160,26 @@ def least_cycles(found: Schedule, path: collections.Counter[int]) -> float:
     return total
 
 
-def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int]:
+def path_of(
+    found: Schedule, steps: int, phases: int, second: bool = False
+) -> collections.Counter[int]:
     """The bundles that a window of rows without edits, masks and NaN goes through, how often.
 
     Args:
       found: the kernel's branches.
       steps: the steps of a sweep.
       phases: how often the kernel goes over the windows. The widest branches skip a phase each.
+      second: which of two ways a block takes.
     """
     if phases == 1:
-        return _walk(found, steps, None)
+        return _walk(found, steps, None, second)
     widest = sorted(found.skips, key=lambda a: a - found.skips[a])[:phases]
-    return sum((_walk(found, steps, phase) for phase in widest), collections.Counter())
+    return sum((_walk(found, steps, phase, second) for phase in widest), collections.Counter())
 
 
-def _walk(found: Schedule, steps: int, entered: int | None) -> collections.Counter[int]:
+def _walk(
+    found: Schedule, steps: int, entered: int | None, second: bool
+) -> collections.Counter[int]:
     """The bundles of one step of the grid; the branch at `entered` is not taken."""
     seconds: set[int] = set()  # of pairs
     for first, to in sorted(found.skips.items()):
@@ -185,7 +193,8 @@ def _walk(found: Schedule, steps: int, entered: int | None) -> collections.Count
             total.update(dict.fromkeys(range(found.loops[at], at + 1), steps - 1))
         to = found.skips.get(at, at + 1)
         first = to in seconds and at not in seconds
-        at = at + 1 if first or at == entered else to
+        on = first or at == entered  # the other way begins behind the branch that ends this one
+        at = to + 1 if first and second else at + 1 if on else to
     return total
 
 
@@ -286,6 +295,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
                 "phases": call.phases,
                 "edited": call.edits > 0,
+                "either": call.either is not None,
                 "arrays": 1 + len(reference) + call.makes_gradient + call.again,
             }
             for stage, call in calls.items()
@@ -345,6 +355,9 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     if "visit" in took and visit["phases"] == 1:  # else what only some blocks need is in each phase
         again = again_cycles(took["visit"], visit["careful_steps"])
         facts["masked_over_unmasked"] = 1 + again / compute
+        if visit["either"]:
+            kept = path_of(took["visit"], visit["steps"], 1, second=True)
+            facts["kept_over_pushed"] = kept.total() / compute
         if visit["edited"]:
             one, many = (edits_cycles(took["visit"], visit["rows"], each) for each in (1, 32))
             facts["cycles_of_32_edits_over_1"] = round(many - one)

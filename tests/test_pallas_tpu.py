@@ -60,6 +60,16 @@ def test_sets_of_edits(name, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, 257, edits=5))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["tnrf", "tnrf-divergence", "tnrll"])
+def test_blocks_of_kept_tokens(name, dtype):
+    """They have a look of their own, beside blocks that have not."""
+    b = batch(6, 257, dtype=dtype)
+    kept = np.arange(len(b.weights)) >= 16
+    b = b._replace(weights=np.where(kept, np.abs(b.weights), b.weights))
+    assert_as_good_as_dense(name, NAME, b, dtype)
+
+
 def test_few_rows_have_edits():
     """Lists of edits are passed over where they are empty, and blocks without any."""
     b = batch(5, 257, edits=5)
@@ -78,8 +88,10 @@ def test_sizes(name, size, dtype):
 
 
 @pytest.mark.usefixtures("_fresh_programs")
-@pytest.mark.parametrize("name", ["tnff", "tnrll"])
-def test_a_padded_vocabulary_is_not_done_twice(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "other"), [("tnff", -1.0), ("tnrll", -1.0), ("tnrll", 1.0), ("tnrf", 1.0)]
+)
+def test_a_padded_vocabulary_is_not_done_twice(name, other, monkeypatch):
     """Masks in the last 128 columns are no reason to do a block again; elsewhere they are."""
     honest = pallas_tpu._Block.work
 
@@ -91,7 +103,7 @@ def test_a_padded_vocabulary_is_not_done_twice(name, monkeypatch):
 
     def gradient(masked):
         z, r = (x.at[:, masked].set(-jnp.inf) for x in logits)
-        y, w = jnp.arange(8), jnp.array([1.0, -1.0] * 4)
+        y, w = jnp.arange(8), jnp.array([1.0, other] * 4)
         return jax.grad(lambda z: LOSSES[name](z, r, y, w, implementation=NAME).loss.sum())(z)
 
     monkeypatch.setattr(pallas_tpu._Block, "work", spoilt)

@@ -98,6 +98,7 @@ class Sum(NamedTuple):
 
 
 SUMS: Mapping[str, Sum] = {
+    "zs": Sum("z", "ratio"),  # before "s": that takes the weight as this has made it
     "s": Sum("z", None),
     "pz": Sum("z", "z"),
     "pr": Sum("z", "r"),
@@ -106,7 +107,6 @@ SUMS: Mapping[str, Sum] = {
     "qr": Sum("r", "r"),
     "sum_z": Sum(None, "z"),
     "n": Sum(None, None),
-    "zs": Sum("z", "ratio"),
     "ss": Sum("s", None),
     "sz": Sum("s", "z"),
     "sr": Sum("s", "ratio"),
@@ -174,6 +174,7 @@ class Tile:
         *,
         known: Parts | None = None,
         unmasked: bool = False,
+        pushed: bool = True,
         functions: Functions = _XLAS,
     ):
         """A tile.
@@ -186,11 +187,13 @@ class Tile:
           known: weights and values that an earlier look has computed; what is computed here is
             added to it.
           unmasked: whether the caller knows every entry of the model to be above `FLOOR`.
+          pushed: False where the caller knows that the rows are of kept tokens only.
           functions: what entries go through.
         """
         self.row = row
         self.smoothing = smoothing
         self.functions = functions
+        self.pushed = pushed
         self._unmasked = unmasked
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._cache: Parts = {} if known is None else known
@@ -226,7 +229,8 @@ class Tile:
             return self.part_or(("weight", of), lambda: self.weight("r") + self.weighed(None, even))
 
         def power() -> Array:  # exp(-1e30) is 0, so that a value is clamped changes nothing here
-            value = self.value("z") if of == "z" else self.functions.scaled(self._nats(of))
+            known = self._cache.get(("value", of))
+            value = self.functions.scaled(self._nats(of)) if known is None else known
             return self.functions.exp(value)
 
         return self.part_or(("weight", of), power)
@@ -246,12 +250,16 @@ class Tile:
             return x
         return jnp.where(self._logits["z"] > FLOOR, x, jnp.zeros_like(x))  # 0 * FLOOR is not small
 
+    def _reverse(self) -> Array:
+        self.value("z")  # first, as then the weight is made from it
+        return self.weight("z") * self.value("ratio")
+
     def product(self, sum_: Sum) -> Array:
         """What a sum adds up."""
         if sum_.value is None:
             return self.weight(sum_.weight)
         if sum_ == SUMS["zs"]:
-            return self.part_or(PRODUCT, lambda: self.weight("z") * self.value("ratio"))
+            return self.part_or(PRODUCT, self._reverse)
         return self.weighed(sum_.weight, self.value(sum_.value))
 
 
@@ -374,8 +382,11 @@ def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None
 
 def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
     """What the sum of `either` adds up, and the column that the gradient has of it."""
-    pushed = tile.row["w"] < 0
     kept = tile.weight(either.weight)
+    if not tile.pushed:
+        value = tile.value("ratio" if either.kept == "sqr" else "z")
+        return tile.weighed(either.weight, value), kept
+    pushed = tile.row["w"] < 0
     # Before the logarithm: v4's compiler makes 5% more of this look of the other order.
     weight = jnp.where(pushed, tile.weight("z"), kept)
     log_mass = tile.log_mass()
