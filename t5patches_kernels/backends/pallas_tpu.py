@@ -203,6 +203,7 @@ class _Block:
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
         refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
         self.there: list[Part] = []  # the parts that are in their place
+        self.targets_logits: Numbers = {}  # by lane: they cross the lanes with the first sums
         # Without sums that show them, masked entries have to be expected.
         self.careful = not (call.looks_first and call.shows_masks)
         self.pushed = True  # a row's token may be pushed down
@@ -313,9 +314,9 @@ class _Block:
         return pl.multiple_of(self.refs["ids"][0, 0, i], LANES)
 
     def own_logits(self) -> Numbers:
-        """The targets' logits ``[R, 1]``, 0 where there is none."""
+        """The targets' logits, each in its lane, and 0 in the others."""
         source = {"zy": "z", "ry": "z" if self.call.reference == "self" else "r"}
-        return statistics.row_sums({name: self.own(source[name]) for name in self.call.own})
+        return {name: self.own(source[name]) for name in self.call.own}
 
     def own(self, of: str) -> Array:
         """The targets' entries of some logits, each in its lane, and 0 in the others."""
@@ -366,14 +367,12 @@ class _Block:
         """Makes the copies, and reads what comes in row by row; takes maxima, targets' logits."""
         top = self.copy("zr" if self.call.reference else "z")
         self.read_rows()
-        numbers = statistics.maxima(top["m"], top.get("rm"))
-        if self.call.looks_first:
-            numbers |= self.own_logits()
-        numbers = self.spread(numbers)
         if self.call.plan.private:
-            whole = lambda top: self.spread({"rm": statistics.row_max(top)})["rm"]  # noqa: E731
-            numbers["rm"] = self.changed(numbers["rm"], whole)
-        self.numbers = numbers | self.numbers
+            top["rm"] = self.changed(top["rm"])
+        # Behind that branch: the targets' logits are read while the maxima cross the lanes.
+        self.numbers = self.spread(statistics.maxima(top["m"], top.get("rm"))) | self.numbers
+        if self.call.looks_first:
+            self.targets_logits = self.own_logits()
 
     def copy(self, rows: str) -> Numbers:
         """Makes the copies there are to be of some windows; returns the maxima by lane."""
@@ -458,8 +457,8 @@ class _Block:
         names = self.names & statistics.SUMS.keys() - set(self.call.either or ())
         parts = tuple(p for p in self.call.plan.kept if p not in LATE and p not in self.there)
         terms = partial(statistics.terms, parts=parts)
-        sums = statistics.row_sums(self.look(terms, row, names, parts))
-        return self.spread(statistics.in_nats(sums, FUNCTIONS))
+        lanes = self.look(terms, row, names, parts) | self.targets_logits
+        return self.spread(statistics.in_nats(statistics.row_sums(lanes), FUNCTIONS))
 
     def second_look(self, row: Numbers) -> Numbers:
         """The sums that need the rows' normalisers."""
