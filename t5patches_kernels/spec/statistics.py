@@ -295,6 +295,8 @@ def first_look(
     if either is not None and w is not None:
         tops |= either.first(tops | {"w": w})
     tile = Tile(z, r, tops, functions=functions)
+    if names & SECOND_LOOK.keys():
+        tile.value("z")  # the weight is made as the second look makes it: XLA computes it once
     return tops | row_sums(terms(tile, names - SECOND_LOOK.keys() - set(either or ())))
 
 
@@ -387,13 +389,13 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
         value = tile.value("ratio" if either.kept == "sqr" else "z")
         return tile.weighed(either.weight, value), kept
     pushed = tile.row["w"] < 0
+    value = tile.value("z")  # first, as then the weight is made from it
     # Before the logarithm: v4's compiler makes 5% more of this look of the other order.
     weight = jnp.where(pushed, tile.weight("z"), kept)
     log_mass = tile.log_mass()
     if either.kept == "sqz":
         log_mass = jnp.where(pushed, log_mass, jnp.zeros_like(log_mass))
-    ratio = tile.value("z") - log_mass
-    product = weight * ratio
+    product = weight * (value - log_mass)
     return product, jnp.where(pushed, product, weight)
 
 
