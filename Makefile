@@ -97,8 +97,7 @@ bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any ma
 
 bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json
-	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --linear --objectives tnff \
-		--what dense xla --out bench/results/gpu-linear.json
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --linear --out bench/results/gpu-linear.json
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu --what torch --tokens 2048 8192 \
 		--vocabularies 32128 250112 --out bench/results/gpu-torch.json
 

@@ -16,13 +16,10 @@ import re
 
 from bench import common
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
-from bench.tpu_static import CORES
+from bench.tpu_static import CORES, PUSHED
 from bench.tutorial import COMMANDS
 
 DOCUMENTS = (common.RESULTS.parent.parent / "README.md", common.RESULTS.parent / "README.md")
-
-
-PUSHED = 0.04  # of the tokens, as is typical
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -66,6 +66,7 @@ from typing import Any, NamedTuple
 HERE = pathlib.Path(__file__).parent
 OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
 TOKENS = 2048
+PUSHED = 0.04  # of the tokens, as is typical
 
 
 class Core(NamedTuple):
@@ -160,27 +161,27 @@ def least_cycles(found: Schedule, path: collections.Counter[int]) -> float:
     return total
 
 
-def path_of(
-    found: Schedule, steps: int, phases: int, second: bool = False
-) -> collections.Counter[int]:
+def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int]:
     """The bundles that a window of rows without edits, masks and NaN goes through, how often.
 
     Args:
       found: the kernel's branches.
       steps: the steps of a sweep.
       phases: how often the kernel goes over the windows. The widest branches skip a phase each.
-      second: which of two ways a block takes.
     """
     if phases == 1:
-        return _walk(found, steps, None, second)
+        return _walk(found, steps, None)
     widest = sorted(found.skips, key=lambda a: a - found.skips[a])[:phases]
-    return sum((_walk(found, steps, phase, second) for phase in widest), collections.Counter())
+    return sum((_walk(found, steps, phase) for phase in widest), collections.Counter())
 
 
 def _walk(
-    found: Schedule, steps: int, entered: int | None, second: bool
+    found: Schedule, steps: int, entered: int | None, second: bool = False
 ) -> collections.Counter[int]:
-    """The bundles of one step of the grid; the branch at `entered` is not taken."""
+    """The bundles of one step of the grid; the branch at `entered` is not taken.
+
+    Of pairs it is the first of the two ways that is taken, or the second.
+    """
     seconds: set[int] = set()  # of pairs
     for first, to in sorted(found.skips.items()):
         if first not in seconds and to in found.skips:
@@ -209,7 +210,7 @@ def again_cycles(found: Schedule, steps: int) -> int:
     return to - first - 1 + sum((last - a + 1) * (steps - 1) for a, last in inside)
 
 
-def edits_cycles(found: Schedule, rows: int, each: int, share: float = 0.04) -> float:
+def edits_cycles(found: Schedule, rows: int, each: int, share: float = PUSHED) -> float:
     """The bundles that the lists of edits take in a block, where a share of tokens has any.
 
     The first branch after the first sweep skips the edits and the maxima of what they have changed.
@@ -356,7 +357,7 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         again = again_cycles(took["visit"], visit["careful_steps"])
         facts["masked_over_unmasked"] = 1 + again / compute
         if visit["either"]:
-            kept = path_of(took["visit"], visit["steps"], 1, second=True)
+            kept = _walk(took["visit"], visit["steps"], None, second=True)
             facts["kept_over_pushed"] = kept.total() / compute
         if visit["edited"]:
             one, many = (edits_cycles(took["visit"], visit["rows"], each) for each in (1, 32))

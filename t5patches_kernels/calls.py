@@ -241,15 +241,14 @@ def call(
       dimensions.
     """
     op = Operation(c, vocab_axis, inputs.head, _is_intermediate(inputs.model[0]))
-    given = Operands(inputs.model, inputs.reference)
-    implementation = dispatch.choose(implementation, op, given)
-    lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
-    # No rows: nothing to stream.
-    implementation = implementation if math.prod(lead) else "reference"
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
     )
+    implementation = dispatch.choose(implementation, op, operands)
+    lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
+    # No rows: nothing to stream.
+    implementation = implementation if math.prod(lead) else "reference"
     tokens = jax.lax.stop_gradient(_per_token(inputs, targets, weights, edits))
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it

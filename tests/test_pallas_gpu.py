@@ -28,7 +28,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "_WIDE", 128)
     monkeypatch.setattr(pallas_gpu, "_PIECES", 4)
     monkeypatch.setattr(pallas_gpu, "_SHARED_BYTES", 12 << 10)
-    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2, 1)
+    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2)
 
 
 def some_rows(b: Batch) -> Batch:

@@ -76,7 +76,6 @@ class Plan:
     pieces: int
     chunks: int
     slots: int
-    blocks: int  # that share an SM
 
     @property
     def chunk(self) -> int:
@@ -98,10 +97,10 @@ def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
     lanes = _WIDE if columns >= _WIDE else _THREADS
     pieces = min(_PIECES, columns // lanes)
     chunks = pl.cdiv(columns, lanes * pieces)
-    blocks = 2 if sum(itemsizes) <= 4 else 1
+    blocks = 2 if sum(itemsizes) <= 4 else 1  # that share an SM
     room = _SHARED_BYTES // blocks - _OWN_BYTES
     budget = room // (lanes * pieces) - _OUT_SLOTS * itemsizes[0]
-    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))), blocks)
+    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -388,13 +388,8 @@ class _Block:
         self.there += [("copy", of) for of in copies]
         return self.sweep(sorted(set(windows.values())), body, least, jnp.maximum)
 
-    def changed(self, top: Array, of_lanes: Callable[[Array], Array] = lambda top: top) -> Array:
-        """Edits the copy of the reference; returns its maxima, from those it had.
-
-        Args:
-          top: the maxima it had.
-          of_lanes: makes such maxima of those by lane.
-        """
+    def changed(self, top: Array) -> Array:
+        """Edits the copy of the reference; returns its maxima by lane, from those it had."""
         first = self.refs["ids"][0, 0, self.call.plan.rows]
         copy = ("copy", "r")
 
@@ -402,7 +397,7 @@ class _Block:
             self.edit(first)
             least = {"rm": self.full(FLOOR)}
             found = self.sweep([copy], lambda x, edge: ({"rm": x[copy]}, {}), least, jnp.maximum)
-            return of_lanes(found["rm"])
+            return found["rm"]
 
         return jax.lax.cond(first < self.call.lists, edited, lambda: top)
 
@@ -476,13 +471,12 @@ class _Block:
             return found
 
         if either is None or self.careful:
-            sums = statistics.row_sums(look(True))
+            found = look(True)
         else:  # most tokens are kept, and their sum takes half as long
             ids = self.refs["ids"]
             any_pushed = ids[0, 0, ids.shape[2] - 1] > 0
-            sums = statistics.row_sums(
-                jax.lax.cond(any_pushed, partial(look, True), partial(look, False))
-            )
+            found = jax.lax.cond(any_pushed, partial(look, True), partial(look, False))
+        sums = statistics.row_sums(found)
         return self.spread(statistics.finish_second(sums, row, either, FUNCTIONS))
 
     def gradient(self, row: Numbers, by: Numbers) -> None:
@@ -718,7 +712,7 @@ def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Arra
 
 
 def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
-    """What the kernel reads entry by entry: targets' groups, edits; ``[windows, 1, n]`` each."""
+    """What the kernel reads entry by entry ``[windows, 1, n]``: targets' groups, edits, a flag."""
 
     def by_block(x: Array, fill: float) -> Array:
         pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)

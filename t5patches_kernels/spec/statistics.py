@@ -250,16 +250,17 @@ class Tile:
             return x
         return jnp.where(self._logits["z"] > FLOOR, x, jnp.zeros_like(x))  # 0 * FLOOR is not small
 
-    def _reverse(self) -> Array:
-        self.value("z")  # first, as then the weight is made from it
-        return self.weight("z") * self.value("ratio")
+    def weight_of_ratio(self) -> Array:
+        """The model's weight where its value is needed too: one is made from the other."""
+        self.value("z")
+        return self.weight("z")
 
     def product(self, sum_: Sum) -> Array:
         """What a sum adds up."""
         if sum_.value is None:
             return self.weight(sum_.weight)
         if sum_ == SUMS["zs"]:
-            return self.part_or(PRODUCT, self._reverse)
+            return self.part_or(PRODUCT, lambda: self.weight_of_ratio() * self.value("ratio"))
         return self.weighed(sum_.weight, self.value(sum_.value))
 
 
@@ -296,7 +297,7 @@ def first_look(
         tops |= either.first(tops | {"w": w})
     tile = Tile(z, r, tops, functions=functions)
     if names & SECOND_LOOK.keys():
-        tile.value("z")  # the weight is made as the second look makes it: XLA computes it once
+        tile.weight_of_ratio()  # as the second look makes it: XLA computes it once
     return tops | row_sums(terms(tile, names - SECOND_LOOK.keys() - set(either or ())))
 
 
@@ -389,13 +390,12 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
         value = tile.value("ratio" if either.kept == "sqr" else "z")
         return tile.weighed(either.weight, value), kept
     pushed = tile.row["w"] < 0
-    value = tile.value("z")  # first, as then the weight is made from it
     # Before the logarithm: v4's compiler makes 5% more of this look of the other order.
-    weight = jnp.where(pushed, tile.weight("z"), kept)
+    weight = jnp.where(pushed, tile.weight_of_ratio(), kept)
     log_mass = tile.log_mass()
     if either.kept == "sqz":
         log_mass = jnp.where(pushed, log_mass, jnp.zeros_like(log_mass))
-    product = weight * (value - log_mass)
+    product = weight * (tile.value("z") - log_mass)
     return product, jnp.where(pushed, product, weight)
 
 
