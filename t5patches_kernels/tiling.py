@@ -61,47 +61,62 @@ def by_platform(
 
 
 def for_row_blocks(
-    body: Callable[[Any, Array], tuple[Any, Any]], inputs: Any, rows: int, block: int
-) -> tuple[Any, Any]:
+    body: Callable[[Any, Any, Array], tuple[Any, Any, Any]],
+    inputs: Any,
+    rows: int,
+    block: int,
+    spent: Any = (),
+) -> tuple[Any, Any, Any]:
     """Runs `body` on blocks of rows and puts the blocks of its results together.
 
     The last block of a ragged number of rows is moved back to end with the last row, so that every
     block has the same shape: it overlaps the one before it.
 
     Args:
-      body: ``(block of inputs, fresh) -> (rowwise, summed)``. ``fresh`` ``[block]`` is false for
-        the rows that an earlier block has had: they must not enter `summed` again.
+      body: ``(block of inputs, block of spent, fresh) -> (rowwise, instead, summed)``. ``fresh``
+        ``[block]`` is false for the rows that an earlier block has had: they must not enter
+        `summed` again, and what stands for them in `spent` is a result already.
       inputs: arrays whose first dimension is `rows`.
       rows: the number of rows.
       block: rows a block, at least 1.
+      spent: arrays like `inputs`, whose place `instead` takes, of the same shapes and dtypes.
+        Where nobody else reads them, no memory is needed for the results.
 
     Returns:
-      `rowwise` with `rows` rows, `summed` added over the blocks.
+      `rowwise` and `instead` with `rows` rows, `summed` added over the blocks.
     """
     if rows <= block:
-        return body(inputs, jnp.ones((rows,), jnp.bool_))
+        return body(inputs, spent, jnp.ones((rows,), jnp.bool_))
 
-    count = -(-rows // block)
+    count, ragged = -(-rows // block), rows % block > 0
 
-    def at(step):
+    def cut(x, start):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), x)
+
+    def of_block(step, spent):
         start = jnp.minimum(step * block, rows - block)
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), inputs)
-        return start, body(part, start + jnp.arange(block) >= step * block)
+        fresh = start + jnp.arange(block) >= step * block
+        return start, fresh, body(cut(inputs, start), cut(spent, start), fresh)
 
-    rowwise, summed = jax.eval_shape(lambda: at(jnp.int32(0))[1])
+    *_, (rowwise, _, summed) = jax.eval_shape(lambda: of_block(jnp.int32(0), spent))
     whole = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), rowwise)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
-    carry = vary_like((whole, zero), (rowwise, summed))
+    whole, zero = vary_like((whole, zero), (rowwise, summed))
 
     def step(i, carry):
-        whole, total = carry
-        start, (part, more) = at(i)
-        whole = jax.tree.map(
-            lambda x, p: jax.lax.dynamic_update_slice_in_dim(x, p, start, 0), whole, part
-        )
-        return whole, jax.tree.map(jnp.add, total, more)
+        done, total = carry
+        start, fresh, (*made, more) = of_block(i, done[1])
 
-    return jax.lax.fori_loop(0, count, step, carry)
+        def put(x, new):
+            if ragged:
+                again = jnp.expand_dims(~fresh, range(1, x.ndim))
+                new = jnp.where(again, cut(x, start), new)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+        return jax.tree.map(put, done, tuple(made)), jax.tree.map(jnp.add, total, more)
+
+    done, total = jax.lax.fori_loop(0, count, step, ((whole, spent), zero))
+    return *done, total
 
 
 def folding(f: Callable) -> Callable:

@@ -107,7 +107,7 @@ def _chunked(
     assert op.head is not None
     head = op.head
 
-    def body(block, fresh):
+    def body(block, spent, fresh):
         hidden, ref_hidden, tokens, numbers, by = block
         reference = (
             [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
@@ -115,16 +115,16 @@ def _chunked(
         logits = Operands((logits_of(hidden, kernel, head),), tuple(reference))
         out = driver(op, stage, logits, tokens, numbers, by)
         if out.gradient is None:
-            return out, None
+            return out, spent, None
         once = jnp.where(fresh[:, None], hidden, jnp.zeros_like(hidden))
         dh, dw = _pull(out.gradient[0], once, kernel, head)
-        return Result(out.numbers, (dh,)), dw
+        return Result(out.numbers, (dh,)), spent, dw
 
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, numbers, by)
     block = chunk_rows(rows, columns, chunk_bytes)
-    out, dw = tiling.for_row_blocks(body, inputs, rows, block)
+    out, _, dw = tiling.for_row_blocks(body, inputs, rows, block)
     if out.gradient is None:
         return out
     return Result(out.numbers, (out.gradient[0].astype(hidden.dtype), dw))

@@ -29,6 +29,6 @@ def run(
     return tiling.by_platform(
         (operands, tokens, numbers, by),
         gpu=partial(xla_gpu.run, op, stage),
-        tpu=partial(xla.run, Functions(), op, stage),
-        default=partial(xla.run, cpu_functions.FUNCTIONS, op, stage),
+        tpu=partial(xla.run, xla.Form(Functions(), whole=False), op, stage),
+        default=partial(xla.run, xla.Form(cpu_functions.FUNCTIONS, whole=True), op, stage),
     )

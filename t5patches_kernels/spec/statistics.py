@@ -52,6 +52,7 @@ tiles ``[R, C]``.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -290,9 +291,13 @@ def first_look(
     functions: Functions = _XLAS,
     either: Either | None = None,
     w: Array | None = None,
+    known: Mapping[str, Array] = types.MappingProxyType({}),
 ) -> Numbers:
-    """The maxima of a tile and its sums among `names`, but for those that are left to `either`."""
-    tops = maxima(z, r)
+    """The maxima of a tile and its sums among `names`, but for those that are left to `either`.
+
+    Maxima may be among what is `known`.
+    """
+    tops = {m: known.get(m, x) for m, x in maxima(z, r).items()}
     if either is not None and w is not None:
         tops |= either.first(tops | {"w": w})
     tile = Tile(z, r, tops, functions=functions)
