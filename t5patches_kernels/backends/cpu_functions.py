@@ -50,7 +50,7 @@ def exp(x: Array) -> Array:
     """``e^x`` for float32 `x` of at most 0; exactly 0 below -87; NaN for NaN."""
     n = jax.lax.round(x * (1 / math.log(2)), jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     rest = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    mantissa = _polynomial(_EXP, rest) * (rest * rest) + rest + 1.0
+    mantissa = _polynomial((*_EXP, 1.0, 1.0), rest)
     # Added to this, n is the lowest bits of the sum: no conversion, which would see to overflow.
     power = jax.lax.shift_left(_bits(n + 1.5 * 2**_MANTISSA_BITS), jnp.int32(_MANTISSA_BITS))
     return jnp.where(x < _LEAST_EXPONENT, 0.0, _float(_bits(mantissa) + power))
