@@ -262,11 +262,13 @@ class _Block:
         body: Callable[[Group, bool], tuple[Numbers, Group]],
         total: Numbers,
         join: Callable[[Array, Array], Array] = jnp.add,
+        short_rest: bool = False,
     ) -> Numbers:
         """Calls ``body(read, edge) -> (terms, written)`` on each group of 128 columns.
 
         At the `edge` there may be columns beyond the row among them, masked. Returns `total` with
-        all terms joined to it, those of a step first: shorter sums round less.
+        all terms joined to it, those of a step first: shorter sums round less. With `short_rest`
+        the steps of the loop are longer, and leave less to the one after it.
         """
 
         def joined(a: Numbers, b: Numbers) -> Numbers:
@@ -285,19 +287,30 @@ class _Block:
                     ref[:, columns] = x.astype(ref.dtype)
                 written.clear()
 
+            def choose(name: Any, g: int, x: statistics.Choice) -> None:
+                # A store under a mask is no arithmetic, of which a second look has the most.
+                ref = self.refs[name].at[:, self.at(name, start, groups)]
+                columns = slice(g * LANES, (g + 1) * LANES)
+                ref[:, columns] = x.kept
+                pltpu.store(ref.at[:, columns], x.pushed, mask=x.is_pushed)
+
             for g in range(groups):
                 here = {name: x[g] for name, x in wide.items()}
                 more, out = body(here, g >= groups - edge)
                 terms = joined(terms, more)
                 for name, x in out.items():
-                    written.setdefault(name, []).append(x)
+                    if isinstance(x, statistics.Choice):
+                        choose(name, g, x)
+                    else:
+                        written.setdefault(name, []).append(x)
                 if len(out) > 1 or (g + 1) % _STORED == 0:
                     store(g + 1)
             store(groups)
             return joined(total, terms)
 
-        width, edge = self.unroll, self.call.edge
-        steps = (self.call.groups - edge) // width
+        edge = self.call.edge
+        steps = (self.call.groups - edge) // self.unroll
+        width = (self.call.groups - edge) // steps if steps and short_rest else self.unroll
         rest = self.call.groups - steps * width  # in one step with the edge: alone it would wait
 
         def full_step(i: Array, total: Numbers) -> Numbers:
@@ -427,6 +440,7 @@ class _Block:
         names: frozenset[str],
         parts: tuple[Part, ...],
         sums: Numbers | None = None,
+        short_rest: bool = False,
     ) -> Numbers:
         """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
         reads, split = self.reading()
@@ -439,7 +453,7 @@ class _Block:
             return more, {part: known[part] for part in parts}
 
         start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
-        sums = self.sweep(reads, body, start)
+        sums = self.sweep(reads, body, start, short_rest=short_rest)
         if "n" in names and not self.careful:
             sums["n"] += self.call.groups - self.call.edge
         place = self.call.plan.place
@@ -463,10 +477,13 @@ class _Block:
         parts = tuple(p for p in self.call.plan.kept if p in LATE)
         there = self.there
 
+        # Behind the loop v4's compiler takes a third more bundles to store choices, and spills.
+        chooses = either is not None and bool(either.weight)
+
         def look(pushed: bool) -> Numbers:
             self.there, self.pushed = there, pushed
             terms = lambda tile, _: statistics.second_terms(tile, names, either)  # noqa: E731
-            found = self.look(terms, row, summed, parts)
+            found = self.look(terms, row, summed, parts, short_rest=chooses and pushed)
             self.pushed = True
             return found
 

@@ -54,13 +54,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 Numbers = dict[str, Array]  # name -> [R, 1]
+_T = TypeVar("_T")
 
 # At or below this a logit is masked. Finite, so that a product with 0 is 0.
 FLOOR = -1e30
@@ -157,7 +158,7 @@ class Either(NamedTuple):
 
 
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
-Parts = dict[tuple[str, str | None], Array]
+Parts = dict[tuple[str, str | None], Any]  # [R, C], but for what is still a `Choice`
 # Of the two factors of "zs"; and of an `Either`, what the gradient has of it.
 PRODUCT = ("product", "ratio")
 EITHER = ("either", None)
@@ -199,7 +200,7 @@ class Tile:
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._cache: Parts = {} if known is None else known
 
-    def part_or(self, key: tuple[str, str | None], compute: Callable[[], Array]) -> Array:
+    def part_or(self, key: tuple[str, str | None], compute: Callable[[], _T]) -> _T:
         """What is known, or is computed and then known."""
         if key not in self._cache:
             self._cache[key] = compute()
@@ -388,7 +389,19 @@ def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None
     return {either.kept: product} | second_terms(tile, names - set(either))
 
 
-def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
+class Choice(NamedTuple):
+    """An array not yet put together: whoever stores it can store one and then rows of the other."""
+
+    is_pushed: Array  # rows that are of `pushed`
+    pushed: Array
+    kept: Array
+
+    def merged(self) -> Array:
+        """The array ``[R, C]``."""
+        return jnp.where(self.is_pushed, self.pushed, self.kept)
+
+
+def _shared(tile: Tile, either: Either) -> tuple[Array, Choice | Array]:
     """What the sum of `either` adds up, and the column that the gradient has of it."""
     kept = tile.weight(either.weight)
     if not tile.pushed:
@@ -401,11 +414,13 @@ def _shared(tile: Tile, either: Either) -> tuple[Array, Array]:
     if either.kept == "sqz":
         log_mass = jnp.where(pushed, log_mass, jnp.zeros_like(log_mass))
     product = weight * (tile.value("z") - log_mass)
-    return product, jnp.where(pushed, product, weight)
+    column = Choice(pushed, product, kept)
+    return product, column if either.weight else column.merged()
 
 
 def _column(tile: Tile, either: Either) -> Array:
-    return tile.part_or(EITHER, lambda: _shared(tile, either)[1])
+    column = tile.part_or(EITHER, lambda: _shared(tile, either)[1])
+    return column.merged() if isinstance(column, Choice) else column
 
 
 def finish_second(
