@@ -591,6 +591,8 @@ def gradient(
       ``[R, C]`` in the dtype of the numbers.
     """
     columns = []
+    if any(isinstance(key, Either) for key in table):
+        tile.weight_of_ratio()  # as the looks have made it: XLA computes it once
     for key, factor in table.items():
         if isinstance(key, Either):
             columns.append(_column(tile, key) * factor)
