@@ -53,7 +53,7 @@ def test_logits_hold_no_more_than_a_slice(name, gradient):
     assert compiled.as_text().count(" shift-right-arithmetic(") == name.startswith("tnr")
 
 
-@pytest.mark.parametrize("name", ["tnff", "tnrf", "ce"])
+@pytest.mark.parametrize("name", [*TARGETED_NEGATIVE, "ce"])
 def test_the_gradient_takes_the_place_of_logits_that_end_here(name):
     """Both arrays of logits are made and used up, as in a training step: nothing is added."""
     t, v, d = 512, 32128, 64
