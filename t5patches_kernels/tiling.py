@@ -80,7 +80,8 @@ def for_row_blocks(
       rows: the number of rows.
       block: rows a block, at least 1.
       spent: arrays like `inputs`, whose place `instead` takes, of the same shapes and dtypes.
-        Where nobody else reads them, no memory is needed for the results.
+        Where nobody else reads them, no memory is needed for the results. Whatever is computed
+        from a block of them must show in `instead`: else XLA copies all of them for every block.
 
     Returns:
       `rowwise` and `instead` with `rows` rows, `summed` added over the blocks.
