@@ -279,18 +279,20 @@ class _Block:
             wide = {name: self.load(name, start, groups, edge) for name in reads}
             written: dict[Any, list[Array]] = {}
 
+            def place(name: Any, first: int, end: int) -> tuple[Any, slice]:
+                ref = self.refs[name].at[:, self.at(name, start, groups)]
+                return ref, slice(first * LANES, end * LANES)
+
             def store(end: int) -> None:
                 for name, parts in written.items():
-                    ref = self.refs[name].at[:, self.at(name, start, groups)]
-                    columns = slice((end - len(parts)) * LANES, end * LANES)
+                    ref, columns = place(name, end - len(parts), end)
                     x = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
                     ref[:, columns] = x.astype(ref.dtype)
                 written.clear()
 
             def choose(name: Any, g: int, x: statistics.Choice) -> None:
                 # A store under a mask is no arithmetic, of which a second look has the most.
-                ref = self.refs[name].at[:, self.at(name, start, groups)]
-                columns = slice(g * LANES, (g + 1) * LANES)
+                ref, columns = place(name, g, g + 1)
                 ref[:, columns] = x.kept
                 pltpu.store(ref.at[:, columns], x.pushed, mask=x.is_pushed)
 
