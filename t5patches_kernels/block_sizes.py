@@ -60,6 +60,12 @@ _UNROLL = 96
 # Groups of a window of rows that do not fit: long copies, and few steps; and in a step of a tile of
 # such rows, which leaves less for spills: where T = 1, steps of 82 spill 4.6 MiB on v4 (static).
 _WINDOW = 64
+# Groups of a window of a ring. The more, the fewer times a window's own numbers are seen to; the
+# fewer, the sooner there is something to copy. (v4, V = 250112, static: 40595 cycles of `tnff` in
+# windows of 85 groups, 32544 in windows of 245.)
+_RING_WINDOW = 256
+# Left to the compiler beside a ring, which leaves it no more.
+_RESERVED_BESIDE_RING = _MIB // 2
 
 
 def target() -> Chip | None:
@@ -107,6 +113,8 @@ class Plan:
     held: int = 0
     windows: int = 1
     state: tuple[tuple[str, str], ...] = ()
+    # Whether those windows come and go by the kernel's own copies, to and from their places.
+    ring: bool = False
 
     @property
     def streamed(self) -> bool:
@@ -146,7 +154,8 @@ class Plan:
     @property
     def limit(self) -> int:
         """Bytes to ask the compiler for: what every chip has, as spills vary, or more."""
-        return max(self.vmem + _RESERVED, LEAST.vmem)
+        reserved = _RESERVED_BESIDE_RING if self.ring else _RESERVED
+        return max(self.vmem + reserved, LEAST.vmem)
 
 
 def _place(part: Part, parts: Collection[Part]) -> Part:
@@ -198,22 +207,12 @@ def streamed(
 
     Takes what `plan` takes; None where it does not fit, or where there is no such kernel.
     """
-    c = op.settings
-    names = objectives.needs(c)
-    given = objectives.reference_of(c) == "given" and "ry" not in objectives.reads(c)
-    if stage not in (Stage.NUMBERS, Stage.VISIT) or not given:
+    if stage not in (Stage.NUMBERS, Stage.VISIT) or not _streams(op.settings):
         return None
-    parts: list[Part] = [("copy", "r")]
-    if not _of_reference(names):
-        parts.append(("weight", "r"))
-    if stage is Stage.VISIT:
-        parts.append(("copy", "z"))
-    state = _state(c, stage)
-    groups = up(columns, LANES) // LANES
-    # Of about a size, the windows that reach least beyond the row.
-    about = (range(most, most * 3 // 4, -1) for most in (_WINDOW >> k for k in range(7)))
-    for some in about:
-        width = LANES * min(some, key=lambda n: up(groups, n))
+    parts = _streamed_parts(op.settings, stage)
+    state = _state(op.settings, stage)
+    for most in (_WINDOW >> k for k in range(7)):
+        width = _width(columns, most)
         out = _layout(stage, width, itemsizes, private, (), _WINDOW)
         rows, windows = out.rows, -(-columns // width)
         fixed = [buffer for buffer in out.buffers if not buffer.name.startswith("copy")]
@@ -225,10 +224,61 @@ def streamed(
             held = windows if slots == windows else slots - 1
             fixed.append(Buffer("copy z", rows, slots * width, 4))
             return dataclasses.replace(
-                out, parts=tuple(parts), buffers=tuple(fixed), held=held, windows=windows,
-                state=state,
-            )  # fmt: skip
+                out, parts=parts, buffers=tuple(fixed), held=held, windows=windows, state=state
+            )
     return None
+
+
+def ring(
+    op: Operation,
+    stage: Stage,
+    columns: int,
+    itemsizes: tuple[int, ...],
+    private: bool,
+    vmem: int,
+    tokens: int,
+) -> Plan | None:
+    """The layout of rows that are held once, model's and reference's, as they come and go.
+
+    Takes what `plan` takes, and the number of rows in all; None where it does not fit, or where
+    there is no such kernel: it has no windows that could be cut at an end of the arrays.
+    """
+    whole = columns % LANES == 0 and tokens % 8 == 0
+    if stage is not Stage.VISIT or not _streams(op.settings) or set(itemsizes) != {4} or not whole:
+        return None
+    width = _width(columns, _RING_WINDOW)
+    windows = -(-columns // width)
+    state = _state(op.settings, stage)
+    buffers = (
+        Buffer("r, later weight r", 8, windows * width, 4),
+        Buffer("z, later dz", 8, windows * width, 4),
+        Buffer("per-row numbers, in and out", 8, 2 * LANES, 4, copies=2),
+        Buffer("numbers kept from window to window", 8, len(state) * LANES, 4),
+    )
+    parts = _streamed_parts(op.settings, stage)
+    out = Plan(
+        8, width, _unroll(width // LANES, _WINDOW), parts, private, buffers,
+        held=windows, windows=windows, state=state, ring=True,
+    )  # fmt: skip
+    return out if out.vmem + _RESERVED_BESIDE_RING <= vmem else None
+
+
+def _streams(c: Settings) -> bool:
+    """Whether rows can go through in windows."""
+    return objectives.reference_of(c) == "given" and "ry" not in objectives.reads(c)
+
+
+def _streamed_parts(c: Settings, stage: Stage) -> tuple[Part, ...]:
+    """What is held of rows that go through in windows."""
+    weight: list[Part] = [] if _of_reference(objectives.needs(c)) else [("weight", "r")]
+    model: list[Part] = [("copy", "z")] if stage is Stage.VISIT else []
+    return (("copy", "r"), *weight, *model)
+
+
+def _width(columns: int, most: int) -> int:
+    """Columns of a window: of about a number of groups, those that reach least beyond the row."""
+    groups = up(columns, LANES) // LANES
+    return LANES * min(range(most, most * 3 // 4, -1), key=lambda n: up(groups, n))
 
 
 def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
@@ -268,9 +318,13 @@ def _layout(
     for part in parts:
         held.setdefault(_place(part, parts), []).append(f"{part[0]} {part[1]}")
     buffers += [Buffer(", later ".join(names), rows, columns, 4) for names in held.values()]
-    groups = columns // LANES
-    unroll = -(-groups // -(-groups // most))  # in as many steps, all as long
+    unroll = _unroll(columns // LANES, most)
     return Plan(rows, columns, unroll, parts, private, tuple(buffers))
+
+
+def _unroll(groups: int, most: int) -> int:
+    """Groups of a step of a sweep: in as many steps, all as long."""
+    return -(-groups // -(-groups // most))
 
 
 class _Touched(dict):

@@ -154,6 +154,40 @@ def test_in_windows(name):
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits))
 
 
+@pytest.fixture
+def _ring_vmem(monkeypatch, _fresh_programs):
+    """Room for the rows themselves, once; they come in three windows, of which the last is short.
+
+    A core has four blocks or three, so that rows come in behind others, and behind none.
+    """
+    monkeypatch.setattr(block_sizes, "_RING_WINDOW", 4)
+    room = block_sizes.Chip("ring", block_sizes._RESERVED_BESIDE_RING + 200 * 1024)
+    monkeypatch.setattr(block_sizes, "LEAST", room)
+    size = ("tnrf", Stage.VISIT, 1280, (4, 4), room.vmem)
+    ring = _plan(*size, of=functools.partial(block_sizes.ring, tokens=40))
+    assert ring.windows == 3
+    assert ring.widths[0] > 1280
+    assert _plan(*size, of=functools.partial(block_sizes.ring, tokens=39)) is None
+
+
+def _whole_blocks(b):
+    """A batch with some of its rows once more, to a multiple of eight."""
+    more = -len(b.targets) % 8
+    return type(b)(*(np.concatenate([x, x[:more]]) for x in b))
+
+
+@pytest.mark.usefixtures("_ring_vmem")
+@pytest.mark.parametrize("name", ["tnff-divergence", "tnrr", "tnrf", "tnrll"])
+def test_in_a_ring(name):
+    assert_as_good_as_dense(name, NAME, _whole_blocks(batch(2, 1280, edits=5)))
+
+
+@pytest.mark.usefixtures("_ring_vmem")
+def test_in_a_ring_of_one_block():
+    b = batch(4, 1280, edits=5)
+    assert_as_good_as_dense("tnfll", NAME, type(b)(*(x[:8] for x in b)))
+
+
 def test_plans_stay_within_every_chip():
     for chip in block_sizes._CHIPS:
         for columns in (1, 32100, 32128, 250112, 1_000_003):
@@ -165,8 +199,10 @@ def test_plans_stay_within_every_chip():
                         whole = plan is not None and plan.columns >= columns
                         assert whole or columns > 100_000
                         size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
-                        streamed = _plan(*size, of=block_sizes.streamed)
-                        assert streamed is None or streamed.limit <= chip.vmem
+                        ring = functools.partial(block_sizes.ring, tokens=2048)
+                        for of in (block_sizes.streamed, ring):
+                            other = _plan(*size, of=of)
+                            assert other is None or other.limit <= chip.vmem
 
 
 # --- The simulated machine ------------------------------------------------------------------------
@@ -194,6 +230,12 @@ def test_no_race_and_nothing_uninitialised(name):
 @pytest.mark.usefixtures("_simulated", "_some_vmem")
 def test_no_race_in_windows():
     assert_as_good_as_dense("tnrf", NAME, batch(3, 1000, edits=3))
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.usefixtures("_simulated", "_ring_vmem")
+def test_no_race_in_a_ring():
+    assert_as_good_as_dense("tnrf", NAME, _whole_blocks(batch(3, 1280, edits=3)))
     assert not interpreter.races.races_found
 
 

@@ -7,8 +7,10 @@ the specification. What is written here is only how rows are brought, kept and p
 * Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
 * Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
   chip allows (`block_sizes.py`), and take each other's place.
-* Rows too long for that go through in windows, three times over, the reference's alone held as a
-  whole; what does not even leave room for it is read once more for every look.
+* Rows too long for that go through in windows, three times over. Where both fit by themselves, the
+  windows are a ring: the gradient leaves from the place of the model's logits, and the next rows
+  come in behind it. Else the reference's row alone is held as a whole; what does not even leave
+  room for that is read once more for every look.
 * A block is done as if it had no masked entry and no NaN, but for the last group of a row, where a
   padded vocabulary is masked. Where its sums show one elsewhere, it is done again with care: that
   takes about twice as long, and only such blocks pay for it.
@@ -17,7 +19,7 @@ the specification. What is written here is only how rows are brought, kept and p
   cost anything. The window of an operand is never written to: what a kernel may do to one that is
   not fetched again is nowhere promised.
 * The target's own column of the gradient is made by doing its group of 128 columns once more, for
-  the eight rows that share its registers.
+  the eight rows that share its registers; in a ring it is added.
 * What belongs to rows crosses the lanes beside a sweep, which otherwise would wait for it.
 
 On a machine without a TPU the kernels run interpreted.
@@ -52,6 +54,7 @@ _NO_VMA = (
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
 _SUBLANES = 8
+_CORES = 2  # of a chip, at most
 _NONE = 1 << 30  # no column: its group is the first, its lane in none
 # Groups in a step of the careful way, which takes its time to compile like any other.
 _CAREFUL_UNROLL = 8
@@ -159,10 +162,18 @@ class _Call:
     @property
     def refs(self) -> list[Any]:
         """What the kernel is given, in order: inputs, outputs, scratch."""
-        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", ("window", "z")]
-        inputs += [("window", "r")] * (self.reference == "given")
-        outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
-        return [*inputs, *outputs, *self.plan.places, *self.plan.state]
+        window = "all" if self.plan.ring else "window"
+        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", (window, "z")]
+        inputs += [(window, "r")] * (self.reference == "given")
+        dz = ("all", "dz") if self.plan.ring else "dz"
+        outputs = ["numbers"] * bool(self.returned) + [dz] * self.makes_gradient
+        copied = [("copied", of) for of in ("z", "r", "dz")] * self.plan.ring
+        return [*inputs, *outputs, *self.plan.places, *self.plan.state, *copied]
+
+    @property
+    def axis(self) -> int:
+        """Of the grid, the one of phases; the next is that of windows."""
+        return 2 if self.plan.ring else 1
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -197,7 +208,7 @@ class _Block:
         # Of the window; the last of several may reach beyond the row.
         self.columns: int | Array = call.columns
         if call.tiles > 1:
-            self.columns = call.columns - pl.program_id(2) * call.plan.columns
+            self.columns = call.columns - pl.program_id(call.axis + 1) * call.plan.columns
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
@@ -336,10 +347,11 @@ class _Block:
     def own(self, of: str) -> Array:
         """The targets' entries of some logits, each in its lane, and 0 in the others."""
         ref = self.refs["window", of]
+        at = partial(self.at, ("window", of), groups=1)
         out = [jnp.zeros((_SUBLANES, LANES), jnp.float32)] * (self.call.plan.rows // _SUBLANES)
         for i in range(self.call.plan.rows):
             part, row = divmod(i, _SUBLANES)
-            x = ref[:, pl.ds(self.target(i), LANES)].astype(jnp.float32)
+            x = ref[:, at(self.target(i))].astype(jnp.float32)
             here = self.row[:_SUBLANES] == row
             out[part] = jnp.where(here, x[part * _SUBLANES :][:_SUBLANES], out[part])
         here = self.lane == self.targets - _group(self.targets)
@@ -397,7 +409,9 @@ class _Block:
 
         def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
             found = {statistics.MAXIMUM[of]: x[windows[of]] for of in rows}
-            return found, {("copy", of): x[windows[of]] for of in copies}
+            # What has come to its place stays as it is, but for what is beyond the row.
+            stored = copies if edge or not self.call.plan.ring else []
+            return found, {("copy", of): x[windows[of]] for of in stored}
 
         least = {statistics.MAXIMUM[of]: self.full(FLOOR) for of in rows}
         self.there += [("copy", of) for of in copies]
@@ -513,18 +527,23 @@ class _Block:
 
         self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, slice(None), None, edge)}), {})
         if "zy" in by:
-            self.patch_targets(reads, at)
+            self.patch_targets(reads, at, table["zy"])
 
     def patch_targets(
-        self, reads: list[Any], at: Callable[[Group, slice, Array, bool], Array]
+        self, reads: list[Any], at: Callable[[Group, slice, Array, bool], Array], own: Array
     ) -> None:
-        """Writes the gradient of the targets' groups once more, with the targets in it."""
+        """Puts the targets into the gradient of their groups."""
         dz = self.refs["dz"]
         for i in range(self.call.plan.rows):
             rows, start = slice(i & -_SUBLANES, (i & -_SUBLANES) + _SUBLANES), self.target(i)
-            x = {name: self.load(name, start, 1, 1, rows)[0] for name in reads}
+            group = rows, self.at("dz", start, 1)
             here = self.lane[rows] + start == self.targets[rows]
-            dz[rows, pl.ds(start, LANES)] = at(x, rows, here, True).astype(dz.dtype)
+            if self.call.plan.ring:  # it is where what it was made of has been
+                here &= self.row[rows] == i  # what the other rows' targets add, they add themselves
+                dz[group] += jnp.where(here, own[rows], 0.0)
+            else:
+                x = {name: self.load(name, start, 1, 1, rows)[0] for name in reads}
+                dz[group] = at(x, rows, here, True).astype(dz.dtype)
 
     def work(self) -> Array:
         """The stage, once the copies are there; returns whether its sums stand, a scalar."""
@@ -572,7 +591,8 @@ class _Streamed(_Block):
     def __init__(self, call: _Call, refs: dict[Any, Any]):
         super().__init__(call, refs)
         self.careful = True
-        self.window = pl.program_id(2)
+        self.exists: bool | Array = True  # a block at this step
+        self.window = pl.program_id(call.axis + 1)
         self.columns = call.columns - self.window * call.plan.columns
 
     def at(self, name: Any, start: Any, groups: int) -> Any:
@@ -659,14 +679,94 @@ class _Streamed(_Block):
         self.gradient(self.get("row"), self.get("by"))
 
 
+class _Ring(_Streamed):
+    """Windows that come to the place where they are held, and leave from it.
+
+    The gradient is written over the model's logits. Once a window of it is written, the reference's
+    logits of the next block take the place of this one's; once it has left, the model's take its
+    own. So all copies but the first block's have most of a block's time, in the order in which
+    they are needed, and no array passes through twice.
+    """
+
+    def __init__(self, call: _Call, refs: dict[Any, Any]):
+        super().__init__(call, refs)
+        refs |= {("window", of): refs["copy", of] for of in "zr"} | {"dz": refs["copy", "z"]}
+        blocks, each = refs["all", "z"].shape[0] // call.plan.rows, pl.num_programs(1)
+        self.block = pl.program_id(0) * each + pl.program_id(1)
+        self.exists = self.block < blocks
+        self.is_first = pl.program_id(1) == 0  # of its core
+        self.is_last = (pl.program_id(1) == each - 1) | (self.block == blocks - 1)
+
+    def at(self, name: Any, start: Any, groups: int) -> Any:
+        start = start + self.window * self.call.plan.columns
+        return pl.ds(pl.multiple_of(start, LANES), groups * LANES)
+
+    def transfer(
+        self, of: str, window: Array, do: Callable[[Any], None], block: Array | int = 0
+    ) -> None:
+        """Does something with the copy of a window: the last one is shorter."""
+        width, last = self.call.plan.columns, self.call.tiles - 1
+        first = jnp.asarray(block * self.call.plan.rows, jnp.int32)
+        rows = pl.ds(pl.multiple_of(first, _SUBLANES), self.call.plan.rows)
+
+        def some(columns: int) -> None:
+            at = pl.ds(pl.multiple_of(window * width, LANES), columns)
+            there = self.refs["all", of].at[rows, at]
+            here = self.refs["copy", "r" if of == "r" else "z"].at[:, at]
+            pair = (here, there) if of == "dz" else (there, here)
+            do(pltpu.make_async_copy(*pair, self.refs["copied", of].at[window]))
+
+        pl.when(window < last)(lambda: some(width))
+        pl.when(window == last)(lambda: some(self.call.columns - last * width))
+
+    def begin(self, of: str, window: Array, block: Array) -> None:
+        """Starts a copy."""
+        self.transfer(of, window, lambda copy: copy.start(), block)
+
+    def wait(self, of: str, window: Array) -> None:
+        """Waits for a copy."""
+        self.transfer(of, window, lambda copy: copy.wait())
+
+    def all_windows(self, do: Callable[[Array], None]) -> None:
+        """Does something for each window."""
+        jax.lax.fori_loop(0, self.call.tiles, lambda i, _: do(i), None)
+
+    def reference_phase(self) -> None:
+        @pl.when(self.is_first & (self.window == 0))
+        def _() -> None:
+            for of in "rz":
+                self.all_windows(partial(self.begin, of, block=self.block))
+
+        self.wait("r", self.window)
+        super().reference_phase()
+
+        @pl.when(~self.is_first)
+        def _() -> None:
+            self.wait("dz", self.window)
+            self.begin("z", self.window, self.block)
+
+    def model_phase(self) -> None:
+        self.wait("z", self.window)
+        super().model_phase()
+
+    def gradient_phase(self) -> None:
+        super().gradient_phase()
+        self.begin("dz", self.window, self.block)
+        pl.when(~self.is_last)(lambda: self.begin("r", self.window, self.block + 1))
+
+        @pl.when(self.is_last & (self.window == self.call.tiles - 1))
+        def _() -> None:
+            self.all_windows(partial(self.wait, "dz"))
+
+
 def _kernel(call: _Call, *refs: Any) -> None:
     """One stage on one block of rows, or on one window of it."""
-    of = _Streamed if call.plan.streamed else _Block
+    of = _Ring if call.plan.ring else _Streamed if call.plan.streamed else _Block
     block = of(call, dict(zip(call.refs, refs, strict=True)))
     if isinstance(block, _Streamed):
         phases = (block.reference_phase, block.model_phase, block.gradient_phase)
         for k, phase in enumerate(phases[: call.phases]):
-            pl.when(pl.program_id(1) == k)(phase)
+            pl.when((pl.program_id(call.axis) == k) & block.exists)(phase)
         return
 
     if call.looks_first or call.plan.private:
@@ -767,27 +867,46 @@ def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | N
     return jnp.pad(lanes, ((0, 0), (0, LANES - lanes.shape[1])))
 
 
-def _specs(call: _Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+def _grid(call: _Call, blocks: int) -> tuple[tuple[int, ...], Callable[..., tuple[Any, Any, Any]]]:
+    """The grid, and which block, phase and window a step of it is of."""
+    if not call.plan.ring:
+        return (blocks, call.phases, call.tiles), lambda i, p, j: (i, p, j)
+    # A core has to know its first and last block.
+    cores = min(blocks, _CORES)
+    each = pl.cdiv(blocks, cores)
+    of = lambda c, i, p, j: (jnp.minimum(c * each + i, blocks - 1), p, j)  # noqa: E731
+    return (cores, each, call.phases, call.tiles), of
+
+
+def _specs(
+    call: _Call, scalars: list[Array], of: Callable[..., tuple[Any, Any, Any]]
+) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
     """The windows of inputs and outputs."""
     rows, tiles, held = call.plan.rows, call.tiles, call.plan.held
-    if not call.plan.streamed:
-        window = reference = out = pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, j))
+
+    def spec(shape: tuple[int, ...], at: Callable[..., Any], **where: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *step: at(*of(*step)), **where)
+
+    if call.plan.ring:
+        window = reference = out = pl.BlockSpec(memory_space=pltpu.HBM)
+    elif not call.plan.streamed:
+        window = reference = out = spec((rows, call.plan.columns), lambda i, p, j: (i, j))
     else:  # where a phase has no use for a window, the one before or after stays
 
         def over(at: Callable[..., Array]) -> pl.BlockSpec:
-            return pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, at(p, j)))
+            return spec((rows, call.plan.columns), lambda i, p, j: (i, at(p, j)))
 
         last = tiles - 1
         again = lambda j: last if held >= tiles else jnp.where(j < held, last, j)  # noqa: E731
         window = over(lambda p, j: jnp.where(p == 0, 0, jnp.where(p == 1, j, again(j))))
         reference = over(lambda p, j: jnp.where(p == 0, j, last))
         out = over(lambda p, j: jnp.where(p == 2, j, 0))
-    lanes = pl.BlockSpec((rows, LANES), lambda i, p, j: (i, 0))
-    numbers = pl.BlockSpec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
+    lanes = spec((rows, LANES), lambda i, p, j: (i, 0))
+    numbers = spec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
 
     def entries(x: Array) -> pl.BlockSpec:
         at = lambda i, p, j: (i * tiles + j, 0, 0)  # noqa: E731
-        return pl.BlockSpec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
+        return spec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
 
     logits = [window] + [reference] * (call.reference == "given")
     outputs = [numbers] * bool(call.returned) + [out] * call.makes_gradient
@@ -825,7 +944,8 @@ def _run(
     blocks = pl.cdiv(rows, call.plan.rows)
     scalars = _scalars(call, tokens, blocks)
     inputs = [*scalars, _lanes(call, tokens, numbers, by), z, *operands.reference]
-    in_specs, out_specs = _specs(call, scalars)
+    grid, of = _grid(call, blocks)
+    in_specs, out_specs = _specs(call, scalars, of)
     axes = frozenset().union(*(tiling.varying_axes(x) for x in inputs))
     if interpret and axes:
         raise NotImplementedError(_NO_VMA)
@@ -834,18 +954,20 @@ def _run(
     shapes: list[Any] = [((parts, rows, LANES), jnp.float32)] * bool(call.returned)
     shapes += [(z.shape, z.dtype)] * call.makes_gradient
     order: Any = "arbitrary" if call.plan.streamed else "parallel"
+    semaphores = [pltpu.SemaphoreType.DMA((call.tiles,))] * (3 * call.plan.ring)
     out = pl.pallas_call(
         partial(_kernel, call),
         out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
-        grid=(blocks, call.phases, call.tiles),
+        grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=[
-            pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths
+            *(pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths),
+            *semaphores,
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", order, order),
+            dimension_semantics=("parallel", *[order] * (len(grid) - 1)),
             vmem_limit_bytes=call.plan.limit,
             # Of the windows' copies, which are Pallas's own: they take 100 cycles of a block.
             disable_bounds_checks=True,
@@ -889,7 +1011,11 @@ def call_of(
     sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
     private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
     size = (op, stage, columns, sizes, private, chip.vmem)
-    plan = block_sizes.plan(*size) or block_sizes.streamed(*size)
+    plan = (
+        block_sizes.plan(*size)
+        or block_sizes.ring(*size, operands.model[0].shape[0])
+        or block_sizes.streamed(*size)
+    )
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
