@@ -52,6 +52,7 @@ import argparse
 import collections
 import functools
 import glob
+import importlib.metadata
 import itertools
 import json
 import operator
@@ -305,6 +306,11 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     }
 
 
+def compiler() -> str:
+    """What makes a schedule of a kernel."""
+    return ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jaxlib", "libtpu"))
+
+
 def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +332,8 @@ def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
                 stage = re.search(rf"t5patches_{name}_([a-z]+)", path)
                 assert stage is not None
                 took[stage[1]] = schedule(path)
-    row = {"chip": chip, "objective": name, "dtype": dtype, "V": columns, **facts}
+    row = {"chip": chip, "objective": name, "dtype": dtype, "V": columns}
+    row |= {"compiler": compiler(), **facts}
     return row | _times(row, took)
 
 

@@ -15,7 +15,7 @@ from harness import CASES, MAIN
 from tpu_topology import CHIPS, compile_for, needs_compiler, target
 
 import t5patches_kernels as tk
-from bench import common
+from bench import common, tpu_static
 from t5patches_kernels import block_sizes
 from t5patches_kernels.backends import tpu_functions
 from t5patches_kernels.operation import Operation, Stage
@@ -206,3 +206,20 @@ def test_a_split_vocabulary_compiles():
         text = f.lower(*arguments).compile().as_text()
     assert "tnrf_first" in text
     assert "tnrf_gradient" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "v"), [("tnrf", "bfloat16", 32128), ("tnff", "float32", 250112)]
+)
+def test_schedules_have_not_grown(name, dtype, v):
+    """A kernel's schedule on v4 is that of the table, or shorter: no time is taken."""
+    (row,) = (
+        row
+        for row in common.stored("tpu_static")
+        if (row["chip"], row["objective"], row["dtype"], row["V"]) == ("v4", name, dtype, v)
+    )
+    if row["compiler"] != tpu_static.compiler():
+        pytest.skip(f"the row is of {row['compiler']}, here is {tpu_static.compiler()}")
+    now = tpu_static.measure("v4", name, dtype, v)
+    assert now["cycles"] <= 1.01 * row["cycles"], "make bench-tpu-static"
+    assert now["passes"] <= row["passes"]
