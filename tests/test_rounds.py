@@ -6,6 +6,7 @@ import pytest
 from editing_samples import TEXTS, model_folder
 
 from t5patches import cli
+from t5patches.editing import annotate
 from t5patches.editing.edit import RECORD
 from t5patches.editing.tokenizer import train_sentencepiece
 
@@ -106,3 +107,29 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
     ]:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    everything = ("--after", "round-1", "--inputs", "inputs.jsonl", "--rules", "rules.toml")
+    everything += ("--json",)
+    report = ("--report", str(tmp_path / "r.html"))
+    assert run(*everything) == 0
+    whole = json.loads(capsys.readouterr().out)
+    made, killed = [], []
+
+    def generate(*arguments, real=annotate.generate, **options):
+        if len(made) == 3 and not killed:  # among the edit's outputs
+            killed.append(True)
+            raise KeyboardInterrupt
+        made.append(options["temperature"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(annotate, "generate", generate)
+    assert run(*everything, *report) == 130
+    assert not (tmp_path / "r.html").exists()
+    assert run("--after", "round-2", *everything[2:], *report) == 2
+    assert "holds another run, which differs in model" in capsys.readouterr().err
+    assert run(*everything, *report) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == whole["rows"]
+    assert made == [0.0, 1.0, 0.0, 1.0]  # nothing twice
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]

@@ -25,6 +25,7 @@ All numbers come with standard errors over the inputs.
 from __future__ import annotations
 
 import argparse
+import shutil
 
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a score from which on an output is bad (default: 0.5)",
     )
     parser.add_argument(
-        "--report", metavar="FILE", help="write an HTML page with plots and texts here"
+        "--report",
+        metavar="FILE",
+        help="write an HTML page with plots and texts here; until then FILE.work keeps what the "
+        "models say, so that a killed comparison goes on when it is repeated",
     )
 
 
@@ -90,8 +94,10 @@ def run(options: argparse.Namespace) -> int:
     )
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
-    results = compare(options.before, options.after, inputs, measuring, console)
-    if options.report:
+    work = f"{options.report}.work" if options.report else None
+    results = compare(options.before, options.after, inputs, measuring, console, work)
+    if work:
         write_html(options.report, results)
+        shutil.rmtree(work)
     common.print_results(options, results, options.report)
     return 0

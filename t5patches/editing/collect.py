@@ -143,14 +143,27 @@ def marked_tokens(examples: Sequence[Example]) -> int:
     return sum(sum(example.marked) for example in examples)
 
 
-def _describe(
-    model: Model, inputs: Sequence[str], rules: Rules, settings: CollectSettings
-) -> dict[str, object]:
-    # With their tokens, so that another tokenizer is another run.
+def asked(model: Model, inputs: Sequence[str]) -> dict[str, str]:
+    """Which model is given which inputs, for `t5patches.editing.runs.claim`.
+
+    Args:
+        model: the model.
+        inputs: the source texts. With their tokens, so that another tokenizer is another run.
+
+    Returns:
+        A fingerprint of each.
+    """
     given = json.dumps([(text, model.tokenizer.encode(text).ids) for text in inputs])
     return {
         "model": fingerprint(model.params),
         "inputs": hashlib.sha256(given.encode()).hexdigest(),
+    }
+
+
+def _describe(
+    model: Model, inputs: Sequence[str], rules: Rules, settings: CollectSettings
+) -> dict[str, object]:
+    return asked(model, inputs) | {
         "rules": rules.fingerprint,
         "settings": dataclasses.asdict(settings),
     }

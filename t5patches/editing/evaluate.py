@@ -21,9 +21,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from scipy import stats
 
-from t5patches.editing.annotate import Rule, speak
+from t5patches.editing.annotate import Keep, Rule, speak
 from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.forward import forward
+from t5patches.editing.runs import make_part
 from t5patches.editing.tokenizer import Span, Tokenizer
 from t5patches.network import T5Config, output_head
 from t5patches_kernels import linear_token_statistics
@@ -118,6 +119,11 @@ class Measuring:
                 '["..."]} a line'
             )
 
+    @property
+    def asks(self) -> dict[str, int]:
+        """What outputs depend on, besides model and inputs."""
+        return {name: getattr(self, name) for name in ("max_length", "batch_size", "seed")}
+
 
 def evaluate(
     model: T5Config,
@@ -127,6 +133,7 @@ def evaluate(
     tokenizer: Tokenizer,
     measuring: Measuring,
     *,
+    keep: Keep = make_part,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compares an edited model with the original.
@@ -138,6 +145,7 @@ def evaluate(
         before: what the original says to the held-out inputs, marked by the rule.
         tokenizer: the model's.
         measuring: what to ask.
+        keep: keeps outputs, see `say`.
         progress: shows how far it is; None shows nothing.
 
     Returns:
@@ -148,11 +156,13 @@ def evaluate(
     """
     if not before:
         raise ValueError("there are no held-out outputs to compare with: at least one is needed")
-    greedy = say(model, params, _inputs(before), tokenizer, measuring, progress=progress)
+    greedy = say(model, params, _inputs(before), tokenizer, measuring, keep=keep, progress=progress)
     measures = {
         "kl": kept_divergence(model, params, original, before, batch_size=measuring.batch_size)
     }
-    measures |= own_measures(model, params, greedy, tokenizer, measuring, progress=progress)
+    measures |= own_measures(
+        model, params, greedy, tokenizer, measuring, keep=keep, progress=progress
+    )
     measures |= similarity(greedy, before)
     if measuring.rule is None:
         del measures["exact_match_clean"]
@@ -167,6 +177,7 @@ def own_measures(
     tokenizer: Tokenizer,
     measuring: Measuring,
     *,
+    keep: Keep = make_part,
     progress: Progress | None = None,
 ) -> dict[str, Measure]:
     """What can be said of a model without another one to compare it with.
@@ -177,6 +188,7 @@ def own_measures(
         greedy: what it says to the held-out inputs when it decodes greedily, see `say`.
         tokenizer: the model's.
         measuring: what to ask.
+        keep: keeps outputs, see `say`.
         progress: shows how far it is; None shows nothing.
 
     Returns:
@@ -194,6 +206,7 @@ def own_measures(
             measuring,
             temperature=1.0,
             samples=samples,
+            keep=keep,
             progress=progress,
         )
 
@@ -215,7 +228,11 @@ def say(
     inputs: Sequence[str],
     tokenizer: Tokenizer,
     measuring: Measuring,
-    **options: Any,
+    *,
+    temperature: float = 0.0,
+    samples: int = 1,
+    keep: Keep = make_part,
+    progress: Progress | None = None,
 ) -> list[Example]:
     """What a model says, marked where there is a rule.
 
@@ -225,7 +242,11 @@ def say(
         inputs: the source texts.
         tokenizer: the model's.
         measuring: the rule, and how many tokens at the most.
-        **options: others of `t5patches.editing.annotate.speak`, such as a temperature.
+        temperature: 0 for greedy decoding.
+        samples: outputs to each input.
+        keep: `t5patches.editing.runs.Parts.get`, which makes no output again that a killed run of
+            the same model, inputs and `Measuring.asks` has made.
+        progress: shows how far it is; None shows nothing.
 
     Returns:
         Examples in the order of the inputs.
@@ -239,7 +260,10 @@ def say(
         max_length=measuring.max_length,
         batch_size=measuring.batch_size,
         seed=measuring.seed,
-        **options,
+        temperature=temperature,
+        samples=samples,
+        keep=lambda name, make: keep(f"{samples}-at-{temperature:g}-{name}", make),
+        progress=progress,
     )
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import Progress
 
-from t5patches.editing.data import Example
+from t5patches.editing.annotate import Keep
+from t5patches.editing.collect import asked
 from t5patches.editing.edit import read_rounds
-from t5patches.editing.evaluate import Measuring, evaluate, own_measures, say
+from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
 from t5patches.editing.model import Model, load_model
 from t5patches.editing.report import Results, Row
+from t5patches.editing.runs import Parts, make_part
 from t5patches.editing.train import training_progress
 
 
@@ -25,6 +28,7 @@ def compare(
     inputs: Sequence[str],
     measuring: Measuring,
     console: Console | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Results:
     """Measures an original model and edits of it.
 
@@ -34,20 +38,31 @@ def compare(
         inputs: what to give to each.
         measuring: what to ask of each.
         console: where to tell what happens; default, the terminal's standard error.
+        work: a directory for what the models say, so that a killed comparison goes on when it is
+            repeated; it is the caller's to remove. None keeps nothing.
 
     Returns:
         The original's own measures and a row for each of the edits, for the report.
 
     Raises:
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
-            differ.
+            differ; or `work` is of another comparison.
     """
     original, meter = _on_device(load_model(before)), measuring.meter
     with training_progress(console) as progress:
-        config, params, tokenizer = original
-        outputs = say(config, params, inputs, tokenizer, measuring, progress=progress)
-        own = own_measures(config, params, outputs, tokenizer, measuring, progress=progress)
-        rows = [_row(folder, original, outputs, measuring, progress) for folder in after]
+        keep = _keep(work, "before", original, inputs, measuring)
+        more: Any = {"measuring": measuring, "keep": keep, "progress": progress}
+        outputs = say(*original[:2], inputs, original.tokenizer, **more)
+        own = own_measures(*original[:2], outputs, original.tokenizer, **more)
+        rows = []
+        for number, folder in enumerate(after, start=1):
+            edited = _on_device(load_model(folder))
+            _check_alike(folder, edited, original, inputs)
+            keep = _keep(work, f"after-{number}", edited, inputs, measuring)
+            found = evaluate(
+                *edited[:2], original.params, outputs, edited.tokenizer, **(more | {"keep": keep})
+            )
+            rows.append(_row(folder, found))
     return Results(
         title=f"Edits of {before}",
         about=f"Each answered the same {len(outputs)} inputs, which no edit should have seen.",
@@ -73,19 +88,20 @@ def _on_device(model: Model) -> Model:
     return model._replace(params=jax.tree.map(jnp.asarray, model.params))
 
 
-def _row(
-    folder: str | os.PathLike[str],
-    original: Model,
-    outputs: Sequence[Example],
+def _keep(
+    work: str | os.PathLike[str] | None,
+    name: str,
+    model: Model,
+    inputs: Sequence[str],
     measuring: Measuring,
-    progress: Progress,
-) -> Row:
-    edited = _on_device(load_model(folder))
-    _check_alike(folder, edited, original, [example.inputs for example in outputs])
-    config, params, tokenizer = edited
-    found = evaluate(
-        config, params, original.params, outputs, tokenizer, measuring, progress=progress
-    )
+) -> Keep:
+    """Keeps what a model says in a directory of its own."""
+    if work is None:
+        return make_part
+    return Parts(Path(work) / name, asked(model, inputs) | {"settings": measuring.asks}).get
+
+
+def _row(folder: str | os.PathLike[str], found: Evaluation) -> Row:
     records = read_rounds(folder)
     note = os.fspath(folder)
     if not records:
