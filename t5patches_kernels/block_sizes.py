@@ -108,6 +108,7 @@ class Plan:
     parts: tuple[Part, ...]  # what is held between looks
     private: bool  # the reference is changed
     buffers: tuple[Buffer, ...]
+    memory: int  # bytes that the chip has
     # Of rows that go through in windows while the reference is held as a whole: how many windows of
     # the model's logits are held too, and what numbers are kept from window to window.
     held: int = 0
@@ -153,9 +154,8 @@ class Plan:
 
     @property
     def limit(self) -> int:
-        """Bytes to ask the compiler for: what every chip has, as spills vary, or more."""
-        reserved = _RESERVED_BESIDE_RING if self.ring else _RESERVED
-        return max(self.vmem + reserved, LEAST.vmem)
+        """Bytes to ask the compiler for: as spills vary, more than is planned with."""
+        return min(max(self.vmem + 2 * _RESERVED, LEAST.vmem), self.memory)
 
 
 def _place(part: Part, parts: Collection[Part]) -> Part:
@@ -187,14 +187,15 @@ def plan(
     wanted = _wanted(op, stage, itemsizes, private)
     for keep in range(len(wanted), -1, -1):
         parts = tuple(itertools.chain(*wanted[:keep]))
-        out = _layout(stage, up(columns, LANES), itemsizes, private, parts, _UNROLL)
+        out = _layout(stage, up(columns, LANES), itemsizes, private, vmem, parts, _UNROLL)
         if out.vmem + _RESERVED <= vmem:
             return out
     if stage in (Stage.NUMBERS, Stage.VISIT):
         return None
     tiles = 2
     while True:
-        out = _layout(stage, up(-(-columns // tiles), LANES), itemsizes, private, (), _WINDOW)
+        width = up(-(-columns // tiles), LANES)
+        out = _layout(stage, width, itemsizes, private, vmem, (), _WINDOW)
         if out.vmem + _RESERVED <= vmem:
             return out
         tiles += 1
@@ -213,7 +214,7 @@ def streamed(
     state = _state(op.settings, stage)
     for most in (_WINDOW >> k for k in range(7)):
         width = _width(columns, most)
-        out = _layout(stage, width, itemsizes, private, (), _WINDOW)
+        out = _layout(stage, width, itemsizes, private, vmem, (), _WINDOW)
         rows, windows = out.rows, -(-columns // width)
         fixed = [buffer for buffer in out.buffers if not buffer.name.startswith("copy")]
         fixed.append(Buffer("copy r, later weight r", rows, windows * width, 4))
@@ -257,7 +258,7 @@ def ring(
     )
     parts = _streamed_parts(op.settings, stage)
     out = Plan(
-        8, width, _unroll(width // LANES, _WINDOW), parts, private, buffers,
+        8, width, _unroll(width // LANES, _WINDOW), parts, private, buffers, vmem,
         held=windows, windows=windows, state=state, ring=True,
     )  # fmt: skip
     return out if out.vmem + _RESERVED_BESIDE_RING <= vmem else None
@@ -300,6 +301,7 @@ def _layout(
     columns: int,
     itemsizes: tuple[int, ...],
     private: bool,
+    vmem: int,
     parts: tuple[Part, ...],
     most: int,
 ) -> Plan:
@@ -319,7 +321,7 @@ def _layout(
         held.setdefault(_place(part, parts), []).append(f"{part[0]} {part[1]}")
     buffers += [Buffer(", later ".join(names), rows, columns, 4) for names in held.values()]
     unroll = _unroll(columns // LANES, most)
-    return Plan(rows, columns, unroll, parts, private, tuple(buffers))
+    return Plan(rows, columns, unroll, parts, private, tuple(buffers), vmem)
 
 
 def _unroll(groups: int, most: int) -> int:
