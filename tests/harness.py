@@ -154,7 +154,10 @@ def _compiled(name: str, implementation: str, with_edits: bool):
         out = CASES[name](z, r, y, w, edits, implementation)
         return jnp.sum(out.loss), out
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True))
+    # Of what a CPU only stands in for, code that is made well takes longer to make than it saves.
+    at_home = implementation in ("reference", "xla") or jax.default_backend() != "cpu"
+    options = {} if at_home else {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=options)
 
 
 def run(name: str, implementation: str, b: Batch, dtype) -> Outcome:
