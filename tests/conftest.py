@@ -34,19 +34,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(scope="module")
 def shared_programs():
-    """What is compiled here is kept for other tests, workers and child processes.
-
-    It is the trainer that is tested with it, on models that are trained for seconds: code that is
-    made well takes longer to make than it saves.
-    """
-    quickly = "jax_disable_most_optimizations"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(quickly.upper(), "1")  # for child processes
-        jax.config.update(quickly, True)
-        jax.config.update(_LEAST_SECONDS, _STORED)
-        yield
-        jax.config.update(_LEAST_SECONDS, float("inf"))
-        jax.config.update(quickly, False)
+    """What is compiled here is kept for other tests, workers and child processes."""
+    jax.config.update(_LEAST_SECONDS, _STORED)
+    yield
+    jax.config.update(_LEAST_SECONDS, float("inf"))
 
 
 @pytest.fixture(autouse=True)
