@@ -48,17 +48,19 @@ def compare(
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
             differ; or `work` is of another comparison.
     """
-    original, meter = _on_device(load_model(before)), measuring.meter
+    original, meter = load_model(before), measuring.meter
+    keep = _keep(work, "before", original, inputs, measuring)
+    original = _on_device(original)
     with training_progress(console) as progress:
-        keep = _keep(work, "before", original, inputs, measuring)
         more: Any = {"measuring": measuring, "keep": keep, "progress": progress}
         outputs = say(*original[:2], inputs, original.tokenizer, **more)
         own = own_measures(*original[:2], outputs, original.tokenizer, **more)
         rows = []
         for number, folder in enumerate(after, start=1):
-            edited = _on_device(load_model(folder))
+            edited = load_model(folder)
             _check_alike(folder, edited, original, inputs)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
+            edited = _on_device(edited)
             found = evaluate(
                 *edited[:2], original.params, outputs, edited.tokenizer, **(more | {"keep": keep})
             )
@@ -95,7 +97,7 @@ def _keep(
     inputs: Sequence[str],
     measuring: Measuring,
 ) -> Keep:
-    """Keeps what a model says in a directory of its own."""
+    """Keeps what a model says; asked before its parameters are on a device, as it reads them."""
     if work is None:
         return make_part
     return Parts(Path(work) / name, asked(model, inputs) | {"settings": measuring.asks}).get
