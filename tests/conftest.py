@@ -5,8 +5,11 @@ import tempfile
 
 # Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LLVM's optimisation takes longer than it saves: `harness.AS_USERS` asks for it where numbers or
+# programs are looked at that depend on it.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 ).strip()
 
 # Many tests compile the same small T5. Workers and child processes take over what is set here.

@@ -27,10 +27,6 @@ def shift_right(targets):
     return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
 
 
-# Compiles in half the time; what runs is small.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def apply(config, params, inputs, targets, *, enable_dropout=False, **kwargs):
     """One pass over everything, nothing cached."""
     kwargs["enable_dropout"] = enable_dropout
@@ -38,4 +34,4 @@ def apply(config, params, inputs, targets, *, enable_dropout=False, **kwargs):
     return Transformer(config).apply({"params": params}, inputs, tokens, targets, **kwargs)
 
 
-logits = quick_jit(apply, static_argnums=0, static_argnames=("enable_dropout", "return_hidden"))
+logits = jax.jit(apply, static_argnums=0, static_argnames=("enable_dropout", "return_hidden"))

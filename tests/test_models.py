@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import t5x_stack as stack
-from t5_folders import quick_jit
 from t5x_stack import OURS, TARGETED, model, on_both, one_row
 
 import t5patches_kernels
@@ -310,7 +309,7 @@ def test_a_fused_head_makes_the_same_step_without_logits(name):
         def loss(p, made=made):
             return made.loss_fn(p, tokens, jax.random.key(2), *originals(name, original))
 
-        results.append(quick_jit(jax.value_and_grad(loss, has_aux=True))(params))
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
         logits = "f32[4,6,64]" in str(jax.make_jaxpr(jax.grad(lambda p: loss(p)[0]))(params))
         assert logits != fused
     (a, seen_a), slope_a = results[0]

@@ -74,8 +74,8 @@ def t5x_network():
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 def test_t5x_has_the_same_tree_values_and_axes(t5x_network, config):
     theirs = t5x_network.Transformer(t5x_network.T5Config(**dataclasses.asdict(config)))
-    expected = t5_folders.quick_jit(functools.partial(init, theirs))(RNG)
-    got = t5_folders.quick_jit(functools.partial(init, Transformer(config)))(RNG)
+    expected = jax.jit(functools.partial(init, theirs))(RNG)
+    got = jax.jit(functools.partial(init, Transformer(config)))(RNG)
     jax.tree.map(np.testing.assert_array_equal, got, flax.core.unfreeze(expected))
 
 
@@ -139,7 +139,7 @@ def test_the_parameter_tree_is_t5xs():
 
 def test_initial_values_have_t5xs_spread():
     config = dataclasses.replace(TINY, vocab_size=512, emb_dim=256, head_dim=64, mlp_dim=512)
-    params = t5_folders.quick_jit(functools.partial(init, Transformer(config)))(RNG)["params"]
+    params = jax.jit(functools.partial(init, Transformer(config)))(RNG)["params"]
     layer = params["decoder"]["layers_0"]
     spreads = [
         (params["token_embedder"]["embedding"], 1.0),
@@ -166,7 +166,7 @@ def test_the_head_turns_hidden_states_into_the_logits(config, dtype):
     config = dataclasses.replace(config, dtype=dtype)
     params = lively(config)
 
-    @t5_folders.quick_jit
+    @jax.jit
     def both(params):
         call = functools.partial(t5_folders.apply, config, params, INPUTS, TARGETS)
         return call(return_hidden=True), call()
@@ -186,7 +186,7 @@ def test_a_packed_row_gives_the_logits_of_its_examples():
     alone = [
         t5_folders.logits(TINY, params, INPUTS[i : i + 1], TARGETS[i : i + 1])[0] for i in (0, 1)
     ]
-    packed = t5_folders.quick_jit(functools.partial(Transformer(TINY).apply, enable_dropout=False))(
+    packed = jax.jit(functools.partial(Transformer(TINY).apply, enable_dropout=False))(
         {"params": params},
         jnp.array([[5, 6, 7, 1, 8, 1, 0]]),
         jnp.array([[0, 3, 4, 0, 9, 0]]),
@@ -213,7 +213,7 @@ def test_a_row_of_padding_has_a_finite_gradient():
         nothing = np.zeros((1, 3), int)
         return jnp.sum(t5_folders.apply(TINY, params, nothing, nothing))
 
-    gradient = t5_folders.quick_jit(jax.grad(total))(lively(TINY))
+    gradient = jax.jit(jax.grad(total))(lively(TINY))
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), gradient))
 
 
@@ -224,16 +224,12 @@ def test_decoding_step_by_step_gives_the_logits_of_one_pass(config):
     expected = t5_folders.logits(config, params, INPUTS, targets)
     model, tokens = Transformer(config), t5_folders.shift_right(targets)
     call = {"enable_dropout": False, "decode": True, "mutable": ["cache"]}
-    allocate = t5_folders.quick_jit(functools.partial(model.apply, **call))
+    allocate = jax.jit(functools.partial(model.apply, **call))
     _, variables = allocate({"params": params}, INPUTS, targets, targets)
-    encode = t5_folders.quick_jit(
-        functools.partial(model.apply, enable_dropout=False, method="encode")
-    )
+    encode = jax.jit(functools.partial(model.apply, enable_dropout=False, method="encode"))
     encoded = encode({"params": params}, INPUTS)
     assert not any(x.any() for x in jax.tree.leaves(variables["cache"]))
-    step = t5_folders.quick_jit(
-        functools.partial(model.apply, **call, max_decode_length=4, method="decode")
-    )
+    step = jax.jit(functools.partial(model.apply, **call, max_decode_length=4, method="decode"))
     for t in range(4):
         token = tokens[:, t : t + 1]
         state = {"params": params, "cache": variables["cache"]}
@@ -379,14 +375,14 @@ def test_buckets_of_distances_are_exact(bidirectional):
 def test_the_cache_holds_each_position_at_its_place():
     module = layers.MultiHeadDotProductAttention(num_heads=2, head_dim=3)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 6)), jnp.float32)
-    params = t5_folders.quick_jit(module.init)(RNG, x, x)["params"]
+    params = jax.jit(module.init)(RNG, x, x)["params"]
     cache = {
         "cached_key": jnp.zeros((2, 2, 3, 5)),
         "cached_value": jnp.zeros((2, 2, 3, 5)),
         "cache_index": jnp.array(3),
     }
     call = {"decode": True, "deterministic": True, "mutable": "cache"}
-    step = t5_folders.quick_jit(functools.partial(module.apply, **call))
+    step = jax.jit(functools.partial(module.apply, **call))
     _, new = step({"params": params, "cache": cache}, x, x)
     assert new["cache"]["cache_index"] == 4
     key = (x @ params["key"]["kernel"]).reshape(2, 2, 3)
