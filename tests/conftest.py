@@ -1,6 +1,8 @@
 """What every test runs under: 8 CPU devices, a cache of programs, strict promotion, a pace."""
 
+import itertools
 import os
+import pathlib
 import tempfile
 
 # Before jax is imported.
@@ -41,6 +43,20 @@ def shared_programs():
     jax.config.update(_LEAST_SECONDS, _STORED)
     yield
     jax.config.update(_LEAST_SECONDS, float("inf"))
+
+
+# Linux gives a process 65530 mappings of memory, and JAX does not survive asking for more: each
+# compiled program takes dozens.
+_MANY_MAPPINGS = 40_000
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Programs are forgotten before there are too many: a sweep compiles thousands."""
+    looks = next(_tests) % 16 == 0 and _MAPPINGS.exists()
+    if looks and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

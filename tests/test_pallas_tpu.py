@@ -79,6 +79,12 @@ def test_blocks_of_kept_tokens(name, dtype):
     assert_as_good_as_dense(name, NAME, b, dtype)
 
 
+@pytest.mark.parametrize("name", ["tnrf", "tnrf-divergence"])
+def test_rows_of_several_steps(name):
+    """Choices between kept and pushed down are stored inside a loop."""
+    assert_as_good_as_dense(name, NAME, one_of_each(batch(0, 2049)))
+
+
 def test_few_rows_have_edits():
     """Lists of edits are passed over where they are empty, and blocks without any."""
     b = batch(5, 257, edits=5)
