@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import t5patches_kernels as tk
 
@@ -21,6 +22,11 @@ VOCABULARIES = (1, 7, 130, 257, 1000, 2049)
 # Compiled as everywhere: the tests' default is to make code quickly (conftest.py).
 AS_USERS = {"xla_backend_optimization_level": 3}
 MAIN = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
+
+
+def slow_unless(often: bool, *values):
+    """The values of a test that has its turn on every run, or in the slow sweeps alone."""
+    return pytest.param(*values, marks=() if often else pytest.mark.slow)
 
 
 class Batch(NamedTuple):

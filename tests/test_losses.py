@@ -3,7 +3,15 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import CASES, MAIN, TAKES_EDITS, VOCABULARIES, assert_as_good_as_dense, batch
+from harness import (
+    CASES,
+    MAIN,
+    TAKES_EDITS,
+    VOCABULARIES,
+    assert_as_good_as_dense,
+    batch,
+    slow_unless,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +21,7 @@ from t5patches_kernels.spec import statistics
 SEEDS = st.integers(0, 2**32 - 1)
 # Sizes other than 257 take turns over the objectives; what is left of them is slow.
 SWEEP = [
-    pytest.param(name, size, marks=() if size == 257 or (i + j) % 2 == 0 else pytest.mark.slow)
+    slow_unless(size == 257 or (i + j) % 2 == 0, name, size)
     for i, name in enumerate(CASES)
     for j, size in enumerate(VOCABULARIES if name in MAIN else (257,))
 ]
