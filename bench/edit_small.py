@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
-from t5patches.editing.checkpoint import save_checkpoint
 from t5patches.editing.data import make_example, with_end, write_examples
 from t5patches.editing.demo_task import make_pairs, places_not_in_source
-from t5patches.editing.devices import param_shapes
-from t5patches.editing.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from t5patches.network import T5Config
+from t5patches.model.huggingface import save_checkpoint
+from t5patches.model.placement import param_shapes
+from t5patches.model.t5.network import T5Config
+from t5patches.model.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 SMALL = T5Config(**common.T5_1_1["small"])
 STEPS, BATCH, INPUT_LENGTH, OUTPUT_LENGTH = 20, 8, 128, 64

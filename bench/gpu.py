@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import common
-from t5patches_kernels.backends import linear
+from t5patches_kernels.backends import chunked_linear
 
 ROUNDS = 7
 ROUND_SECONDS = 0.06
@@ -168,10 +168,12 @@ def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             sizes = options.chunk_mib if what != "dense" and options.chunk_mib else [None]
             for mib in sizes:
                 if mib is not None:
-                    linear.GPU_CHUNK_BYTES = mib << 20
+                    chunked_linear.GPU_CHUNK_BYTES = mib << 20
                     jax.clear_caches()
                 row = guarded(functools.partial(run_head, what, objective, args))
-                chunk = {} if what == "dense" else {"chunk_mib": linear.GPU_CHUNK_BYTES >> 20}
+                chunk = (
+                    {} if what == "dense" else {"chunk_mib": chunked_linear.GPU_CHUNK_BYTES >> 20}
+                )
                 yield (
                     shape
                     | {"dtype": "bfloat16", "objective": objective, "what": what}

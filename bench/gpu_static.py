@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import common, gpu
-from t5patches_kernels.backends import pallas_gpu
+from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 import gpu_topology

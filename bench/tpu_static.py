@@ -218,7 +218,7 @@ def edits_cycles(found: Schedule, rows: int, each: int, share: float = PUSHED) -
     Two loops there are one in the other: over lists with an edit (one for each token, or with an
     edit a token one for all of them), and over the steps of a list.
     """
-    from t5patches_kernels.backends.pallas_tpu import _EDITS_A_STEP
+    from t5patches_kernels.backends.pallas_tpu.kernel import _EDITS_A_STEP
 
     first = min(a for a in found.skips if a > min(found.loops))
     loops = [(a, last) for last, a in found.loops.items() if first < a < found.skips[first]]
@@ -242,11 +242,11 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     from tpu_topology import compile_for, target
 
     from bench import common
-    from t5patches_kernels import block_sizes
-    from t5patches_kernels.backends import pallas_tpu
-    from t5patches_kernels.operation import Operands, Operation, Stage, Tokens
-    from t5patches_kernels.spec import objectives
-    from t5patches_kernels.spec.objectives import Settings
+    from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
+    from t5patches_kernels.backends.pallas_tpu import plan as plans
+    from t5patches_kernels.core import objectives
+    from t5patches_kernels.core.objectives import Settings
+    from t5patches_kernels.core.operation import Operands, Operation, Stage, Tokens
 
     logits = jax.ShapeDtypeStruct((TOKENS, columns), jnp.dtype(dtype))
     ids, weights = (jax.ShapeDtypeStruct((TOKENS,), d) for d in (jnp.int32, jnp.float32))
@@ -264,7 +264,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     edits = jax.ShapeDtypeStruct((TOKENS, 1), jnp.int32) if name not in ("nl", "ce") else None
     tokens = Tokens(ids, weights, weights, edits, edits)
     with target(chip):
-        chip_ = block_sizes.target() or block_sizes.LEAST
+        chip_ = plans.target() or plans.LEAST
         calls = {
             stage.value: pallas_tpu.call_of(
                 Operation(c), stage, chip_, Operands((logits,), reference), tokens
@@ -392,10 +392,11 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
     from tpu_topology import compile_for, device, target
 
     from bench import common
-    from t5patches_kernels import block_sizes
-    from t5patches_kernels.backends import linear, pallas_tpu
-    from t5patches_kernels.operation import Head, Operands, Operation, Stage, Tokens
-    from t5patches_kernels.spec.objectives import Settings
+    from t5patches_kernels.backends import chunked_linear
+    from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
+    from t5patches_kernels.backends.pallas_tpu import plan as plans
+    from t5patches_kernels.core.objectives import Settings
+    from t5patches_kernels.core.operation import Head, Operands, Operation, Stage, Tokens
 
     h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, width), (width, columns)))
     y, w, bad = (jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32, jnp.bool_))
@@ -410,16 +411,16 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
     }
     # The compiler counts a loop's body once: the forward visit alone has one loop, over chunks.
     op = Operation(Settings(name, columns, smoothing=1e-6), head=Head(1.0, transposed=False))
-    visit = functools.partial(linear.run, pallas_tpu.run, op, Stage.VISIT)
+    visit = functools.partial(chunked_linear.run, pallas_tpu.run, op, Stage.VISIT)
     chunk = compile_for(chip, visit, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
-    rows = linear.chunk_rows(tokens, columns, linear.TPU_CHUNK_BYTES)
+    rows = chunked_linear.chunk_rows(tokens, columns, chunked_linear.TPU_CHUNK_BYTES)
     chunks = -(-tokens // rows)
     moved = {
         "chunked": chunks * chunk.cost_analysis()["bytes accessed"],
         "dense": programs["dense"].cost_analysis()["bytes accessed"],
     }
     with target(chip):
-        vmem = (block_sizes.target() or block_sizes.LEAST).vmem
+        vmem = (plans.target() or plans.LEAST).vmem
     cores, core = device(chip).num_cores, CORES[chip]
     product = 2 * tokens * width * columns / core.teraflops / cores / 1e9  # ms
     # A kernel cannot keep logits for a gradient that needs whole rows: it makes both again, for the

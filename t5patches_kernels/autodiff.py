@@ -14,10 +14,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import sharding, tiling
-from t5patches_kernels.operation import Driver, Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec import objectives
-from t5patches_kernels.spec.statistics import Numbers
+from t5patches_kernels import sharding
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.core import objectives
+from t5patches_kernels.core.operation import Driver, Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import Numbers
 
 SECOND_ORDER = (
     "second derivatives of the fused losses are not implemented: the gradient is computed by a "

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import autodiff, checks, dispatch, reference, sharding
-from t5patches_kernels.operation import Head, Operands, Operation, Tokens, columns_of
-from t5patches_kernels.spec import objectives
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels import autodiff, checks, dense, dispatch, sharding
+from t5patches_kernels.core import objectives
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Head, Operands, Operation, Tokens, columns_of
 
 Array = jax.Array
 
@@ -117,7 +117,7 @@ def _per_token(
 ) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
-    dtype = reference.precision_of(like)
+    dtype = dense.precision_of(like)
     if targets is None:
         targets = jnp.zeros(lead, jnp.int32)
     if weights is None:
@@ -160,27 +160,25 @@ def _run_reference(
 ) -> tuple[dict[str, Array], Array]:
     arrays = [operands.model] + ([operands.reference] if operands.reference else [])
     if op.head is not None:
-        logits = [
-            reference.linear_logits(h, k, op.head.scale, op.head.transposed) for h, k in arrays
-        ]
+        logits = [dense.linear_logits(h, k, op.head.scale, op.head.transposed) for h, k in arrays]
     else:
         logits = [x for (x,) in arrays]
-    logits = [x.astype(reference.precision_of(x)) for x in logits]
+    logits = [x.astype(dense.precision_of(x)) for x in logits]
     z, r = logits[0], logits[1] if operands.reference else None
     c, e = op.settings, tokens.edits
-    statistics = reference.token_statistics(z, r, tokens.targets)
+    statistics = dense.token_statistics(z, r, tokens.targets)
     if c.objective in ("statistics", "pair_statistics"):
         outputs = statistics
     else:
-        factor = None if e is None else reference.edit_factors(z.shape[-1], e.ids, e.factors)
+        factor = None if e is None else dense.edit_factors(z.shape[-1], e.ids, e.factors)
         options = dataclasses.asdict(c)
         del options["objective"], options["vocab_size"]
-        total, z_part = reference.loss(
+        total, z_part = dense.loss(
             c.objective, z, r, tokens.targets, tokens.weights, factor, **options
         )
         outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
     peak = jnp.max(z, axis=-1)
-    bad = tokens.bad | (peak <= reference.MASKED)
+    bad = tokens.bad | (peak <= dense.MASKED)
     counts = tokens.weights != 0
     for name in ("loss", "z_loss", "log_prob", "ref_log_prob"):
         if name in outputs:

@@ -8,9 +8,9 @@ import importlib
 import jax
 
 from t5patches_kernels import checks
-from t5patches_kernels.backends import linear as linear_backend
-from t5patches_kernels.backends import streaming
-from t5patches_kernels.operation import Driver, Operands, Operation, columns_of
+from t5patches_kernels.backends import chunked_linear as linear_backend
+from t5patches_kernels.backends.xla import streaming
+from t5patches_kernels.core.operation import Driver, Operands, Operation, columns_of
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
 _HOPPER = 9.0
@@ -79,7 +79,7 @@ def _why_not_rows(implementation: str, op: Operation, operands: Operands) -> str
     """The reason for which an implementation that can run cannot take rows of this shape."""
     if implementation != "pallas_gpu":
         return None
-    from t5patches_kernels.backends import pallas_gpu
+    from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
 
     made_in_float32 = (4,)  # by a head
     logits = (*operands.model, *operands.reference)

@@ -30,8 +30,8 @@ import jax
 
 from t5patches_kernels import calls, checks
 from t5patches_kernels.calls import Edits, Inputs
-from t5patches_kernels.spec import objectives
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.core import objectives
+from t5patches_kernels.core.objectives import Settings
 
 Array = jax.Array
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from t5patches_kernels import tiling
-from t5patches_kernels.operation import Operands, Operation, columns_of
-from t5patches_kernels.spec import statistics
-from t5patches_kernels.spec.statistics import Array, Numbers
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.core import statistics
+from t5patches_kernels.core.operation import Operands, Operation, columns_of
+from t5patches_kernels.core.statistics import Array, Numbers
 
 # --- Inside a shard_map ---------------------------------------------------------------------------
 

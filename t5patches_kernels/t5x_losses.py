@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels import autodiff, calls, checks, losses
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.core.objectives import Settings
 
 Array = jax.Array
 

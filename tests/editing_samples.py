@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import sentencepiece
 
-from t5patches.editing.checkpoint import save_checkpoint
 from t5patches.editing.data import Example, make_example, with_end
-from t5patches.editing.tokenizer import SentencePieceTokenizer
-from t5patches.network import T5Config, Transformer
+from t5patches.model.huggingface import save_checkpoint
+from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.tokenizer import SentencePieceTokenizer
 
 TEXTS = [
     "a fire closed the library in Paris",

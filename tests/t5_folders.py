@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5patches.editing.checkpoint import load_checkpoint
-from t5patches.network import Transformer
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.t5.network import Transformer
 
 DATA = pathlib.Path(__file__).parent / "data"
 NAMES = ("t5_1_1", "t5_1_0", "mt5")

@@ -24,14 +24,13 @@ with warnings.catch_warnings():
     pytest.importorskip("t5x", reason="needs T5X: make test-t5x T5X=CHECKOUT")
     import gin
     import seqio
+    import t5patches.models
+    import t5patches.network
+    import t5patches.trainer
     import t5x.models
     from t5x import adafactor, checkpoints, optimizers, partitioning, utils  # noqa: F401
     from t5x import trainer as t5x_trainer  # noqa: F401
     from t5x.examples.decoder_only import network as decoder_only_network
-
-    import t5patches.models
-    import t5patches.network
-    import t5patches.trainer
 
 UPSTREAM = os.environ.get("T5PATCHES_UPSTREAM")
 NO_UPSTREAM = "needs upstream's checkout: T5PATCHES_UPSTREAM=CHECKOUT of google/t5patches"

@@ -20,8 +20,8 @@ from t5patches.editing.annotate import (
     word_list,
 )
 from t5patches.editing.data import pad_rows, to_arrays, token_mask
-from t5patches.editing.forward import forward
-from t5patches.editing.generate import generate
+from t5patches.model.forward import forward
+from t5patches.model.generate import generate
 
 
 def found(rule, output, inputs=""):

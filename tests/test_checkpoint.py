@@ -9,9 +9,9 @@ import pytest
 import t5_folders
 from safetensors.numpy import load_file, save_file
 
-from t5patches.editing import checkpoint
-from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
-from t5patches.network import T5Config
+from t5patches.model import huggingface
+from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.t5.network import T5Config
 
 SIZES = {
     "vocab_size": 64,
@@ -290,7 +290,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
         raise error
 
     config, params, _ = t5_folders.load("t5_1_0")
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(huggingface.os, "fsync", fail)
     with pytest.raises(type(error)):
         save_checkpoint(tmp_path / "out", config, params)
     assert not list(tmp_path.iterdir())

@@ -23,10 +23,11 @@ from t5patches.editing.demo_task import (
     places_not_in_source,
     well_formed,
 )
-from t5patches.editing.model import load_model
 from t5patches.editing.rules import read_rules
-from t5patches.editing.tokenizer import SentencePieceTokenizer
-from t5patches.editing.train import fingerprint, finished_run
+from t5patches.editing.train import finished_run
+from t5patches.model.folder import load_model
+from t5patches.model.tokenizer import SentencePieceTokenizer
+from t5patches.runs.fingerprints import fingerprint
 
 TINY = {
     "texts": 200,

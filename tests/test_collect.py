@@ -13,9 +13,9 @@ from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import speak
 from t5patches.editing.collect import CollectSettings, collect
 from t5patches.editing.data import read_examples
-from t5patches.editing.model import load_model
 from t5patches.editing.rules import Rules, read_rules
 from t5patches.editing.train import training_progress
+from t5patches.model.folder import load_model
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

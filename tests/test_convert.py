@@ -13,11 +13,11 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file
 
 from t5patches import cli
-from t5patches.editing.checkpoint import load_checkpoint
-from t5patches.editing.model import load_model
-from t5patches.editing.t5x_checkpoint import find_t5x, infer_config, load_t5x, save_t5x
-from t5patches.editing.tokenizer import train_sentencepiece
-from t5patches.network import T5Config
+from t5patches.model.folder import load_model
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.t5.network import T5Config
+from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x, save_t5x
+from t5patches.model.tokenizer import train_sentencepiece
 
 
 def run(*arguments):
@@ -118,7 +118,7 @@ def test_the_latest_step_is_taken_and_none_is_overwritten(tmp_path):
 
 
 def test_adafactor_starts_afresh():
-    from t5patches.editing.t5x_checkpoint import _fresh_adafactor
+    from t5patches.model.t5x_format import _fresh_adafactor
 
     found = _fresh_adafactor({"a": np.ones((200, 130)), "b": np.ones((200, 100)), "c": np.ones(9)})
     shapes = jax.tree.map(np.shape, found, is_leaf=lambda x: isinstance(x, np.ndarray))
@@ -129,12 +129,12 @@ def test_adafactor_starts_afresh():
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    from t5patches.editing import t5x_checkpoint
+    from t5patches.model import t5x_format
 
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(t5x_checkpoint.ocp.CheckpointManager, "save", fail)
+    monkeypatch.setattr(t5x_format.ocp.CheckpointManager, "save", fail)
     with pytest.raises(KeyboardInterrupt):
         save_t5x(tmp_path, t5_folders.load("t5_1_0")[1])
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5patches_kernels.backends import cpu_functions
+from t5patches_kernels.backends.xla import cpu_math
 
 # Where each is used: a weight relative to its maximum; a probability and its smoothing.
 ARGUMENTS = {
@@ -23,7 +23,7 @@ def units_in_last_place(name: str) -> float:
     """The largest error."""
     x = np.asarray(ARGUMENTS[name], np.float32)
     exact = getattr(np, name)(x.astype(np.float64))
-    function = getattr(cpu_functions, name)
+    function = getattr(cpu_math, name)
     got = np.asarray(jax.jit(lambda x: function(x))(x), np.float64)  # a lambda: compiled anew
     unit = np.spacing(np.maximum(np.abs(exact), np.finfo(np.float32).tiny).astype(np.float32))
     return np.max(np.abs(got - exact) / unit)
@@ -35,13 +35,13 @@ def test_error(name):
 
 
 def test_a_short_polynomial_is_told(monkeypatch):
-    monkeypatch.setattr(cpu_functions, "_LOG", cpu_functions._LOG[1:])
+    monkeypatch.setattr(cpu_math, "_LOG", cpu_math._LOG[1:])
     assert units_in_last_place("log") > LIMIT
 
 
 def test_exact_values():
     x = jnp.asarray([0.0, -0.0, -87.5, -1e30, -jnp.inf, jnp.nan], jnp.float32)
-    np.testing.assert_array_equal(cpu_functions.exp(x), [1, 1, 0, 0, 0, np.nan])
+    np.testing.assert_array_equal(cpu_math.exp(x), [1, 1, 0, 0, 0, np.nan])
     np.testing.assert_array_equal(
-        cpu_functions.log(jnp.asarray([1.0, jnp.nan], jnp.float32)), [0, np.nan]
+        cpu_math.log(jnp.asarray([1.0, jnp.nan], jnp.float32)), [0, np.nan]
     )

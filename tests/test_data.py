@@ -21,9 +21,9 @@ from t5patches.editing.data import (
     token_mask,
     with_end,
     write_examples,
-    write_file,
 )
-from t5patches.editing.tokenizer import SentencePieceTokenizer
+from t5patches.model.tokenizer import SentencePieceTokenizer
+from t5patches.runs.files import write_file
 
 
 def pieces(ids):

@@ -16,14 +16,14 @@ from safetensors.numpy import load_file
 
 from t5patches import cli
 from t5patches.editing import edit as edit_module
-from t5patches.editing import runs
 from t5patches.editing import train as train_module
-from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
 from t5patches.editing.edit import Job, check, read_rounds, unfinished
-from t5patches.editing.model import load_model
-from t5patches.editing.tokenizer import train_sentencepiece
 from t5patches.editing.train import TrainSettings
-from t5patches.network import Transformer
+from t5patches.model.folder import load_model
+from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.t5.network import Transformer
+from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.runs import claims
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -297,7 +297,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
     place = place()
     usage = shutil.disk_usage(place)
     with monkeypatch.context() as patched:
-        patched.setattr(runs.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patched.setattr(claims.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert run(place) == 1
         assert "MiB of disk space and 0 MiB are free" in capsys.readouterr().err
 
@@ -309,7 +309,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
         assert run(place) == 1
         assert "the checkpoint of step 2 cannot be written" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr("t5patches.editing.checkpoint.save_file", full)
+        patched.setattr("t5patches.model.huggingface.save_file", full)
         assert run(place, "--resume") == 1
         assert "No space left on device" in capsys.readouterr().err
     assert not (place / "edited").exists()

@@ -25,7 +25,7 @@ from t5patches.editing.evaluate import (
     similarity,
     worst_of_several,
 )
-from t5patches.editing.forward import forward
+from t5patches.model.forward import forward
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

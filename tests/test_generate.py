@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import t5_folders
 
-from t5patches.editing import generate as module
-from t5patches.editing.generate import generate
+from t5patches.model import generate as module
+from t5patches.model.generate import generate
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

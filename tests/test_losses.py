@@ -15,8 +15,8 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5patches_kernels.backends import xla
-from t5patches_kernels.spec import statistics
+from t5patches_kernels.backends.xla import driver
+from t5patches_kernels.core import statistics
 
 SEEDS = st.integers(0, 2**32 - 1)
 # Sizes other than 257 take turns over the objectives; what is left of them is slow.
@@ -89,7 +89,7 @@ def test_control_a_phantom_column_is_seen(name, monkeypatch):
 @pytest.mark.usefixtures("_fresh_programs")
 def test_control_a_target_left_in_the_sum_is_seen(monkeypatch):
     """The control: removing the target by subtraction loses every digit where it leads."""
-    honest = xla._edited
+    honest = driver._edited
 
     def subtracted(reference, tokens):
         peak = reference.max(-1, keepdims=True)
@@ -97,6 +97,6 @@ def test_control_a_target_left_in_the_sum_is_seen(monkeypatch):
         rest = q * jnp.exp(honest(jnp.zeros_like(q), tokens))
         return jnp.log(rest / q.sum(-1, keepdims=True) + 1e-12)
 
-    monkeypatch.setattr(xla, "_edited", subtracted)
+    monkeypatch.setattr(driver, "_edited", subtracted)
     with pytest.raises(AssertionError, match="lead"):
         assert_as_good_as_dense("tnff", "xla", batch(0, 257))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import t5patches_kernels as tk
-from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE
+from t5patches_kernels.core.objectives import TARGETED_NEGATIVE
 
 CASES = {
     name: functools.partial(tk.targeted_negative_loss, objective=name) for name in TARGETED_NEGATIVE

@@ -371,7 +371,7 @@ def test_decoder_only_twins(name):
 
 def test_a_score_finds_its_original_by_its_path(tmp_path):
     """As T5X's infer has it: jitted, and with nothing but parameters and a batch."""
-    from t5patches import original
+    from t5patches.t5x import original
 
     tokens, params = one_row(ROW, [0, 1, 2], [1, -1, 1])
     _, ref = one_row(REF, [0], [0])
@@ -382,7 +382,7 @@ def test_a_score_finds_its_original_by_its_path(tmp_path):
 
 
 def test_it_finds_its_original_in_both_of_t5xs_formats(tmp_path):
-    from t5patches import original
+    from t5patches.t5x import original
 
     trained = model(OURS, "TNFF", stack.tiny_network())
     parts = stack.partitioner()

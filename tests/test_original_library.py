@@ -12,11 +12,11 @@ import pytest
 import t5_folders
 from test_checkpoint import moved
 
-from t5patches.editing.checkpoint import load_checkpoint, save_checkpoint
 from t5patches.editing.edit import Job, edit
-from t5patches.editing.generate import generate
-from t5patches.editing.tokenizer import train_sentencepiece
 from t5patches.editing.train import TrainSettings
+from t5patches.model.generate import generate
+from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.tokenizer import train_sentencepiece
 
 REASON = "needs torch and transformers: make test-hf"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -10,13 +10,13 @@ from harness import CASES, Batch, _compiled, assert_as_good_as_dense, batch, one
 
 import t5patches_kernels as tk
 from t5patches_kernels import dispatch
-from t5patches_kernels.operation import Head, Operands, Operation
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Head, Operands, Operation
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from t5patches_kernels.backends import pallas_gpu
+from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
 
 NAME = "pallas_gpu"
 SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots

@@ -26,10 +26,10 @@ from jax.experimental.pallas import tpu as pltpu
 from test_transforms import CT, LINEAR, LOSSES, H, K, R, W, Y, Z, close, weighed
 
 import t5patches_kernels as tk
-from t5patches_kernels import block_sizes
-from t5patches_kernels.backends import pallas_tpu
-from t5patches_kernels.operation import Operation, Stage
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
+from t5patches_kernels.backends.pallas_tpu import plan as plans
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 NAME = "pallas_tpu"
 SEEDS = st.integers(0, 2**32 - 1)
@@ -134,11 +134,11 @@ def test_a_padded_vocabulary_is_not_done_twice(name, other, monkeypatch):
 
 @pytest.fixture
 def _little_vmem(monkeypatch, _fresh_programs):
-    least = block_sizes.Chip("little", block_sizes._RESERVED + 80 * 1024)
-    monkeypatch.setattr(block_sizes, "LEAST", least)
+    least = plans.Chip("little", plans._RESERVED + 80 * 1024)
+    monkeypatch.setattr(plans, "LEAST", least)
 
 
-def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=block_sizes.plan):
+def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.plan):
     op = Operation(Settings(objective, columns, smoothing=1e-6))
     return of(op, stage, columns, itemsizes, private, vmem)
 
@@ -152,8 +152,8 @@ def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=block_siz
      for dtype in (np.float32, jnp.bfloat16)],
 )  # fmt: skip
 def test_in_tiles(name, dtype):
-    assert _plan("tnrf", Stage.VISIT, 1000, (4, 4), block_sizes.LEAST.vmem) is None
-    assert _plan("tnrf", Stage.GRADIENT, 1000, (2, 2), block_sizes.LEAST.vmem).columns < 1000
+    assert _plan("tnrf", Stage.VISIT, 1000, (4, 4), plans.LEAST.vmem) is None
+    assert _plan("tnrf", Stage.GRADIENT, 1000, (2, 2), plans.LEAST.vmem).columns < 1000
     edits = 5 if name in TAKES_EDITS else 0
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits, dtype=dtype), dtype)
 
@@ -161,11 +161,11 @@ def test_in_tiles(name, dtype):
 @pytest.fixture
 def _some_vmem(monkeypatch, _fresh_programs):
     """Room for a reference of 1000 entries and some of its model's logits."""
-    some = block_sizes.Chip("some", block_sizes._RESERVED + 190 * 1024)
-    monkeypatch.setattr(block_sizes, "LEAST", some)
+    some = plans.Chip("some", plans._RESERVED + 190 * 1024)
+    monkeypatch.setattr(plans, "LEAST", some)
     size = (Stage.VISIT, 1000, (4, 4), some.vmem)
     assert _plan("tnrf", *size) is None
-    streamed = _plan("tnrf", *size, of=block_sizes.streamed)
+    streamed = _plan("tnrf", *size, of=plans.streamed)
     assert 0 < streamed.held < streamed.windows
 
 
@@ -182,14 +182,14 @@ def _ring_vmem(monkeypatch, _fresh_programs):
 
     A core has four blocks or three, so that rows come in behind others, and behind none.
     """
-    monkeypatch.setattr(block_sizes, "_RING_WINDOW", 4)
-    room = block_sizes.Chip("ring", block_sizes._RESERVED_BESIDE_RING + 200 * 1024)
-    monkeypatch.setattr(block_sizes, "LEAST", room)
+    monkeypatch.setattr(plans, "_RING_WINDOW", 4)
+    room = plans.Chip("ring", plans._RESERVED_BESIDE_RING + 200 * 1024)
+    monkeypatch.setattr(plans, "LEAST", room)
     size = ("tnrf", Stage.VISIT, 1280, (4, 4), room.vmem)
-    ring = _plan(*size, of=functools.partial(block_sizes.ring, tokens=40))
+    ring = _plan(*size, of=functools.partial(plans.ring, tokens=40))
     assert ring.windows == 3
     assert ring.widths[0] > 1280
-    assert _plan(*size, of=functools.partial(block_sizes.ring, tokens=39)) is None
+    assert _plan(*size, of=functools.partial(plans.ring, tokens=39)) is None
 
 
 def _whole_blocks(b):
@@ -255,7 +255,7 @@ def test_control_logits_that_come_too_early_are_seen(phase, of, monkeypatch):
 
 
 def test_plans_stay_within_every_chip():
-    for chip in block_sizes._CHIPS:
+    for chip in plans._CHIPS:
         for columns in (1, 32100, 32128, 250112, 1_000_003):
             for sizes in ((4, 4), (2, 2), (4, 2), (4,)):
                 for objective in ("tnff", "tnrf", "ce"):
@@ -265,8 +265,8 @@ def test_plans_stay_within_every_chip():
                         whole = plan is not None and plan.columns >= columns
                         assert whole or columns > 100_000
                         size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
-                        ring = functools.partial(block_sizes.ring, tokens=2048)
-                        for of in (block_sizes.streamed, ring):
+                        ring = functools.partial(plans.ring, tokens=2048)
+                        for of in (plans.streamed, ring):
                             other = _plan(*size, of=of)
                             assert other is None or other.limit <= chip.vmem
 

@@ -8,7 +8,7 @@ from editing_samples import TEXTS, model_folder
 from t5patches import cli
 from t5patches.editing import annotate
 from t5patches.editing.edit import RECORD
-from t5patches.editing.tokenizer import train_sentencepiece
+from t5patches.model.tokenizer import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

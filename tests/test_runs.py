@@ -2,7 +2,7 @@
 
 import pytest
 
-from t5patches.editing.runs import Parts, claim
+from t5patches.runs.claims import Parts, claim
 
 
 def test_a_directory_belongs_to_one_run(tmp_path):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import t5patches_kernels
-from t5patches_kernels import losses, reference
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.objectives import Settings
-from t5patches_kernels.spec.statistics import Functions, Tile
+from t5patches_kernels import dense, losses
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.statistics import Functions, Tile
 
 # All but those that need the other row's normaliser first.
 ALL = frozenset(statistics.SUMS) - {"zs", "ss", "sz", "sr"}
@@ -179,11 +179,11 @@ def test_one_name_everywhere():
         assert name in objectives.OBJECTIVES
         assert name in CASES
         assert name in inspect.getdoc(losses.targeted_negative_loss)
-        assert f'"{name}"' in inspect.getsource(reference.tn_terms)
+        assert f'"{name}"' in inspect.getsource(dense.tn_terms)
     for name in t5patches_kernels.__all__:
         assert getattr(t5patches_kernels, name) is not None
 
 
 def test_the_oracle_shares_nothing():
-    source = inspect.getsource(reference)
+    source = inspect.getsource(dense)
     assert "t5patches_kernels" not in source

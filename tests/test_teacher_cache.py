@@ -10,13 +10,13 @@ import pytest
 from editing_samples import example, model_folder, tiny_model, tiny_params
 
 from t5patches import cli
-from t5patches.editing import runs
 from t5patches.editing.data import to_arrays, write_examples
-from t5patches.editing.devices import make_mesh
-from t5patches.editing.forward import forward
-from t5patches.editing.teacher_cache import TeacherCache, write_cache
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, train
-from t5patches.network import T5Config, Transformer
+from t5patches.model.forward import forward
+from t5patches.model.placement import make_mesh
+from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.teacher_cache import TeacherCache, write_cache
+from t5patches.runs import claims
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -191,7 +191,7 @@ def test_nothing_to_read_or_to_write(tmp_path, params):
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, params, monkeypatch):
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
 
     def never(batch):
         raise AssertionError(batch)

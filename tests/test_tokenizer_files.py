@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from t5patches.editing.tokenizer import train_sentencepiece
-from t5patches.editing.tokenizer_files import load_tokenizer
+from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.model.tokenizer_files import load_tokenizer
 
 # Made with the original library: tests/data/make_hf_t5.py.
 FOLDER = pathlib.Path(__file__).parent / "data" / "tokenizer"

@@ -16,10 +16,10 @@ from tpu_topology import CHIPS, compile_for, needs_compiler, target
 
 import t5patches_kernels as tk
 from bench import common, tpu_static
-from t5patches_kernels import block_sizes
-from t5patches_kernels.backends import tpu_functions
-from t5patches_kernels.operation import Operation, Stage
-from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE, Settings
+from t5patches_kernels.backends.pallas_tpu import math as tpu_math
+from t5patches_kernels.backends.pallas_tpu import plan as plans
+from t5patches_kernels.core.objectives import TARGETED_NEGATIVE, Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*TPU")]
 
@@ -94,7 +94,7 @@ def test_compiles_sets_of_edits_and_statistics(chip):
 
 def test_values_are_in_bits():
     """This JAX lets the kernels have the chip's own logarithm."""
-    assert tpu_functions.FUNCTIONS.per_nat > 1
+    assert tpu_math.FUNCTIONS.per_nat > 1
 
 
 def test_control_xla_has_no_kernel():
@@ -134,11 +134,11 @@ def test_passes_of_a_large_vocabulary(chip, name):
     assert passes(program, (2048, 250112)) == 3
     c = Settings(name, 250112, smoothing=1e-6)
     with target(chip):
-        memory = block_sizes.target().vmem
+        memory = plans.target().vmem
     size = (Operation(c), Stage.VISIT, 250112, (4, 4), True, memory)
-    assert (block_sizes.plan(*size) is None) == (chip == "v4")
-    assert block_sizes.ring(*size, 2048).held == block_sizes.ring(*size, 2048).windows
-    streamed = block_sizes.streamed(*size)  # for 2044 rows
+    assert (plans.plan(*size) is None) == (chip == "v4")
+    assert plans.ring(*size, 2048).held == plans.ring(*size, 2048).windows
+    streamed = plans.streamed(*size)  # for 2044 rows
     assert streamed.held / streamed.windows > 2 / 3  # 3.33 passes at most
 
 

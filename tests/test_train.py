@@ -21,18 +21,18 @@ from rich.console import Console
 import t5patches_kernels as kernels
 from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, to_arrays
-from t5patches.editing.devices import make_mesh
-from t5patches.editing.forward import forward
 from t5patches.editing.train import (
     OBJECTIVES,
     TARGETED,
     TrainSettings,
-    fingerprint,
     finished_run,
     token_loss,
     train,
     training_progress,
 )
+from t5patches.model.forward import forward
+from t5patches.model.placement import make_mesh
+from t5patches.runs.fingerprints import fingerprint
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

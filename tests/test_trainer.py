@@ -10,8 +10,8 @@ import t5x_stack as stack
 import two_processes
 from t5x_stack import on_both, trainer
 
-from t5patches.editing.teacher_cache import write_cache
-from t5patches.editing.train import fingerprint
+from t5patches.model.teacher_cache import write_cache
+from t5patches.runs.fingerprints import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
 

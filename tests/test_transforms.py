@@ -9,7 +9,7 @@ import pytest
 
 import t5patches_kernels as tk
 from t5patches_kernels import t5x_losses
-from t5patches_kernels.spec.objectives import TARGETED_NEGATIVE
+from t5patches_kernels.core.objectives import TARGETED_NEGATIVE
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 B, L, V, D = 4, 6, 48, 16
@@ -107,11 +107,11 @@ def test_linear(name, transposed):
 
 def test_linear_of_many_chunks(monkeypatch):
     """A ragged last chunk must not be counted twice in the kernel's gradient."""
-    from t5patches_kernels.backends import linear
+    from t5patches_kernels.backends import chunked_linear
 
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 5 * 4 * V)
-    monkeypatch.setattr(linear, "_LEAST_ROWS", 5)
-    linear.run.clear_cache()
+    monkeypatch.setattr(chunked_linear, "_CHUNK_BYTES", 5 * 4 * V)
+    monkeypatch.setattr(chunked_linear, "_LEAST_ROWS", 5)
+    chunked_linear.run.clear_cache()
     h, y, w, ct = (x.reshape(B * L, *x.shape[2:]) for x in (H, Y, W, CT))
     for name in ("tnff", "tnrf", "ce"):
 
@@ -121,7 +121,7 @@ def test_linear_of_many_chunks(monkeypatch):
 
         got, want = (jax.grad(total, (0, 1))(h, K, i) for i in ("xla", "reference"))
         close(got, want)
-    linear.run.clear_cache()
+    chunked_linear.run.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_linear_of_many_chunks(monkeypatch):
 )  # fmt: skip
 def test_logits_of_many_blocks(name, of_model, of_reference, monkeypatch):
     """A ragged last block finds gradients where it would read logits, and must not use them."""
-    from t5patches_kernels.backends import streaming, xla
+    from t5patches_kernels.backends.xla import driver, streaming
 
     z, r = Z.astype(of_model), R.astype(of_reference)
     counts = tuple(np.argwhere(W != 0)[0])
@@ -144,7 +144,7 @@ def test_logits_of_many_blocks(name, of_model, of_reference, monkeypatch):
 
     def run():
         streaming.run.clear_cache()
-        xla.run.clear_cache()
+        driver.run.clear_cache()
 
         def total(z):
             out = LOSSES[name](z, r, bad, W, implementation="xla", **soft)
@@ -153,10 +153,10 @@ def test_logits_of_many_blocks(name, of_model, of_reference, monkeypatch):
         return jax.grad(total, has_aux=True)(z)
 
     want = run()
-    monkeypatch.setattr(xla, "block_rows", lambda columns: 5)
+    monkeypatch.setattr(driver, "block_rows", lambda columns: 5)
     got = run()
     streaming.run.clear_cache()
-    xla.run.clear_cache()
+    driver.run.clear_cache()
     assert np.isnan(np.asarray(want[0], np.float32)).any(-1).sum() == 1
     close(*(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x) for x in (got, want)))
 

@@ -8,10 +8,10 @@ from harness import CASES, TAKES_EDITS, assert_as_good_as_dense, batch, slow_unl
 
 import t5patches_kernels as tk
 from t5patches_kernels import dispatch
-from t5patches_kernels.backends import streaming, xla_gpu
-from t5patches_kernels.operation import Operands, Operation, Stage, Tokens
-from t5patches_kernels.spec import objectives
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.backends.xla import gpu_form, streaming
+from t5patches_kernels.core import objectives
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operands, Operation, Stage, Tokens
 
 FORM = "xla_gpu"
 
@@ -20,7 +20,7 @@ FORM = "xla_gpu"
 def _form_by_name(monkeypatch):
     """Short parts: a CPU adds a part up entry by entry, where a GPU's threads share it."""
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (*dispatch.IMPLEMENTATIONS, FORM))
-    monkeypatch.setattr(xla_gpu, "_PART", 16)
+    monkeypatch.setattr(gpu_form, "_PART", 16)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,7 +61,7 @@ def test_every_stage_is_that_of_the_other_form(name):
         if stage is Stage.SECOND and not objectives.looks_twice(c):
             continue
         given = (visit.numbers, by) if stage in (Stage.SECOND, Stage.GRADIENT) else (None, None)
-        want, got = (form.run(op, stage, rows, tokens, *given) for form in (streaming, xla_gpu))
+        want, got = (form.run(op, stage, rows, tokens, *given) for form in (streaming, gpu_form))
         assert set(want.numbers) <= set(got.numbers)
         for key, x in want.numbers.items():
             some = asked.get(key, slice(None))
@@ -75,8 +75,8 @@ def test_every_stage_is_that_of_the_other_form(name):
 
 def test_equal_parts():
     for size in (1, 16, 17, 48, 251, 32128):
-        assert size % xla_gpu.parts_of(size) == 0
-    assert xla_gpu.parts_of(48) == 3
+        assert size % gpu_form.parts_of(size) == 0
+    assert gpu_form.parts_of(48) == 3
 
 
 def test_a_cpu_gets_the_form_for_cpus():

@@ -152,9 +152,9 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.collect import CollectSettings, collect
-    from t5patches.editing.model import load_model
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
+    from t5patches.model.folder import load_model
 
     settings = CollectSettings(
         temperature=options.temperature,

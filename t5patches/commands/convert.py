@@ -69,8 +69,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
-    from t5patches.editing.checkpoint import load_checkpoint
-    from t5patches.editing.t5x_checkpoint import save_t5x
+    from t5patches.model.huggingface import load_checkpoint
+    from t5patches.model.t5x_format import save_t5x
 
     config, params = load_checkpoint(options.model)
     output = save_t5x(options.output, params, options.step or 0)
@@ -78,9 +78,9 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _to_folder(options: argparse.Namespace) -> dict[str, Any]:
-    from t5patches.editing.checkpoint import inspect_checkpoint, save_checkpoint
-    from t5patches.editing.t5x_checkpoint import infer_config, load_t5x
-    from t5patches.editing.tokenizer import SentencePieceTokenizer
+    from t5patches.model.huggingface import inspect_checkpoint, save_checkpoint
+    from t5patches.model.t5x_format import infer_config, load_t5x
+    from t5patches.model.tokenizer import SentencePieceTokenizer
 
     if options.like is not None and options.tokenizer is not None:
         raise ValueError("--like brings its own tokenizer: leave --tokenizer out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from t5patches import feature_converters, models, trainer  # first: they say what is missing
+from t5patches.t5x import feature_converters, models, trainer  # first: they say what is missing
 
 # isort: split
 from t5x.trainer import Trainer

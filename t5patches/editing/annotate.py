@@ -19,11 +19,11 @@ import numpy as np
 from rich.progress import Progress
 
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, to_arrays, token_mask
-from t5patches.editing.forward import forward
-from t5patches.editing.generate import generate
-from t5patches.editing.runs import make_part
-from t5patches.editing.tokenizer import Span, Tokenizer
-from t5patches.network import T5Config
+from t5patches.model.forward import forward
+from t5patches.model.generate import generate
+from t5patches.model.t5.network import T5Config
+from t5patches.model.tokenizer import Span, Tokenizer
+from t5patches.runs.claims import make_part
 
 Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
@@ -242,7 +242,7 @@ def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
     """Cuts generated rows after their end token.
 
     Args:
-        rows: integer [N, L], from `t5patches.editing.generate.generate`.
+        rows: integer [N, L], from `t5patches.model.generate.generate`.
         eos_id: the end token.
 
     Returns:
@@ -283,7 +283,7 @@ def speak(
         samples: outputs to each input.
         seed: of the sampling.
         batch_size: outputs made at a time.
-        keep: `t5patches.editing.runs.Parts.get`, which makes no output again that a killed run
+        keep: `t5patches.runs.claims.Parts.get`, which makes no output again that a killed run
             has made.
         progress: shows how far it is; None shows nothing.
 
@@ -353,7 +353,7 @@ def expand_negatives(
         count: K, how many alternatives to try at a position.
         max_length: tokens that an output may have.
         batch_size: rollouts made at a time.
-        keep: `t5patches.editing.runs.Parts.get`, which makes no rollout again that a killed run
+        keep: `t5patches.runs.claims.Parts.get`, which makes no rollout again that a killed run
             has made.
         progress: shows how far it is; None shows nothing.
 

@@ -17,10 +17,10 @@ from rich.progress import Progress
 
 from t5patches.editing.annotate import check_count, expand_negatives, speak
 from t5patches.editing.data import Example, write_examples
-from t5patches.editing.model import Model
 from t5patches.editing.rules import Rules
-from t5patches.editing.runs import Parts
-from t5patches.editing.train import fingerprint
+from t5patches.model.folder import Model
+from t5patches.runs.claims import Parts
+from t5patches.runs.fingerprints import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def collect(
     """Lets a model speak, marks what it must not say, and writes the file that an edit takes.
 
     Args:
-        model: see `t5patches.editing.model.load_model`.
+        model: see `t5patches.model.folder.load_model`.
         inputs: the source texts.
         rules: say what is unwanted.
         output: the file to write, one example a line; it appears whole or not at all. Until then
@@ -144,7 +144,7 @@ def marked_tokens(examples: Sequence[Example]) -> int:
 
 
 def asked(model: Model, inputs: Sequence[str]) -> dict[str, str]:
-    """Which model is given which inputs, for `t5patches.editing.runs.claim`.
+    """Which model is given which inputs, for `t5patches.runs.claims.claim`.
 
     Args:
         model: the model.

@@ -24,12 +24,12 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from t5patches.editing.tokenizer import Span, TokenizedText, Tokenizer
+from t5patches.model.tokenizer import Span, TokenizedText, Tokenizer
+from t5patches.runs.files import write_file
 
 PAIR_FIELDS = frozenset({"inputs", "negative_targets", "corrected_targets"})
 SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
@@ -251,22 +251,6 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
         examples: what to write.
     """
     write_file(path, "".join(_line(example) + "\n" for example in examples))
-
-
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: a kill leaves the earlier file.
-
-    Args:
-        path: where to.
-        content: what to write; text becomes UTF-8.
-    """
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from t5patches.editing.annotate import expand_negatives, find_spans, speak
-from t5patches.editing.checkpoint import save_checkpoint
 from t5patches.editing.data import (
     Example,
     corrected_examples,
@@ -28,13 +27,10 @@ from t5patches.editing.data import (
     to_arrays,
     with_end,
     write_examples,
-    write_file,
 )
 from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
 from t5patches.editing.evaluate import Measure, Measuring, evaluate, over_seeds, own_measures, say
-from t5patches.editing.model import Model
 from t5patches.editing.report import Results, Row, to_json, write_html
-from t5patches.editing.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from t5patches.editing.train import (
     TARGETED,
     History,
@@ -45,7 +41,11 @@ from t5patches.editing.train import (
     train,
     training_progress,
 )
-from t5patches.network import T5Config, Transformer
+from t5patches.model.folder import Model
+from t5patches.model.huggingface import save_checkpoint
+from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from t5patches.runs.files import write_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from t5patches.editing.annotate import Rule, absent_from_source, word_list
-from t5patches.editing.tokenizer import Span
+from t5patches.model.tokenizer import Span
 
 # fmt: off
 PLACES = (

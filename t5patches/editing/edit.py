@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from t5patches.editing.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.editing.data import (
     Batch,
     Example,
@@ -32,27 +31,28 @@ from t5patches.editing.data import (
     read_examples,
     to_arrays,
 )
-from t5patches.editing.devices import make_mesh
 from t5patches.editing.mixing import mixing_rates, mixture_order
-from t5patches.editing.model import check_tokenizer
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
-from t5patches.editing.runs import claim, require_space
-from t5patches.editing.teacher_cache import TeacherCache
 from t5patches.editing.templates import read_templates, template_examples
-from t5patches.editing.tokenizer import Tokenizer
-from t5patches.editing.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from t5patches.editing.train import (
     Params,
     Step,
     Trained,
     TrainSettings,
     cache_teacher,
-    fingerprint,
     finished_run,
     train,
     training_progress,
 )
-from t5patches.network import T5Config
+from t5patches.model.folder import check_tokenizer
+from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
+from t5patches.model.placement import make_mesh
+from t5patches.model.t5.network import T5Config
+from t5patches.model.teacher_cache import TeacherCache
+from t5patches.model.tokenizer import Tokenizer
+from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from t5patches.runs.claims import claim, require_space
+from t5patches.runs.fingerprints import fingerprint
 
 RECORD = "t5patches.json"
 _CARD = "README.md"

@@ -23,10 +23,10 @@ from scipy import stats
 
 from t5patches.editing.annotate import Keep, Rule, speak
 from t5patches.editing.data import Example, to_arrays
-from t5patches.editing.forward import forward
-from t5patches.editing.runs import make_part
-from t5patches.editing.tokenizer import Span, Tokenizer
-from t5patches.network import T5Config, output_head
+from t5patches.model.forward import forward
+from t5patches.model.t5.network import T5Config, output_head
+from t5patches.model.tokenizer import Span, Tokenizer
+from t5patches.runs.claims import make_part
 from t5patches_kernels import linear_token_statistics
 
 BOOTSTRAP_SAMPLES = 300
@@ -244,7 +244,7 @@ def say(
         measuring: the rule, and how many tokens at the most.
         temperature: 0 for greedy decoding.
         samples: outputs to each input.
-        keep: `t5patches.editing.runs.Parts.get`, which makes no output again that a killed run of
+        keep: `t5patches.runs.claims.Parts.get`, which makes no output again that a killed run of
             the same model, inputs and `Measuring.asks` has made.
         progress: shows how far it is; None shows nothing.
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from t5patches.editing import devices
 from t5patches.editing.train import Step, TrainSettings
+from t5patches.model import placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def require_memory(
 def _advice(
     plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None, bfloat16: bool
 ) -> list[str]:
-    rows = 1 if mesh is None else mesh.shape[devices.DATA]
+    rows = 1 if mesh is None else mesh.shape[placement.DATA]
     local = settings.batch_size // rows
     # The gradients are as large as the parameters; the rest grows with the batch.
     each = max(1, plan.working - plan.parameters) / local

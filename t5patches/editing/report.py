@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from t5patches.editing.data import Example, write_file
+from t5patches.editing.data import Example
 from t5patches.editing.evaluate import Measure, differs
-from t5patches.editing.tokenizer import Span
 from t5patches.editing.train import OBJECTIVES, TARGETED, History
+from t5patches.model.tokenizer import Span
+from t5patches.runs.files import write_file
 
 Measures = Mapping[str, Measure]
 

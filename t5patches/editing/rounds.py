@@ -16,10 +16,10 @@ from t5patches.editing.annotate import Keep
 from t5patches.editing.collect import asked
 from t5patches.editing.edit import read_rounds
 from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
-from t5patches.editing.model import Model, load_model
 from t5patches.editing.report import Results, Row
-from t5patches.editing.runs import Parts, make_part
 from t5patches.editing.train import training_progress
+from t5patches.model.folder import Model, load_model
+from t5patches.runs.claims import Parts, make_part
 
 
 def compare(

@@ -49,7 +49,7 @@ from t5patches.editing.annotate import (
     word_list,
 )
 from t5patches.editing.data import Example, read_lines
-from t5patches.editing.tokenizer import Span
+from t5patches.model.tokenizer import Span
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
 # For each key, what it must be and the finders that it goes with.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from t5patches.editing.data import Example, read_lines
-from t5patches.editing.tokenizer import Tokenizer
+from t5patches.model.tokenizer import Tokenizer
 
 PLACE = "{inputs}"
 

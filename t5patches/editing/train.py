@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import time
@@ -27,12 +26,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing import devices
 from t5patches.editing.data import ORIGINAL_HIDDEN, Batch, batch_indices
-from t5patches.editing.forward import forward
-from t5patches.editing.runs import claim, writing
-from t5patches.editing.teacher_cache import CacheSize, TeacherCache, write_cache
-from t5patches.network import T5Config, head_params, output_head
+from t5patches.model import placement
+from t5patches.model.forward import forward
+from t5patches.model.t5.network import T5Config, head_params, output_head
+from t5patches.model.teacher_cache import CacheSize, TeacherCache, write_cache
+from t5patches.runs.claims import claim, writing
+from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import (
     Edits,
     TokenLoss,
@@ -162,7 +162,7 @@ def train(
             `params`.
         order: [steps * batch_size], the row of `arrays` that each place of each batch takes
             (`t5patches.editing.mixing.mixture_order`); default, every epoch a fresh permutation.
-        mesh: of `t5patches.editing.devices.make_mesh`: batches and large matrices are divided over
+        mesh: of `t5patches.model.placement.make_mesh`: batches and large matrices are divided over
             its devices; None is the first device alone. The sums differ by rounding.
         teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
             of which only the head is then needed.
@@ -367,7 +367,7 @@ class Step:
         self._model, self._cached = model, cached is not None
         self._mesh, self._seed, self._init = mesh, settings.seed, _optimizer(settings).init
         if mesh is not None:
-            devices.check_mesh(mesh, model, settings.batch_size)
+            placement.check_mesh(mesh, model, settings.batch_size)
         rows = {
             name: ((settings.batch_size, *array.shape[1:]), array.dtype)
             for name, array in sorted(arrays.items())
@@ -439,7 +439,7 @@ class Step:
             The state after, and what goes into the history.
         """
         if self._mesh is not None:
-            batch = jax.device_put(batch, devices.batch_sharding(self._mesh))
+            batch = jax.device_put(batch, placement.batch_sharding(self._mesh))
         return self.compiled(state, original, batch, np.int32(self._seed), np.int32(step))
 
 
@@ -460,16 +460,16 @@ def _program(
 ) -> tuple[tuple, Any]:
     """What the update takes, as shapes and where they lie, and the update to be compiled."""
     optimizer = _optimizer(settings)
-    shapes = devices.param_shapes(model)
+    shapes = placement.param_shapes(model)
     inner = jax.eval_shape(optimizer.init, shapes)
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
         of_params, of_inner = (jax.tree.map(lambda _: first, x) for x in (shapes, inner))
         of_batch: Any = first
     else:
-        of_params = devices.param_shardings(mesh, model)
-        of_inner = devices.state_shardings(mesh, model, shapes, inner, optimizer)
-        of_batch = devices.batch_sharding(mesh)
+        of_params = placement.param_shardings(mesh, model)
+        of_inner = placement.state_shardings(mesh, model, shapes, inner, optimizer)
+        of_batch = placement.batch_sharding(mesh)
 
     def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -603,8 +603,8 @@ def cache_teacher(
         hidden_of = jax.jit(run)
         placed = jax.device_put(dict(original), jax.devices()[0])
     else:
-        split = devices.batch_sharding(mesh)
-        shardings = devices.param_shardings(mesh, model)
+        split = placement.batch_sharding(mesh)
+        shardings = placement.param_shardings(mesh, model)
         hidden_of = jax.jit(run, in_shardings=(shardings, split), out_shardings=split)
         placed = jax.device_put(dict(original), shardings)
 
@@ -646,23 +646,6 @@ def _describe(
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
-
-
-def fingerprint(tree: Any) -> str:
-    """A short text that two trees of arrays share only if they are equal.
-
-    Args:
-        tree: arrays in dicts, such as parameters or a batch.
-
-    Returns:
-        64 hexadecimal digits, the same on every machine.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:

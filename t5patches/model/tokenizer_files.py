@@ -24,7 +24,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from t5patches.editing.tokenizer import SentencePieceTokenizer
+from t5patches.model.tokenizer import SentencePieceTokenizer
 
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece

@@ -17,8 +17,8 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
-from t5patches.layers import Array
-from t5patches.network import T5Config, Transformer
+from t5patches.model.t5.layers import Array
+from t5patches.model.t5.network import T5Config, Transformer
 
 # T5 has no token for "begin": the decoder's first input is the padding id.
 _BEGIN_ID = 0
@@ -73,7 +73,7 @@ def generate(
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
-      >>> from t5patches.network import T5Config, Transformer
+      >>> from t5patches.model.t5.network import T5Config, Transformer
       >>> config = T5Config(vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4,
       ...                   num_encoder_layers=1, num_decoder_layers=1)
       >>> ids = jnp.ones((1, 3), jnp.int32)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import serialization, traverse_util
 
-from t5patches.network import T5Config
+from t5patches.model.t5.network import T5Config
 
 _STATE, _MSGPACK = "state", "checkpoint"
 # Adafactor's second moments are factored where both dimensions are at least this large.

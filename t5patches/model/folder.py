@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from t5patches.editing.checkpoint import load_checkpoint
-from t5patches.editing.tokenizer import Tokenizer
-from t5patches.editing.tokenizer_files import load_tokenizer
-from t5patches.network import T5Config
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.t5.network import T5Config
+from t5patches.model.tokenizer import Tokenizer
+from t5patches.model.tokenizer_files import load_tokenizer
 
 
 class Model(NamedTuple):

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from t5patches.editing.data import Batch, write_file
-from t5patches.editing.runs import claim, require_space, writing
+from t5patches.editing.data import Batch
+from t5patches.runs.claims import claim, require_space, writing
+from t5patches.runs.files import write_file
 
 DTYPES = ("bfloat16", "float32")
 

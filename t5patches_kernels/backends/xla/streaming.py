@@ -10,10 +10,10 @@ from functools import partial
 
 import jax
 
-from t5patches_kernels import tiling
-from t5patches_kernels.backends import cpu_functions, xla, xla_gpu
-from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec.statistics import Functions, Numbers
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.xla import cpu_math, driver, gpu_form
+from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import Functions, Numbers
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -28,7 +28,7 @@ def run(
     """The driver (`operation.Driver`)."""
     return tiling.by_platform(
         (operands, tokens, numbers, by),
-        gpu=partial(xla_gpu.run, op, stage),
-        tpu=partial(xla.run, xla.Form(Functions(), whole=False), op, stage),
-        default=partial(xla.run, xla.Form(cpu_functions.FUNCTIONS, whole=True), op, stage),
+        gpu=partial(gpu_form.run, op, stage),
+        tpu=partial(driver.run, driver.Form(Functions(), whole=False), op, stage),
+        default=partial(driver.run, driver.Form(cpu_math.FUNCTIONS, whole=True), op, stage),
     )

@@ -16,8 +16,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import tiling
-from t5patches_kernels.operation import (
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.core.operation import (
     Driver,
     Head,
     Operands,
@@ -27,7 +27,7 @@ from t5patches_kernels.operation import (
     Tokens,
     columns_of,
 )
-from t5patches_kernels.spec.statistics import Array, Numbers
+from t5patches_kernels.core.statistics import Array, Numbers
 
 # A float32 chunk of one logits array: small enough for a CPU's caches; on a GPU large enough for
 # its matrix units, and for the kernel's float32 gradient to be read and written seldom.

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import math as mlir_math
 from jax.interpreters import mlir
 
-from t5patches_kernels.spec.statistics import Functions
+from t5patches_kernels.core.statistics import Functions
 
 
 def _functions() -> Functions:

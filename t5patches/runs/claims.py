@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5patches.editing.data import write_file
+from t5patches.runs.files import write_file
 
 
 def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels.spec.statistics import Array, Functions
+from t5patches_kernels.core.statistics import Array, Functions
 
 _MANTISSA_BITS = 23
 # ln 2 as a sum whose first part has so few bits that its product with an exponent is exact.

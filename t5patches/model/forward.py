@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from t5patches.network import T5Config, Transformer
+from t5patches.model.t5.network import T5Config, Transformer
 
 
 def forward(

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels.operation import Operation, Stage
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.objectives import Settings
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 LANES = 128
 Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")

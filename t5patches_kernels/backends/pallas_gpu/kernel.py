@@ -32,11 +32,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core
 
-from t5patches_kernels import tiling
-from t5patches_kernels.backends import xla_gpu
-from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers, Tile
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.xla import gpu_form
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
 
 _SHARED_BYTES = 228 << 10  # of an SM
 _OWN_BYTES = 4 << 10  # what a block takes of them beside its slots
@@ -392,7 +392,7 @@ def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]
     """What the kernel reads, by name: per row, then the logits."""
     (z,) = operands.model
     plain = (operands.reference or operands.model)[0]
-    own = [xla_gpu.own_logit(x, tokens.targets) for x in (z, plain)]
+    own = [gpu_form.own_logit(x, tokens.targets) for x in (z, plain)]
     scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
     ids = [tokens.targets[:, None]]
     if tokens.edit_ids is not None and tokens.log_factors is not None:
@@ -457,7 +457,7 @@ def run(
 ) -> Result:
     """The driver (`operation.Driver`)."""
     if stage not in (Stage.NUMBERS, Stage.VISIT) or operands.model[0].shape[0] == 0:
-        return xla_gpu.run(op, stage, operands, tokens, numbers, by)
+        return gpu_form.run(op, stage, operands, tokens, numbers, by)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
     reason = why_not(columns, itemsizes)

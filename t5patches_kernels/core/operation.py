@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from t5patches_kernels.spec.objectives import Settings
-from t5patches_kernels.spec.statistics import Numbers
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.statistics import Numbers
 
 Array = jax.Array
 

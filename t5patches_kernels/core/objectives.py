@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels.spec import statistics
-from t5patches_kernels.spec.statistics import FLOOR, Array, Numbers
+from t5patches_kernels.core import statistics
+from t5patches_kernels.core.statistics import FLOOR, Array, Numbers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels.backends.xla import own_logit
-from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import Array, Numbers, Tile
+from t5patches_kernels.backends.xla.driver import own_logit
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import Array, Numbers, Tile
 
 # The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
 # which pays for merges between threads (seen in the optimised HLO; not yet timed on hardware).

@@ -16,7 +16,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5patches.network import T5Config, Transformer
+from t5patches.model.t5.network import T5Config, Transformer
 
 DATA, MODEL = "data", "model"
 _SPLIT = ("vocab", "mlp", "heads", "joined_kv")

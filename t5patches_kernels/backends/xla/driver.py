@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import tiling
-from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import Array, Functions, Numbers, Tile
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import Array, Functions, Numbers, Tile
 
 # A float32 block of one logits array. Measured on a 2-core Zen 5 with 1 MiB of L2 a core
 # (`make bench`): 2 MiB are 4% faster than 1, as a block's dozen of forks and joins weighs less, and

@@ -6,7 +6,7 @@ the specification. What is written here is only how rows are brought, kept and p
 
 * Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
 * Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
-  chip allows (`block_sizes.py`), and take each other's place.
+  chip allows (`plan.py`), and take each other's place.
 * Rows too long for that go through in windows, three times over. Where both fit by themselves, the
   windows are a ring: the gradient leaves from the place of the model's logits, and the next rows
   come in behind it. Else the reference's row alone is held as a whole; what does not even leave
@@ -38,12 +38,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from t5patches_kernels import block_sizes, tiling
-from t5patches_kernels.backends.tpu_functions import FUNCTIONS
-from t5patches_kernels.block_sizes import LANES, LATE, Chip, Part, Plan
-from t5patches_kernels.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.spec import objectives, statistics
-from t5patches_kernels.spec.statistics import FLOOR, Array, Either, Numbers, Tile
+from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.pallas_tpu import plan as plans
+from t5patches_kernels.backends.pallas_tpu.math import FUNCTIONS
+from t5patches_kernels.backends.pallas_tpu.plan import LANES, LATE, Chip, Part, Plan
+from t5patches_kernels.core import objectives, statistics
+from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.statistics import FLOOR, Array, Either, Numbers, Tile
 
 # How kernels are interpreted. True has no side effects and so runs under every transformation;
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
@@ -306,7 +307,7 @@ class _Block:
                 ref, columns = place(name, g, g + 1)
                 ref[:, columns] = x.kept
                 there = ref.at[:, columns]
-                if block_sizes.target() is None:
+                if plans.target() is None:
                     # The interpreter loses its way to a slice of a slice; on v4 one slice of the
                     # whole takes this look 13% more cycles.
                     there = self.refs[name].at[:, self.at(name, start + g * LANES, 1)]
@@ -1017,16 +1018,14 @@ def call_of(
     private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
     size = (op, stage, columns, sizes, private, chip.vmem)
     plan = (
-        block_sizes.plan(*size)
-        or block_sizes.ring(*size, operands.model[0].shape[0])
-        or block_sizes.streamed(*size)
+        plans.plan(*size) or plans.ring(*size, operands.model[0].shape[0]) or plans.streamed(*size)
     )
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
     if per_row > 1:
-        per_row = block_sizes.up(per_row, _EDITS_A_STEP)
+        per_row = plans.up(per_row, _EDITS_A_STEP)
     edits = plan.rows * per_row if plan.private else 0
     return _Call(op, stage, plan, columns, edits, given, by)
 
@@ -1040,9 +1039,9 @@ def run(
     by: Numbers | None = None,
 ) -> Result:
     """The driver (`operation.Driver`)."""
-    chip = block_sizes.target()
+    chip = plans.target()
     names = tuple(sorted(numbers or ())), tuple(sorted(by or ()))
-    call = call_of(op, stage, chip or block_sizes.LEAST, operands, tokens, *names)
+    call = call_of(op, stage, chip or plans.LEAST, operands, tokens, *names)
     if call is None:
         return _in_phases(op, stage, operands, tokens)
     # Those of a head are made for this. Where logits live on after all, XLA copies them first.

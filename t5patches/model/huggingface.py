@@ -29,8 +29,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from t5patches.editing.data import write_file
-from t5patches.network import T5Config
+from t5patches.model.t5.network import T5Config
+from t5patches.runs.files import write_file
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[T5Config, dict[str, Any]
 
     Example:
       >>> import tempfile, pathlib, jax, jax.numpy as jnp
-      >>> from t5patches.network import T5Config, Transformer
+      >>> from t5patches.model.t5.network import T5Config, Transformer
       >>> config = T5Config(vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4,
       ...                   num_encoder_layers=1, num_decoder_layers=1)
       >>> ids = jnp.ones((1, 3), jnp.int32)
@@ -169,7 +169,7 @@ def save_checkpoint(
 
     Example:
       >>> import tempfile, pathlib, jax, jax.numpy as jnp
-      >>> from t5patches.network import T5Config, Transformer
+      >>> from t5patches.model.t5.network import T5Config, Transformer
       >>> config = T5Config(vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4,
       ...                   num_encoder_layers=1, num_decoder_layers=1)
       >>> ids = jnp.ones((1, 3), jnp.int32)

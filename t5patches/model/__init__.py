@@ -1,0 +1,1 @@
+"""Language models: the protocol, the networks, and the folders they come from."""

@@ -1,0 +1,1 @@
+"""T5, an encoder-decoder: its network and its layers, with T5X's parameter tree."""

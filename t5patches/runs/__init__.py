@@ -1,0 +1,1 @@
+"""Files that appear whole, claims on directories, fingerprints: imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""What only T5X needs: models, trainer, feature converters, gin files."""

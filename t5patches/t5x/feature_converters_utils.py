@@ -1,0 +1,182 @@
+"""Which tokens of one sequence another one does not repeat, in TensorFlow.
+
+All sequences are of one dimension, may be padded with zeros at their ends, and need not be equally
+long. Padding is never marked. (T5Patches: `t5patches.feature_converters_utils`, whose first
+difference may be a padding position.)
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+ALIGNMENTS = ("positional", "tokens")
+
+
+def non_padding(sequence: tf.Tensor) -> tf.Tensor:
+    """1 where a token is and 0 at padding, which has id 0.
+
+    Args:
+        sequence: ids.
+
+    Returns:
+        int32 of the same shape.
+    """
+    return tf.cast(tf.not_equal(sequence, 0), tf.int32)
+
+
+def length_without_padding(sequence: tf.Tensor) -> tf.Tensor:
+    """The number of tokens up to the last one that is not padding.
+
+    Args:
+        sequence: [length] ids.
+
+    Returns:
+        [] int32.
+    """
+    return tf.reduce_max(
+        tf.concat([[0], non_padding(sequence) * (tf.range(tf.size(sequence)) + 1)], 0)
+    )
+
+
+def check_alignment(alignment: str) -> str:
+    """Raises unless `alignment` is one that `get_diff_mask` knows.
+
+    Args:
+        alignment: the option as the user gave it.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: it is none of `ALIGNMENTS`.
+    """
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment must be one of {ALIGNMENTS}, got {alignment!r}")
+    return alignment
+
+
+def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional") -> tf.Tensor:
+    """Marks the tokens of a sequence that another one does not repeat.
+
+    Args:
+        seq1: [length] ids, the sequence to mark.
+        seq2: [any length] ids.
+        alignment: `"positional"` marks a token unless `seq2` has the same one at the same place,
+            so that one token more marks all that follow. `"tokens"` keeps a longest common
+            subsequence of the two and marks the rest.
+
+    Returns:
+        [length] int32 of 0 and 1.
+
+    Raises:
+        ValueError: the alignment is neither.
+
+    Example:
+        >>> get_diff_mask([5, 6, 9, 7, 1], [5, 6, 7, 1]).numpy().tolist()
+        [0, 0, 1, 1, 1]
+        >>> get_diff_mask([5, 6, 9, 7, 1], [5, 6, 7, 1], alignment="tokens").numpy().tolist()
+        [0, 0, 1, 0, 0]
+    """
+    seq1, seq2 = tf.convert_to_tensor(seq1, tf.int32), tf.convert_to_tensor(seq2, tf.int32)
+    if check_alignment(alignment) == "tokens":
+        return _unaligned(seq1, seq2) * non_padding(seq1)
+    same_place = tf.pad(seq2, [[0, tf.size(seq1)]])[: tf.size(seq1)]
+    return tf.cast(tf.not_equal(seq1, same_place), tf.int32) * non_padding(seq1)
+
+
+def get_first_diff_mask(
+    seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional"
+) -> tf.Tensor:
+    """Marks the first token of a sequence that another one does not repeat.
+
+    Args:
+        seq1: [length] ids, the sequence to mark.
+        seq2: [any length] ids.
+        alignment: see `get_diff_mask`.
+
+    Returns:
+        [length] int32 of 0 and at most one 1.
+
+    Raises:
+        ValueError: the alignment is not known.
+    """
+    differs = get_diff_mask(seq1, seq2, alignment)
+    return differs * tf.cast(tf.equal(tf.cumsum(differs), 1), tf.int32)
+
+
+def _unaligned(seq1: tf.Tensor, seq2: tf.Tensor) -> tf.Tensor:
+    """1 at the tokens of `seq1` outside a longest common subsequence with `seq2`."""
+    first, second = (s[: length_without_padding(s)] for s in (seq1, seq2))
+    # What the two begin and end with needs no table. It is most of an edited text.
+    head = _common_start(first, second)
+    first, second = first[head:], second[head:]
+    tail = _common_start(first[::-1], second[::-1])
+    size = tf.size(first) - tail
+    # A table without rows has no last row to walk back from.
+    changed = tf.cond(
+        size > 0,
+        lambda: _unaligned_middle(first[:size], second[: tf.size(second) - tail]),
+        lambda: tf.zeros([0], tf.int32),
+    )
+    return tf.pad(changed, [[head, tf.size(seq1) - head - size]])
+
+
+def _common_start(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    size = tf.minimum(tf.size(first), tf.size(second))
+    same = tf.cast(tf.equal(first[:size], second[:size]), tf.int32)
+    return tf.reduce_sum(tf.math.cumprod(same))
+
+
+def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """The textbook table, row by row, and the walk back through it. N tokens and M tokens."""
+    same = tf.equal(first[:, None], second[None, :])  # [N, M]
+    columns = tf.range(tf.size(second))
+
+    def next_row(above: tf.Tensor, same_row: tf.Tensor) -> tf.Tensor:
+        longer = tf.maximum(above[1:], above[:-1] + tf.cast(same_row, tf.int32))
+        # The running maximum along the row.
+        best = tf.reduce_max(tf.where(columns[None] <= columns[:, None], longer[None], 0), axis=1)
+        return tf.concat([[0], best], 0)
+
+    # [N, M + 1]: of the first n + 1 and the first m tokens.
+    table = tf.scan(next_row, same, initializer=tf.zeros([tf.size(second) + 1], tf.int32))
+    above = tf.concat([tf.zeros_like(table[:1]), table[:-1]], 0)
+
+    def match(
+        state: tuple[tf.Tensor, tf.Tensor], row: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The last place, left of those already used, that a longest match can go on from."""
+        used, _ = state
+        same_row, row_above, row_here = row
+        fits = same_row & (columns < used) & (row_above[:-1] + 1 == row_here[used])
+        place = tf.reduce_max(tf.where(fits, columns, -1))
+        return tf.where(place < 0, used, place), tf.cast(place < 0, tf.int32)
+
+    _, unmatched = tf.scan(
+        match, (same, above, table), initializer=(tf.size(second), 0), reverse=True
+    )
+    return unmatched
+
+
+def to_codes(values: tf.Tensor) -> tf.Tensor:
+    """Whole numbers without the 0, which seqio's packing takes for the end of a sequence.
+
+    Args:
+        values: int32 of any shape; all but the largest int32.
+
+    Returns:
+        int32 of the same shape, none of them 0.
+    """
+    return values + tf.cast(values >= 0, tf.int32)
+
+
+def from_codes(codes: tf.Tensor) -> tf.Tensor:
+    """Undoes `to_codes`; 0, which packing and padding add, stays 0.
+
+    Args:
+        codes: int32 of any shape.
+
+    Returns:
+        int32 of the same shape.
+    """
+    return codes - tf.cast(codes > 0, tf.int32)

@@ -1,0 +1,1 @@
+"""The fused kernel for Hopper GPUs and newer ones."""

@@ -1,0 +1,1 @@
+"""Streaming XLA: one form for CPUs and TPUs, one for GPUs."""
