@@ -297,7 +297,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
                 "phases": call.phases,
                 "edited": call.edits > 0,
-                "either": call.either is not None,
+                "branches": call.branches,
                 "arrays": 1 + len(reference) + call.makes_gradient + call.again,
             }
             for stage, call in calls.items()
@@ -363,7 +363,7 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
     if "visit" in took and visit["phases"] == 1:  # else what only some blocks need is in each phase
         again = again_cycles(took["visit"], visit["careful_steps"])
         facts["masked_over_unmasked"] = 1 + again / compute
-        if visit["either"]:
+        if visit["branches"]:
             kept = _walk(took["visit"], visit["steps"], None, second=True)
             facts["kept_over_pushed"] = kept.total() / compute
         if visit["edited"]:

@@ -103,4 +103,4 @@ def _row_driver(implementation: str) -> Driver:
     if implementation == "xla":
         return streaming.run
     # Imported when it is used: Pallas takes longer to import than all of the rest.
-    return importlib.import_module(f"t5patches_kernels.backends.{implementation}").run
+    return importlib.import_module(f"t5patches_kernels.backends.{implementation}.kernel").run

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.state.types import WriteEffect
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from test_transforms import CT, LINEAR, LOSSES, H, K, R, W, Y, Z, close, weighed
 
@@ -83,7 +82,7 @@ def test_blocks_of_kept_tokens(name, dtype):
 
 @pytest.mark.parametrize("name", ["tnrf", "tnrf-divergence"])
 def test_rows_of_several_steps(name):
-    """Choices between kept and pushed down are stored inside a loop."""
+    """Loops of several steps, in blocks with pushed-down tokens and without."""
     assert_as_good_as_dense(name, NAME, one_of_each(batch(0, 2049)))
 
 
@@ -110,20 +109,19 @@ def test_sizes(name, size, dtype):
 )
 def test_a_padded_vocabulary_is_not_done_twice(name, other, monkeypatch):
     """Masks in the last 128 columns are no reason to do a block again; elsewhere they are."""
-    honest = pallas_tpu._Block.work
+    honest = pallas_tpu._Block.store_gradient
 
-    def spoilt(self, *arguments):
-        stands = honest(self, *arguments)
-        if self.careful:
+    def spoilt(self, *arguments, masked, **options):
+        honest(self, *arguments, masked=masked, **options)
+        if masked:
             self.refs["dz"][...] = jnp.full_like(self.refs["dz"][...], jnp.nan)
-        return stands
 
     def gradient(masked):
         z, r = (x.at[:, masked].set(-jnp.inf) for x in logits)
         y, w = jnp.arange(8), jnp.array([1.0, other] * 4)
         return jax.grad(lambda z: LOSSES[name](z, r, y, w, implementation=NAME).loss.sum())(z)
 
-    monkeypatch.setattr(pallas_tpu._Block, "work", spoilt)
+    monkeypatch.setattr(pallas_tpu._Block, "store_gradient", spoilt)
     logits = jax.random.normal(jax.random.key(0), (2, 8, 300))
     assert np.isfinite(gradient(slice(291, 300))).all()
     assert np.isnan(gradient(slice(100, 109))).all()
@@ -176,84 +174,6 @@ def test_in_windows(name):
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits))
 
 
-@pytest.fixture
-def _ring_vmem(monkeypatch, _fresh_programs):
-    """Room for the rows themselves, once; they come in three windows, of which the last is short.
-
-    A core has four blocks or three, so that rows come in behind others, and behind none.
-    """
-    monkeypatch.setattr(plans, "_RING_WINDOW", 4)
-    room = plans.Chip("ring", plans._RESERVED_BESIDE_RING + 200 * 1024)
-    monkeypatch.setattr(plans, "LEAST", room)
-    size = ("tnrf", Stage.VISIT, 1280, (4, 4), room.vmem)
-    ring = _plan(*size, of=functools.partial(plans.ring, tokens=40))
-    assert ring.windows == 3
-    assert ring.widths[0] > 1280
-    assert _plan(*size, of=functools.partial(plans.ring, tokens=39)) is None
-
-
-def _whole_blocks(b):
-    """A batch with some of its rows once more, to a multiple of eight."""
-    more = -len(b.targets) % 8
-    return type(b)(*(np.concatenate([x, x[:more]]) for x in b))
-
-
-@pytest.mark.usefixtures("_ring_vmem")
-@pytest.mark.parametrize("name", ["tnff-divergence", "tnrr", "tnrf", "tnrll"])
-def test_in_a_ring(name):
-    assert_as_good_as_dense(name, NAME, _whole_blocks(batch(2, 1280, edits=5)))
-
-
-@pytest.mark.usefixtures("_ring_vmem")
-def test_in_a_ring_of_one_block():
-    b = batch(4, 1280, edits=5)
-    assert_as_good_as_dense("tnfll", NAME, type(b)(*(x[:8] for x in b)))
-
-
-@pytest.fixture
-def _early_in_late_out(monkeypatch, _ring_vmem):
-    """Logits are there as soon as their copy has begun; a gradient leaves when it is waited for."""
-    honest = pallas_tpu._Ring.begin
-
-    def begin(self, of, window, block):
-        honest(self, of, window, block)
-        if of != "dz":
-            self.wait(of, window)
-            honest(self, of, window, block)  # once more, for whoever waits
-
-    monkeypatch.setattr(pallas_tpu._Ring, "begin", begin)
-    late = pltpu.InterpretParams(dma_execution_mode="on_wait")
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", late)
-    yield
-    pltpu.reset_tpu_interpret_mode_state()
-
-
-@pytest.mark.usefixtures("_early_in_late_out")
-def test_nothing_comes_into_a_ring_too_early():
-    assert_as_good_as_dense("tnff", NAME, _whole_blocks(one_of_each(batch(3, 1280))))
-
-
-@pytest.mark.usefixtures("_early_in_late_out")
-@pytest.mark.parametrize(("phase", "of"), [("reference_phase", "z"), ("model_phase", "r")])
-def test_control_logits_that_come_too_early_are_seen(phase, of, monkeypatch):
-    """The control: the next rows overwrite a gradient that has not left, or a row still read."""
-    honest = getattr(pallas_tpu._Ring, phase)
-
-    def hasty(self):
-        there, block = (~self.is_first, 0) if of == "z" else (~self.is_last, 1)
-
-        @pl.when(there)
-        def _():
-            self.begin(of, self.window, self.block + block)
-            self.wait(of, self.window)
-
-        honest(self)
-
-    monkeypatch.setattr(pallas_tpu._Ring, phase, hasty)
-    with pytest.raises(AssertionError, match=NAME):
-        assert_as_good_as_dense("tnff", NAME, _whole_blocks(one_of_each(batch(3, 1280))))
-
-
 def test_plans_stay_within_every_chip():
     for chip in plans._CHIPS:
         for columns in (1, 32100, 32128, 250112, 1_000_003):
@@ -265,10 +185,8 @@ def test_plans_stay_within_every_chip():
                         whole = plan is not None and plan.columns >= columns
                         assert whole or columns > 100_000
                         size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
-                        ring = functools.partial(plans.ring, tokens=2048)
-                        for of in (plans.streamed, ring):
-                            other = _plan(*size, of=of)
-                            assert other is None or other.limit <= chip.vmem
+                        streamed = _plan(*size, of=plans.streamed)
+                        assert streamed is None or streamed.limit <= chip.vmem
 
 
 # --- The simulated machine ------------------------------------------------------------------------
@@ -296,12 +214,6 @@ def test_no_race_and_nothing_uninitialised(name):
 @pytest.mark.usefixtures("_simulated", "_some_vmem")
 def test_no_race_in_windows():
     assert_as_good_as_dense("tnrf", NAME, one_of_each(batch(3, 1000, edits=3)))
-    assert not interpreter.races.races_found
-
-
-@pytest.mark.usefixtures("_simulated", "_ring_vmem")
-def test_no_race_in_a_ring():
-    assert_as_good_as_dense("tnrf", NAME, _whole_blocks(batch(3, 1280, edits=3)))
     assert not interpreter.races.races_found
 
 
@@ -415,11 +327,11 @@ def test_statistics():
 
 @pytest.mark.usefixtures("_fresh_programs")
 def test_control_an_unmasked_edge_is_seen(monkeypatch):
-    honest = pallas_tpu._Block.load
+    honest = pallas_tpu._Block.read
 
-    def careless(self, name, start, groups, edge):
-        return honest(self, name, start, groups, False)
+    def careless(self, name, start, groups, edge, *rows):
+        return honest(self, name, start, groups, 0, *rows)
 
-    monkeypatch.setattr(pallas_tpu._Block, "load", careless)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(pallas_tpu._Block, "read", careless)
+    with pytest.raises(AssertionError, match="against the dense formula's"):
         assert_as_good_as_dense("tnff", NAME, batch(0, 257))

@@ -271,17 +271,16 @@ def looks_twice(c: Settings) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def either(c: Settings) -> statistics.Either | None:
-    """The two numbers of the second look of which a row needs one, where there are two."""
-    if "rkl" not in needs(c) or c.objective not in OBJECTIVES:
-        return None
-
-    def read_by(term: Term) -> frozenset[str]:
-        return _reads_of(lambda row: term(row, c))
-
-    kept, pushed = read_by(OBJECTIVES[c.objective].kept), read_by(OBJECTIVES[c.objective].pushed)
-    found = [name for name in ("sqz", "sqr", "sum_z") if name in kept - pushed]
-    return statistics.Either(found[0], "rkl") if found and "rkl" in pushed - kept else None
+def needs_kept(c: Settings) -> frozenset[str]:
+    """What rows of kept tokens alone need: `needs` without what only a pushed-down term reads."""
+    objective = OBJECTIVES.get(c.objective)
+    if objective is None:
+        return needs(c)
+    pushed, kept = (
+        _reads_of(lambda row: objective.pushed(row, c)),
+        _reads_of(lambda row: objective.kept(row, c)),
+    )
+    return needs(c) - ((pushed - kept) & statistics.SECOND_LOOK.keys())
 
 
 def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:

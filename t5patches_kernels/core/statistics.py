@@ -33,9 +33,6 @@ memory the second look costs no traffic. Where it does, only the reference is lo
 ``rs`` known, ``s(q)`` is known at every entry, and the three follow from sums relative to the
 maxima (`SECOND_LOOK`, `entries`).
 
-Of two sums a row may need only the one that belongs to its kept tokens or to those pushed down:
-they can share one place (`Either`).
-
 Two numbers are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
 ``rm``.
 
@@ -54,14 +51,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 Numbers = dict[str, Array]  # name -> [R, 1]
-_T = TypeVar("_T")
 
 # At or below this a logit is masked. Finite, so that a product with 0 is 0.
 FLOOR = -1e30
@@ -133,35 +129,9 @@ def with_normalisers(names: frozenset[str]) -> frozenset[str]:
     return names | needed
 
 
-class Either(NamedTuple):
-    """Two numbers of which a row needs one, by whether its token is kept or pushed down.
-
-    They share a sum: of a weight times the log ratio. A kept row has a weight of its own, and 0 for
-    ``log s(q)`` unless its number is of ratios too.
-    """
-
-    kept: str  # "sqz", "sqr" or "sum_z"; with the last a kept row has no use for the reference
-    pushed: str  # "rkl"
-
-    @property
-    def weight(self) -> str | None:
-        """The weight of a kept row."""
-        return SUMS[SECOND_LOOK.get(self.kept, self.kept)].weight
-
-    def first(self, row: Mapping[str, Array]) -> Numbers:
-        """Numbers for all looks: a reference without a use has weights of 0."""
-        return {} if self.weight else {"rm": jnp.where(row["w"] < 0, row["rm"], -FLOOR)}
-
-    def second(self, row: Mapping[str, Array], smoothing: float) -> Numbers:
-        """Numbers for the second look: a reference without a use has a mass of 1 everywhere."""
-        return {} if self.weight else {"rs": jnp.where(row["w"] < 0, row["rs"], 1.0 / smoothing)}
-
-
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
-Parts = dict[tuple[str, str | None], Any]  # [R, C], but for what is still a `Choice`
-# Of the two factors of "zs"; and of an `Either`, what the gradient has of it.
-PRODUCT = ("product", "ratio")
-EITHER = ("either", None)
+Parts = dict[tuple[str, str | None], Array]  # [R, C]
+PRODUCT = ("product", "ratio")  # of the two factors of "zs"
 
 
 class Tile:
@@ -176,7 +146,6 @@ class Tile:
         *,
         known: Parts | None = None,
         unmasked: bool = False,
-        pushed: bool = True,
         functions: Functions = _XLAS,
     ):
         """A tile.
@@ -189,18 +158,16 @@ class Tile:
           known: weights and values that an earlier look has computed; what is computed here is
             added to it.
           unmasked: whether the caller knows every entry of the model to be above `FLOOR`.
-          pushed: False where the caller knows that the rows are of kept tokens only.
           functions: what entries go through.
         """
         self.row = row
         self.smoothing = smoothing
         self.functions = functions
-        self.pushed = pushed
         self._unmasked = unmasked
         self._logits = {of: x for of, x in (("z", z), ("r", r)) if x is not None}
         self._cache: Parts = {} if known is None else known
 
-    def part_or(self, key: tuple[str, str | None], compute: Callable[[], _T]) -> _T:
+    def part_or(self, key: tuple[str, str | None], compute: Callable[[], Array]) -> Array:
         """What is known, or is computed and then known."""
         if key not in self._cache:
             self._cache[key] = compute()
@@ -290,21 +257,14 @@ def first_look(
     r: Array | None,
     names: frozenset[str],
     functions: Functions = _XLAS,
-    either: Either | None = None,
-    w: Array | None = None,
     known: Mapping[str, Array] = types.MappingProxyType({}),
 ) -> Numbers:
-    """The maxima of a tile and its sums among `names`, but for those that are left to `either`.
-
-    Maxima may be among what is `known`.
-    """
+    """The maxima of a tile and its sums among `names`. Maxima may be among what is `known`."""
     tops = {m: known.get(m, x) for m, x in maxima(z, r).items()}
-    if either is not None and w is not None:
-        tops |= either.first(tops | {"w": w})
     tile = Tile(z, r, tops, functions=functions)
     if names & SECOND_LOOK.keys():
         tile.weight_of_ratio()  # as the second look makes it: XLA computes it once
-    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys() - set(either or ())))
+    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys()))
 
 
 def terms(
@@ -375,74 +335,21 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
 
-def second_terms(tile: Tile, names: frozenset[str], either: Either | None = None) -> Numbers:
-    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `finish_second`.
-
-    With `either` the two of it are one sum, under the name of the first.
-    """
-    if either is None:
-        asked = names & SECOND_LOOK.keys()
-        found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
-        return {name: found[SECOND_LOOK[name]] for name in asked}
-    product, column = _shared(tile, either)
-    tile.part_or(EITHER, lambda: column)  # for the gradient, where what is known is held
-    return {either.kept: product} | second_terms(tile, names - set(either))
+def second_terms(tile: Tile, names: frozenset[str]) -> Numbers:
+    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `finish_second`."""
+    asked = names & SECOND_LOOK.keys()
+    found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
+    return {name: found[SECOND_LOOK[name]] for name in asked}
 
 
-class Choice(NamedTuple):
-    """An array not yet put together: whoever stores it can store one and then rows of the other."""
-
-    is_pushed: Array  # rows that are of `pushed`
-    pushed: Array
-    kept: Array
-
-    def merged(self) -> Array:
-        """The array ``[R, C]``."""
-        return jnp.where(self.is_pushed, self.pushed, self.kept)
+def finish_second(sums: Numbers, row: Mapping[str, Array], functions: Functions = _XLAS) -> Numbers:
+    """The numbers of the second look from sums over whole rows."""
+    return {name: functions.in_nats(x) / row[_PER[name]] for name, x in sums.items()}
 
 
-def _shared(tile: Tile, either: Either) -> tuple[Array, Choice | Array]:
-    """What the sum of `either` adds up, and the column that the gradient has of it."""
-    kept = tile.weight(either.weight)
-    if not tile.pushed:
-        value = tile.value("ratio" if either.kept == "sqr" else "z")
-        return tile.weighed(either.weight, value), kept
-    pushed = tile.row["w"] < 0
-    # Before the logarithm: v4's compiler makes 5% more of this look of the other order.
-    weight = jnp.where(pushed, tile.weight_of_ratio(), kept)
-    log_mass = tile.log_mass()
-    if either.kept == "sqz":
-        log_mass = jnp.where(pushed, log_mass, jnp.zeros_like(log_mass))
-    product = weight * (tile.value("z") - log_mass)
-    column = Choice(pushed, product, kept)
-    return product, column if either.weight else column.merged()
-
-
-def _column(tile: Tile, either: Either) -> Array:
-    column = tile.part_or(EITHER, lambda: _shared(tile, either)[1])
-    return column.merged() if isinstance(column, Choice) else column
-
-
-def finish_second(
-    sums: Numbers,
-    row: Mapping[str, Array],
-    either: Either | None = None,
-    functions: Functions = _XLAS,
-) -> Numbers:
-    """The numbers of the second look from sums over whole rows.
-
-    With `either` a row has both of it from the one sum, and only that which it needs is right.
-    """
-    if either is not None:
-        sums = sums | {either.pushed: sums[either.kept]}
-    found = {name: functions.in_nats(x) for name, x in sums.items()}
-    return {name: x / row[_PER[name]] if name in _PER else x for name, x in found.items()}
-
-
-def second_look(tile: Tile, names: frozenset[str], either: Either | None = None) -> Numbers:
+def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
     """The numbers among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
-    sums = row_sums(second_terms(tile, names, either))
-    return finish_second(sums, tile.row, either, tile.functions)
+    return finish_second(row_sums(second_terms(tile, names)), tile.row, tile.functions)
 
 
 class _Entries(Tile):
@@ -524,14 +431,13 @@ def stand(sums: Numbers) -> Array:
     return right & (sums["rs"] < jnp.inf) if "rs" in sums else right
 
 
-# By what is multiplied: a weight times a value, the column of an `Either`, or "zy", the target's.
-Coefficients = dict[Sum | Either | str, Array]
+# By what is multiplied: a weight times a value, or "zy", the target's.
+Coefficients = dict[Sum | str, Array]
 
 
 def coefficients(
     row: Mapping[str, Array],
     by: Mapping[str, Array],
-    either: Either | None = None,
     functions: Functions = _XLAS,
 ) -> Coefficients:
     """The gradient as a table: what multiplies each weight * value, by the product rule.
@@ -539,7 +445,6 @@ def coefficients(
     Args:
       row: the numbers of the whole row.
       by: the derivative of the line by each number of the row it reads.
-      either: two of those numbers of which a row needs one.
       functions: what entries go through.
     """
     table: Coefficients = {}
@@ -564,9 +469,6 @@ def coefficients(
                 add("z", value, factor)
             if value == "z" or (weight, value) == ("r", None):
                 add(weight, None, factor)
-    if either is not None:
-        kept, pushed = (table.pop(s) for s in (Sum(either.weight, None), Sum("z", "ratio")))
-        table[either] = jnp.where(row["w"] < 0, pushed, kept)
     asked = _any_asked(by)  # a row of which nothing is asked may hold NaN, and 0 * NaN is not 0
     return {key: jnp.where(asked, x, jnp.zeros_like(x)) for key, x in table.items()}
 
@@ -591,12 +493,8 @@ def gradient(
       ``[R, C]`` in the dtype of the numbers.
     """
     columns = []
-    if any(isinstance(key, Either) for key in table):
-        tile.weight_of_ratio()  # as the looks have made it: XLA computes it once
     for key, factor in table.items():
-        if isinstance(key, Either):
-            columns.append(_column(tile, key) * factor)
-        elif isinstance(key, Sum) and key.value is None:
+        if isinstance(key, Sum) and key.value is None:
             columns.append(tile.weighed(key.weight, factor))
         elif isinstance(key, Sum):  # by what a sum has added up, which is there or held
             columns.append(tile.product(key) * factor)

@@ -1,28 +1,31 @@
-"""Pallas TPU: a block of whole rows in VMEM, looked at as often as the objective asks.
+"""Pallas TPU: a block of whole rows in VMEM, read from HBM once, its gradient written once.
 
-The logits are read from HBM once and the gradient written once, whatever the objective. A grid step
-has R rows of all V columns; a *sweep* goes over them 128 columns at a time and hands each group to
-the specification. What is written here is only how rows are brought, kept and put away:
+A grid step has R rows of all V columns. `_whole_rows` is the algorithm, from top to bottom:
 
-* Sums are kept apart by lane (``[R, 128]``) until a sweep ends: nothing crosses lanes inside one.
-* Parts of a row that a later look needs again (``e^(z - m)``) stay in VMEM where the budget of the
-  chip allows (`plan.py`), and take each other's place.
-* Rows too long for that go through in windows, three times over. Where both fit by themselves, the
-  windows are a ring: the gradient leaves from the place of the model's logits, and the next rows
-  come in behind it. Else the reference's row alone is held as a whole; what does not even leave
-  room for that is read once more for every look.
-* A block is done as if it had no masked entry and no NaN, but for the last group of a row, where a
-  padded vocabulary is masked. Where its sums show one elsewhere, it is done again with care: that
-  takes about twice as long, and only such blocks pay for it.
-* Exponentials and logarithms are to base 2, as the chip's are (`tpu_functions.py`).
-* Edits are patches of single entries in a private copy of the reference: only those that are there
-  cost anything. The window of an operand is never written to: what a kernel may do to one that is
-  not fetched again is nowhere promised.
-* The target's own column of the gradient is made by doing its group of 128 columns once more, for
-  the eight rows that share its registers; in a ring it is added.
-* What belongs to rows crosses the lanes beside a sweep, which otherwise would wait for it.
+1. **Load.** Copies of what is to be changed or read again; the rows' maxima; the edits.
+2. **First column loop.** The sums that need the maxima alone (`statistics.SUMS`).
+3. **Second column loop**, where an objective asks for it: the sums that need the normalisers too.
+4. **Statistics.** From sums to the loss's derivatives by them (`objectives`); they are stored.
+5. **Gradient.** A last column loop, then the targets' own entries.
 
-On a machine without a TPU the kernels run interpreted.
+A column loop takes 128 columns of all rows at a time. Sums stay apart by lane (``[R, 128]``) until
+it ends, so nothing crosses lanes inside one. Parts of a row that a later loop needs again
+(``e^(z - m)``) stay in VMEM where the chip has room (`plan.py`), and share buffers.
+
+* **Masked entries and NaN.** The loops first run as if a row had neither, but for its last group
+  of 128 columns, where a padded vocabulary is masked. Where the sums show one elsewhere, the block
+  runs once more with every entry checked: twice the time, for such blocks alone.
+* **Blocks of kept tokens** leave out what only a pushed-down token's term reads.
+* **Edits** change single entries of a private copy of the reference. The window of an operand is
+  never written to: what happens to one that is not fetched again is nowhere promised.
+* **The target's column of the gradient** is made by doing its group of 128 columns once more, for
+  the eight rows that share its registers.
+* **Long rows.** Where a row's parts do not fit, `_windows` holds the reference's row and goes over
+  the model's in windows; where not even that fits, each column loop is a kernel of its own
+  (`_in_phases`).
+
+Exponentials and logarithms are to base 2, as the chip's are (`math.py`). On a machine without a TPU
+the kernels run interpreted.
 """
 
 from __future__ import annotations
@@ -39,12 +42,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.pallas_tpu import inputs
 from t5patches_kernels.backends.pallas_tpu import plan as plans
+from t5patches_kernels.backends.pallas_tpu.inputs import NONE
 from t5patches_kernels.backends.pallas_tpu.math import FUNCTIONS
-from t5patches_kernels.backends.pallas_tpu.plan import LANES, LATE, Chip, Part, Plan
+from t5patches_kernels.backends.pallas_tpu.plan import CAREFUL_UNROLL, LANES, LATE, Call, Chip, Part
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Either, Numbers, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
 
 # How kernels are interpreted. True has no side effects and so runs under every transformation;
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
@@ -55,199 +60,240 @@ _NO_VMA = (
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
 _SUBLANES = 8
-_CORES = 2  # of a chip, at most
-_NONE = 1 << 30  # no column: its group is the first, its lane in none
-# Groups in a step of the careful way, which takes its time to compile like any other.
-_CAREFUL_UNROLL = 8
-_FIRST_WITH_CARE = 32
 _EDITS_A_STEP = 8
 # Groups of one array that are stored together. Of several arrays each group is stored at once, as
 # registers would be spilled. (v4's schedule, bfloat16: 5348 cycles of `tnff` with all of a step
 # stored together, 5308 with 8; 8724 of `tnrf` with two groups of three arrays, 8463 with one.)
 _STORED = 8
-Group = dict[Any, Array]  # what a sweep reads or writes of 128 columns, by name or `Part`
+Group = dict[Any, Array]  # what a column loop reads or writes of 128 columns, by name or `Part`
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Everything static about a kernel."""
+# --- The algorithm --------------------------------------------------------------------------------
 
-    op: Operation
-    stage: Stage
-    plan: Plan
-    columns: int
-    edits: int  # places for edits a block has, the same for each row; 0 without a changed reference
-    given: tuple[str, ...]  # the numbers that come in, by lane
-    by: tuple[str, ...]  # the derivatives that come in, by lane after those
 
-    @property
-    def reference(self) -> str | None:
-        return objectives.reference_of(self.op.settings)
+def _kernel(call: Call, *refs: Any) -> None:
+    """One stage on one block of rows, or on one window of it."""
+    block = _Block(call, dict(zip(call.refs, refs, strict=True)))
+    if call.plan.streamed:
+        _windows(block)
+    else:
+        _whole_rows(block)
 
-    @property
-    def tiles(self) -> int:
-        """Windows in a row."""
-        return pl.cdiv(self.columns, self.plan.columns)
 
-    @property
-    def groups(self) -> int:
-        """Groups of 128 columns in a window."""
-        return self.plan.columns // LANES
+def _whole_rows(block: _Block) -> None:
+    """One stage on a block of rows of which the window holds all (or all that the stage needs)."""
+    call, stage = block.call, block.call.stage
+    second_names = statistics.SECOND_LOOK.keys()
 
-    @property
-    def edge(self) -> int:
-        """Groups at the end of a window that are always done with care.
+    # Load. What comes in row by row crosses the lanes after the loop over the columns has begun.
+    held: list[Part] = []  # of the row, in VMEM beside the windows
+    own: Numbers = {}
+    known: Numbers = {}
+    if call.looks_first or call.plan.private:
+        top, held = block.load("zr" if call.reference else "z")
+        block.read_rows()
+        if call.plan.private:
+            top["rm"] = block.edited(top["rm"])
+        # After that branch: the targets' logits are read while the maxima cross the lanes.
+        known = block.spread(statistics.maxima(top["m"], top.get("rm")))
+        own = block.own_logits() if call.looks_first else {}
+    else:
+        block.read_rows()
+    known |= block.given
 
-        In the last window those are the row's last group, where a padded vocabulary is masked, and
-        all beyond the row.
-        """
-        return min(self.tiles * self.groups - (self.columns - 1) // LANES, self.groups)
+    def run(held: list[Part], unroll: int, *, masked: bool) -> Array:
+        """Column loops, statistics, gradient; returns whether the sums stand, a scalar."""
+        row = known
+        add_up = partial(block.add_up, unroll=unroll, masked=masked)
 
-    @property
-    def steps(self) -> int:
-        """Steps of a sweep's loop."""
-        return (self.groups - self.edge) // self.unroll
+        # First column loop.
+        if call.looks_first:
+            names = call.names & statistics.SUMS.keys()
+            parts = tuple(p for p in call.plan.kept if p not in LATE and p not in held)
+            sums, held = add_up(partial(statistics.terms, parts=parts), row, names, held, parts)
+            sums = statistics.in_nats(statistics.row_sums(sums | own), FUNCTIONS)
+            row = row | block.spread(sums)
+            if stage is not Stage.FIRST:
+                row = objectives.finish(row, block.w, block.bad)
 
-    @property
-    def unroll(self) -> int:
-        """Groups of 128 columns in a step of a sweep: a first look with care spills more."""
-        with_care = self.looks_first and not self.shows_masks
-        return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
+        def rest(needed: frozenset[str]) -> Array:
+            # Second column loop.
+            stats, there = row, held
+            asked = needed & second_names if call.looks_again else frozenset()
+            if asked:
+                parts = tuple(part for part in call.plan.kept if part in LATE and "rkl" in asked)
+                sums, there = add_up(statistics.second_terms, row, asked, held, parts)
+                found = statistics.finish_second(statistics.row_sums(sums), row, FUNCTIONS)
+                stats = row | block.spread(found)
+            if call.looks_again:  # what no row of the block reads is 0
+                stats = dict.fromkeys(call.names & second_names, block.full(0.0)) | stats
 
-    @property
-    def shows_masks(self) -> bool:
-        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
-        names = objectives.needs(self.op.settings)
-        if self.stage is Stage.FIRST:
-            names = names & statistics.SUMS.keys()
-        return "n" not in names or any(statistics.reads_logits(name) for name in names)
+            # Statistics.
+            d_stats = block.d_stats
+            if stage is Stage.VISIT:
+                d_stats = objectives.derivatives(stats, call.op.settings, {"loss": block.full(1.0)})
+                unread = second_names - needed
+                d_stats = {name: x for name, x in d_stats.items() if name not in unread}
+            if call.returned:
+                block.store_statistics(stats)
+            stands = jnp.min(jnp.where(statistics.stand(stats), 1.0, 0.0)) > 0
 
-    @property
-    def lists(self) -> int:
-        """Into how many lists, each with a length, a block's edits are split."""
-        return self.plan.rows if self.edits > self.plan.rows else 1
+            # Gradient.
+            if call.makes_gradient:
+                block.store_gradient(stats, d_stats, there, unroll=unroll, masked=masked)
+            return stands
 
-    @property
-    def phases(self) -> int:
-        """How often the windows of a block are gone over, where that is not once a look."""
-        return 2 + self.makes_gradient if self.plan.streamed else 1
+        if not call.branches or masked:
+            return rest(call.names)
+        ids = block.refs["ids"]
+        any_pushed = ids[0, 0, ids.shape[2] - 1] > 0
+        kept = objectives.needs_kept(call.op.settings)
+        return jax.lax.cond(any_pushed, partial(rest, call.names), partial(rest, kept))
 
-    @property
-    def again(self) -> float:
-        """The share of the model's logits that comes in once more."""
-        held = self.plan.held if self.plan.streamed else self.tiles
-        return max(0.0, 1 - held * self.plan.columns / self.columns) * self.makes_gradient
+    # Without sums that show them, masked entries have to be expected from the start.
+    masked = not (call.looks_first and call.shows_masks)
+    stands = run(held, call.unroll, masked=masked)
+    if not masked:
 
-    @property
-    def looks_first(self) -> bool:
-        return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
+        @pl.when(~stands)
+        def _fallback() -> None:
+            weights = tuple(part for part in call.plan.kept if part[0] == "weight")
+            left = block.with_parts(held, weights)
+            run(left, min(call.unroll, CAREFUL_UNROLL), masked=True)
 
-    @property
-    def looks_again(self) -> bool:
-        return objectives.looks_twice(self.op.settings) and self.stage in (
-            Stage.SECOND,
-            Stage.NUMBERS,
-            Stage.VISIT,
+
+def _windows(block: _Block) -> None:
+    """A block of rows, a window at a time: of a row only the reference is held as a whole.
+
+    Three phases go over the windows. In the first those of the reference come in, and their sums
+    are taken; in the second those of the model come in, and with the reference's normaliser known
+    all else is summed; in the third the gradient leaves. Of the model's logits the first
+    `Plan.held` windows stay, and the others come in once more. Sums are relative to the maxima by
+    lane that are known so far.
+    """
+    call, window = block.call, block.window
+    last = window == call.tiles - 1
+    state, settings = block.state, call.op.settings
+
+    def add(of: str, top: Array, row: Numbers, held: list[Part], parts: tuple[Part, ...]) -> None:
+        """Adds the sums of a window to those of the windows before it."""
+        before, m = state(of), statistics.MAXIMUM[of]
+        now = {m: jnp.maximum(before[m], top)}
+        sums = statistics.rebase(before, now, functions=FUNCTIONS)
+        sums = {name: x for name, x in sums.items() if name not in now}
+        terms = partial(statistics.terms, parts=parts)
+        names = frozenset(sums)
+        sums, _ = block.add_up(
+            terms, row | now, names, held, parts, sums, unroll=call.unroll, masked=True
         )
+        block.put(of, now | sums)
 
-    @property
-    def either(self) -> Either | None:
-        """Numbers that share a sum, and columns of the gradient that share a place."""
-        whole = self.stage in (Stage.NUMBERS, Stage.VISIT) and not self.plan.streamed
-        return objectives.either(self.op.settings) if whole else None
+    def whole_row(of: str) -> Numbers:
+        """The statistics of the rows, from those by lane."""
+        lanes, m = state(of), statistics.MAXIMUM[of]
+        row = {m: jnp.max(lanes[m], axis=-1, keepdims=True)}
+        sums = statistics.rebase(lanes, row, functions=FUNCTIONS)
+        sums = statistics.row_sums({name: x for name, x in sums.items() if name not in row})
+        return row | statistics.in_nats(sums, FUNCTIONS)
 
-    @property
-    def makes_gradient(self) -> bool:
-        return self.stage in (Stage.VISIT, Stage.GRADIENT)
+    @pl.when(pl.program_id(1) == 0)
+    def _reference() -> None:
+        block.start("r")
+        top, held = block.load("r")
+        add("r", block.edited(top["rm"]) if call.plan.private else top["rm"], {}, held, ())
 
-    @property
-    def refs(self) -> list[Any]:
-        """What the kernel is given, in order: inputs, outputs, scratch."""
-        window = "all" if self.plan.ring else "window"
-        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", (window, "z")]
-        inputs += [(window, "r")] * (self.reference == "given")
-        dz = ("all", "dz") if self.plan.ring else "dz"
-        outputs = ["numbers"] * bool(self.returned) + [dz] * self.makes_gradient
-        copied = [("copied", of) for of in ("z", "r", "dz")] * self.plan.ring
-        return [*inputs, *outputs, *self.plan.places, *self.plan.state, *copied]
+        @pl.when(last)
+        def _() -> None:
+            found = whole_row("r")
+            block.put("row", found | objectives.finish_reference(found))
 
-    @property
-    def axis(self) -> int:
-        """Of the grid, the one of phases; the next is that of windows."""
-        return 2 if self.plan.ring else 1
+    @pl.when(pl.program_id(1) == 1)
+    def _model() -> None:
+        block.start("z")
+        block.start("own")
+        top, held = block.load("z")
+        block.read_rows()
+        block.put("own", {name: x + block.own("z") for name, x in state("own").items()})
+        reference = {k: x for k, x in state("row").items() if k in ("rm", "rs", "qr")}
+        add("z", top["m"], reference, [("copy", "r"), *held], call.plan.kept)
 
-    @property
-    def own(self) -> tuple[str, ...]:
-        """The numbers that are the target's logits."""
-        return tuple(sorted({"zy", "ry"} & objectives.reads(self.op.settings)))
+        @pl.when(last)
+        def _() -> None:
+            row = whole_row("z") | statistics.row_sums(state("own"))
+            stats = objectives.finish(block.spread(row | reference), block.w, block.bad)
+            block.store_statistics(stats)
+            if call.makes_gradient:
+                d_stats = objectives.derivatives(stats, settings, {"loss": block.full(1.0)})
+                block.put("row", {k: x for k, x in stats.items() if ("row", k) in block.refs})
+                block.put("by", d_stats)
 
-    @property
-    def returned(self) -> tuple[str, ...]:
-        """The numbers that go out, by lane."""
-        names = objectives.needs(self.op.settings)
-        second = names & statistics.SECOND_LOOK.keys()
-        if self.stage is Stage.SECOND:
-            return tuple(sorted(second))
-        if self.stage is Stage.GRADIENT:
-            return ()
-        pair = {"m", *self.own} | ({"rm"} if self.reference else set())
-        if self.stage is Stage.FIRST:
-            return tuple(sorted(pair | (names - second)))
-        return tuple(sorted(pair | names | {"w", "bad"}))
+    if not call.makes_gradient:
+        return
+
+    @pl.when(pl.program_id(1) == 2)
+    def _gradient() -> None:
+        @pl.when(window >= call.plan.held)
+        def _() -> None:
+            block.load("z")
+
+        block.read_rows()
+        held = [("copy", "z"), *(call.plan.kept or [("copy", "r")])]
+        block.store_gradient(state("row"), state("by"), held, unroll=call.unroll, masked=True)
 
 
-# --- The kernel -----------------------------------------------------------------------------------
+# --- A block --------------------------------------------------------------------------------------
 
 
 class _Block:
-    """The rows of a grid step."""
+    """The rows of a grid step: where their columns are, and the loop over them."""
 
-    def __init__(self, call: _Call, refs: dict[Any, Any]):
+    def __init__(self, call: Call, refs: dict[Any, Any]):
         self.call, self.refs = call, refs
-        self.names = objectives.needs(call.op.settings)
         self.shape = (call.plan.rows, LANES)
+        self.window = pl.program_id(2) if call.tiles > 1 else 0
         # Of the window; the last of several may reach beyond the row.
-        self.columns: int | Array = call.columns
-        if call.tiles > 1:
-            self.columns = call.columns - pl.program_id(call.axis + 1) * call.plan.columns
+        self.columns = call.columns - self.window * call.plan.columns
         self.row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
         self.entry = self.row * LANES + self.lane  # tells an entry of a group by one comparison
         refs |= {part: refs[call.plan.place(part)] for part in call.plan.parts}
-        self.there: list[Part] = []  # the parts that are in their place
-        self.targets_logits: Numbers = {}  # by lane: they cross the lanes with the first sums
-        # Without sums that show them, masked entries have to be expected.
-        self.careful = not (call.looks_first and call.shows_masks)
-        self.pushed = True  # a row's token may be pushed down
-        self.unroll = call.unroll
 
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
 
+    def spread(self, stats: Mapping[str, Array]) -> Numbers:
+        """Numbers of rows over the lanes."""
+        return {name: jnp.broadcast_to(x, self.shape) for name, x in stats.items()}
+
     def read_rows(self) -> None:
-        """Reads what comes in row by row; after a sweep, during which it crosses the lanes."""
+        """Reads what comes in row by row; beside a column loop, as it crosses the lanes."""
         call, lanes = self.call, self.refs["lanes"][...]
         columns = range(4 + len(call.given) + len(call.by))
         self.w, bad, group, lane, *rest = (
             jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in columns
         )
         self.bad = bad != 0.0
-        self.numbers = dict(zip(call.given, rest, strict=False))
-        self.by = dict(zip(call.by, rest[len(call.given) :], strict=True))
+        self.given = dict(zip(call.given, rest, strict=False))
+        self.d_stats = dict(zip(call.by, rest[len(call.given) :], strict=True))
         group, lane = (x.astype(jnp.int32) for x in (group, lane))
         target = group * LANES + lane - (call.columns - self.columns)
         inside = (target >= 0) & (target < call.plan.columns)
-        self.targets = jnp.where(inside, target, _NONE)
+        self.targets = jnp.where(inside, target, NONE)
 
-    def spread(self, numbers: Mapping[str, Array]) -> Numbers:
-        """Numbers of rows over the lanes."""
-        return {name: jnp.broadcast_to(x, self.shape) for name, x in numbers.items()}
+    # Columns
 
     def at(self, name: Any, start: Any, groups: int) -> Any:
         """Where some columns of the window are in an array."""
+        if self.call.plan.streamed:
+            place, width = self.call.plan.place(name), self.call.plan.columns
+            if place == ("copy", "r"):
+                start = start + self.window * width
+            elif place == ("copy", "z"):  # the last place is for all windows that do not stay
+                start = start + jnp.minimum(self.window, self.call.plan.held) * width
+            start = pl.multiple_of(start, LANES)
         return pl.ds(start, groups * LANES)
 
-    def load(
+    def read(
         self, name: Any, start: Any, groups: int, edge: int, rows: slice = slice(None)
     ) -> list[Array]:
         """Groups of 128 columns in float32. Beyond the row, in the last `edge`, they are masked."""
@@ -261,26 +307,19 @@ class _Block:
             out.append(jnp.where(inside, group, -jnp.inf) if name[0] == "window" else group)
         return out
 
-    def logits(self, of: str) -> Part | None:
-        """Where the model's or the reference's logits are to be read."""
-        if ("copy", of) in self.there:
-            return ("copy", of)
-        changed = of == "r" and self.call.plan.private
-        return None if changed or ("window", of) not in self.refs else ("window", of)
-
-    def sweep(
+    def column_loop(
         self,
         reads: list[Any],
         body: Callable[[Group, bool], tuple[Numbers, Group]],
         total: Numbers,
         join: Callable[[Array, Array], Array] = jnp.add,
-        short_rest: bool = False,
+        *,
+        unroll: int,
     ) -> Numbers:
         """Calls ``body(read, edge) -> (terms, written)`` on each group of 128 columns.
 
         At the `edge` there may be columns beyond the row among them, masked. Returns `total` with
-        all terms joined to it, those of a step first: shorter sums round less. With `short_rest`
-        the steps of the loop are longer, and leave less to the one after it.
+        all terms joined to it, those of a step first: shorter sums round less.
         """
 
         def joined(a: Numbers, b: Numbers) -> Numbers:
@@ -288,56 +327,128 @@ class _Block:
 
         def step(start: Any, groups: int, edge: int, total: Numbers) -> Numbers:
             terms: Numbers = {}
-            wide = {name: self.load(name, start, groups, edge) for name in reads}
+            wide = {name: self.read(name, start, groups, edge) for name in reads}
             written: dict[Any, list[Array]] = {}
-
-            def place(name: Any, first: int, end: int) -> tuple[Any, slice]:
-                ref = self.refs[name].at[:, self.at(name, start, groups)]
-                return ref, slice(first * LANES, end * LANES)
 
             def store(end: int) -> None:
                 for name, parts in written.items():
-                    ref, columns = place(name, end - len(parts), end)
+                    ref = self.refs[name].at[:, self.at(name, start, groups)]
                     x = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-                    ref[:, columns] = x.astype(ref.dtype)
+                    ref[:, (end - len(parts)) * LANES : end * LANES] = x.astype(ref.dtype)
                 written.clear()
-
-            def choose(name: Any, g: int, x: statistics.Choice) -> None:
-                # A store under a mask is no arithmetic, of which a second look has the most.
-                ref, columns = place(name, g, g + 1)
-                ref[:, columns] = x.kept
-                there = ref.at[:, columns]
-                if plans.target() is None:
-                    # The interpreter loses its way to a slice of a slice; on v4 one slice of the
-                    # whole takes this look 13% more cycles.
-                    there = self.refs[name].at[:, self.at(name, start + g * LANES, 1)]
-                pltpu.store(there, x.pushed, mask=x.is_pushed)
 
             for g in range(groups):
                 here = {name: x[g] for name, x in wide.items()}
                 more, out = body(here, g >= groups - edge)
                 terms = joined(terms, more)
                 for name, x in out.items():
-                    if isinstance(x, statistics.Choice):
-                        choose(name, g, x)
-                    else:
-                        written.setdefault(name, []).append(x)
+                    written.setdefault(name, []).append(x)
                 if len(out) > 1 or (g + 1) % _STORED == 0:
                     store(g + 1)
             store(groups)
             return joined(total, terms)
 
         edge = self.call.edge
-        steps = (self.call.groups - edge) // self.unroll
-        width = (self.call.groups - edge) // steps if steps and short_rest else self.unroll
-        rest = self.call.groups - steps * width  # in one step with the edge: alone it would wait
+        steps = (self.call.groups - edge) // unroll
+        rest = self.call.groups - steps * unroll  # in one step with the edge: alone it would wait
 
         def full_step(i: Array, total: Numbers) -> Numbers:
-            return step(pl.multiple_of(i * (width * LANES), width * LANES), width, 0, total)
+            start = pl.multiple_of(i * (unroll * LANES), unroll * LANES)
+            return step(start, unroll, 0, total)
 
         if steps:
             total = jax.lax.fori_loop(0, steps, full_step, total)
-        return step(steps * width * LANES, rest, edge, total)
+        return step(steps * unroll * LANES, rest, edge, total)
+
+    def load(self, rows: str) -> tuple[Numbers, list[Part]]:
+        """Makes the copies there are to be of some windows.
+
+        Returns the maxima by lane, and the copies.
+        """
+        of_self = self.call.reference == "self"
+        windows = {of: ("window", "z" if of_self else of) for of in rows}
+        copied = [of for of in rows if ("copy", of) in self.call.plan.parts]
+
+        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            found = {statistics.MAXIMUM[of]: x[windows[of]] for of in rows}
+            return found, {("copy", of): x[windows[of]] for of in copied}
+
+        least = {statistics.MAXIMUM[of]: self.full(FLOOR) for of in rows}
+        reads = sorted(set(windows.values()))
+        top = self.column_loop(reads, body, least, jnp.maximum, unroll=self.call.unroll)
+        return top, [("copy", of) for of in copied]
+
+    def reading(
+        self, held: list[Part]
+    ) -> tuple[list[Any], Callable[[Group], tuple[Array, Array | None, statistics.Parts]]]:
+        """What a loop reads where some parts are held, and how that becomes ``(z, r, parts)``."""
+
+        def logits(of: str) -> Part | None:
+            if ("copy", of) in held:
+                return ("copy", of)
+            changed = of == "r" and self.call.plan.private
+            return None if changed or ("window", of) not in self.refs else ("window", of)
+
+        kept = [part for part in held if part[0] != "copy"]
+        z, r = logits("z"), logits("r")
+
+        def split(x: Group) -> tuple[Array, Array | None, statistics.Parts]:
+            return x[z], None if r is None else x[r], {part: x[part] for part in kept}
+
+        return [*kept, *(x for x in (z, r) if x is not None)], split
+
+    def with_parts(self, held: list[Part], parts: tuple[Part, ...]) -> list[Part]:
+        """What is held once some parts are written: they may share a buffer with others."""
+        taken = {self.call.plan.place(part) for part in parts}
+        return [part for part in held if self.call.plan.place(part) not in taken] + list(parts)
+
+    def add_up(
+        self,
+        terms: Callable[[Tile, frozenset[str]], Numbers],
+        row: Numbers,
+        names: frozenset[str],
+        held: list[Part],
+        parts: tuple[Part, ...],
+        sums: Numbers | None = None,
+        *,
+        unroll: int,
+        masked: bool,
+    ) -> tuple[Numbers, list[Part]]:
+        """Adds up some terms of the rows by lane, and keeps the parts that later loops read.
+
+        Args:
+          terms: of a tile, the terms of some sums.
+          row: what is known of the rows.
+          names: the sums.
+          held: the parts that are in VMEM.
+          parts: those to be held then.
+          sums: what to add to; 0 without.
+          unroll: groups of a step.
+          masked: whether entries may be masked elsewhere than in the last group.
+
+        Returns:
+          The sums, and what is held.
+        """
+        reads, split = self.reading(held)
+
+        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            z, r, known = split(x)
+            unmasked = not (masked or edge)
+            tile = self.tile(z, r, row, known, unmasked)
+            more = terms(tile, names - {"n"} if unmasked else names)
+            return more, {part: known[part] for part in parts}
+
+        start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
+        sums = self.column_loop(reads, body, start, unroll=unroll)
+        if "n" in names and not masked:
+            sums["n"] += self.call.groups - self.call.edge
+        return sums, self.with_parts(held, parts)
+
+    def tile(
+        self, z: Array, r: Array | None, row: Numbers, known: statistics.Parts, unmasked: bool
+    ) -> Tile:
+        smoothing = self.call.op.settings.smoothing
+        return Tile(z, r, row, smoothing, known=known, unmasked=unmasked, functions=FUNCTIONS)
 
     # Single entries
 
@@ -353,18 +464,34 @@ class _Block:
     def own(self, of: str) -> Array:
         """The targets' entries of some logits, each in its lane, and 0 in the others."""
         ref = self.refs["window", of]
-        at = partial(self.at, ("window", of), groups=1)
         out = [jnp.zeros((_SUBLANES, LANES), jnp.float32)] * (self.call.plan.rows // _SUBLANES)
         for i in range(self.call.plan.rows):
             part, row = divmod(i, _SUBLANES)
-            x = ref[:, at(self.target(i))].astype(jnp.float32)
+            x = ref[:, self.at(("window", of), self.target(i), 1)].astype(jnp.float32)
             here = self.row[:_SUBLANES] == row
             out[part] = jnp.where(here, x[part * _SUBLANES :][:_SUBLANES], out[part])
-        here = self.lane == self.targets - _group(self.targets)
+        here = self.lane == self.targets - inputs.group(self.targets)
         return jnp.where(here, jnp.concatenate(out, axis=0), 0.0)
 
+    def edited(self, top: Array) -> Array:
+        """Edits the copy of the reference; returns its maxima by lane, from those it had."""
+        first = self.refs["ids"][0, 0, self.call.plan.rows]
+        copy = ("copy", "r")
+
+        def edited() -> Array:
+            self.edit(first)
+            least = {"rm": self.full(FLOOR)}
+
+            def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+                return {"rm": x[copy]}, {}
+
+            found = self.column_loop([copy], body, least, jnp.maximum, unroll=self.call.unroll)
+            return found["rm"]
+
+        return jax.lax.cond(first < self.call.lists, edited, lambda: top)
+
     def edit(self, first: Array) -> None:
-        """Patches the copy of the reference, by the lists from the first that has an edit."""
+        """Changes single entries of the copy, by the lists from the first that has an edit."""
         ids, r, call = self.refs["ids"], self.refs["copy", "r"], self.call
         after = call.plan.rows + 1
         lengths = after + call.lists
@@ -373,7 +500,7 @@ class _Block:
 
         def patch(row: Array, k: Array) -> None:
             column = ids[0, 0, columns + k]
-            start = _group(column)
+            start = inputs.group(column)
             at = (
                 pl.ds(pl.multiple_of(row & -_SUBLANES, _SUBLANES), _SUBLANES),
                 self.at(("copy", "r"), pl.multiple_of(start, LANES), 1),
@@ -394,549 +521,65 @@ class _Block:
 
         jax.lax.while_loop(lambda n: n < call.lists, a_list, first)
 
-    # Looks
+    # What goes out
 
-    def bring(self) -> None:
-        """Makes the copies, and reads what comes in row by row; takes maxima, targets' logits."""
-        top = self.copy("zr" if self.call.reference else "z")
-        self.read_rows()
-        if self.call.plan.private:
-            top["rm"] = self.changed(top["rm"])
-        # Behind that branch: the targets' logits are read while the maxima cross the lanes.
-        self.numbers = self.spread(statistics.maxima(top["m"], top.get("rm"))) | self.numbers
-        if self.call.looks_first:
-            self.targets_logits = self.own_logits()
+    def store_statistics(self, stats: Numbers) -> None:
+        """Writes the row statistics, one a lane."""
+        out = self.full(0.0)
+        for k, name in enumerate(self.call.returned):
+            out = jnp.where(self.lane == k, stats[name].astype(jnp.float32), out)
+        self.refs["numbers"][0] = out
 
-    def copy(self, rows: str) -> Numbers:
-        """Makes the copies there are to be of some windows; returns the maxima by lane."""
-        of_self = self.call.reference == "self"
-        windows = {of: ("window", "z" if of_self else of) for of in rows}
-        copies = [of for of in rows if ("copy", of) in self.call.plan.parts]
-
-        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
-            found = {statistics.MAXIMUM[of]: x[windows[of]] for of in rows}
-            # What has come to its place stays as it is, but for what is beyond the row.
-            stored = copies if edge or not self.call.plan.ring else []
-            return found, {("copy", of): x[windows[of]] for of in stored}
-
-        least = {statistics.MAXIMUM[of]: self.full(FLOOR) for of in rows}
-        self.there += [("copy", of) for of in copies]
-        return self.sweep(sorted(set(windows.values())), body, least, jnp.maximum)
-
-    def changed(self, top: Array) -> Array:
-        """Edits the copy of the reference; returns its maxima by lane, from those it had."""
-        first = self.refs["ids"][0, 0, self.call.plan.rows]
-        copy = ("copy", "r")
-
-        def edited() -> Array:
-            self.edit(first)
-            least = {"rm": self.full(FLOOR)}
-            found = self.sweep([copy], lambda x, edge: ({"rm": x[copy]}, {}), least, jnp.maximum)
-            return found["rm"]
-
-        return jax.lax.cond(first < self.call.lists, edited, lambda: top)
-
-    def reading(self) -> tuple[list[Any], Callable[[Group], tuple[Array, Array | None, dict]]]:
-        """What a later look reads, and how that becomes ``(z, r, parts)``."""
-        kept = [part for part in self.there if part[0] != "copy"]
-        z, r = self.logits("z"), self.logits("r")
-
-        def split(x: Group) -> tuple[Array, Array | None, dict]:
-            return x[z], None if r is None else x[r], {part: x[part] for part in kept}
-
-        return [*kept, *(x for x in (z, r) if x is not None)], split
-
-    def tile(
-        self, z: Array, r: Array | None, row: Numbers, known: statistics.Parts, unmasked: bool
-    ) -> Tile:
-        c = self.call.op.settings
-        return Tile(
-            z, r, row, c.smoothing,
-            known=known, unmasked=unmasked, pushed=self.pushed, functions=FUNCTIONS,
-        )  # fmt: skip
-
-    def look(
-        self,
-        terms: Callable[[Tile, frozenset[str]], Numbers],
-        row: Numbers,
-        names: frozenset[str],
-        parts: tuple[Part, ...],
-        sums: Numbers | None = None,
-        short_rest: bool = False,
-    ) -> Numbers:
-        """Adds up some terms of the rows, by lane, and keeps the parts that are worth it."""
-        reads, split = self.reading()
-
-        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
-            z, r, known = split(x)
-            unmasked = not (self.careful or edge)
-            asked = names - {"n"} if unmasked else names
-            more = terms(self.tile(z, r, row, known, unmasked), asked)
-            return more, {part: known[part] for part in parts}
-
-        start = {name: self.full(0.0) for name in sorted(names)} if sums is None else sums
-        sums = self.sweep(reads, body, start, short_rest=short_rest)
-        if "n" in names and not self.careful:
-            sums["n"] += self.call.groups - self.call.edge
-        place = self.call.plan.place
-        taken = {place(part) for part in parts}
-        self.there = [part for part in self.there if place(part) not in taken] + list(parts)
-        return sums
-
-    def first_look(self, row: Numbers) -> Numbers:
-        """The sums of the rows."""
-        names = self.names & statistics.SUMS.keys() - set(self.call.either or ())
-        parts = tuple(p for p in self.call.plan.kept if p not in LATE and p not in self.there)
-        terms = partial(statistics.terms, parts=parts)
-        lanes = self.look(terms, row, names, parts) | self.targets_logits
-        return self.spread(statistics.in_nats(statistics.row_sums(lanes), FUNCTIONS))
-
-    def second_look(self, row: Numbers) -> Numbers:
-        """The sums that need the rows' normalisers."""
-        either = self.call.either
-        names = self.names & statistics.SECOND_LOOK.keys() - set(either or ())
-        summed = names | ({either.kept} if either else set())
-        parts = tuple(p for p in self.call.plan.kept if p in LATE)
-        there = self.there
-
-        # Behind the loop v4's compiler takes a third more bundles to store choices, and spills.
-        chooses = either is not None and bool(either.weight)
-
-        def look(pushed: bool) -> Numbers:
-            self.there, self.pushed = there, pushed
-            terms = lambda tile, _: statistics.second_terms(tile, names, either)  # noqa: E731
-            found = self.look(terms, row, summed, parts, short_rest=chooses and pushed)
-            self.pushed = True
-            return found
-
-        if either is None or self.careful:
-            found = look(True)
-        else:  # most tokens are kept, and their sum takes half as long
-            ids = self.refs["ids"]
-            any_pushed = ids[0, 0, ids.shape[2] - 1] > 0
-            found = jax.lax.cond(any_pushed, partial(look, True), partial(look, False))
-        sums = statistics.row_sums(found)
-        return self.spread(statistics.finish_second(sums, row, either, FUNCTIONS))
-
-    def gradient(self, row: Numbers, by: Numbers) -> None:
+    def store_gradient(
+        self, stats: Numbers, d_stats: Numbers, held: list[Part], *, unroll: int, masked: bool
+    ) -> None:
         """Writes the gradient of the rows."""
-        reads, split = self.reading()
-        row = {name: x for name, x in row.items() if x.dtype == jnp.float32}
-        table = statistics.coefficients(row, by, self.call.either, FUNCTIONS)
+        reads, split = self.reading(held)
+        stats = {name: x for name, x in stats.items() if x.dtype == jnp.float32}
+        table = statistics.coefficients(stats, d_stats, FUNCTIONS)
 
         def at(x: Group, rows: slice, is_target: Array | None, edge: bool) -> Array:
             z, r, known = split(x)
-            here = {name: x[rows] for name, x in row.items()}
+            here = {name: x[rows] for name, x in stats.items()}
             factors = {key: factor[rows] for key, factor in table.items()}
-            tile = self.tile(z, r, here, known, not (self.careful or edge))
-            return statistics.gradient(tile, factors, is_target, finite=not self.careful)
+            tile = self.tile(z, r, here, known, not (masked or edge))
+            return statistics.gradient(tile, factors, is_target, finite=not masked)
 
-        self.sweep(reads, lambda x, edge: ({}, {"dz": at(x, slice(None), None, edge)}), {})
-        if "zy" in by:
-            self.patch_targets(reads, at, table["zy"])
+        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            return {}, {"dz": at(x, slice(None), None, edge)}
 
-    def patch_targets(
-        self, reads: list[Any], at: Callable[[Group, slice, Array, bool], Array], own: Array
-    ) -> None:
-        """Puts the targets into the gradient of their groups."""
+        self.column_loop(reads, body, {}, unroll=unroll)
+        if "zy" not in d_stats:
+            return
         dz = self.refs["dz"]
-        for i in range(self.call.plan.rows):
+        for i in range(self.call.plan.rows):  # the targets' groups once more
             rows, start = slice(i & -_SUBLANES, (i & -_SUBLANES) + _SUBLANES), self.target(i)
-            group = rows, self.at("dz", start, 1)
             here = self.lane[rows] + start == self.targets[rows]
-            if self.call.plan.ring:  # it is where what it was made of has been
-                here &= self.row[rows] == i  # what the other rows' targets add, they add themselves
-                dz[group] += jnp.where(here, own[rows], 0.0)
-            else:
-                x = {name: self.load(name, start, 1, 1, rows)[0] for name in reads}
-                dz[group] = at(x, rows, here, True).astype(dz.dtype)
+            x = {name: self.read(name, start, 1, 1, rows)[0] for name in reads}
+            dz[rows, self.at("dz", start, 1)] = at(x, rows, here, True).astype(dz.dtype)
 
-    def work(self) -> Array:
-        """The stage, once the copies are there; returns whether its sums stand, a scalar."""
-        call, numbers, by = self.call, self.numbers, self.by
-        if call.either:
-            numbers = numbers | call.either.first(numbers | {"w": self.w})
-        if call.looks_first:
-            numbers = numbers | self.first_look(numbers)
-            if call.stage is not Stage.FIRST:
-                numbers = objectives.finish(numbers, self.w, self.bad)
-        if call.either:
-            numbers = numbers | call.either.second(numbers, call.op.settings.smoothing)
-        if call.looks_again:
-            numbers = numbers | self.second_look(numbers)
-        if call.stage is Stage.VISIT:
-            by = self.derivatives(numbers)
-        if call.returned:
-            self.give(numbers)
-        stands = jnp.min(jnp.where(statistics.stand(numbers), 1.0, 0.0)) > 0
-        if call.makes_gradient:
-            self.gradient(numbers, by)
-        return stands
+    # What is kept from window to window
 
-    def derivatives(self, numbers: Numbers) -> Numbers:
-        """The derivatives of the loss by the numbers of the rows."""
-        return objectives.derivatives(numbers, self.call.op.settings, {"loss": self.full(1.0)})
-
-    def give(self, numbers: Numbers) -> None:
-        """Writes the numbers that go out."""
-        out = self.full(0.0)
-        for k, name in enumerate(self.call.returned):
-            out = jnp.where(self.lane == k, numbers[name].astype(jnp.float32), out)
-        self.refs["numbers"][0] = out
-
-
-class _Streamed(_Block):
-    """The rows of a block, a window at a time: of a row only the reference is held as a whole.
-
-    Three phases go over the windows of a block. In the first those of the reference come in, and
-    their sums are taken; in the second those of the model come in, and with the reference's
-    normaliser known all else can be summed; in the third the gradient leaves. Of the model's
-    logits the first `Plan.held` windows stay, and the others come in once more.
-    """
-
-    def __init__(self, call: _Call, refs: dict[Any, Any]):
-        super().__init__(call, refs)
-        self.careful = True
-        self.exists: bool | Array = True  # a block at this step
-        self.window = pl.program_id(call.axis + 1)
-        self.columns = call.columns - self.window * call.plan.columns
-
-    def at(self, name: Any, start: Any, groups: int) -> Any:
-        place = self.call.plan.place(name)
-        if place == ("copy", "r"):
-            start = start + self.window * self.call.plan.columns
-        elif place == ("copy", "z"):  # the last place is for all that do not stay
-            start = start + jnp.minimum(self.window, self.call.plan.held) * self.call.plan.columns
-        return pl.ds(pl.multiple_of(start, LANES), groups * LANES)
-
-    def get(self, of: str) -> Numbers:
-        """Numbers that are kept from window to window."""
+    def state(self, of: str) -> Numbers:
         return {key[1]: self.refs[key][...] for key in self.call.plan.state if key[0] == of}
 
-    def put(self, of: str, numbers: Numbers) -> None:
-        for name, x in numbers.items():
+    def put(self, of: str, stats: Numbers) -> None:
+        for name, x in stats.items():
             self.refs[of, name][...] = jnp.broadcast_to(x, self.shape).astype(jnp.float32)
 
     def start(self, of: str) -> None:
         """Nothing summed yet."""
-        names = self.get(of)
+        names = self.state(of)
         empty = {name: self.full(FLOOR if name in statistics.MAXIMA else 0.0) for name in names}
         pl.when(self.window == 0)(lambda: self.put(of, empty))
 
-    def add(self, of: str, top: Array, row: Numbers, parts: tuple[Part, ...]) -> None:
-        """Adds what is summed of a window, relative to the maxima by lane that are then known."""
-        before = self.get(of)
-        m = statistics.MAXIMUM[of]
-        now = {m: jnp.maximum(before[m], top)}
-        sums = statistics.rebase(before, now, functions=FUNCTIONS)
-        sums = {k: x for k, x in sums.items() if k not in now}
-        terms = partial(statistics.terms, parts=parts)
-        self.put(of, now | self.look(terms, row | now, frozenset(sums), parts, sums))
 
-    def whole(self, of: str) -> Numbers:
-        """The numbers of the rows, from what was kept by lane."""
-        numbers, m = self.get(of), statistics.MAXIMUM[of]
-        row = {m: jnp.max(numbers[m], axis=-1, keepdims=True)}
-        sums = statistics.rebase(numbers, row, functions=FUNCTIONS)
-        sums = statistics.row_sums({k: x for k, x in sums.items() if k not in row})
-        return row | statistics.in_nats(sums, FUNCTIONS)
-
-    def reference_phase(self) -> None:
-        """The sums of the reference alone."""
-        self.start("r")
-        top = self.copy("r")["rm"]
-        top = self.changed(top) if self.call.plan.private else top
-        self.add("r", top, {}, ())
-
-        @pl.when(self.window == self.call.tiles - 1)
-        def _() -> None:
-            found = self.whole("r")
-            self.put("row", found | objectives.finish_reference(found))
-
-    def model_phase(self) -> None:
-        """All other sums, and what follows from them."""
-        self.start("z")
-        self.start("own")
-        self.there = [("copy", "r")]
-        top = self.copy("z")["m"]
-        self.read_rows()
-        self.put("own", {name: x + self.own("z") for name, x in self.get("own").items()})
-        of_reference = {k: x for k, x in self.get("row").items() if k in ("rm", "rs", "qr")}
-        self.add("z", top, of_reference, self.call.plan.kept)
-
-        @pl.when(self.window == self.call.tiles - 1)
-        def _() -> None:
-            numbers = self.whole("z") | statistics.row_sums(self.get("own"))
-            numbers = objectives.finish(self.spread(numbers | of_reference), self.w, self.bad)
-            self.give(numbers)
-            if self.call.makes_gradient:
-                self.put("row", {k: x for k, x in numbers.items() if ("row", k) in self.refs})
-                self.put("by", self.derivatives(numbers))
-
-    def gradient_phase(self) -> None:
-        """The gradient of a window."""
-
-        @pl.when(self.window >= self.call.plan.held)
-        def _() -> None:
-            self.copy("z")
-
-        self.read_rows()
-        self.there = [("copy", "z"), *(self.call.plan.kept or [("copy", "r")])]
-        self.gradient(self.get("row"), self.get("by"))
-
-
-class _Ring(_Streamed):
-    """Windows that come to the place where they are held, and leave from it.
-
-    The gradient is written over the model's logits. Once a window of it is written, the reference's
-    logits of the next block take the place of this one's; once it has left, the model's take its
-    own. So all copies but the first block's have most of a block's time, in the order in which
-    they are needed, and no array passes through twice.
-    """
-
-    def __init__(self, call: _Call, refs: dict[Any, Any]):
-        super().__init__(call, refs)
-        refs |= {("window", of): refs["copy", of] for of in "zr"} | {"dz": refs["copy", "z"]}
-        blocks, each = refs["all", "z"].shape[0] // call.plan.rows, pl.num_programs(1)
-        self.block = pl.program_id(0) * each + pl.program_id(1)
-        self.exists = self.block < blocks
-        self.is_first = pl.program_id(1) == 0  # of its core
-        self.is_last = (pl.program_id(1) == each - 1) | (self.block == blocks - 1)
-
-    def at(self, name: Any, start: Any, groups: int) -> Any:
-        start = start + self.window * self.call.plan.columns
-        return pl.ds(pl.multiple_of(start, LANES), groups * LANES)
-
-    def transfer(
-        self, of: str, window: Array, do: Callable[[Any], None], block: Array | int = 0
-    ) -> None:
-        """Does something with the copy of a window: the last one is shorter."""
-        width, last = self.call.plan.columns, self.call.tiles - 1
-        first = jnp.asarray(block * self.call.plan.rows, jnp.int32)
-        rows = pl.ds(pl.multiple_of(first, _SUBLANES), self.call.plan.rows)
-
-        def some(columns: int) -> None:
-            at = pl.ds(pl.multiple_of(window * width, LANES), columns)
-            there = self.refs["all", of].at[rows, at]
-            here = self.refs["copy", "r" if of == "r" else "z"].at[:, at]
-            pair = (here, there) if of == "dz" else (there, here)
-            do(pltpu.make_async_copy(*pair, self.refs["copied", of].at[window]))
-
-        pl.when(window < last)(lambda: some(width))
-        pl.when(window == last)(lambda: some(self.call.columns - last * width))
-
-    def begin(self, of: str, window: Array, block: Array) -> None:
-        """Starts a copy."""
-        self.transfer(of, window, lambda copy: copy.start(), block)
-
-    def wait(self, of: str, window: Array) -> None:
-        """Waits for a copy."""
-        self.transfer(of, window, lambda copy: copy.wait())
-
-    def all_windows(self, do: Callable[[Array], None]) -> None:
-        """Does something for each window."""
-        jax.lax.fori_loop(0, self.call.tiles, lambda i, _: do(i), None)
-
-    def reference_phase(self) -> None:
-        @pl.when(self.is_first & (self.window == 0))
-        def _() -> None:
-            for of in "rz":
-                self.all_windows(partial(self.begin, of, block=self.block))
-
-        self.wait("r", self.window)
-        super().reference_phase()
-
-        @pl.when(~self.is_first)
-        def _() -> None:
-            self.wait("dz", self.window)
-            self.begin("z", self.window, self.block)
-
-    def model_phase(self) -> None:
-        self.wait("z", self.window)
-        super().model_phase()
-
-    def gradient_phase(self) -> None:
-        super().gradient_phase()
-        self.begin("dz", self.window, self.block)
-        pl.when(~self.is_last)(lambda: self.begin("r", self.window, self.block + 1))
-
-        @pl.when(self.is_last & (self.window == self.call.tiles - 1))
-        def _() -> None:
-            self.all_windows(partial(self.wait, "dz"))
-
-
-def _kernel(call: _Call, *refs: Any) -> None:
-    """One stage on one block of rows, or on one window of it."""
-    of = _Ring if call.plan.ring else _Streamed if call.plan.streamed else _Block
-    block = of(call, dict(zip(call.refs, refs, strict=True)))
-    if isinstance(block, _Streamed):
-        phases = (block.reference_phase, block.model_phase, block.gradient_phase)
-        for k, phase in enumerate(phases[: call.phases]):
-            pl.when((pl.program_id(call.axis) == k) & block.exists)(phase)
-        return
-
-    if call.looks_first or call.plan.private:
-        block.bring()
-    else:
-        block.read_rows()
-    stands = block.work()
-    if block.careful:
-        return
-
-    @pl.when(~stands)
-    def _again() -> None:
-        block.careful, block.unroll = True, min(block.unroll, _CAREFUL_UNROLL)
-        block.there = [part for part in block.there if part[0] in ("copy", "weight")]
-        block.work()
-
-
-# --- What goes in and comes out -------------------------------------------------------------------
-
-
-def _within(call: _Call, ids: Array) -> Array:
-    """Ids ``[n, R]`` as columns of each window ``[n, tiles, R]``, `_NONE` where they are not in."""
-    first = jnp.arange(call.tiles, dtype=jnp.int32)[None, :, None] * call.plan.columns
-    local = ids[:, None, :] - first
-    here = (local >= 0) & (local < call.plan.columns) & (ids < call.columns)[:, None, :]
-    return jnp.where(here, local, _NONE)
-
-
-def _group(column: Array) -> Array:
-    """Where the group of a column starts."""
-    return column & (_NONE - LANES)
-
-
-def _edit_list(call: _Call, ids: Array, log_factors: Array) -> tuple[Array, Array]:
-    """The edits by window: which lists have any, their lengths, and columns; and their factors.
-
-    The first of these is the first list that has an edit, and one after each list the next, so that
-    the others take no time. A list is as long as to its last edit. It is not sorted: that would
-    take XLA longer than the kernel takes to pass over places without one.
-
-    Args:
-      call: the kernel.
-      ids: columns ``[n, R * K]``; those that are out of the row stand for none.
-      log_factors: ``[n, R * K]``.
-    """
-    blocks, rows = ids.shape[0], call.plan.rows
-
-    def padded(x: Array, fill: float) -> Array:
-        x = x.reshape(blocks, rows, -1)
-        pad = ((0, 0), (0, 0), (0, call.edits // rows - x.shape[2]))
-        return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
-
-    local = _within(call, padded(ids, call.columns))
-    log_factors = jnp.broadcast_to(padded(log_factors, 0.0)[:, None, :], local.shape)
-    there = ((local < _NONE) & (log_factors != 0.0)).reshape(blocks, call.tiles, call.lists, -1)
-    place = jax.lax.broadcasted_iota(jnp.int32, there.shape, 3)
-    length = jnp.max(jnp.where(there, place + 1, 0), axis=3)
-    n = jax.lax.broadcasted_iota(jnp.int32, length.shape, 2)
-    after = jax.lax.cummin(jnp.where(length > 0, n, call.lists), axis=2, reverse=True)
-    none = jnp.full_like(after[..., :1], call.lists)
-    return jnp.concatenate([after, none, length, local], axis=2), log_factors
-
-
-def _scalars(call: _Call, tokens: Tokens, blocks: int) -> list[Array]:
-    """What the kernel reads entry by entry ``[windows, 1, n]``: targets' groups, edits, a flag."""
-
-    def by_block(x: Array, fill: float) -> Array:
-        pad = ((0, blocks * call.plan.rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, pad, constant_values=fill).reshape(blocks, -1)
-
-    ids = [_group(_within(call, by_block(tokens.targets, call.columns)))]
-    factors = []
-    if call.edits and tokens.edit_ids is not None and tokens.log_factors is not None:
-        found = by_block(tokens.edit_ids, call.columns), by_block(tokens.log_factors, 0.0)
-        edits, log_factors = _edit_list(call, *found)
-        ids.append(edits)
-        factors.append(log_factors)
-    elif call.edits:  # a private copy without a change
-        places = 1 + 2 * call.lists + call.edits
-        ids.append(jnp.full((blocks, call.tiles, places), call.lists, jnp.int32))
-        factors.append(jnp.zeros((blocks, call.tiles, call.edits), jnp.float32))
-    if call.either:  # whether a block has any token pushed down
-        pushed = jnp.any(by_block(tokens.weights, 0.0) < 0, axis=1).astype(jnp.int32)
-        ids.append(jnp.broadcast_to(pushed[:, None, None], (blocks, call.tiles, 1)))
-    arrays = [jnp.concatenate(ids, axis=2), *factors]
-    return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
-
-
-def _lanes(call: _Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | None) -> Array:
-    """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
-    inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
-    target = jnp.where(inside, tokens.targets, -1)
-    parts = divmod(target, LANES)  # float32 has not every whole number beyond 2^24
-    columns = [x[:, None] for x in (tokens.weights, tokens.bad, *parts)]
-    columns += [(numbers or {})[name] for name in call.given]
-    columns += [(by or {})[name] for name in call.by]
-    lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
-    return jnp.pad(lanes, ((0, 0), (0, LANES - lanes.shape[1])))
-
-
-def _grid(call: _Call, blocks: int) -> tuple[tuple[int, ...], Callable[..., tuple[Any, Any, Any]]]:
-    """The grid, and which block, phase and window a step of it is of."""
-    if not call.plan.ring:
-        return (blocks, call.phases, call.tiles), lambda i, p, j: (i, p, j)
-    # A core has to know its first and last block.
-    cores = min(blocks, _CORES)
-    each = pl.cdiv(blocks, cores)
-    of = lambda c, i, p, j: (jnp.minimum(c * each + i, blocks - 1), p, j)  # noqa: E731
-    return (cores, each, call.phases, call.tiles), of
-
-
-def _specs(
-    call: _Call, scalars: list[Array], of: Callable[..., tuple[Any, Any, Any]]
-) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
-    """The windows of inputs and outputs."""
-    rows, tiles, held = call.plan.rows, call.tiles, call.plan.held
-
-    def spec(shape: tuple[int, ...], at: Callable[..., Any], **where: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *step: at(*of(*step)), **where)
-
-    if call.plan.ring:
-        window = reference = out = pl.BlockSpec(memory_space=pltpu.HBM)
-    elif not call.plan.streamed:
-        window = reference = out = spec((rows, call.plan.columns), lambda i, p, j: (i, j))
-    else:  # where a phase has no use for a window, the one before or after stays
-
-        def over(at: Callable[..., Array]) -> pl.BlockSpec:
-            return spec((rows, call.plan.columns), lambda i, p, j: (i, at(p, j)))
-
-        last = tiles - 1
-        again = lambda j: last if held >= tiles else jnp.where(j < held, last, j)  # noqa: E731
-        window = over(lambda p, j: jnp.where(p == 0, 0, jnp.where(p == 1, j, again(j))))
-        reference = over(lambda p, j: jnp.where(p == 0, j, last))
-        out = over(lambda p, j: jnp.where(p == 2, j, 0))
-    lanes = spec((rows, LANES), lambda i, p, j: (i, 0))
-    numbers = spec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
-
-    def entries(x: Array) -> pl.BlockSpec:
-        at = lambda i, p, j: (i * tiles + j, 0, 0)  # noqa: E731
-        return spec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
-
-    logits = [window] + [reference] * (call.reference == "given")
-    outputs = [numbers] * bool(call.returned) + [out] * call.makes_gradient
-    return [*map(entries, scalars), lanes, *logits], outputs
-
-
-def _cost(call: _Call, operands: list[Array], rows: int) -> pl.CostEstimate:
-    """What XLA's scheduler and profiles are told."""
-    entries = rows * call.columns
-    pair = 2 if call.reference else 1
-    passes = call.looks_first + call.looks_again + call.makes_gradient
-    moved = sum(x.size * x.dtype.itemsize for x in operands)
-    moved += entries * operands[-1].dtype.itemsize * call.makes_gradient
-    moved += round(entries * call.again) * operands[-1].dtype.itemsize
-    return pl.CostEstimate(
-        flops=entries * 6 * pair * passes,
-        transcendentals=entries * (pair + call.looks_again),
-        bytes_accessed=moved,
-    )
+# --- The call -------------------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    call: _Call,
+    call: Call,
     in_place: bool,
     interpret: Any,
     operands: Operands,
@@ -948,11 +591,10 @@ def _run(
     (z,) = operands.model
     rows = z.shape[0]
     blocks = pl.cdiv(rows, call.plan.rows)
-    scalars = _scalars(call, tokens, blocks)
-    inputs = [*scalars, _lanes(call, tokens, numbers, by), z, *operands.reference]
-    grid, of = _grid(call, blocks)
-    in_specs, out_specs = _specs(call, scalars, of)
-    axes = frozenset().union(*(tiling.varying_axes(x) for x in inputs))
+    scalars = inputs.scalars_of(call, tokens, blocks)
+    given = [*scalars, inputs.lanes_of(call, tokens, numbers, by), z, *operands.reference]
+    in_specs, out_specs = inputs.specs(call, scalars)
+    axes = tiling.all_axes(given)
     if interpret and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
@@ -960,28 +602,26 @@ def _run(
     shapes: list[Any] = [((parts, rows, LANES), jnp.float32)] * bool(call.returned)
     shapes += [(z.shape, z.dtype)] * call.makes_gradient
     order: Any = "arbitrary" if call.plan.streamed else "parallel"
-    semaphores = [pltpu.SemaphoreType.DMA((call.tiles,))] * (3 * call.plan.ring)
     out = pl.pallas_call(
         partial(_kernel, call),
         out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
-        grid=grid,
+        grid=(blocks, call.phases, call.tiles),
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=[
-            *(pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths),
-            *semaphores,
+            pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths
         ],
         input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *[order] * (len(grid) - 1)),
+            dimension_semantics=("parallel", order, order),
             vmem_limit_bytes=call.plan.limit,
             # Of the windows' copies, which are Pallas's own: they take 100 cycles of a block.
             disable_bounds_checks=True,
         ),
-        cost_estimate=_cost(call, inputs, rows),
+        cost_estimate=inputs.cost(call, given, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
         interpret=interpret,
-    )(*[tiling.vary_over(x, axes) for x in inputs])
+    )(*[tiling.vary_over(x, axes) for x in given])
     tiles = [
         {name: out[0][j, :, k : k + 1] for k, name in enumerate(call.returned)}
         for j in range(parts)
@@ -989,7 +629,7 @@ def _run(
     return Result(_together(call, tiles), (out[-1],) if call.makes_gradient else None)
 
 
-def _together(call: _Call, tiles: list[Numbers]) -> Numbers:
+def _together(call: Call, tiles: list[Numbers]) -> Numbers:
     """The numbers of rows, from those of their windows."""
     if call.stage is Stage.SECOND:
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), *tiles)
@@ -998,7 +638,7 @@ def _together(call: _Call, tiles: list[Numbers]) -> Numbers:
 
 
 @functools.lru_cache(maxsize=1024)
-def _folding(call: _Call, in_place: bool, interpret: Any) -> Callable[..., Result]:
+def _folding(call: Call, in_place: bool, interpret: Any) -> Callable[..., Result]:
     """A kernel that under `jax.vmap` takes the batch as more rows."""
     return tiling.folding(partial(_run, call, in_place, interpret))
 
@@ -1011,15 +651,13 @@ def call_of(
     tokens: Tokens,
     given: tuple[str, ...] = (),
     by: tuple[str, ...] = (),
-) -> _Call | None:
+) -> Call | None:
     """The kernel of a stage on a chip, or None where it would need rows that do not fit."""
     columns = operands.model[0].shape[1]
     sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
     private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
     size = (op, stage, columns, sizes, private, chip.vmem)
-    plan = (
-        plans.plan(*size) or plans.ring(*size, operands.model[0].shape[0]) or plans.streamed(*size)
-    )
+    plan = plans.plan(*size) or plans.streamed(*size)
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
@@ -1027,7 +665,7 @@ def call_of(
     if per_row > 1:
         per_row = plans.up(per_row, _EDITS_A_STEP)
     edits = plan.rows * per_row if plan.private else 0
-    return _Call(op, stage, plan, columns, edits, given, by)
+    return Call(op, stage, plan, columns, edits, given, by)
 
 
 def run(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
@@ -27,10 +28,9 @@ _INSTEAD: Mapping[Part, Part] = {
     ("weight", "r"): ("copy", "r"),
     ("weight", "z"): ("copy", "z"),
     statistics.PRODUCT: ("value", "z"),
-    statistics.EITHER: ("value", "z"),
 }
-# The parts that only the second look can compute.
-LATE = (statistics.PRODUCT, statistics.EITHER)
+# The part that only the second look can compute.
+LATE = (statistics.PRODUCT,)
 _MIB = 1 << 20
 
 
@@ -53,19 +53,17 @@ _CHIPS = (
 LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
+# Groups in a step of the fallback, which takes its time to compile like any other loop.
+CAREFUL_UNROLL = 8
 # Groups of 128 columns in a step of a sweep, at most. By v4's schedule of `tnfll` in bfloat16,
 # V = 32128 (static): 5299 cycles in four steps of 64 or less, 5277 in three of 84 or less, 5406 in
 # one of 251, in which more registers are spilled.
 _UNROLL = 96
+# Groups in a step where masked entries are expected in the first loop, which then spills more.
+_FIRST_WITH_CARE = 32
 # Groups of a window of rows that do not fit: long copies, and few steps; and in a step of a tile of
 # such rows, which leaves less for spills: where T = 1, steps of 82 spill 4.6 MiB on v4 (static).
 _WINDOW = 64
-# Groups of a window of a ring. The more, the fewer times a window's own numbers are seen to; the
-# fewer, the sooner there is something to copy. (v4, V = 250112, static: 40595 cycles of `tnff` in
-# windows of 85 groups, 32544 in windows of 245.)
-_RING_WINDOW = 256
-# Left to the compiler beside a ring, which leaves it no more.
-_RESERVED_BESIDE_RING = _MIB // 2
 
 
 def target() -> Chip | None:
@@ -114,8 +112,6 @@ class Plan:
     held: int = 0
     windows: int = 1
     state: tuple[tuple[str, str], ...] = ()
-    # Whether those windows come and go by the kernel's own copies, to and from their places.
-    ring: bool = False
 
     @property
     def streamed(self) -> bool:
@@ -230,40 +226,6 @@ def streamed(
     return None
 
 
-def ring(
-    op: Operation,
-    stage: Stage,
-    columns: int,
-    itemsizes: tuple[int, ...],
-    private: bool,
-    vmem: int,
-    tokens: int,
-) -> Plan | None:
-    """The layout of rows that are held once, model's and reference's, as they come and go.
-
-    Takes what `plan` takes, and the number of rows in all; None where it does not fit, or where
-    there is no such kernel: it has no windows that could be cut at an end of the arrays.
-    """
-    whole = columns % LANES == 0 and tokens % 8 == 0
-    if stage is not Stage.VISIT or not _streams(op.settings) or set(itemsizes) != {4} or not whole:
-        return None
-    width = _width(columns, _RING_WINDOW)
-    windows = -(-columns // width)
-    state = _state(op.settings, stage)
-    buffers = (
-        Buffer("r, later weight r", 8, windows * width, 4),
-        Buffer("z, later dz", 8, windows * width, 4),
-        Buffer("per-row numbers, in and out", 8, 2 * LANES, 4, copies=2),
-        Buffer("numbers kept from window to window", 8, len(state) * LANES, 4),
-    )
-    parts = _streamed_parts(op.settings, stage)
-    out = Plan(
-        8, width, _unroll(width // LANES, _WINDOW), parts, private, buffers, vmem,
-        held=windows, windows=windows, state=state, ring=True,
-    )  # fmt: skip
-    return out if out.vmem + _RESERVED_BESIDE_RING <= vmem else None
-
-
 def _streams(c: Settings) -> bool:
     """Whether rows can go through in windows."""
     return objectives.reference_of(c) == "given" and "ry" not in objectives.reads(c)
@@ -349,17 +311,16 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     row = dict.fromkeys((*statistics.MAXIMA, *names, "w"), one)
     r = one if objectives.reference_of(c) else None
     second, third = _Touched({}), _Touched(dict.fromkeys(LATE, one))
-    either = objectives.either(c)
 
     def tile(known: statistics.Parts) -> statistics.Tile:
         return statistics.Tile(one, r, row, c.smoothing, known=known)
 
     def looks() -> None:
         if objectives.looks_twice(c):
-            statistics.second_terms(tile(second), names, either)
+            statistics.second_terms(tile(second), names)
         if stage is Stage.VISIT:
             by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
-            statistics.gradient(tile(third), statistics.coefficients(row, by, either), None)
+            statistics.gradient(tile(third), statistics.coefficients(row, by), None)
 
     jax.eval_shape(looks)
     return (second.read - set(LATE)) | third.read
@@ -397,3 +358,133 @@ def _of_reference(names: Collection[str]) -> bool:
 
 def _size(copy: Part, itemsizes: tuple[int, ...]) -> int:
     return itemsizes[-1 if copy[1] == "r" else 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything static about a kernel."""
+
+    op: Operation
+    stage: Stage
+    plan: Plan
+    columns: int
+    edits: int  # places for edits a block has, the same for each row; 0 without a changed reference
+    given: tuple[str, ...]  # the numbers that come in, by lane
+    by: tuple[str, ...]  # the derivatives that come in, by lane after those
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The statistics that the operation needs."""
+        return objectives.needs(self.op.settings)
+
+    @property
+    def reference(self) -> str | None:
+        """What the second row is, as `objectives.reference_of` has it."""
+        return objectives.reference_of(self.op.settings)
+
+    @property
+    def tiles(self) -> int:
+        """Windows in a row."""
+        return pl.cdiv(self.columns, self.plan.columns)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 128 columns in a window."""
+        return self.plan.columns // LANES
+
+    @property
+    def edge(self) -> int:
+        """Groups at the end of a window that are always done with care.
+
+        In the last window those are the row's last group, where a padded vocabulary is masked, and
+        all beyond the row.
+        """
+        return min(self.tiles * self.groups - (self.columns - 1) // LANES, self.groups)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a sweep's loop."""
+        return (self.groups - self.edge) // self.unroll
+
+    @property
+    def unroll(self) -> int:
+        """Groups of 128 columns in a step of a sweep: a first look with care spills more."""
+        with_care = self.looks_first and not self.shows_masks
+        return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
+
+    @property
+    def shows_masks(self) -> bool:
+        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
+        names = objectives.needs(self.op.settings)
+        if self.stage is Stage.FIRST:
+            names = names & statistics.SUMS.keys()
+        return "n" not in names or any(statistics.reads_logits(name) for name in names)
+
+    @property
+    def lists(self) -> int:
+        """Into how many lists, each with a length, a block's edits are split."""
+        return self.plan.rows if self.edits > self.plan.rows else 1
+
+    @property
+    def phases(self) -> int:
+        """How often the windows of a block are gone over, where that is not once a look."""
+        return 2 + self.makes_gradient if self.plan.streamed else 1
+
+    @property
+    def again(self) -> float:
+        """The share of the model's logits that comes in once more."""
+        held = self.plan.held if self.plan.streamed else self.tiles
+        return max(0.0, 1 - held * self.plan.columns / self.columns) * self.makes_gradient
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether the first column loop is among the stage's."""
+        return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether the second column loop is among the stage's."""
+        return objectives.looks_twice(self.op.settings) and self.stage in (
+            Stage.SECOND,
+            Stage.NUMBERS,
+            Stage.VISIT,
+        )
+
+    @property
+    def branches(self) -> bool:
+        """Whether a block of kept tokens alone needs less than one with a pushed-down token."""
+        c = self.op.settings
+        looks_at_all = self.stage in (Stage.NUMBERS, Stage.VISIT) and not self.plan.streamed
+        return looks_at_all and objectives.needs_kept(c) != objectives.needs(c)
+
+    @property
+    def makes_gradient(self) -> bool:
+        """Whether the stage writes a gradient."""
+        return self.stage in (Stage.VISIT, Stage.GRADIENT)
+
+    @property
+    def refs(self) -> list[Any]:
+        """What the kernel is given, in order: inputs, outputs, scratch."""
+        inputs = ["ids", *["factors"] * bool(self.edits), "lanes", ("window", "z")]
+        inputs += [("window", "r")] * (self.reference == "given")
+        outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
+        return [*inputs, *outputs, *self.plan.places, *self.plan.state]
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The numbers that are the target's logits."""
+        return tuple(sorted({"zy", "ry"} & objectives.reads(self.op.settings)))
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """The numbers that go out, by lane."""
+        names = objectives.needs(self.op.settings)
+        second = names & statistics.SECOND_LOOK.keys()
+        if self.stage is Stage.SECOND:
+            return tuple(sorted(second))
+        if self.stage is Stage.GRADIENT:
+            return ()
+        pair = {"m", *self.own} | ({"rm"} if self.reference else set())
+        if self.stage is Stage.FIRST:
+            return tuple(sorted(pair | (names - second)))
+        return tuple(sorted(pair | names | {"w", "bad"}))

@@ -90,22 +90,18 @@ def _block(functions: Functions, op: Operation, stage: Stage, rows: _Rows) -> Re
     z = rows.logits["z"].astype(jnp.float32)
     r = _edited(rows.logits["r"].astype(jnp.float32), tokens) if "r" in rows.logits else None
     names = objectives.needs(c)
-    w = tokens.weights[:, None]
-    either = objectives.either(c) if stage in (Stage.NUMBERS, Stage.VISIT) else None
 
     if "s" not in numbers:
-        numbers = numbers | statistics.first_look(z, r, names, functions, either, w, numbers)
+        numbers = numbers | statistics.first_look(z, r, names, functions, numbers)
         if stage is Stage.FIRST:
             return Result(numbers)
-        numbers = objectives.finish(numbers, w, tokens.bad[:, None])
-        if either is not None:
-            numbers = numbers | either.second(numbers, c.smoothing)
+        numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
 
     def tile(row: Numbers) -> Tile:
         return Tile(z, r, row, c.smoothing, functions=functions)
 
     if objectives.looks_twice(c) and stage is not Stage.GRADIENT:
-        more = statistics.second_look(tile(numbers), names, either)
+        more = statistics.second_look(tile(numbers), names)
         if stage is Stage.SECOND:
             return Result(more)
         numbers = numbers | more
@@ -121,7 +117,7 @@ def _block(functions: Functions, op: Operation, stage: Stage, rows: _Rows) -> Re
         by = {name: jnp.where(jnp.isnan(loss), loss, x) for name, x in by.items()}
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
     dz = statistics.gradient(
-        tile(numbers), statistics.coefficients(numbers, by, either, functions), is_target
+        tile(numbers), statistics.coefficients(numbers, by, functions), is_target
     )
     return Result(numbers, (dz,))
 
