@@ -291,7 +291,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
         "kernels": {
             stage: {
                 "steps": call.steps,
-                "careful_steps": (call.groups - call.edge) // pallas_tpu._CAREFUL_UNROLL,
+                "careful_steps": (call.groups - call.edge) // plans.CAREFUL_UNROLL,
                 "tiles": call.tiles,
                 "rows": call.plan.rows,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),

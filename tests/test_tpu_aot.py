@@ -129,16 +129,15 @@ def test_value_reads_every_array_once(name):
     + [(chip, name) for chip in CHIPS if chip != "v4" for name in ("tnff", "tnrf")],
 )
 def test_passes_of_a_large_vocabulary(chip, name):
-    """Rows of 250112 entries fit beside their windows but on v4, where they are a ring."""
+    """Rows of 250112 entries fit whole but on v4, where a third of the model's comes in again."""
     program = compiled(chip, name, jnp.float32, "gradient", 250112, 2048)
-    assert passes(program, (2048, 250112)) == 3
+    assert passes(program, (2048, 250112)) == 3  # the kernel's operands and result, each once
     c = Settings(name, 250112, smoothing=1e-6)
     with target(chip):
         memory = plans.target().vmem
     size = (Operation(c), Stage.VISIT, 250112, (4, 4), True, memory)
     assert (plans.plan(*size) is None) == (chip == "v4")
-    assert plans.ring(*size, 2048).held == plans.ring(*size, 2048).windows
-    streamed = plans.streamed(*size)  # for 2044 rows
+    streamed = plans.streamed(*size)
     assert streamed.held / streamed.windows > 2 / 3  # 3.33 passes at most
 
 

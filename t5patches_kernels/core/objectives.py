@@ -77,20 +77,23 @@ def of_q(term: Term) -> Term:
 
 
 def likelihood(row: Row, c: Settings) -> Array:
-    """LL = -log p[y]."""
+    """``LL = -log p_y``; ``d/dz_j = p_j - [j = y]``."""
     return -row.log_prob
 
 
 @of_q
 def forward(row: Row, c: Settings) -> Array:
-    """CE(q, p), or KL(q, p) with `divergence`."""
+    """``CE(q, p)``, or ``KL(q, p)`` with `divergence`; ``d/dz_j = p_j - q_j``."""
     cross_entropy = row.log_s - row.qz / row.rs
     return cross_entropy - row.entropy_of_q if c.divergence else cross_entropy
 
 
 @of_q
 def smoothed_forward(row: Row, c: Settings) -> Array:
-    """CE(s(q), p), or KL(s(q), p) with `divergence`."""
+    """``CE(s(q), p)``, or ``KL(s(q), p)`` with `divergence`.
+
+    ``d/dz_j = p_j sum_i s(q)_i - s(q)_j``, the sum over the entries that the model does not mask.
+    """
     if c.smoothing == 0.0:
         return forward(row, c)
     total, mass = 1 + c.vocab_size * c.smoothing, 1 + c.smoothing * row.n
@@ -101,13 +104,19 @@ def smoothed_forward(row: Row, c: Settings) -> Array:
 
 @of_q
 def reverse(row: Row, c: Settings) -> Array:
-    """KL(p, s(q)): a divergence already. Unsmoothed, it streams in one look."""
+    """``KL(p, s(q))``, a divergence already; ``d/dz_j = p_j (log p_j - log s(q)_j - KL)``.
+
+    Unsmoothed, it needs one pass over the row; smoothed, the reference's normaliser first.
+    """
     mean = (row.pz - row.pr) / row.s if c.smoothing == 0.0 else row.rkl
     return mean - row.log_s + jnp.log(row.rs) + math.log1p(c.vocab_size * c.smoothing)
 
 
 def smoothed_likelihood(row: Row, c: Settings) -> Array:
-    """CE(s(onehot y), p), or its divergence."""
+    """``CE(s(onehot y), p)``, or its divergence.
+
+    ``d/dz_j = p_j sum_i t_i - t_j`` with ``t = s(onehot y)``.
+    """
     total = 1 + c.vocab_size * c.smoothing
     out = (c.smoothing * (row.n * row.log_s - row.sum_z) - row.log_prob) / total
     if not c.divergence:
@@ -118,17 +127,23 @@ def smoothed_likelihood(row: Row, c: Settings) -> Array:
 
 @of_q
 def unlikelihood(row: Row, c: Settings) -> Array:
-    """-log(1 - p[N]) = lse(z) - lse(z without N): the reference is z itself with N removed."""
+    """``-log(1 - p[N]) = lse(z) - lse(z without N)``: the reference is z itself with N removed.
+
+    ``d/dz_j = p_j - softmax(z without N)_j``: bounded, where the quotient ``p_j / (1 - p[N])`` is not.
+    """
     return (row.m - row.rm) + jnp.log(row.s / row.rs)
 
 
 def negated_likelihood(row: Row, c: Settings) -> Array:
-    """LL negated, held at the threshold: no gradient once the token is that unlikely."""
+    """``max(log p_y, threshold)``; ``d/dz_j = [j = y] - p_j``, 0 once the token is that unlikely."""
     return jnp.maximum(row.log_prob, c.threshold)
 
 
 def label_smoothed(row: Row, c: Settings) -> Array:
-    """T5X's cross-entropy: label smoothing less the entropy of the smoothed target."""
+    """T5X's cross-entropy: ``CE(t, p) - H(t)``, t the target with its mass partly spread evenly.
+
+    ``d/dz_j = p_j sum_i t_i - t_j``.
+    """
     if c.label_smoothing == 0.0:
         return likelihood(row, c)
     off = c.label_smoothing / (c.vocab_size - 1)
