@@ -129,13 +129,13 @@ def smoothed_likelihood(row: Row, c: Settings) -> Array:
 def unlikelihood(row: Row, c: Settings) -> Array:
     """``-log(1 - p[N]) = lse(z) - lse(z without N)``: the reference is z itself with N removed.
 
-    ``d/dz_j = p_j - softmax(z without N)_j``: bounded, where the quotient ``p_j / (1 - p[N])`` is not.
+    ``d/dz_j = p_j - softmax(z without N)_j``: bounded, unlike ``p_j / (1 - p[N])``.
     """
     return (row.m - row.rm) + jnp.log(row.s / row.rs)
 
 
 def negated_likelihood(row: Row, c: Settings) -> Array:
-    """``max(log p_y, threshold)``; ``d/dz_j = [j = y] - p_j``, 0 once the token is that unlikely."""
+    """``max(log p_y, threshold)``; ``d/dz_j = [j = y] - p_j``, 0 below the threshold."""
     return jnp.maximum(row.log_prob, c.threshold)
 
 
