@@ -22,18 +22,18 @@ name      weight              value        reads as
 ========= =================== ============ ==========================================
 
 That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
-(`merge`) and the derivative by ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
+(`merge`) and the derivative with respect to ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
 apart from their maxima because the pair is far more accurate than one log-sum-exp (60 times on rows
 whose target leads, `objectives.md`).
 
-Three numbers need the row's normalisers first and so a second look (`second_look`): ``rkl``, the
+Three statistics need the row's normalisers first and so a second pass (`second_look`): ``rkl``, the
 reverse divergence, whose smoothing sits inside a logarithm, and for the smoothed reference ``sqz``,
-its cross-entropy, and ``sqr``, its divergence. With the row in fast
-memory the second look costs no traffic. Where it does, only the reference is looked at first: with
-``rs`` known, ``s(q)`` is known at every entry, and the three follow from sums relative to the
-maxima (`SECOND_LOOK`, `entries`).
+its cross-entropy, and ``sqr``, its divergence. With the row in fast memory the second pass costs no
+traffic. Where it does, the first pass reads the reference alone: with ``rs`` known, ``s(q)`` is
+known at every entry, and the three follow from sums relative to the maxima (`SECOND_LOOK`,
+`entries`).
 
-Two numbers are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
+Two statistics are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
 ``rm``.
 
 **Masked entries.** A logit at or below `FLOOR` (``-inf``, or a mask constant such as ``-1e30``) has
@@ -122,7 +122,7 @@ _MOVES: Mapping[str | None, str] = {"z": "z", "r": "r", "ratio": "z"}
 
 
 def with_normalisers(names: frozenset[str]) -> frozenset[str]:
-    """Adds the sums that merging or the second look of `names` relies on."""
+    """Adds the sums that merging or the second pass of `names` relies on."""
     needed = {_NORMALISER[SUMS[name].weight] for name in names if name in SUMS}
     if names & SECOND_LOOK.keys():
         needed |= {"s", "rs"}
@@ -155,7 +155,7 @@ class Tile:
           r: reference logits ``[R, C]``, edited, or None.
           row: the maxima, and what else is known of the rows.
           smoothing: of the reference distribution.
-          known: weights and values that an earlier look has computed; what is computed here is
+          known: weights and values that an earlier pass has computed; what is computed here is
             added to it.
           unmasked: whether the caller knows every entry of the model to be above `FLOOR`.
           functions: what entries go through.
@@ -263,7 +263,7 @@ def first_look(
     tops = {m: known.get(m, x) for m, x in maxima(z, r).items()}
     tile = Tile(z, r, tops, functions=functions)
     if names & SECOND_LOOK.keys():
-        tile.weight_of_ratio()  # as the second look makes it: XLA computes it once
+        tile.weight_of_ratio()  # as the second pass computes it: XLA then does it once
     return tops | row_sums(terms(tile, names - SECOND_LOOK.keys()))
 
 
@@ -336,19 +336,19 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
 
 
 def second_terms(tile: Tile, names: frozenset[str]) -> Numbers:
-    """What the numbers among `SECOND_LOOK` in `names` add up ``[R, C]``, before `finish_second`."""
+    """What the statistics among `SECOND_LOOK` in `names` sum ``[R, C]``, before `finish_second`."""
     asked = names & SECOND_LOOK.keys()
     found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
     return {name: found[SECOND_LOOK[name]] for name in asked}
 
 
 def finish_second(sums: Numbers, row: Mapping[str, Array], functions: Functions = _XLAS) -> Numbers:
-    """The numbers of the second look from sums over whole rows."""
+    """The statistics of the second pass from sums over whole rows."""
     return {name: functions.in_nats(x) / row[_PER[name]] for name, x in sums.items()}
 
 
 def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
-    """The numbers among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
+    """The statistics among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
     return finish_second(row_sums(second_terms(tile, names)), tile.row, tile.functions)
 
 
@@ -419,10 +419,10 @@ def reads_logits(name: str) -> bool:
 
 
 def stand(sums: Numbers) -> Array:
-    """Where sums taken as if nothing were masked are right: no masked entry, no NaN shows in them.
+    """Where sums taken as if nothing were masked are right: they show no masked entry and no NaN.
 
     Args:
-      sums: of whole rows, or of all that is looked at of them; with ``s``.
+      sums: of whole rows, or of the part of them that is summed; with ``s``.
     """
     right = sums["s"] < jnp.inf
     for name, x in sums.items():

@@ -2,8 +2,8 @@
 
 A kernel holds R rows of the whole vocabulary. What it must hold are the windows of its operands and
 results, two of each because one is copied while the other is worked on; what it may hold are parts
-of the rows that one look computes and a later one needs again (`statistics.Parts`), and copies of
-the logits: of a changed reference, and of bfloat16, which a look otherwise converts once more.
+of the rows that one column loop computes and a later one needs again (`statistics.Parts`), and
+copies of the logits: of a changed reference, and of bfloat16, which each loop else converts anew.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from t5patches_kernels.core.operation import Operation, Stage
 
 LANES = 128
 Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")
-# What a part takes the place of where that is held too.
+# The part whose buffer a part is written over, where that is held too.
 _INSTEAD: Mapping[Part, Part] = {
     ("weight", "r"): ("copy", "r"),
     ("weight", "z"): ("copy", "z"),
     statistics.PRODUCT: ("value", "z"),
 }
-# The part that only the second look can compute.
+# The part that only the second column loop can compute.
 LATE = (statistics.PRODUCT,)
 _MIB = 1 << 20
 
@@ -55,7 +55,7 @@ LEAST = _CHIPS[0]
 _RESERVED = 5 * _MIB // 4
 # Groups in a step of the fallback, which takes its time to compile like any other loop.
 CAREFUL_UNROLL = 8
-# Groups of 128 columns in a step of a sweep, at most. By v4's schedule of `tnfll` in bfloat16,
+# Groups of 128 columns in a step of a column loop, at most. By v4's schedule of `tnfll` in bfloat16,
 # V = 32128 (static): 5299 cycles in four steps of 64 or less, 5277 in three of 84 or less, 5406 in
 # one of 251, in which more registers are spilled.
 _UNROLL = 96
@@ -102,8 +102,8 @@ class Plan:
 
     rows: int  # a block
     columns: int  # a window: all of a row, or a tile of it
-    unroll: int  # groups of 128 columns in a step of a sweep
-    parts: tuple[Part, ...]  # what is held between looks
+    unroll: int  # groups of 128 columns in a step of a column loop
+    parts: tuple[Part, ...]  # what is held between column loops
     private: bool  # the reference is changed
     buffers: tuple[Buffer, ...]
     memory: int  # bytes that the chip has
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def kept(self) -> tuple[Part, ...]:
-        """What looks compute."""
+        """The parts that column loops compute."""
         return tuple(part for part in self.parts if part[0] != "copy")
 
     @property
@@ -287,7 +287,7 @@ def _layout(
 
 
 def _unroll(groups: int, most: int) -> int:
-    """Groups of a step of a sweep: in as many steps, all as long."""
+    """Groups of a step of a column loop: in as many steps, all as long."""
     return -(-groups // -(-groups // most))
 
 
@@ -304,7 +304,7 @@ class _Touched(dict):
 
 
 def _read_later(op: Operation, stage: Stage) -> set[Part]:
-    """The parts of a row that are read again after the look that first computes them."""
+    """The parts of a row that are read again after the column loop that first computes them."""
     c = op.settings
     one = jnp.ones((1, 1), jnp.float32)
     names = objectives.needs(c)
@@ -315,21 +315,21 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
     def tile(known: statistics.Parts) -> statistics.Tile:
         return statistics.Tile(one, r, row, c.smoothing, known=known)
 
-    def looks() -> None:
+    def later_loops() -> None:
         if objectives.looks_twice(c):
             statistics.second_terms(tile(second), names)
         if stage is Stage.VISIT:
             by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
             statistics.gradient(tile(third), statistics.coefficients(row, by), None)
 
-    jax.eval_shape(looks)
+    jax.eval_shape(later_loops)
     return (second.read - set(LATE)) | third.read
 
 
 def _wanted(
     op: Operation, stage: Stage, itemsizes: tuple[int, ...], private: bool
 ) -> list[tuple[Part, ...]]:
-    """The parts worth holding from one look to a later one, the most worthwhile first."""
+    """The parts worth holding from one column loop to a later one, the most worthwhile first."""
     if stage not in (Stage.NUMBERS, Stage.VISIT):
         return []
     read = _read_later(op, stage)
@@ -394,7 +394,7 @@ class Call:
 
     @property
     def edge(self) -> int:
-        """Groups at the end of a window that are always done with care.
+        """Groups at the end of a window whose entries are always checked for masks.
 
         In the last window those are the row's last group, where a padded vocabulary is masked, and
         all beyond the row.
@@ -403,12 +403,12 @@ class Call:
 
     @property
     def steps(self) -> int:
-        """Steps of a sweep's loop."""
+        """Steps of a column loop."""
         return (self.groups - self.edge) // self.unroll
 
     @property
     def unroll(self) -> int:
-        """Groups of 128 columns in a step of a sweep: a first look with care spills more."""
+        """Groups of 128 columns in a step of a column loop: a first one that checks masks spills more."""
         with_care = self.looks_first and not self.shows_masks
         return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
 
@@ -427,7 +427,7 @@ class Call:
 
     @property
     def phases(self) -> int:
-        """How often the windows of a block are gone over, where that is not once a look."""
+        """How often the kernel goes over the windows of a block, where that is not once a column loop."""
         return 2 + self.makes_gradient if self.plan.streamed else 1
 
     @property

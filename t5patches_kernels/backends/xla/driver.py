@@ -47,15 +47,15 @@ class Form(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What a stage looks at, whole or a block of it; by name, "z" the model's, "r" the reference's.
+    """What a stage reads, whole or a block of it; by name, "z" the model's, "r" the reference's.
 
-    The gradient takes the place of one of the arrays: where nobody reads that any more, as in a
+    The gradient is written over one of the arrays: where nobody reads that any more, as in a
     training step, a gradient needs no memory of its own, and else no zeros are written first.
     """
 
     logits: dict[str, Array]
     tokens: Tokens  # with the edits that are still to be made
-    numbers: Numbers  # what is known: finished, or of the first look's what is better taken whole
+    numbers: Numbers  # what is known: finished, or maxima and targets' logits taken on whole arrays
     by: Numbers | None
 
 
@@ -67,7 +67,7 @@ def _edited(reference: Array, tokens: Tokens) -> Array:
 
 
 def _rows(whole: bool, stage: Stage, rows: _Rows) -> tuple[_Rows, dict[str, Array]]:
-    """What a stage looks at, and of it the array whose place the gradient takes."""
+    """What a stage reads, and of it the array that the gradient is written over."""
     logits, tokens, numbers = dict(rows.logits), rows.tokens, dict(rows.numbers)
     if stage not in (Stage.VISIT, Stage.GRADIENT):
         return rows, {}

@@ -1,9 +1,8 @@
 """Streaming XLA for GPUs: reductions and one gradient loop over whole ``[T, V]`` arrays.
 
-Every statistic that can be summed in one look is, by one reduction that carries the maxima along
-(`statistics.merge`): 5 passes over ``[T, V]`` arrays for value and gradient where the row is looked
-at once (two to read both models' logits, two to read them again, one to write), 6 where the
-reference's normaliser must be known first. Holds nothing else of that size.
+One reduction that carries the maxima along (`statistics.merge`) takes all sums of a pass: 5 passes
+over ``[T, V]`` arrays for value and gradient where one is enough (two to read both models' logits,
+two to read them again, one to write), 6 where the reference's normaliser must be known first. Holds nothing else of that size.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def parts_of(columns: int) -> int:
 
 
 def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Numbers:
-    """The sums of whole rows; with those that a second look would make numbers of."""
+    """The sums of whole rows, with those that the second pass's statistics are made from."""
     c = op.settings
     z, r = _read(op, operands, tokens)
     names = objectives.needs(c)
