@@ -17,7 +17,7 @@ import textwrap
 
 from bench import common
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
-from bench.tpu_static import CORES
+from bench.tpu_static import CORES, PUSHED
 from bench.tutorial import COMMANDS
 
 DOCUMENTS = (common.RESULTS.parent.parent / "README.md", common.RESULTS.parent / "README.md")
@@ -136,9 +136,9 @@ def tpu(result: dict) -> str:
         "`make bench-tpu-static`: **static figures of the TPU compiler; nothing ran on a TPU.** "
         "2048 tokens. Passes: how often an array as large as the logits is read or written; dense "
         "XLA: the fewest of both chips, in bfloat16 of v6e alone. Compute / copies: time of the "
-        "scheduled instructions over that of the copies, at published or assumed rates, without "
-        "stalls; below 1 the kernel waits for memory. From hidden states at "
-        f"V = {head['V']} on a v4 (`tnff`, {head['T']} tokens), our chunks need "
+        "scheduled instructions of rows of which one is pushed down, over that of the copies, at "
+        "published or assumed rates, without stalls; below 1 the kernel waits for memory. From "
+        f"hidden states at V = {head['V']} on a v4 (`tnff`, {head['T']} tokens), our chunks need "
         f"{head['chunked_copies_ms']:.0f} ms of copies and "
         f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, whole dense logits "
         f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB. Empty: not compiled.",
@@ -184,7 +184,9 @@ def tpu_static(result: dict) -> str:
         "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the "
         "time of a block's instructions over that of its copies: below 1 the kernel is at the "
         "memory roofline. After it the least that these instructions need, the busiest unit of "
-        "the core never idle. Blocks without edits, and without masked entries beyond the last "
+        "the core never idle. Kept: a block of kept tokens only, where others have one that is "
+        "pushed down; mean: of both, as often as they are where 4% of the tokens are, anywhere. "
+        "Blocks without edits, and without masked entries beyond the last "
         "128 columns: the last columns are how many times as long a block with such entries takes, "
         "which is done twice, and what 32 edits on 4% of the tokens add to the instructions of one "
         "edit on each of those. In parentheses: with logits that are the program's arguments, "
@@ -221,7 +223,13 @@ def _ratio(row: dict | None) -> str:
     if "ratio" not in row:
         return f"{row['cycles']:.0f} cycles"
     least = f" ≥ {row['least_ratio']:.2f}" if "least_ratio" in row else ""
-    return f"{row['ratio']:.2f}{least}"
+    shown = f"{row['ratio']:.2f}{least}"
+    if "kept_over_pushed" in row:
+        (kernel,) = row["kernels"].values()
+        kept = row["kept_over_pushed"] * row["ratio"]
+        share = (1 - PUSHED) ** kernel["rows"]  # of blocks
+        shown += f", kept {kept:.2f}, mean {share * kept + (1 - share) * row['ratio']:.2f}"
+    return shown
 
 
 def tpu_linear(result: dict) -> str:
