@@ -13,6 +13,7 @@ import itertools
 import json
 import pathlib
 import re
+import textwrap
 
 from bench import common
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
@@ -33,9 +34,17 @@ def _setting(setting: dict[str, str]) -> str:
     return f"{setting['device']}; {', '.join(parts)}"
 
 
-def _measured(setting: dict[str, str], header: list[str], rows: list[list[str]]) -> str:
-    """A table under what its figures depend on."""
-    return f"{_setting(setting)}.\n\n" + _table(header, rows)
+def _measured(
+    caption: str, setting: dict[str, str], header: list[str], rows: list[list[str]]
+) -> str:
+    """A table under what it shows and what its figures depend on."""
+    text = textwrap.fill(f"{caption} {_setting(setting)}.", 99, break_on_hyphens=False)
+    return f"{text}\n\n{_table(header, rows)}"
+
+
+def _stored(name: str) -> dict:
+    """A stored result."""
+    return json.loads((common.RESULTS / f"{name}.json").read_text())
 
 
 def _whose(variant: str) -> str:
@@ -43,8 +52,34 @@ def _whose(variant: str) -> str:
     return "T5Patches" if variant == "upstream" else variant
 
 
+def cpu(result: dict) -> str:
+    """README's table of `make bench`: medians."""
+    found = {(row["objective"], row["memory"]): row for row in result["rows"]}
+    rows = []
+    for name in dict.fromkeys(row["objective"] for row in result["rows"]):
+        fresh, kept = found[name, "fresh"], found[name, "kept"]
+        times = (of[f"{what} ms"]["median"] for of in (fresh, kept) for what in ("dense", "fused"))
+        held = (fresh[f"{what} temporaries / TV"] for what in ("dense", "fused"))
+        rows.append([f"`{name}`", *(f"{x:.1f}" for x in times), *(f"{x:.2f}" for x in held)])
+    header = ["", "dense, ms", "fused, ms", "reused: dense, ms", "reused: fused, ms",
+              "dense: arrays held", "fused: arrays held"]  # fmt: skip
+    edit = {row["losses"]: row for row in _stored("edit-small")["rows"]}
+    return _measured(
+        "`make bench`: 512 tokens, V = 32128, float32, streaming XLA beside T5Patches' formula in "
+        "plain jnp (dense), median. Reused: in a process that reuses its memory; by default the "
+        "system clears new pages for each large array. Arrays held: float32, as large as the "
+        "logits, beyond inputs and outputs. A whole edit of a model of 77 million parameters "
+        f"(`make bench-edit`): fused {edit['fused']['edit s']:.0f} s and "
+        f"{edit['fused']['peak GiB']:.2f} GiB, dense {edit['dense']['edit s']:.0f} s and "
+        f"{edit['dense']['peak GiB']:.2f} GiB.",
+        result["setting"],
+        header,
+        rows,
+    )
+
+
 def host_cpu(result: dict) -> str:
-    """The table of `make bench`."""
+    """The whole table of `make bench`."""
     kept = {row["objective"]: row for row in result["rows"] if row["memory"] == "kept"}
     rows = []
     for row in result["rows"]:
@@ -56,19 +91,65 @@ def host_cpu(result: dict) -> str:
             shown.append(f"{of['times faster']:.1f}")
         rows.append([*shown, *(f"{row[f'{k} temporaries / TV']:.2f}" for k in ("dense", "fused"))])
     times = ["dense, ms", "fused, ms", "entries, ms", "times faster"]
-    header = ["", *times, *(f"kept: {x}" for x in times), "dense, TV", "fused, TV"]
-    return (
-        '`make bench`: value and gradient, T = 8 x 64, V = 32128, float32, `implementation="xla"`\n'
-        "beside T5Patches' formula in plain jnp, both jitted, in one run; median (quartiles); TV:\n"
-        "one [T, V] float32 array held beyond inputs and outputs. Entries: the exponentials and\n"
-        "the logarithm alone, in one elementwise pass with a fresh result. Kept: a process that\n"
-        "keeps its memory, where by default it gets fresh pages for each result and temporary.\n"
-        + _measured(result["setting"], header, rows)
+    header = ["", *times, *(f"reused: {x}" for x in times), "dense, TV", "fused, TV"]
+    return _measured(
+        '`make bench`: value and gradient, T = 8 x 64, V = 32128, float32, `implementation="xla"` '
+        "beside T5Patches' formula in plain jnp, both jitted, in one run; median (quartiles); TV: "
+        "one [T, V] float32 array held beyond inputs and outputs. Entries: the exponentials and "
+        "the logarithm alone, in one elementwise pass with a fresh result. Reused: a process that "
+        "reuses its memory, where by default it gets new pages for each result and temporary.",
+        result["setting"],
+        header,
+        rows,
+    )
+
+
+def tpu(result: dict) -> str:
+    """README's table of `make bench-tpu-static`: two chips, the least and the most arithmetic."""
+    chips = ("v4", "v6e")
+    found = {(r["chip"], r["objective"], r["dtype"], r["V"]): r for r in result["rows"]}
+    vocabularies = (common.VOCABULARIES[name] for name in ("T5", "mT5"))
+    rows = []
+    for v, name, dtype in itertools.product(
+        vocabularies, ("tnff", "tnrf"), ("float32", "bfloat16")
+    ):
+        of = {
+            chip: found[chip, name, dtype, v] for chip in chips if (chip, name, dtype, v) in found
+        }
+        dense = _dense_passes(of)
+        rows.append(
+            [
+                f"`{name}` {dtype} {v}",
+                *(f"{of[chip]['passes']:.3g}" if chip in of else "" for chip in chips),
+                f"{min(dense):.3g}" if dense else "",
+                *(f"{of[chip]['ratio']:.2f}" if chip in of else "" for chip in chips),
+            ]
+        )
+    header = ["", *(f"{chip}: passes" for chip in chips), "dense XLA: passes",
+              *(f"{chip}: compute / copies" for chip in chips)]  # fmt: skip
+    head = next(
+        r
+        for r in _stored("tpu_linear")["rows"]
+        if (r["chip"], r["objective"], r["V"]) == ("v4", "tnff", common.VOCABULARIES["mT5"])
+    )
+    return _measured(
+        "`make bench-tpu-static`: **static figures of the TPU compiler; nothing ran on a TPU.** "
+        "2048 tokens. Passes: how often an array as large as the logits is read or written; dense "
+        "XLA: the fewest of both chips, in bfloat16 of v6e alone. Compute / copies: time of the "
+        "scheduled instructions of rows of which one is pushed down, over that of the copies, at "
+        "published or assumed rates, without stalls; below 1 the kernel waits for memory. From "
+        f"hidden states at V = {head['V']} on a v4 (`tnff`, {head['T']} tokens), our chunks need "
+        f"{head['chunked_copies_ms']:.0f} ms of copies and "
+        f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, whole dense logits "
+        f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB. Empty: not compiled.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
 def tpu_static(result: dict) -> str:
-    """The table of `make bench-tpu-static`: compute over copies, by chip and objective."""
+    """The whole table of `make bench-tpu-static`: compute over copies, by chip and objective."""
     found = {(r["chip"], r["objective"], r["dtype"], r["V"]): r for r in result["rows"]}
     chips = [chip for chip in CORES if any(key[0] == chip for key in found)]
     programs = itertools.product(
@@ -82,45 +163,58 @@ def tpu_static(result: dict) -> str:
         if not of:
             continue
         passes = sorted({_passes(r) for r in of.values()})
-        # In bfloat16 the count on v4 has copies through another memory in it: not traffic.
-        counted = [r for r in of.values() if r["dtype"] == "float32"]
-        dense = sorted({r["dense_passes"] for r in counted})
-        more = of.get(chips[0], {}).get("cycles_of_32_edits_over_1", 0)
+        dense = sorted(_dense_passes(of))
+        first = of.get(chips[0], {})
+        more = first.get("cycles_of_32_edits_over_1", 0)
+        masked = first.get("masked_over_unmasked", 0)
         rows.append(
             [
                 f"`{name}` {dtype} {v}",
                 "-".join(passes),
-                "-".join(f"{x:g}" for x in (*dense[:1], *dense[1:][-1:])),
+                "-".join(f"{x:g}" for x in dict.fromkeys((*dense[:1], *dense[-1:]))),
                 *(_ratio(of.get(chip)) for chip in chips),
-                f"{more / of[chips[0]]['cycles']:.1%}" if more else "",
+                f"{masked:.1f}" if masked else "",
+                f"{more / first['cycles']:.1%}" if more else "",
             ]
         )
-    header = ["", "passes", "XLA on the dense formula", *chips, f"32 edits over one, {chips[0]}"]
-    return (
-        "`make bench-tpu-static`: **static, ahead of time, by the TPU compiler; nothing ran on\n"
-        "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the\n"
-        "time of a block's instructions over that of its copies: below 1 the kernel is at the\n"
-        "memory roofline. After it the least that these instructions need, the busiest unit of\n"
-        "the core never idle. Kept: a block of kept tokens only, where others have one that is\n"
-        "pushed down; mean: of both, as often as they are where 4% of the tokens are, anywhere.\n"
-        "Blocks without edits; the last column: what 32 edits on 4% of\n"
-        "tokens add to the instructions of one edit on each of those. In parentheses: with logits\n"
-        "that are the program's arguments, which XLA copies where V is not a multiple of 128.\n"
-        "Clocks and bandwidths as published or assumed; no stalls counted; tpu7x has no published\n"
-        "clock.\n" + _measured(result["setting"], header, rows)
+    header = ["", "passes", "XLA on the dense formula", *chips,
+              f"masked over unmasked, {chips[0]}", f"32 edits over one, {chips[0]}"]  # fmt: skip
+    return _measured(
+        "`make bench-tpu-static`: **static, ahead of time, by the TPU compiler; nothing ran on "
+        "a TPU.** Value and gradient, T = 2048: passes over [T, V] arrays, and for each chip the "
+        "time of a block's instructions over that of its copies: below 1 the kernel is at the "
+        "memory roofline. After it the least that these instructions need, the busiest unit of "
+        "the core never idle. Kept: a block of kept tokens only, where others have one that is "
+        "pushed down; mean: of both, as often as they are where 4% of the tokens are, anywhere. "
+        "Blocks without edits, and without masked entries beyond the last "
+        "128 columns: the last columns are how many times as long a block with such entries takes, "
+        "which is done twice, and what 32 edits on 4% of the tokens add to the instructions of one "
+        "edit on each of those. In parentheses: with logits that are the program's arguments, "
+        "which XLA copies where V is not a multiple of 128. Passes of XLA on the dense formula: "
+        "fewest and most of the chips, in bfloat16 without v4. Clocks and bandwidths as published "
+        "or assumed; no stalls counted; tpu7x has no published clock.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
-def tpu_kernels(result: dict) -> str:
-    """The part of that table with T5's vocabulary."""
-    rows = [row for row in result["rows"] if row["V"] == common.VOCABULARIES["T5"]]
-    return tpu_static(result | {"rows": rows})
+def _dense_passes(of: dict[str, dict]) -> set[float]:
+    """XLA's passes on the dense formula, by chip.
+
+    Without v4 in bfloat16: that count has copies through the chip's other memory in it.
+    """
+    return {
+        r["dense_passes"]
+        for chip, r in of.items()
+        if "dense_passes" in r and (chip, r["dtype"]) != ("v4", "bfloat16")
+    }
 
 
 def _passes(row: dict) -> str:
     """Where rows are no whole number of 128 entries: of logits that a product has made here."""
-    given = f"{row['passes']:g}"
-    return f"{row['passes_made']:g} ({given})" if "passes_made" in row else given
+    given = f"{row['passes']:.3g}"
+    return f"{row['passes_made']:.3g} ({given})" if "passes_made" in row else given
 
 
 def _ratio(row: dict | None) -> str:
@@ -131,8 +225,9 @@ def _ratio(row: dict | None) -> str:
     least = f" ≥ {row['least_ratio']:.2f}" if "least_ratio" in row else ""
     shown = f"{row['ratio']:.2f}{least}"
     if "kept_over_pushed" in row:
+        (kernel,) = row["kernels"].values()
         kept = row["kept_over_pushed"] * row["ratio"]
-        share = (1 - PUSHED) ** row["kernels"]["visit"]["rows"]  # of blocks
+        share = (1 - PUSHED) ** kernel["rows"]  # of blocks
         shown += f", kept {kept:.2f}, mean {share * kept + (1 - share) * row['ratio']:.2f}"
     return shown
 
@@ -152,12 +247,14 @@ def tpu_linear(result: dict) -> str:
     ]  # fmt: skip
     header = ["bfloat16", "held, GB", "dense, GB", "chunks", "copies, ms", "products, ms",
               "dense: copies, ms", "in-kernel: products, ms"]  # fmt: skip
-    return (
-        "From hidden states to the loss and both gradients, **static** too. Held: the float32\n"
-        "gradient of the kernel, and what is held beyond it; dense: XLA on whole float32 logits.\n"
-        "Copies are the compiler's count of bytes at the chip's bandwidth, products the matrix\n"
-        "unit's at its full rate: each the least that its part can take.\n"
-        + _measured(result["setting"], header, rows)
+    return _measured(
+        "From hidden states to the loss and both gradients, **static** too. Held: the float32 "
+        "gradient of the kernel, and what is held beyond it; dense: XLA on whole float32 logits. "
+        "Copies are the compiler's count of bytes at the chip's bandwidth, products the matrix "
+        "unit's at its full rate: each the least that its part can take.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
@@ -176,33 +273,68 @@ def gpu_static(result: dict) -> str:
         for r in result["rows"]
         if "registers" in r
     ]
-    header = ["", "dense, passes", "XLA form, passes", "dense, TV held", "XLA form, TV held",
+    header = ["", "dense, passes", "XLA, passes", "dense, TV held", "XLA, TV held",
               "kernel's registers", "spilled"]  # fmt: skip
-    return (
-        "`make bench-gpu-static`: **static, ahead of time, compiled for an H200.** Value and\n"
-        "gradient, T = 2048, V = 32128: passes over [T, V] arrays counted in the optimised\n"
-        "program, and what it holds; registers and spilled bytes of the Mosaic GPU kernel.\n"
-        + _measured(result["setting"], header, rows)
+    return _measured(
+        "`make bench-gpu-static`: **static, ahead of time, compiled for an H200.** Value and "
+        "gradient, T = 2048, V = 32128: passes over [T, V] arrays counted in the optimised "
+        "program, and what it holds; registers and spilled bytes of the Mosaic GPU kernel.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
-def _gpu_table(result: dict, tokens: int) -> str:
+GPU_PROGRAMS = {
+    "dense": "dense, ms",
+    "torch": "torch.compile, ms",
+    "xla": "streaming XLA, ms",
+    "pallas_gpu": "kernel, ms",
+}
+
+
+def _timed_on_gpu(result: dict, tokens: int) -> dict[tuple, dict[str, dict]]:
+    """What was timed at so many tokens with the kernel among it, by shape and program."""
+    keys = ("objective", "dtype", "vocabulary", "tokens")
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in (*result["rows"], *_stored("gpu-torch")["rows"]):
+        found.setdefault(tuple(row[k] for k in keys), {})[row["what"]] = row
+    return {of: at for of, at in found.items() if of[3] == tokens and "pallas_gpu" in at}
+
+
+def _gpu_times(of: tuple, at: dict[str, dict]) -> list[str]:
+    times = (f"{at[name]['ms']:.3g}" if name in at else "" for name in GPU_PROGRAMS)
+    return ["`{}` {} {}".format(*of), *times]
+
+
+def gpu(result: dict) -> str:
+    """README's table of `make bench-gpu`: times."""
+    of_t5 = [common.VOCABULARIES[name] for name in ("T5", "mT5")]
+    timed = _timed_on_gpu(result, 8192)
+    rows = [_gpu_times(of, at) for of, at in timed.items() if of[2] in of_t5]
+    linear = _stored("gpu-linear")
+    head = {(r["objective"], r["what"]): r for r in linear["rows"]}
+    dense, ours = (head["tnff", what] for what in ("dense", "pallas_gpu"))
+    return _measured(
+        "`make bench-gpu`: 8192 tokens, device time, median; T5Patches' formula in JAX (dense) and "
+        "by `torch.compile`, streaming XLA and the kernel. From hidden states at "
+        f"V = {dense['vocabulary']} (`tnff`, bfloat16): {ours['ms']:.0f} ms and "
+        f"{ours['temporary_bytes'] / 2**30:.1f} GiB, dense {dense['ms']:.0f} ms and "
+        f"{dense['temporary_bytes'] / 2**30:.1f} GiB. Empty: not timed.",
+        result["about"],
+        ["", *GPU_PROGRAMS.values()],
+        rows,
+    )
+
+
+def _gpu_table(caption: str, result: dict, tokens: int) -> str:
     """What was timed on a card at so many tokens: each program beside the others."""
-    torch = json.loads((common.RESULTS / "gpu-torch.json").read_text())
-    measured = (*result["rows"], *torch["rows"])
-    keys = ("objective", "dtype", "vocabulary", "tokens", "what")
-    found = {tuple(row[k] for k in keys): row for row in measured}
-    names = ("dense", "torch", "xla", "pallas_gpu")
     rows = []
-    for of in dict.fromkeys(key[:4] for key in found if key[3] == tokens):
-        at = {name: found[*of, name] for name in names if (*of, name) in found}
-        if "pallas_gpu" not in at:
-            continue
+    for of, at in _timed_on_gpu(result, tokens).items():
         ours = at["pallas_gpu"]
         rows.append(
             [
-                "`{}` {} {}".format(*of),
-                *(f"{at[name]['ms']:.3g}" if name in at else "" for name in names),
+                *_gpu_times(of, at),
                 f"{at['dense']['ms'] / ours['ms']:.1f}",
                 f"{at['xla']['ms'] / ours['ms']:.2f}",
                 f"{ours['gb_per_second'] / result['about']['copy_gb_per_second']:.0%}",
@@ -212,27 +344,27 @@ def _gpu_table(result: dict, tokens: int) -> str:
                 ),
             ]
         )
-    header = ["", "dense, ms", "torch.compile, ms", "XLA form, ms", "kernel, ms",
-              "dense / kernel", "XLA form / kernel", "of a copy's speed",
-              "dense, MiB", "XLA form, MiB", "kernel, MiB"]  # fmt: skip
-    return _measured(result["about"], header, rows)
+    header = ["", *GPU_PROGRAMS.values(), "dense / kernel", "XLA / kernel", "of a copy's speed",
+              "dense, MiB", "XLA, MiB", "kernel, MiB"]  # fmt: skip
+    return _measured(caption, result["about"], header, rows)
 
 
-def gpu(result: dict) -> str:
-    """The table of `make bench-gpu`."""
-    about = result["about"]
-    return (
-        "`make bench-gpu`, on an NVIDIA H100: value and gradient of T = 8192 tokens, device time,\n"
-        "median; T5Patches' formula in JAX and by `torch.compile`, the streaming XLA form and the\n"
-        "kernel. Of a copy's speed: two arrays read and one written, in the kernel's time, over a\n"
-        f"device-to-device copy in the same process ({about['copy_gb_per_second']:.0f} GB/s).\n"
-        "MiB: held beyond inputs and outputs.\n" + _gpu_table(result, 8192)
+def gpu_all(result: dict) -> str:
+    """The whole table of `make bench-gpu`."""
+    speed = result["about"]["copy_gb_per_second"]
+    return _gpu_table(
+        "`make bench-gpu`: value and gradient of T = 8192 tokens, device time, median; T5Patches' "
+        "formula in JAX and by `torch.compile`, streaming XLA and the kernel. Of a copy's speed: "
+        "two arrays read and one written, in the kernel's time, over a device-to-device copy in "
+        f"the same process ({speed:.0f} GB/s). MiB: held beyond inputs and outputs.",
+        result,
+        8192,
     )
 
 
 def gpu_fewer_tokens(result: dict) -> str:
     """More of it."""
-    return "`make bench-gpu`, the same for T = 2048.\n" + _gpu_table(result, 2048)
+    return _gpu_table("`make bench-gpu`, the same for T = 2048.", result, 2048)
 
 
 def gpu_linear(result: dict) -> str:
@@ -246,17 +378,50 @@ def gpu_linear(result: dict) -> str:
         for row in result["rows"]
     ]
     of = result["rows"][0]
-    return (
+    return _measured(
         f"`make bench-gpu`, hidden states to loss and both gradients, T = {of['tokens']}, "
-        f"D = {of['width']}, V = {of['vocabulary']},\nbfloat16: logits whole (dense), or made in "
-        "chunks of 512 MiB and given to the XLA form or the\nkernel. Milliseconds, median "
-        "(least-most); MiB beyond inputs and outputs.\n"
-        + _measured(result["about"], ["", "ms", "MiB held"], rows)
+        f"D = {of['width']}, V = {of['vocabulary']}, bfloat16: logits whole (dense), or made in "
+        "chunks of 512 MiB and given to streaming XLA or the kernel. Milliseconds, median "
+        "(least-most); MiB beyond inputs and outputs.",
+        result["about"],
+        ["", "ms", "MiB held"],
+        rows,
+    )
+
+
+CHOSEN = ("TNFF", "TNRR", "TNRF", "UL")
+
+
+def demo_chosen(result: dict) -> str:
+    """README's part of the table of `make demo`: the same negatives for several objectives."""
+    names = {row["name"] for row in result["rows"]}
+    (sets,) = {name.split(", ")[1] for name in names if ", sets of " in name}
+    measures = {row["name"]: row["measures"] for row in result["rows"]}
+    shown = {name: measures[f"{name}, {sets}, alpha 1"] for name in CHOSEN}
+    shown["corrective"] = measures["corrective"]
+    for name in ("UL, alpha 1, on sampled outputs", "corrective, on sampled outputs"):
+        shown[name.replace(", alpha 1", "").replace(", on", ", trained on")] = measures[name]
+    before = [result["before"][m]["value"] for m in ("prevalence", "prevalence_sampled")]
+    rows = [
+        [
+            name,
+            f"{of['kl']['value']:.3f}",
+            *(f"{of[m]['value']:.1f}" for m in ("prevalence", "prevalence_sampled", "exact_match")),
+        ]
+        for name, of in shown.items()
+    ]
+    return _measured(
+        "`make demo`: a tiny T5. KL: from the original at unmarked tokens. Unwanted: outputs with "
+        f"an invented name, {before[0]:.1f}% before the edit; of sampled outputs {before[1]:.1f}%. "
+        f"Unchanged: outputs equal to the original's. Negatives: {sets}, alpha 1.",
+        result["setting"],
+        ["", "KL", "unwanted, %", "sampled, %", "unchanged, %"],
+        rows,
     )
 
 
 def demo(result: dict) -> str:
-    """The table of `make demo`."""
+    """The whole table of `make demo`."""
     shown = {"kl": "KL", "prevalence": "unwanted, %", "prevalence_sampled": "sampled, %",
              "bleu": "BLEU", "rouge_l": "ROUGE-L", "exact_match": "exact, %",
              "malformed": "malformed, %"}  # fmt: skip
@@ -270,11 +435,13 @@ def demo(result: dict) -> str:
 
     named = [("before", result["before"]), *((r["name"], r["measures"]) for r in result["rows"])]
     rows = [[name, *(cell(measures, m) for m in shown)] for name, measures in named]
-    return (
-        "`make demo`: a tiny T5 that names places its source does not name, edited on its own\n"
-        "marked outputs; KL from the original on unmarked positions; BLEU, ROUGE-L and exact\n"
-        f"match of new with original outputs; standard errors {result['errors']}.\n"
-        + _measured(result["setting"], ["", *shown.values()], rows)
+    return _measured(
+        "`make demo`: a tiny T5 that names places its source does not name, edited on its own "
+        "marked outputs; KL from the original on unmarked positions; BLEU, ROUGE-L and exact "
+        f"match of new with original outputs; standard errors {result['errors']}.",
+        result["setting"],
+        ["", *shown.values()],
+        rows,
     )
 
 
@@ -282,7 +449,7 @@ def tutorial(result: dict) -> str:
     """The four commands and what they printed."""
     of_four = result["rows"][: len(COMMANDS)]
     return (
-        "`make tutorial` runs these four commands, and those of the rounds, and prints this.\n"
+        "`make tutorial` runs these commands and prints this.\n"
         f"{_setting(result['setting'])}.\n\n" + _console(of_four, of_four)
     )
 
@@ -290,7 +457,10 @@ def tutorial(result: dict) -> str:
 def rounds(result: dict) -> str:
     """The commands of a second round and what the last one printed."""
     rows = result["rows"][len(COMMANDS) :]
-    return _console(rows, rows[-1:])
+    return (
+        "`make tutorial` runs these commands too.\n"
+        f"{_setting(result['setting'])}.\n\n" + _console(rows, rows[-1:])
+    )
 
 
 def _console(rows: list[dict], printed: list[dict]) -> str:
@@ -315,13 +485,15 @@ def edit_small(result: dict) -> str:
         for row in result["rows"]
     ]
     before, after = result["load"]
-    return (
-        "`make bench-edit`: `t5patches edit` of a T5 1.1 small (77 million parameters, random\n"
-        "weights), 20 updates of 8 examples of 128 and 64 tokens, TNRF, Adafactor, from reading\n"
-        "the folder to the edited one; dense: `--implementation reference`. Processes that took\n"
-        f"turns, medians of {result['turns']}; load of the machine {before:.1f} before and\n"
-        f"{after:.1f} after.\n"
-        + _measured(result["setting"], ["", *(n for n, _ in shown.values())], rows)
+    return _measured(
+        "`make bench-edit`: `t5patches edit` of a T5 1.1 small (77 million parameters, random "
+        "weights), 20 updates of 8 examples of 128 and 64 tokens, TNRF, Adafactor, from reading "
+        "the folder to the edited one; dense: `--implementation reference`. Processes that took "
+        f"turns, medians of {result['turns']}; load of the machine {before:.1f} before and "
+        f"{after:.1f} after.",
+        result["setting"],
+        ["", *(n for n, _ in shown.values())],
+        rows,
     )
 
 
@@ -341,11 +513,13 @@ def t5x_step(result: dict) -> str:
                 ]
             )
     header = ["", "step, s", "temporaries, MiB", "constants, MiB", "compiling, s"]
-    return (
-        "`make bench-t5x`: a whole training step of T5X's trainer, T5 1.1 small in float32, batch\n"
-        "of 8 x (64 + 64) tokens, Adafactor, in turns in one run, median (quartiles); load of the\n"
-        f"machine {result['load']:.0f}. Fused head: with `t5patches.network` in place of T5X's.\n"
-        + _measured(result["setting"], header, rows)
+    return _measured(
+        "`make bench-t5x`: a whole training step of T5X's trainer, T5 1.1 small in float32, batch "
+        "of 8 x (64 + 64) tokens, Adafactor, in turns in one run, median (quartiles); load of the "
+        f"machine {result['load']:.0f}. Fused head: with `t5patches.network` in place of T5X's.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
@@ -362,13 +536,15 @@ def t5x_step_static(result: dict) -> str:
             result["rows"], key=lambda r: (r["objective"], T5X_VARIANTS.index(r["variant"]))
         )
     ]
-    return (
-        "**Static, by the TPU compiler for one v4; nothing ran on a TPU.** The step of T5 1.1\n"
-        "base in bfloat16, batch of 32 x (64 + 64), in GiB; all: arguments, outputs that take no\n"
-        "argument's place, temporaries and program. T5Patches' program holds the original as\n"
-        "constants (by their size in bfloat16); ours gets it as a float32 argument, which a mesh\n"
-        "splits like the model.\n"
-        + _measured(result["setting"], ["", *shown, "compiling, s"], rows)
+    return _measured(
+        "**Static, by the TPU compiler for one v4; nothing ran on a TPU.** The step of T5 1.1 "
+        "base in bfloat16, batch of 32 x (64 + 64), in GiB; all: arguments, outputs that take no "
+        "argument's place, temporaries and program. T5Patches' program holds the original as "
+        "constants (by their size in bfloat16); ours gets it as a float32 argument, which a mesh "
+        "splits like the model.",
+        result["setting"],
+        ["", *shown, "compiling, s"],
+        rows,
     )
 
 
@@ -378,13 +554,15 @@ def teacher_cache(result: dict) -> str:
 
     header = ["T5 1.1", "update", "ms", "times plain", "GFLOP", "times plain"]
     rows = [[row["size"], name, *shown(row, name)] for row in result["rows"] for name in VARIANTS]
-    return (
-        "`make bench-teacher`: one update of 8 x 64 tokens, plain fine-tuning beside TNRF with\n"
-        "the original model run live and read from a cache. Milliseconds on this machine, in\n"
+    return _measured(
+        "`make bench-teacher`: one update of 8 x 64 tokens, plain fine-tuning beside TNRF with "
+        "the original model run live and read from a cache. Milliseconds on this machine, in "
         "turn in one process; operations by the TPU compiler for "
-        f"{result['rows'][0]['chip']}, ahead of time,\nbut for those that are compiled for "
-        "tokens of different cotangents and never run here.\n"
-        + _measured(result["setting"], header, rows)
+        f"{result['rows'][0]['chip']}, ahead of time, but for those that are compiled for "
+        "tokens of different cotangents and never run here.",
+        result["setting"],
+        header,
+        rows,
     )
 
 
@@ -393,28 +571,30 @@ def pods(result: dict) -> str:
     from bench import pods
 
     last = max((row["setting"] for row in result["rows"]), key=lambda setting: setting["date"])
-    return (
-        "`make bench-pods`: **static, ahead of time, by the TPU compiler; nothing ran on a TPU.**\n"
-        "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in\n"
-        "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss\n"
-        "/ ours / ours with a fused head, the original an argument in all three. Numbers a token:\n"
-        "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: by a\n"
-        "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch\n"
-        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32; on 64 and 512 chips one\n"
-        "program is compiled, and what it needs beyond the same one on 8 chips is added to what\n"
-        "is known of those. -: not compiled yet.\n"
+    return _measured(
+        "`make bench-pods`: **static, ahead of time, by the TPU compiler; nothing ran on a TPU.** "
+        "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in "
+        "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss "
+        "/ ours / ours with a fused head, the original an argument in all three. Numbers a token: "
+        "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: by a "
+        "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch "
+        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32; on 64 and 512 chips one "
+        "program is compiled, and what it needs beyond the same one on 8 chips is added to what "
+        "is known of those. -: not compiled yet. "
         + "".join(
             f"{row['size']}, {row['chips']} chips, {_whose(row['variant'])}, "
-            f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries,\n"
-            f"by the line {expected:.2f}.\n"
+            f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries, "
+            f"by the line {expected:.2f}. "
             for row, expected in pods.lines_held(result["rows"])
-        )
-        + _measured(last, [*pods.HEADER], pods.table(result["rows"]))
+        ),
+        last,
+        [*pods.HEADER],
+        pods.table(result["rows"]),
     )
 
 
 def take_in_demo(path: pathlib.Path) -> None:
-    """Stores what README.md shows of a demo's results."""
+    """Stores what the documents show of a demo's results."""
     result = json.loads(path.read_text())
     rows = [{k: row[k] for k in ("name", "measures")} for row in result["rows"]]
     kept = {k: result[k] for k in ("errors", "settings", "before")}
@@ -423,15 +603,20 @@ def take_in_demo(path: pathlib.Path) -> None:
 
 # The text of a document between `<!-- NAME -->` and `<!-- end -->`: what is stored, and its form.
 SECTIONS = {
+    # README.md: one number a cell
     "tutorial": ("tutorial", tutorial),
+    "demo_chosen": ("demo", demo_chosen),
+    "cpu": ("host-cpu", cpu),
+    "tpu": ("tpu_static", tpu),
+    "gpu": ("gpu", gpu),
+    # bench/README.md: all of them
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
-    "edit-small": ("edit-small", edit_small),
     "host-cpu": ("host-cpu", host_cpu),
-    "tpu_kernels": ("tpu_static", tpu_kernels),
+    "edit-small": ("edit-small", edit_small),
     "tpu_static": ("tpu_static", tpu_static),
     "tpu_linear": ("tpu_linear", tpu_linear),
-    "gpu": ("gpu", gpu),
+    "gpu_all": ("gpu", gpu_all),
     "gpu_fewer_tokens": ("gpu", gpu_fewer_tokens),
     "gpu_linear": ("gpu-linear", gpu_linear),
     "h200-static": ("h200-static", gpu_static),
@@ -443,15 +628,13 @@ SECTIONS = {
 
 
 def rendered(text: str) -> str:
-    """`text` with every section whose result is stored brought up to date."""
-    for name, (stored, render) in SECTIONS.items():
-        path = common.RESULTS / f"{stored}.json"
-        if path.exists():
-            body = render(json.loads(path.read_text()))
-            block = f"<!-- {name} -->\n{body}\n<!-- end -->"
-            pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+    """`text` with every section brought up to date."""
+
+    def block(found: re.Match) -> str:
+        stored, render = SECTIONS[found[1]]
+        return f"<!-- {found[1]} -->\n{render(_stored(stored))}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The tutorial of README.md: runs its commands and stores what they print.
+"""README.md's tutorial and bench/README.md's second round: runs their commands, stores the output.
 
-`python -m bench.readme` then puts it into README.md.
+`python -m bench.readme` then puts it into both.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ and multiplies straight on into ``hidden`` and ``kernel``: right for any per-tok
 
 Not all in one kernel, on a TPU either: a gradient needs whole rows, so a kernel that keeps no
 logits makes them again, for ``hidden`` and for ``kernel``: six to eight products where chunks take
-four. `python -m bench.tpu_static --linear` prints what that comes to, and README says what follows.
+four. `python -m bench.tpu_static --linear` prints what that comes to, and bench/README.md says
+what follows.
 """
 
 from __future__ import annotations
