@@ -22,19 +22,18 @@ name      weight              value        reads as
 ========= =================== ============ ==========================================
 
 That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
-(`merge`) and the derivative with respect to ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
+(`merge`) and the derivative by ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
 apart from their maxima because the pair is far more accurate than one log-sum-exp (60 times on rows
 whose target leads, `objectives.md`).
 
-Three statistics need the row's normalisers first and so a second pass (`second_look`): ``rkl``, the
+Three need the row's normalisers first and so a second pass (`second_look`): ``rkl``, the
 reverse divergence, whose smoothing sits inside a logarithm, and for the smoothed reference ``sqz``,
 its cross-entropy, and ``sqr``, its divergence. With the row in fast memory the second pass costs no
 traffic. Where it does, the first pass reads the reference alone: with ``rs`` known, ``s(q)`` is
 known at every entry, and the three follow from sums relative to the maxima (`SECOND_LOOK`,
 `entries`).
 
-Two statistics are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and
-``rm``.
+Two are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and ``rm``.
 
 **Masked entries.** A logit at or below `FLOOR` (``-inf``, or a mask constant such as ``-1e30``) has
 probability 0 and contributes 0 to every sum: values are clamped to `FLOOR`, so that ``0 * -inf`` is

@@ -55,7 +55,7 @@ LEAST = _CHIPS[0]
 _RESERVED = 5 * _MIB // 4
 # Groups in a step of the fallback, which takes its time to compile like any other loop.
 CAREFUL_UNROLL = 8
-# Groups of 128 columns in a step of a column loop, at most. By v4's schedule of `tnfll` in bfloat16,
+# Groups of 128 columns in a step of a column loop, at most. v4's schedule of `tnfll` in bfloat16,
 # V = 32128 (static): 5299 cycles in four steps of 64 or less, 5277 in three of 84 or less, 5406 in
 # one of 251, in which more registers are spilled.
 _UNROLL = 96
@@ -408,7 +408,7 @@ class Call:
 
     @property
     def unroll(self) -> int:
-        """Groups of 128 columns in a step of a column loop: a first one that checks masks spills more."""
+        """Groups of 128 columns in a step of a column loop: a first that checks masks spills more."""
         with_care = self.looks_first and not self.shows_masks
         return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
 
@@ -427,7 +427,7 @@ class Call:
 
     @property
     def phases(self) -> int:
-        """How often the kernel goes over the windows of a block, where that is not once a column loop."""
+        """How often the kernel goes over the windows of a block; 1 where each holds whole rows."""
         return 2 + self.makes_gradient if self.plan.streamed else 1
 
     @property

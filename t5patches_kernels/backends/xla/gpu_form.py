@@ -2,7 +2,8 @@
 
 One reduction that carries the maxima along (`statistics.merge`) takes all sums of a pass: 5 passes
 over ``[T, V]`` arrays for value and gradient where one is enough (two to read both models' logits,
-two to read them again, one to write), 6 where the reference's normaliser must be known first. Holds nothing else of that size.
+two to read them again, one to write), 6 where the reference's normaliser must be known first.
+Holds nothing else of that size.
 """
 
 from __future__ import annotations
