@@ -190,7 +190,7 @@ def _run_reference(
 
 
 def _run_driver(
-    implementation: str, op: Operation, operands: Operands, tokens: _Tokens
+    implementation: str | None, op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
     columns = columns_of(op, operands)
 
@@ -243,7 +243,7 @@ def call(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
     )
-    implementation = dispatch.choose(implementation, op, operands)
+    dispatch.check(implementation, op)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"
@@ -251,13 +251,13 @@ def call(
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)
-    # Pallas kernels cannot be interpreted under check_vma.
-    check_vma = not implementation.startswith("pallas")
+    # A kernel may be interpreted where it is asked for, which cannot be done under check_vma.
+    check_vma = implementation in (None, "xla")
     return sharding.over_mesh(run, op, operands, tokens, check_vma=check_vma)
 
 
 def _on_rows(
-    implementation: str, op: Operation, operands: Operands, tokens: _PerToken
+    implementation: str | None, op: Operation, operands: Operands, tokens: _PerToken
 ) -> tuple[dict[str, Array], Array]:
     """Flattens the tokens' leading dimensions, runs the operation, and puts them back."""
     lead = operands.model[0].shape[:-1]

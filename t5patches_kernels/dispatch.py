@@ -1,106 +1,292 @@
-"""Which implementation runs, and why another cannot."""
+"""Which implementation runs: decided when a program is lowered, by what it is lowered for.
+
+One JAX primitive stands for one stage of an operation on rows of logits, in whatever program it is
+traced. Its lowering rules choose the kernel or the XLA form for the platform and the device that
+the program is compiled for, be it this machine's default, another one of its devices, a topology
+of devices that are elsewhere, or several platforms at once (`jax.export`).
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from t5patches_kernels import checks
 from t5patches_kernels.backends import chunked_linear as linear_backend
+from t5patches_kernels.backends import tiling
 from t5patches_kernels.backends.xla import streaming
-from t5patches_kernels.core.operation import Driver, Operands, Operation, columns_of
+from t5patches_kernels.core.operation import (
+    Driver,
+    Operands,
+    Operation,
+    Result,
+    Stage,
+    Tokens,
+    returned,
+)
+from t5patches_kernels.core.statistics import Array, Numbers
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
-_HOPPER = 9.0
-# The best by the platform that JAX runs on, where it runs; elsewhere "xla".
-_BEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+# The best by platform, where it runs; elsewhere "xla".
+_BEST = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+_KERNELS = tuple(_BEST.values())
+# What JAX's clients and devices call the platforms.
+_DEVICES_OF = {"tpu": ("tpu",), "cuda": ("cuda", "gpu"), "rocm": ("rocm", "gpu"), "cpu": ("cpu",)}
 
 
-def why_not(implementation: str, op: Operation) -> str | None:
-    """The reason for which `implementation` cannot run an operation, or None where it can."""
-    checks.one_of("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        if op.vocab_axis is not None:
-            return (
-                "the reference is dense and takes whole rows: leave vocab_axis out and gather the "
-                'logits first, or use implementation="xla"'
-            )
-    elif implementation == "pallas_gpu":
-        return _why_not_pallas_gpu()
-    elif implementation == "pallas_tpu" and jax.default_backend() not in ("tpu", "cpu"):
-        return (
-            f"it needs a TPU (or a CPU, to be interpreted), not {jax.default_backend()}: use "
-            'implementation="xla"'
-        )
-    return None
-
-
-def _why_not_pallas_gpu() -> str | None:
-    if jax.default_backend() not in ("gpu", "cpu"):
-        return (
-            "it needs a Hopper GPU (or a CPU, to be interpreted), not "
-            f'{jax.default_backend()}: use implementation="xla"'
-        )
-    if jax.default_backend() == "gpu":
-        capability = getattr(jax.devices()[0], "compute_capability", "none")
-        if not capability[:1].isdigit() or float(capability) < _HOPPER:
-            return (
-                f"it needs a GPU of compute capability {_HOPPER} (Hopper) or newer, not "
-                f'{capability}: use implementation="xla"'
-            )
-    try:
-        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    except ImportError as error:
-        return (
-            f"Mosaic GPU cannot be imported ({error}): install what is missing, or use "
-            'implementation="xla"'
-        )
-    return None
-
-
-def choose(implementation: str | None, op: Operation, operands: Operands) -> str:
-    """The implementation that runs: the one asked for, or the best for this device and these rows.
+def check(implementation: str | None, op: Operation) -> None:
+    """Raises what can be said of an implementation before anything is traced.
 
     Raises:
-      NotImplementedError: `implementation` was asked for by name and cannot run.
+      ValueError: there is none of that name.
+      NotImplementedError: it cannot run the operation on any device.
     """
     if implementation is None:
-        best = _BEST.get(jax.default_backend(), "xla")
-        return "xla" if why_not(best, op) or _why_not_rows(best, op, operands) else best
-    reason = why_not(implementation, op)
-    if reason:
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}.")
-    return implementation
-
-
-def _why_not_rows(implementation: str, op: Operation, operands: Operands) -> str | None:
-    """The reason for which an implementation that can run cannot take rows of this shape."""
-    if implementation != "pallas_gpu":
-        return None
-    from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
-
-    made_in_float32 = (4,)  # by a head
-    logits = (*operands.model, *operands.reference)
-    itemsizes = made_in_float32 if op.head else tuple(x.dtype.itemsize for x in logits)
-    return pallas_gpu.why_not(columns_of(op, operands), itemsizes)
+        return
+    checks.one_of("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "reference" and op.vocab_axis is not None:
+        raise NotImplementedError(
+            'implementation="reference": the reference is dense and takes whole rows: leave '
+            'vocab_axis out and gather the logits first, or use implementation="xla".'
+        )
 
 
 @functools.cache  # one object a choice: programs are cached under their driver
-def driver(implementation: str, *, linear: bool) -> Driver:
-    """The driver of an implementation that has been chosen.
+def driver(implementation: str | None, *, linear: bool) -> Driver:
+    """The driver of an implementation, or of the best for what a program is lowered for.
 
     Args:
-      implementation: any but ``"reference"``.
+      implementation: None, or any but ``"reference"``.
       linear: whether the operands are hidden states and a head.
     """
-    rows = _row_driver(implementation)
-    return functools.partial(linear_backend.run, rows) if linear else rows
+    rows = partial(_run, implementation)
+    return partial(linear_backend.run, rows) if linear else rows
 
 
-def _row_driver(implementation: str) -> Driver:
-    if implementation == "xla":
-        return streaming.run
+# --- The primitive --------------------------------------------------------------------------------
+
+_stage = Primitive("t5patches_stage")
+_stage.multiple_results = True
+
+
+def _run(
+    implementation: str | None,
+    op: Operation,
+    stage: Stage,
+    operands: Operands,
+    tokens: Tokens,
+    numbers: Numbers | None = None,
+    by: Numbers | None = None,
+) -> Result:
+    """The driver (`operation.Driver`) of logits."""
+    interpret = None
+    if implementation in _KERNELS:
+        reason = _why_not_rows(implementation, stage, operands)
+        if reason:
+            raise _cannot(implementation, reason)
+        interpret = _kernel(implementation).INTERPRET
+    leaves, tree = jax.tree.flatten((operands, tokens, numbers, by))
+    found = _stage.bind(
+        *leaves,
+        implementation=implementation,
+        op=op,
+        stage=stage,
+        tree=tree,
+        interpret=interpret,
+    )
+    names = returned(op, stage)
+    return Result(dict(zip(names, found, strict=False)), tuple(found[len(names) :]) or None)
+
+
+@_stage.def_abstract_eval
+def _shapes(*inputs: Any, op: Operation, stage: Stage, tree: Any, **_: Any) -> list[Any]:
+    (z,) = jax.tree.unflatten(tree, inputs)[0].model
+    varying = jax.sharding.ManualAxisType(varying=tiling.all_axes(inputs))
+    like = partial(z.update, weak_type=False, manual_axis_type=varying)
+    out = [
+        like(shape=(z.shape[0], 1), dtype=jnp.dtype(bool if name == "bad" else jnp.float32))
+        for name in returned(op, stage)
+    ]
+    return out + [like()] * (stage in (Stage.VISIT, Stage.GRADIENT))
+
+
+def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+    """`jax.vmap`: the batch is more rows."""
+    size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+
+    def flat(x: Array, axis: int | None) -> Array:
+        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        return x.reshape(-1, *x.shape[2:])
+
+    out = _stage.bind(*map(flat, inputs, axes), **params)
+    return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+batching.primitive_batchers[_stage] = _fold
+
+
+@_stage.def_impl
+@partial(jax.jit, static_argnames=("implementation", "op", "stage", "tree", "interpret"))
+def _outside_of_jit(*inputs: Array, **params: Any) -> list[Array]:
+    return _stage.bind(*inputs, **params)
+
+
+# --- Lowering -------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What a program is lowered for."""
+
+    platform: str
+    # One of its devices, or an abstract one; None where they are not known, or not all alike.
+    device: Any = None
+
+
+def _target(platform: str, context: mlir.LoweringRuleContext) -> Target:
+    module = context.module_context
+    client = module.backend
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    devices: list[Any] = []
+    # An exported program runs on other machines, whose devices this one's say nothing about.
+    if client is not None and client.platform in _DEVICES_OF[platform]:
+        if not module.lowering_parameters.for_export:
+            devices = client.devices()
+    elif abstract is not None and abstract.platform in _DEVICES_OF[platform]:
+        devices = [abstract]
+    alike = len({device.device_kind for device in devices}) == 1
+    return Target(platform, devices[0] if alike else None)
+
+
+def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **params: Any) -> Any:
+    implementation, op, stage = (params[name] for name in ("implementation", "op", "stage"))
+    operands = jax.tree.unflatten(params["tree"], context.avals_in)[0]
+    target = _target(platform, context)
+    form = choose(implementation, target, stage, operands, params["interpret"])
+
+    def run(*inputs: Array) -> list[Array]:
+        out = form(op, stage, *jax.tree.unflatten(params["tree"], inputs))
+        return [out.numbers[name] for name in returned(op, stage)] + list(out.gradient or ())
+
+    if platform == "cpu" and implementation in _KERNELS:
+        # An interpreter's callbacks are ordered among themselves. The order begins and ends with
+        # the kernel: programs must not depend on whether it will be interpreted.
+        effects = jax.make_jaxpr(run)(*map(_shaped, context.avals_in)).effects
+        context = context.replace(tokens_in=mlir.TokenSet.create(list(effects)))
+    return mlir.lower_fun(run, multiple_results=True)(context, *inputs)
+
+
+def _shaped(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=x.manual_axis_type)
+
+
+for _platform in ("tpu", "cuda", "rocm"):
+    mlir.register_lowering(_stage, partial(_lower, _platform), platform=_platform)
+mlir.register_lowering(_stage, partial(_lower, "cpu"))
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+
+def choose(
+    implementation: str | None, target: Target, stage: Stage, operands: Operands, interpret: Any
+) -> Driver:
+    """The driver of logits for what a program is lowered for.
+
+    Args:
+      implementation: the one asked for, or None for the best.
+      target: what the program is lowered for.
+      stage: the stage.
+      operands: the logits, of which shapes and dtypes matter.
+      interpret: how a kernel that was asked for is interpreted on a CPU.
+
+    Raises:
+      NotImplementedError: `implementation` was asked for and cannot run there.
+    """
+    name = implementation or _BEST.get(target.platform, "xla")
+    reason = _why_not(name, target) or _why_not_rows(name, stage, operands)
+    if not reason and not implementation and name == "pallas_gpu" and not _capability(target):
+        reason = "which GPU the program will run on is not known"
+    if reason and implementation:
+        raise _cannot(implementation, reason)
+    if reason:
+        if stage in _WHOLE_ROWS:  # what else there is on a GPU is the XLA form's anyway
+            _warn(name, reason)
+        name = "xla"
+    interpret = interpret if target.platform == "cpu" else None
+    if name == "pallas_tpu":
+        kind = getattr(target.device, "device_kind", None)
+        return partial(_kernel(name).run, _kernel(name).plans.chip(kind), interpret)
+    if name == "pallas_gpu":
+        return partial(_kernel(name).run, interpret)
+    return streaming.form(target.platform)
+
+
+_WHOLE_ROWS = (Stage.NUMBERS, Stage.VISIT)
+
+
+def _why_not(name: str, target: Target) -> str | None:
+    """The reason for which an implementation cannot run on a target, or None where it can."""
+    if name not in _KERNELS or target.platform == "cpu":
+        return None
+    if _BEST.get(target.platform) != name:
+        needs = "a TPU" if name == "pallas_tpu" else "a Hopper or Blackwell GPU"
+        return (
+            f"it needs {needs} (or a CPU, to be interpreted), and the program is lowered for "
+            f"{target.platform}"
+        )
+    capability = _capability(target)
+    if name == "pallas_gpu" and capability and capability.split(".")[0] not in ("9", "10"):
+        return (
+            "it needs 228 KB of shared memory, as GPUs of compute capability 9 and 10 have it "
+            f"(H100, B200), and this one is of {capability}"
+        )
+    return None
+
+
+def _capability(target: Target) -> str | None:
+    """The compute capability of a GPU, where it is known."""
+    return getattr(target.device, "compute_capability", None)
+
+
+def _why_not_rows(name: str, stage: Stage, operands: Operands) -> str | None:
+    """The reason for which an implementation cannot take these rows on any device."""
+    if name != "pallas_gpu":
+        return None
+    try:
+        kernel = _kernel(name)
+    except ImportError as error:
+        return f"Mosaic GPU cannot be imported ({error}): install what is missing"
+    if stage not in _WHOLE_ROWS:
+        return None
+    logits = (*operands.model, *operands.reference)
+    return kernel.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits))
+
+
+def _kernel(name: str) -> ModuleType:
     # Imported when it is used: Pallas takes longer to import than all of the rest.
-    return importlib.import_module(f"t5patches_kernels.backends.{implementation}.kernel").run
+    return importlib.import_module(f"t5patches_kernels.backends.{name}.kernel")
+
+
+def _cannot(name: str, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'implementation={name!r}: {reason}. Or use implementation="xla", which runs anywhere.'
+    )
+
+
+@functools.cache  # once a reason: a program has many stages
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(
+        f'the XLA form runs in place of implementation="{name}", which is faster: {reason}. '
+        'implementation="xla" asks for that form without this warning.',
+        stacklevel=2,
+    )

@@ -9,7 +9,6 @@ import re
 
 import jax
 from harness import AS_USERS
-from jax._src.mesh import AbstractDevice  # not public yet; `AbstractMesh` takes one
 
 # The facts XLA asks about a card, by NVIDIA's figures.
 _HOPPER = """
@@ -57,11 +56,8 @@ def device(card: str = "H200") -> jax.Device | str:
 def compile_for(device: jax.Device, f, *args):
     """`f` compiled ahead of time for `device` at the shapes and dtypes of `args`."""
     place = jax.sharding.SingleDeviceSharding(device)
-    abstract = AbstractDevice(device.device_kind, None, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
     shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    with jax.sharding.use_abstract_mesh(mesh):  # lets the library know what it is compiled for
-        return jax.jit(f, compiler_options=AS_USERS).lower(*shaped).compile()
+    return jax.jit(f, compiler_options=AS_USERS).lower(*shaped).compile()
 
 
 def passes(compiled, shape: tuple[int, int]) -> float:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 
 import jax
 import pytest
-from jax._src.mesh import AbstractDevice  # not public yet; `AbstractMesh` takes one
 
 # By the name used everywhere: the topology, and how its cores are joined. Cloud v4 is megacore.
 CHIPS = {
@@ -42,20 +40,8 @@ def device(chip: str) -> jax.Device:
     return topology(chip).devices[0]
 
 
-@contextlib.contextmanager
-def target(chip: str):
-    """Lets the library know what it is compiled for."""
-    d = device(chip)
-    abstract = AbstractDevice(d.device_kind, d.num_cores, "tpu")
-    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield jax.sharding.SingleDeviceSharding(d)
-
-
 def compile_for(chip: str, f, *args, donate: tuple[int, ...] = ()):
     """`f` compiled ahead of time for a chip at the shapes and dtypes of `args`."""
-    with target(chip) as place:
-        shaped = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args
-        )
-        return jax.jit(f, donate_argnums=donate).lower(*shaped).compile()
+    place = jax.sharding.SingleDeviceSharding(device(chip))
+    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    return jax.jit(f, donate_argnums=donate).lower(*shaped).compile()

@@ -13,7 +13,8 @@ Array = jax.Array
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes over which `x` varies inside a `jax.shard_map` with ``check_vma=True``."""
-    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    known = isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    aval = x if known else jax.typeof(x)
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset() if manual is None else frozenset(manual.varying)
 
@@ -118,24 +119,3 @@ def for_row_blocks(
 
     done, total = jax.lax.fori_loop(0, count, step, ((whole, spent), zero))
     return *done, total
-
-
-def folding(f: Callable) -> Callable:
-    """A function of rows that under `jax.vmap` takes the batch as more rows.
-
-    Args:
-      f: of arrays ``[T]`` or ``[T, n]`` in any containers, row by row, to arrays ``[T, n]``.
-    """
-    fold = jax.custom_batching.custom_vmap(f)
-
-    @fold.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
-        def flat(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.reshape(-1)
-
-        out = fold(*jax.tree.map(flat, args, tuple(batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, x.shape[-1]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return fold

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.statistics import Numbers
 
@@ -84,6 +86,22 @@ class Driver(Protocol):
         by: Numbers | None = None,
     ) -> Result:
         """Runs one stage over all rows."""
+
+
+@functools.lru_cache(maxsize=1024)
+def returned(op: Operation, stage: Stage) -> tuple[str, ...]:
+    """The names of the numbers that are asked of a stage, sorted; a driver may return more."""
+    names = objectives.needs(op.settings)
+    second = names & statistics.SECOND_LOOK.keys()
+    if stage is Stage.GRADIENT:
+        return ()
+    if stage is Stage.SECOND:
+        return tuple(sorted(second))
+    of_row = {"m", "zy"} | ({"ry"} & objectives.reads(op.settings))
+    of_row |= {"rm"} if objectives.reference_of(op.settings) else set()
+    if stage is Stage.FIRST:
+        return tuple(sorted(of_row | (names - second)))
+    return tuple(sorted(of_row | names | {"w", "bad"}))
 
 
 def columns_of(op: Operation, operands: Operands) -> int:

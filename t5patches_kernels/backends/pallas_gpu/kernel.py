@@ -62,12 +62,6 @@ def why_not(columns: int, itemsizes: tuple[int, ...]) -> str | None:
     return None
 
 
-def _for_gpu() -> bool:
-    """Whether a GPU is compiled for: by the enclosing abstract device where there is one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "gpu"
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a row is cut up."""
@@ -372,20 +366,21 @@ def _kernel(call: _Call, interpret: bool, names: tuple[str, ...], *refs: Any) ->
         row.refs["numbers"][k, row.index] = numbers[name]
 
 
-# The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`).
-INTERPRET: dict[str, Any] = {}
+# The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`), by name.
+Options = tuple[tuple[str, Any], ...]
+INTERPRET: Options = ()
 _NO_VMA = (
-    'implementation="pallas_gpu" on a machine without a GPU: JAX cannot interpret a kernel inside '
+    'implementation="pallas_gpu" on a CPU: JAX cannot interpret a kernel inside '
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
 
 
-def _interpreter() -> Any:
+def _interpreter(options: Options) -> Any:
     if hasattr(plgpu, "InterpretGPUParams"):  # from jax 0.11
-        return plgpu.InterpretGPUParams(**INTERPRET)
+        return plgpu.InterpretGPUParams(**dict(options))
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    return InterpretGPUParams(**INTERPRET)
+    return InterpretGPUParams(**dict(options))
 
 
 def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
@@ -403,12 +398,12 @@ def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Result:
+def _run(call: _Call, interpret: Options | None, operands: Operands, tokens: Tokens) -> Result:
     inputs = _inputs(call, operands, tokens)
     (z,) = operands.model
     rows, chunk = z.shape[0], call.plan.chunk
     axes = tiling.all_axes(inputs)
-    if interpret and axes:
+    if interpret is not None and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
     returned: dict[str, Any] = {"numbers": ((len(call.returned), rows), jnp.float32)}
@@ -422,7 +417,7 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
         returned["dz"] = (z.shape, z.dtype)
         scratch["out"] = plgpu.SMEM((_OUT_SLOTS, chunk), z.dtype)
     kernel = plgpu.kernel(
-        partial(_kernel, call, interpret, (*inputs, *returned, *scratch)),
+        partial(_kernel, call, interpret is not None, (*inputs, *returned, *scratch)),
         out_type=tuple(
             jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in returned.values()
         ),
@@ -434,7 +429,7 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-        interpret=_interpreter() if interpret else None,
+        interpret=None if interpret is None else _interpreter(interpret),
     )
     found, *dz = kernel(*tiling.vary_over(tuple(inputs.values()), axes))
     numbers = {name: found[k][:, None] for k, name in enumerate(call.returned)}
@@ -442,12 +437,8 @@ def _run(call: _Call, interpret: bool, operands: Operands, tokens: Tokens) -> Re
     return Result(numbers, tuple(dz) or None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _folding(call: _Call, interpret: bool) -> Callable[..., Result]:
-    return tiling.folding(partial(_run, call, interpret))
-
-
 def run(
+    interpret: Options | None,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -455,17 +446,12 @@ def run(
     numbers: Numbers | None = None,
     by: Numbers | None = None,
 ) -> Result:
-    """The driver (`operation.Driver`)."""
+    """The driver (`operation.Driver`) of rows that `why_not` has no objection to."""
     if stage not in (Stage.NUMBERS, Stage.VISIT) or operands.model[0].shape[0] == 0:
         return gpu_form.run(op, stage, operands, tokens, numbers, by)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
-    reason = why_not(columns, itemsizes)
-    if reason:
-        raise NotImplementedError(
-            f'implementation="pallas_gpu": {reason}, or use implementation="xla".'
-        )
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
     call = _Call(op, stage, plan(columns, itemsizes), columns, edits)
-    return _folding(call, not _for_gpu())(operands, tokens)
+    return _run(call, interpret, operands, tokens)

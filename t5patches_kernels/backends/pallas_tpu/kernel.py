@@ -24,8 +24,8 @@ it ends, so nothing crosses lanes inside one. Parts of a row that a later loop n
   the model's in windows; where not even that fits, each column loop is a kernel of its own
   (`_in_phases`).
 
-Exponentials and logarithms are to base 2, as the chip's are (`math.py`). On a machine without a TPU
-the kernels run interpreted.
+Exponentials and logarithms are to base 2, as the chip's are (`math.py`). On a CPU the kernels run
+interpreted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from t5patches_kernels.backends.pallas_tpu.inputs import NONE
 from t5patches_kernels.backends.pallas_tpu.math import FUNCTIONS
 from t5patches_kernels.backends.pallas_tpu.plan import CAREFUL_UNROLL, LANES, LATE, Call, Chip, Part
 from t5patches_kernels.core import objectives, statistics
-from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.operation import Driver, Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
 
 # How kernels are interpreted. True has no side effects and so runs under every transformation;
@@ -56,7 +56,7 @@ from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
 INTERPRET: Any = True
 
 _NO_VMA = (
-    'implementation="pallas_tpu" on a machine without a TPU: JAX cannot interpret a kernel inside '
+    'implementation="pallas_tpu" on a CPU: JAX cannot interpret a kernel inside '
     'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
 )
 _SUBLANES = 8
@@ -620,7 +620,7 @@ def _run(
         ),
         cost_estimate=inputs.cost(call, given, rows),
         name=f"t5patches_{call.op.settings.objective}_{call.stage.value}",
-        interpret=interpret,
+        interpret=interpret or False,
     )(*[tiling.vary_over(x, axes) for x in given])
     tiles = [
         {name: out[0][j, :, k : k + 1] for k, name in enumerate(call.returned)}
@@ -635,12 +635,6 @@ def _together(call: Call, tiles: list[Numbers]) -> Numbers:
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), *tiles)
     found = functools.reduce(statistics.merge, tiles)
     return found | ({"bad": found["bad"] != 0.0} if "bad" in found else {})
-
-
-@functools.lru_cache(maxsize=1024)
-def _folding(call: Call, in_place: bool, interpret: Any) -> Callable[..., Result]:
-    """A kernel that under `jax.vmap` takes the batch as more rows."""
-    return tiling.folding(partial(_run, call, in_place, interpret))
 
 
 def call_of(
@@ -669,6 +663,8 @@ def call_of(
 
 
 def run(
+    chip: Chip,
+    interpret: Any,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -676,19 +672,19 @@ def run(
     numbers: Numbers | None = None,
     by: Numbers | None = None,
 ) -> Result:
-    """The driver (`operation.Driver`)."""
-    chip = plans.target()
+    """The driver (`operation.Driver`) for a chip; compiled where `interpret` is None."""
     names = tuple(sorted(numbers or ())), tuple(sorted(by or ()))
-    call = call_of(op, stage, chip or plans.LEAST, operands, tokens, *names)
+    call = call_of(op, stage, chip, operands, tokens, *names)
     if call is None:
-        return _in_phases(op, stage, operands, tokens)
+        return _in_phases(partial(run, chip, interpret), op, stage, operands, tokens)
     # Those of a head are made for this. Where logits live on after all, XLA copies them first.
     in_place = call.makes_gradient and (op.spare or op.head is not None)
-    interpret = False if chip else INTERPRET
-    return _folding(call, in_place, interpret)(operands, tokens, numbers, by)
+    return _run(call, in_place, interpret, operands, tokens, numbers, by)
 
 
-def _in_phases(op: Operation, stage: Stage, operands: Operands, tokens: Tokens) -> Result:
+def _in_phases(
+    run: Driver, op: Operation, stage: Stage, operands: Operands, tokens: Tokens
+) -> Result:
     """NUMBERS or VISIT of rows that do not fit: the rows are read once more for every look."""
     c = op.settings
     numbers = run(op, Stage.FIRST, operands, tokens).numbers

@@ -66,19 +66,9 @@ _FIRST_WITH_CARE = 32
 _WINDOW = 64
 
 
-def target() -> Chip | None:
-    """The TPU that is compiled for, or None where it is another machine.
-
-    Ahead of time, the enclosing `jax.sharding.use_abstract_mesh` with an abstract device says so.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "tpu":
-        kind = device.device_kind
-    elif jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-    else:
-        return None
-    return next((chip for chip in _CHIPS if chip.kind == kind), LEAST._replace(kind=kind))
+def chip(kind: str | None) -> Chip:
+    """The chip of a `jax.Device.device_kind`; the smallest where that is not known."""
+    return next((chip for chip in _CHIPS if chip.kind == kind), LEAST)
 
 
 class Buffer(NamedTuple):
