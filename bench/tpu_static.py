@@ -239,7 +239,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     import jax
     import jax.numpy as jnp
     from gpu_topology import passes
-    from tpu_topology import compile_for, target
+    from tpu_topology import compile_for, device
 
     from bench import common
     from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
@@ -263,14 +263,13 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
     reference = (logits,) if objectives.reference_of(c) == "given" else ()
     edits = jax.ShapeDtypeStruct((TOKENS, 1), jnp.int32) if name not in ("nl", "ce") else None
     tokens = Tokens(ids, weights, weights, edits, edits)
-    with target(chip):
-        chip_ = plans.target() or plans.LEAST
-        calls = {
-            stage.value: pallas_tpu.call_of(
-                Operation(c), stage, chip_, Operands((logits,), reference), tokens
-            )
-            for stage in Stage
-        }
+    memory = plans.chip(device(chip).device_kind)
+    calls = {
+        stage.value: pallas_tpu.call_of(
+            Operation(c), stage, memory, Operands((logits,), reference), tokens
+        )
+        for stage in Stage
+    }
     visit = calls["visit"]
     facts = {}
     if columns % 128:  # XLA copies arguments of such rows first; logits made here it need not
@@ -389,11 +388,11 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
     sys.path.insert(0, str(HERE.parent / "tests"))
     import jax
     import jax.numpy as jnp
-    from tpu_topology import compile_for, device, target
+    from tpu_topology import compile_for, device
 
     from bench import common
+    from t5patches_kernels import dispatch
     from t5patches_kernels.backends import chunked_linear
-    from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
     from t5patches_kernels.backends.pallas_tpu import plan as plans
     from t5patches_kernels.core.objectives import Settings
     from t5patches_kernels.core.operation import Head, Operands, Operation, Stage, Tokens
@@ -411,7 +410,7 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
     }
     # The compiler counts a loop's body once: the forward visit alone has one loop, over chunks.
     op = Operation(Settings(name, columns, smoothing=1e-6), head=Head(1.0, transposed=False))
-    visit = functools.partial(chunked_linear.run, pallas_tpu.run, op, Stage.VISIT)
+    visit = functools.partial(dispatch.driver("pallas_tpu", linear=True), op, Stage.VISIT)
     chunk = compile_for(chip, visit, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
     rows = chunked_linear.chunk_rows(tokens, columns, chunked_linear.TPU_CHUNK_BYTES)
     chunks = -(-tokens // rows)
@@ -419,8 +418,7 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
         "chunked": chunks * chunk.cost_analysis()["bytes accessed"],
         "dense": programs["dense"].cost_analysis()["bytes accessed"],
     }
-    with target(chip):
-        vmem = (plans.target() or plans.LEAST).vmem
+    vmem = plans.chip(device(chip).device_kind).vmem
     cores, core = device(chip).num_cores, CORES[chip]
     product = 2 * tokens * width * columns / core.teraflops / cores / 1e9  # ms
     # A kernel cannot keep logits for a gradient that needs whole rows: it makes both again, for the

@@ -137,7 +137,8 @@ batching.primitive_batchers[_stage] = _fold
 
 @_stage.def_impl
 @partial(jax.jit, static_argnames=("implementation", "op", "stage", "tree", "interpret"))
-def _outside_of_jit(*inputs: Array, **params: Any) -> list[Array]:
+def programs(*inputs: Array, **params: Any) -> list[Array]:
+    """Runs a stage that is outside of `jax.jit`, by a program that is kept for the next time."""
     return _stage.bind(*inputs, **params)
 
 
@@ -186,7 +187,9 @@ def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **par
 
 
 def _shaped(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=x.manual_axis_type)
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type
+    )
 
 
 for _platform in ("tpu", "cuda", "rocm"):

@@ -1,4 +1,4 @@
-"""A Hopper card to compile for where there is none, and what the compiled program does."""
+"""A card to compile for where there is none, and what the compiled program does."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import re
 import jax
 from harness import AS_USERS
 
-# The facts XLA asks about a card, by NVIDIA's figures.
-_HOPPER = """
+# The facts XLA asks about a card, by NVIDIA's figures; of an RTX 5090 those that tell it apart.
+_FACTS = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {memory} shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
+  device_memory_size: {memory} shared_memory_per_block_optin: {optin}
+  cuda_compute_capability { major: {major} }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   device_vendor: "NVIDIA Corporation" name: "{name}"
 }
@@ -28,9 +28,14 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "{name}"
 """
+_HOPPER = {"major": 9, "shared": 233472, "optin": 232448}
 _CARDS = {
-    "H100": {"name": "NVIDIA H100 80GB HBM3", "memory": 85899345920, "bandwidth": 3352320000000},
-    "H200": {"name": "NVIDIA H200", "memory": 151397597184, "bandwidth": 4800000000000},
+    "H100": _HOPPER
+    | {"name": "NVIDIA H100 80GB HBM3", "memory": 85899345920, "bandwidth": 3352320000000},
+    "H200": _HOPPER
+    | {"name": "NVIDIA H200", "memory": 151397597184, "bandwidth": 4800000000000},
+    "RTX 5090": {"major": 12, "shared": 102400, "optin": 101376}
+    | {"name": "NVIDIA GeForce RTX 5090", "memory": 34190917632, "bandwidth": 1792000000000},
 }
 
 
@@ -44,7 +49,7 @@ def device(card: str = "H200") -> jax.Device | str:
     from jax.experimental import topologies
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-    config = _HOPPER
+    config = _FACTS
     for key, value in _CARDS[card].items():
         config = config.replace(f"{{{key}}}", str(value))
     description = topologies.get_topology_desc(

@@ -1,7 +1,5 @@
 """The GPU kernel, interpreted: the oracle, races, the transforms, and what it cannot run."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,6 @@ import pytest
 from harness import CASES, Batch, _compiled, assert_as_good_as_dense, batch, one_of_each
 
 import t5patches_kernels as tk
-from t5patches_kernels import dispatch
-from t5patches_kernels.core.objectives import Settings
-from t5patches_kernels.core.operation import Head, Operands, Operation
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -55,9 +50,8 @@ def test_rows_that_fit(size):
 
 @pytest.mark.parametrize("name", ["tnff", "tnrf"])
 def test_no_races(name, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "INTERPRET", {"detect_races": True})
+    monkeypatch.setattr(pallas_gpu, "INTERPRET", (("detect_races", True),))
     _compiled.cache_clear()
-    jax.clear_caches()  # the option is not part of what a program is cached under
     assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, SIZE))))
     assert not gpu_callbacks.get_races().races_found
 
@@ -114,40 +108,3 @@ def test_why_not(size, message):
     z, r, y, w = operands(lead=(1,), size=size)
     with pytest.raises(NotImplementedError, match=message):
         tk.targeted_negative_loss(z, r, y, w, implementation=NAME)
-
-
-class _Card:
-    compute_capability = "8.0"
-
-
-def test_older_cards(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [_Card()])
-    reason = dispatch.why_not(NAME, None)
-    assert reason is not None
-    assert "compute capability 9.0" in reason
-    monkeypatch.setattr(_Card, "compute_capability", "9.0")
-    assert dispatch.why_not(NAME, None) is None
-
-
-@pytest.mark.parametrize(
-    ("capability", "size", "dtype", "chosen"),
-    [("9.0", 32128, jnp.float32, NAME), ("9.0", 50257, jnp.float32, "xla"),
-     ("9.0", 32132, jnp.bfloat16, "xla"), ("8.0", 32128, jnp.float32, "xla")],
-)  # fmt: skip
-def test_the_default_on_a_gpu(monkeypatch, capability, size, dtype, chosen):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [_Card()])
-    monkeypatch.setattr(_Card, "compute_capability", capability)
-    op = Operation(Settings("tnff", size))
-    z = jax.ShapeDtypeStruct((2, size), dtype)
-    assert dispatch.choose(None, op, Operands((z,), (z,))) == chosen
-    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 8), (size, 8)))
-    of_head = dataclasses.replace(op, head=Head(1.0, transposed=True))
-    made_in_float32 = NAME if (capability, size) == ("9.0", 32132) else chosen
-    assert dispatch.choose(None, of_head, Operands((h, k), (h, k))) == made_in_float32
-
-
-def test_other_machines(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "it needs a Hopper GPU" in dispatch.why_not(NAME, None)

@@ -235,6 +235,14 @@ def _kernels(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
+        elif equation.primitive.name == "t5patches_stage":  # what its lowering would trace
+            stage = equation.params
+
+            def run(*x, of=stage):
+                inputs = jax.tree.unflatten(of["tree"], x)
+                return pallas_tpu.run(plans.LEAST, True, of["op"], of["stage"], *inputs)
+
+            yield from _kernels(jax.make_jaxpr(run)(*(v.aval for v in equation.invars)).jaxpr)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from _kernels(inner)
 

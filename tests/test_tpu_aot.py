@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from gpu_topology import passes
 from harness import CASES, MAIN
-from tpu_topology import CHIPS, compile_for, needs_compiler, target
+from tpu_topology import CHIPS, compile_for, device, needs_compiler, topology
 
 import t5patches_kernels as tk
 from bench import common, tpu_static
@@ -133,8 +133,7 @@ def test_passes_of_a_large_vocabulary(chip, name):
     program = compiled(chip, name, jnp.float32, "gradient", 250112, 2048)
     assert passes(program, (2048, 250112)) == 3  # the kernel's operands and result, each once
     c = Settings(name, 250112, smoothing=1e-6)
-    with target(chip):
-        memory = plans.target().vmem
+    memory = plans.chip(device(chip).device_kind).vmem
     size = (Operation(c), Stage.VISIT, 250112, (4, 4), True, memory)
     assert (plans.plan(*size) is None) == (chip == "v4")
     streamed = plans.streamed(*size)
@@ -175,14 +174,7 @@ def test_linear_holds_no_logits(name):
 
 def test_a_split_vocabulary_compiles():
     """Four chips, each with a quarter of every row; nothing of size V moves."""
-    from jax.experimental import topologies
-
-    with target("v4"):
-        pass
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore"
-    ).devices
-    mesh = jax.sharding.Mesh(devices, ("model",))
+    mesh = jax.sharding.Mesh(topology("v4").devices, ("model",))
     logits, rows = jax.P(None, "model"), jax.P()
     t, v = 2048, 32128 * 4
 
@@ -201,8 +193,7 @@ def test_a_split_vocabulary_compiles():
         for x, place in zip(shapes(t, v, jnp.float32), places, strict=True)
     ]
     f = jax.jit(jax.value_and_grad(lambda z, r, y, w: call(z, r, y, w).sum()))
-    with target("v4"):
-        text = f.lower(*arguments).compile().as_text()
+    text = f.lower(*arguments).compile().as_text()
     assert "tnrf_first" in text
     assert "tnrf_gradient" in text
 

@@ -19,7 +19,13 @@ FORM = "xla_gpu"
 @pytest.fixture(autouse=True)
 def _form_by_name(monkeypatch):
     """Short parts: a CPU adds a part up entry by entry, where a GPU's threads share it."""
+    honest = dispatch.choose
+
+    def choose(implementation, *rest):
+        return gpu_form.run if implementation == FORM else honest(implementation, *rest)
+
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (*dispatch.IMPLEMENTATIONS, FORM))
+    monkeypatch.setattr(dispatch, "choose", choose)
     monkeypatch.setattr(gpu_form, "_PART", 16)
 
 
@@ -53,7 +59,8 @@ def test_every_stage_is_that_of_the_other_form(name):
     c = Settings(name, 48, alpha=3.0, smoothing=1e-6 if name == "tnrf" else 0.0)
     op = Operation(c)
     rows, tokens = operands(c)
-    visit = streaming.run(op, Stage.VISIT, rows, tokens)
+    of_cpus = streaming.form("cpu")
+    visit = of_cpus(op, Stage.VISIT, rows, tokens)
     by = objectives.derivatives(visit.numbers, c, {"loss": jnp.ones_like(visit.numbers["m"])})
     pushed = np.asarray(tokens.weights) < 0
     asked = dict(zip(objectives.either(c) or (), (~pushed, pushed), strict=False))
@@ -61,7 +68,7 @@ def test_every_stage_is_that_of_the_other_form(name):
         if stage is Stage.SECOND and not objectives.looks_twice(c):
             continue
         given = (visit.numbers, by) if stage in (Stage.SECOND, Stage.GRADIENT) else (None, None)
-        want, got = (form.run(op, stage, rows, tokens, *given) for form in (streaming, gpu_form))
+        want, got = (run(op, stage, rows, tokens, *given) for run in (of_cpus, gpu_form.run))
         assert set(want.numbers) <= set(got.numbers)
         for key, x in want.numbers.items():
             some = asked.get(key, slice(None))
@@ -82,9 +89,8 @@ def test_equal_parts():
 def test_a_cpu_gets_the_form_for_cpus():
     c = Settings("tnff", 48)
     rows, tokens = operands(c)
-    text = jax.jit(streaming.run, static_argnums=(0, 1)).lower(
-        Operation(c), Stage.VISIT, rows, tokens
-    ).as_text()  # fmt: skip
+    run = jax.jit(dispatch.driver(None, linear=False), static_argnums=(0, 1))
+    text = run.lower(Operation(c), Stage.VISIT, rows, tokens).as_text()
     assert "optimization_barrier" not in text
 
 
