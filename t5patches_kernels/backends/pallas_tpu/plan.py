@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
-from t5patches_kernels.core.operation import Operation, Stage
+from t5patches_kernels.core.operation import Operation, Stage, returned
 
 LANES = 128
 Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")
@@ -468,13 +468,4 @@ class Call:
     @property
     def returned(self) -> tuple[str, ...]:
         """The numbers that go out, by lane."""
-        names = objectives.needs(self.op.settings)
-        second = names & statistics.SECOND_LOOK.keys()
-        if self.stage is Stage.SECOND:
-            return tuple(sorted(second))
-        if self.stage is Stage.GRADIENT:
-            return ()
-        pair = {"m", *self.own} | ({"rm"} if self.reference else set())
-        if self.stage is Stage.FIRST:
-            return tuple(sorted(pair | (names - second)))
-        return tuple(sorted(pair | names | {"w", "bad"}))
+        return returned(self.op, self.stage)
