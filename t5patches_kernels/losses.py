@@ -14,7 +14,7 @@ per-token sums are all that moves: `mesh_axes` says which axes split what. (The 
 
 Arguments that they share:
 
-* ``implementation``: None for the best proven on this device, or ``"xla"`` (streaming, anywhere) or
+* ``implementation``: None for the best for the device compiled for, or ``"xla"`` (streaming, anywhere) or
   ``"reference"`` (dense, also float64, differentiable any number of times). One that is asked for
   by name and cannot run raises.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
