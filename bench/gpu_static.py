@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import common, gpu
-from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
+from t5patches_kernels.backends.pallas_gpu import plan as plans
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 import gpu_topology
@@ -50,7 +50,7 @@ def streamed(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
 
 def kernel(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
     """Chunks, slots, registers and spills of the kernel."""
-    plan = pallas_gpu.plan(VOCABULARY, (jnp.dtype(dtype).itemsize,) * 2)
+    plan = plans.plan(VOCABULARY, (jnp.dtype(dtype).itemsize,) * 2)
     row: dict[str, Any] = {"chunks": plan.chunks, "slots": plan.slots}
     with tempfile.TemporaryDirectory() as dump:
         os.environ["MOSAIC_GPU_DUMP_TO"] = dump

@@ -272,7 +272,7 @@ def _why_not_rows(name: str, stage: Stage, operands: Operands) -> str | None:
     if stage not in _WHOLE_ROWS:
         return None
     logits = (*operands.model, *operands.reference)
-    return kernel.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits))
+    return kernel.plans.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits))
 
 
 def _kernel(name: str) -> ModuleType:

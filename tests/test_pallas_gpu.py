@@ -12,6 +12,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py"
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
+from t5patches_kernels.backends.pallas_gpu import plan as plans
 
 NAME = "pallas_gpu"
 SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots
@@ -20,10 +21,10 @@ SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Rows that do not fit, at sizes an interpreter can bear."""
-    monkeypatch.setattr(pallas_gpu, "_WIDE", 128)
-    monkeypatch.setattr(pallas_gpu, "_PIECES", 4)
-    monkeypatch.setattr(pallas_gpu, "_SHARED_BYTES", 12 << 10)
-    assert pallas_gpu.plan(SIZE, (4, 4)) == pallas_gpu.Plan(128, 4, 3, 2)
+    monkeypatch.setattr(plans, "_WIDE", 128)
+    monkeypatch.setattr(plans, "_PIECES", 4)
+    monkeypatch.setattr(plans, "_SHARED_BYTES", 12 << 10)
+    assert plans.plan(SIZE, (4, 4)) == plans.Plan(128, 4, 3, 2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,12 +1,12 @@
-"""Mosaic GPU, for Hopper: a row's logits wait in shared memory from one look to the next.
+"""Mosaic GPU, for Hopper and Blackwell: a row's logits stay in shared memory between column loops.
 
-A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a look works on
-each chunk in turn, and when it is done with one fetches the one that shares its slot. The next look
-goes through the chunks the other way round, so that it begins with those that are still there: a
+A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a column loop works
+on each chunk in turn, and when it is done with one fetches the next that shares its slot. The next
+loop goes through the chunks in the other direction, so it begins with those that are still there: a
 row that fits into the ring is read once, and of a longer one the ring's share is.
 
 A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
-own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a look. What few
+own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a loop. What few
 chunks have, edited entries, the target, an overlap, the others branch around.
 
 No barrier is automatic. The threads of a block share two things: a slot of the ring, into which a
@@ -14,7 +14,7 @@ copy is only sent after `commit_smem` behind the last read, and which is only re
 that copy; and a slot of the gradient, written after waiting for the copy out of it two chunks ago
 and copied after `commit_smem`.
 
-The kernel runs whatever visits a row more than once; a single look is left to the streaming form,
+The kernel runs the stages that read a row more than once; a stage of one pass is the XLA form's,
 which already makes no more passes than it must.
 """
 
@@ -33,99 +33,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core
 
 from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.backends.pallas_gpu.plan import COPY_BYTES, OUT_SLOTS, THREADS, Call
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
 
-_SHARED_BYTES = 228 << 10  # of an SM
-_OWN_BYTES = 4 << 10  # what a block takes of them beside its slots
-_THREADS = 128
-_WIDE = 2 * _THREADS  # lanes of a piece
-_PIECES = 8
-_COPY_BYTES = 16  # a bulk copy moves multiples of this
-_OUT_SLOTS = 2
-MAX_COLUMNS = 262144
-
-
-def why_not(columns: int, itemsizes: tuple[int, ...]) -> str | None:
-    """The reason for which rows of this shape cannot go through the kernel."""
-    for itemsize in itemsizes:
-        if columns * itemsize % _COPY_BYTES:
-            return (
-                f"its bulk copies move multiples of {_COPY_BYTES} bytes, and a row of {columns} "
-                f"entries has {columns * itemsize}: pad the vocabulary to a multiple of "
-                f"{_COPY_BYTES // itemsize} with logits of -inf"
-            )
-    if not _THREADS <= columns <= MAX_COLUMNS:
-        return f"it takes rows of {_THREADS} to {MAX_COLUMNS} entries, not {columns}"
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a row is cut up."""
-
-    lanes: int
-    pieces: int
-    chunks: int
-    slots: int
-
-    @property
-    def chunk(self) -> int:
-        """Entries of a chunk."""
-        return self.lanes * self.pieces
-
-
-def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
-    """Chunks as large as registers allow, and as many slots as shared memory does.
-
-    Two blocks share an SM, so that one computes while the other waits; of rows of two float32
-    logits one has an SM alone, as then it holds most of T5's row and two hold a third of theirs (on
-    an H100 a quarter faster; what else was tried stands in bench/README.md).
-
-    Args:
-      columns: entries of a row.
-      itemsizes: of the logits that are read; the first are the model's, and the gradient's too.
-    """
-    lanes = _WIDE if columns >= _WIDE else _THREADS
-    pieces = min(_PIECES, columns // lanes)
-    chunks = pl.cdiv(columns, lanes * pieces)
-    blocks = 2 if sum(itemsizes) <= 4 else 1  # that share an SM
-    room = _SHARED_BYTES // blocks - _OWN_BYTES
-    budget = room // (lanes * pieces) - _OUT_SLOTS * itemsizes[0]
-    return Plan(lanes, pieces, chunks, min(chunks, max(2, budget // sum(itemsizes))))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Everything static about one kernel."""
-
-    op: Operation
-    stage: Stage
-    plan: Plan
-    columns: int
-    edits: int  # ids a row
-
-    @property
-    def reference(self) -> str | None:
-        return objectives.reference_of(self.op.settings)
-
-    @property
-    def names(self) -> frozenset[str]:
-        return objectives.needs(self.op.settings)
-
-    @property
-    def returned(self) -> tuple[str, ...]:
-        """The numbers that leave the kernel, in order."""
-        pair = {"rm", "ry"} if self.reference else set()
-        return tuple(sorted(self.names | {"m", "zy", "bad"} | pair))
-
 
 class _Row:
-    """A row as the looks see it."""
+    """A row, its chunks in shared memory, and the loop over them."""
 
-    def __init__(self, call: _Call, interpret: bool, refs: dict[str, Any]):
+    def __init__(self, call: Call, interpret: bool, refs: dict[str, Any]):
         self.call, self.plan, self.refs = call, call.plan, refs
         self.interpret = interpret
         self.index = jax.lax.axis_index("row")
@@ -146,7 +65,7 @@ class _Row:
     def start(self, chunk: Array) -> Array:
         """The first column of a chunk; the last chunk ends with the row and overlaps the others."""
         first = jnp.minimum(chunk * self.plan.chunk, self.call.columns - self.plan.chunk)
-        return pl.multiple_of(first, _COPY_BYTES // 4)
+        return pl.multiple_of(first, COPY_BYTES // 4)
 
     def load(self, chunk: Array, slot: Array) -> None:
         columns = pl.ds(self.start(chunk), self.plan.chunk)
@@ -166,7 +85,7 @@ class _Row:
         """Calls ``body(step, chunk, slot, carry)`` on every chunk."""
         chunks, slots = self.plan.chunks, self.plan.slots
         forward = self.forward = self.sweeps % 2 == 0
-        here = 0 if self.sweeps == 0 else slots  # what the sweep before has left
+        here = 0 if self.sweeps == 0 else slots  # what the loop before has left
         self.sweeps += 1
 
         def step(i: Array, carry: Any, *, wait: bool) -> Any:
@@ -196,15 +115,15 @@ class _Row:
         r = [self.read("r", slot, k) for k in every] if "r" in self.rings else z
         read = list(zip(z, r, strict=True))
         overlaps = once and self.call.columns % self.plan.chunk != 0
-        rare = [chunk == self.plan.chunks - 1] if overlaps else []
-        rare += [self.holds(chunk, column) for column, _ in self.edits]
+        changes = [chunk == self.plan.chunks - 1] if overlaps else []
+        changes += [self.holds(chunk, column) for column, _ in self.edits]
 
         def changed(pieces: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
             return [self.change(chunk, k, *piece, overlaps) for k, piece in enumerate(pieces)]
 
-        if not rare:
+        if not changes:
             return read
-        return jax.lax.cond(functools.reduce(jnp.logical_or, rare), changed, lambda x: x, read)
+        return jax.lax.cond(functools.reduce(jnp.logical_or, changes), changed, lambda x: x, read)
 
     def change(
         self, chunk: Array, k: int, z: Array, r: Array, overlaps: bool
@@ -236,13 +155,13 @@ class _Row:
         """Spreads a piece over the threads as all pieces are; the interpreter has no threads."""
         if self.interpret:
             return x
-        layout = plgpu.Layout.WG_STRIDED((self.plan.lanes,), self.plan.lanes // _THREADS)
+        layout = plgpu.Layout.WG_STRIDED((self.plan.lanes,), self.plan.lanes // THREADS)
         return plgpu.layout_cast(x, layout)
 
     def each_lane(self, x: float) -> Array:
         return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
 
-    # --- Looks -------------------------------------------------------------------------------
+    # --- Column loops -------------------------------------------------------------------------------
 
     def first_look(self) -> Numbers:
         """The maxima and sums of the row."""
@@ -295,8 +214,8 @@ class _Row:
             return [x + jnp.where(y, own, jnp.float32(0)) for x, y in zip(dz, at, strict=True)]
 
         def body(i: Array, chunk: Array, slot: Array, carry: Array) -> Array:
-            part = jax.lax.rem(i, jnp.int32(_OUT_SLOTS))
-            plgpu.wait_smem_to_gmem(_OUT_SLOTS - 1, wait_read_only=True)
+            part = jax.lax.rem(i, jnp.int32(OUT_SLOTS))
+            plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
             pieces = self.pieces(chunk, slot, once=False)
             tiles = (Tile(z, r, row, c.smoothing) for z, r in pieces)
             dz = [statistics.gradient(tile, table, None) for tile in tiles]
@@ -327,7 +246,7 @@ _PLAIN: dict[str, Callable[..., Array]] = {"add_any": jnp.add, "integer_pow": _p
 
 
 def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
-    """``f(x)`` without the primitives of derivatives that Mosaic GPU does not know (`_PLAIN`)."""
+    """``f(x)`` by primitives that Mosaic GPU lowers: some of derivatives it does not (`_PLAIN`)."""
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(x)
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
@@ -350,7 +269,7 @@ def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
-def _kernel(call: _Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
+def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One stage on one row."""
     row = _Row(call, interpret, dict(zip(names, refs, strict=True)))
     numbers = row.first_look() | {"zy": row.zy}
@@ -383,7 +302,7 @@ def _interpreter(options: Options) -> Any:
     return InterpretGPUParams(**dict(options))
 
 
-def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
+def _inputs(call: Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
     """What the kernel reads, by name: per row, then the logits."""
     (z,) = operands.model
     plain = (operands.reference or operands.model)[0]
@@ -398,7 +317,7 @@ def _inputs(call: _Call, operands: Operands, tokens: Tokens) -> dict[str, Array]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(call: _Call, interpret: Options | None, operands: Operands, tokens: Tokens) -> Result:
+def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Tokens) -> Result:
     inputs = _inputs(call, operands, tokens)
     (z,) = operands.model
     rows, chunk = z.shape[0], call.plan.chunk
@@ -415,7 +334,7 @@ def _run(call: _Call, interpret: Options | None, operands: Operands, tokens: Tok
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
     if call.stage is Stage.VISIT:
         returned["dz"] = (z.shape, z.dtype)
-        scratch["out"] = plgpu.SMEM((_OUT_SLOTS, chunk), z.dtype)
+        scratch["out"] = plgpu.SMEM((OUT_SLOTS, chunk), z.dtype)
     kernel = plgpu.kernel(
         partial(_kernel, call, interpret is not None, (*inputs, *returned, *scratch)),
         out_type=tuple(
@@ -446,12 +365,12 @@ def run(
     numbers: Numbers | None = None,
     by: Numbers | None = None,
 ) -> Result:
-    """The driver (`operation.Driver`) of rows that `why_not` has no objection to."""
+    """The driver (`operation.Driver`) of rows that `plan.why_not` has no objection to."""
     if stage not in (Stage.NUMBERS, Stage.VISIT) or operands.model[0].shape[0] == 0:
         return gpu_form.run(op, stage, operands, tokens, numbers, by)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
-    call = _Call(op, stage, plan(columns, itemsizes), columns, edits)
+    call = Call(op, stage, plans.plan(columns, itemsizes), columns, edits)
     return _run(call, interpret, operands, tokens)
