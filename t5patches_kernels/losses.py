@@ -14,9 +14,9 @@ per-token sums are all that moves: `mesh_axes` says which axes split what. (The 
 
 Arguments that they share:
 
-* ``implementation``: None for the best for the device compiled for, or ``"xla"`` (streaming, anywhere) or
-  ``"reference"`` (dense, also float64, differentiable any number of times). One that is asked for
-  by name and cannot run raises.
+* ``implementation``: None for the best for the device compiled for, or ``"xla"`` (streaming,
+  anywhere) or ``"reference"`` (dense, also float64, differentiable any number of times). One that
+  is asked for by name and cannot run raises.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.

@@ -161,7 +161,7 @@ class _Row:
     def each_lane(self, x: float) -> Array:
         return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
 
-    # --- Column loops -------------------------------------------------------------------------------
+    # --- Column loops ------------------------------------------------------------------------
 
     def first_look(self) -> Numbers:
         """The maxima and sums of the row."""

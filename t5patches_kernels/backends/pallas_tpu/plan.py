@@ -398,7 +398,7 @@ class Call:
 
     @property
     def unroll(self) -> int:
-        """Groups of 128 columns in a step of a column loop; checking masks in the first spills more."""
+        """Groups of 128 columns in a step of a column loop; fewer where the first checks masks."""
         with_care = self.looks_first and not self.shows_masks
         return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
 
