@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5patches_kernels import autodiff, checks, dense, dispatch, sharding
 from t5patches_kernels.core import objectives
@@ -124,18 +125,30 @@ def _per_token(
         weights = jnp.ones(lead, dtype)
     checks.integers("targets", targets)
     checks.per_token("targets", targets, inputs.name, like)
+    targets = _int32_ids(targets)
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
     if edits is not None:
         checks.edits(edits, inputs.name, like)
-        edits = Edits(jnp.asarray(edits.ids), jnp.asarray(edits.factors).astype(dtype))
-    return _PerToken(jnp.asarray(targets), jnp.asarray(weights).astype(dtype), edits)
+        edits = Edits(_int32_ids(edits.ids), jnp.asarray(edits.factors).astype(dtype))
+    return _PerToken(targets, jnp.asarray(weights).astype(dtype), edits)
+
+
+def _int32_ids(ids: Array | np.ndarray) -> Array:
+    """Ids in the one dtype in which they are compared with -1 and V.
+
+    A narrower dtype may hold neither of the two. What a wider one holds beyond int32 is clipped and
+    so stays out of range: a cast would wrap it around to an id that looks right.
+    """
+    xp = jnp if isinstance(ids, jax.Array) else np  # jnp.asarray would wrap numpy's int64
+    own, int32 = jnp.iinfo(jnp.result_type(ids)), jnp.iinfo(jnp.int32)
+    least, most = max(int(own.min), int(int32.min)), min(int(own.max), int(int32.max))
+    return jnp.asarray(xp.clip(ids, least, most).astype(jnp.int32))
 
 
 def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     y, w = given.targets.reshape(-1), given.weights.reshape(-1)
     bad = (y < 0) | (y >= c.vocab_size)
-    y = y.astype(jnp.int32)
     if given.edits is None:
         return _Tokens(y, w, bad, _implied_edits(c, y, w))
     ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
@@ -144,7 +157,7 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
     if c.objective == "ul":  # the set N: what is not removed is not in it
         factors = jnp.where(factors == 0, 0.0, 1.0)
-    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids.astype(jnp.int32), factors))
+    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
 
 
 def _implied_edits(c: Settings, y: Array, w: Array) -> Edits | None:

@@ -38,6 +38,54 @@ def test_a_bad_target_is_nan_where_it_counts(name, implementation, bad):
     assert not np.asarray(out.correct)[[2, 3, 4]].any()
 
 
+# By the entries of a row and a dtype: ids that are in range, and some that are not.
+IDS_BY_DTYPE = [
+    (200, "int8", [0, 127], [-1, -128]),
+    (200, "uint8", [0, 199], [200, 255]),
+    (65536, "uint16", [0, 40000, 62720, 65535], []),
+    (65536, "int16", [0, 32767], [-1, -32768]),
+    (200, "uint32", [0, 199], [200, 2**31 + 3, 2**32 - 1]),
+    (200, "int64", [0, 199], [2**32 + 3, -(2**32) + 3]),
+    (200, "uint64", [0, 199], [2**32 + 3, 2**63]),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("size", "dtype", "valid", "invalid"), IDS_BY_DTYPE)
+def test_ids_of_any_integer_dtype(size, dtype, valid, invalid, implementation):
+    """An id is what it says, whether or not its dtype holds V and -1, or int32 holds it."""
+    z, r = jax.random.normal(jax.random.key(2), (2, 5, size))
+    w, factors = -jnp.ones(5), jnp.full((5, 1), 0.5)
+    ids = (valid + invalid + valid)[:5]
+
+    def of_targets(ids):
+        return tk.unlikelihood_loss(z, ids, w, implementation=implementation).loss
+
+    def of_edits(ids):
+        y, edits = jnp.zeros(5, jnp.int32), tk.Edits(ids[:, None], factors)
+        return tk.targeted_negative_loss(
+            z, r, y, w, edits=edits, implementation=implementation
+        ).loss
+
+    plain = jnp.array([i if i in valid else 0 for i in ids], jnp.int32)
+    in_range = np.array([i in valid for i in ids])
+    for loss, also in ((of_targets, []), (of_edits, [-1])):  # -1 lists no edit
+        want = np.asarray(loss(plain))
+        got = [np.asarray(loss(np.array(ids, dtype)))]
+        with jax.enable_x64(dtype.endswith("64")):  # without it a JAX array has at most 32 bits
+            as_jax = jnp.asarray(np.array(ids, dtype))
+            assert as_jax.dtype == dtype
+            got.append(np.asarray(loss(as_jax)))
+        for one in got:
+            np.testing.assert_array_equal(np.isfinite(one), [i in valid + also for i in ids])
+            np.testing.assert_array_equal(one[in_range], want[in_range])
+
+
+def test_booleans_are_no_ids():
+    with pytest.raises(TypeError, match="targets must be integer token ids, got bool"):
+        tk.unlikelihood_loss(Z, jnp.ones(6, bool), W)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["tnff", "ul"])
 @pytest.mark.parametrize(("bad_id", "bad_factor"), [(40, 0.0), (-2, 0.0), (3, -1.0), (3, np.nan)])

@@ -89,6 +89,12 @@ def forward(row: Row, c: Settings) -> Array:
 
 
 @of_q
+def soft_cross_entropy(row: Row, c: Settings) -> Array:
+    """-sum t log p for targets ``t = e^r`` of any sum."""
+    return jnp.exp(row.rm) * (row.rs * row.log_s - row.qz)
+
+
+@of_q
 def smoothed_forward(row: Row, c: Settings) -> Array:
     """``CE(s(q), p)``, or ``KL(s(q), p)`` with `divergence`.
 
@@ -178,6 +184,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "ul": Objective(likelihood, unlikelihood, "self"),
     "nl": Objective(likelihood, negated_likelihood, None, weigh=jnp.abs),
     "ce": Objective(label_smoothed, label_smoothed, None, weigh=lambda w: w),
+    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy, "given"),
     "kl_forward": Objective(smoothed_forward, smoothed_forward, "given"),
     "kl_reverse": Objective(reverse, reverse, "given"),
 }
