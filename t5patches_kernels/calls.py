@@ -114,24 +114,34 @@ class _Tokens(NamedTuple):
 
 
 def _per_token(
-    inputs: Inputs, targets: Array | None, weights: Array | None, edits: Edits | None
+    c: Settings,
+    inputs: Inputs,
+    targets: Array | None,
+    weights: Array | None,
+    edits: Edits | None,
 ) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
     dtype = dense.precision_of(like)
     if targets is None:
         targets = jnp.zeros(lead, jnp.int32)
+    weighted = weights is not None
     if weights is None:
         weights = jnp.ones(lead, dtype)
     checks.integers("targets", targets)
     checks.per_token("targets", targets, inputs.name, like)
-    targets = _int32_ids(targets)
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
+    targets, weights = _int32_ids(targets), jnp.asarray(weights).astype(dtype)
+    second_row = objectives.reference_of(c)
     if edits is not None:
         checks.edits(edits, inputs.name, like)
         edits = Edits(_int32_ids(edits.ids), jnp.asarray(edits.factors).astype(dtype))
-    return _PerToken(targets, jnp.asarray(weights).astype(dtype), edits)
+    elif weighted and second_row is not None:
+        # What a weight says where no edits are given: the target of a pushed-down token.
+        left = jnp.zeros_like(weights) if second_row == "self" else jnp.maximum(0.0, 1.0 + weights)
+        edits = Edits(targets[..., None], jnp.where(weights < 0, left, 1.0)[..., None])
+    return _PerToken(targets, weights, edits)
 
 
 def _int32_ids(ids: Array | np.ndarray) -> Array:
@@ -150,22 +160,14 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     y, w = given.targets.reshape(-1), given.weights.reshape(-1)
     bad = (y < 0) | (y >= c.vocab_size)
     if given.edits is None:
-        return _Tokens(y, w, bad, _implied_edits(c, y, w))
+        return _Tokens(y, w, bad, None)
     ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
     if ids.shape[-1] == 0:
         return _Tokens(y, w, bad, None)
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
-    if c.objective == "ul":  # the set N: what is not removed is not in it
+    if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
         factors = jnp.where(factors == 0, 0.0, 1.0)
     return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
-
-
-def _implied_edits(c: Settings, y: Array, w: Array) -> Edits | None:
-    """What the weights say where no edits are given: the target of a pushed-down token."""
-    if c.objective not in (*objectives.TARGETED_NEGATIVE, "ul"):
-        return None
-    left = jnp.zeros_like(w) if c.objective == "ul" else jnp.maximum(0.0, 1.0 + w)
-    return Edits(y[:, None], jnp.where(w < 0, left, 1.0)[:, None])
 
 
 def _run_reference(
@@ -260,7 +262,7 @@ def call(
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"
-    tokens = jax.lax.stop_gradient(_per_token(inputs, targets, weights, edits))
+    tokens = jax.lax.stop_gradient(_per_token(c, inputs, targets, weights, edits))
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)
