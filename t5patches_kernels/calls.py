@@ -170,6 +170,13 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
 
 
+def _removes(tokens: _Tokens) -> Array:
+    """Whether the edits of a token remove an id ``[T]``."""
+    if tokens.edits is None:
+        return jnp.zeros_like(tokens.bad)
+    return jnp.any((tokens.edits.ids >= 0) & (tokens.edits.factors == 0), axis=-1)
+
+
 def _run_reference(
     op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
@@ -179,8 +186,18 @@ def _run_reference(
     else:
         logits = [x for (x,) in arrays]
     logits = [x.astype(dense.precision_of(x)) for x in logits]
-    z, r = logits[0], logits[1] if operands.reference else None
     c, e = op.settings, tokens.edits
+    counts = tokens.weights != 0
+    peaks = [jnp.max(x, axis=-1) for x in logits]
+    # Nothing unmasked is no answer either, but for what the token's own edits have removed.
+    no_model = ~jnp.isfinite(peaks[0]) | (peaks[0] <= dense.MASKED)
+    no_reference = no_model
+    if operands.reference:
+        empty = (peaks[1] <= dense.MASKED) & ~_removes(tokens)
+        no_reference = jnp.isnan(peaks[1]) | (peaks[1] == jnp.inf) | empty
+    # 0 times NaN is NaN: what an ignored token's rows hold must not come near a gradient.
+    clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
+    z, r = clean[0], clean[1] if operands.reference else None
     statistics = dense.token_statistics(z, r, tokens.targets)
     if c.objective in ("statistics", "pair_statistics"):
         outputs = statistics
@@ -192,16 +209,16 @@ def _run_reference(
             c.objective, z, r, tokens.targets, tokens.weights, factor, **options
         )
         outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
-    peak = jnp.max(z, axis=-1)
-    bad = tokens.bad | (peak <= dense.MASKED)
-    counts = tokens.weights != 0
-    for name in ("loss", "z_loss", "log_prob", "ref_log_prob"):
-        if name in outputs:
-            # A product, so that the gradient is NaN too.
-            x = outputs[name] * jnp.where(bad & counts, math.nan, 1.0)
-            outputs[name] = jnp.where(counts | jnp.isfinite(x) & ~bad, x, 0.0)
+    reads_reference = {"loss": no_reference, "ref_log_prob": no_reference, "kl": no_reference}
+    for name, x in outputs.items():
+        unanswered = no_model | reads_reference.get(name, no_model)
+        if name not in ("entropy", "kl"):
+            unanswered |= tokens.bad
+        # A product, so that the gradient is NaN too.
+        marked = x * jnp.where(unanswered & counts, math.nan, 1.0)
+        outputs[name] = jnp.where(counts | ~unanswered, marked, 0.0)
     own = jnp.take_along_axis(z, jnp.clip(tokens.targets, 0, z.shape[-1] - 1)[:, None], -1)[:, 0]
-    return outputs, (own >= peak) & ~bad
+    return outputs, (own >= peaks[0]) & ~(tokens.bad | no_model)
 
 
 def _run_driver(
@@ -222,6 +239,8 @@ def _run_driver(
     )
     driver = dispatch.driver(implementation, linear=op.head is not None)
     outputs, numbers = autodiff.apply(driver, op, operands, flat)
+    marks = objectives.marks(numbers, op.settings, _removes(tokens)[:, None])
+    outputs = {name: x * marks[name][:, 0] for name, x in outputs.items()}
     return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
 
 

@@ -3,7 +3,11 @@ r"""Losses on logits.
 Leading dimensions are free, the vocabulary is last. Logits are float32 or bfloat16; every sum is
 float32. A token is *kept* where its weight is positive, *pushed down* where it is negative,
 *ignored* where it is 0; an ignored token contributes exactly 0 to loss and gradient, whatever its
-logits hold. Losses are per token: reduce them as you like, with any per-token factor.
+logits hold. For any other token, logits of which one is NaN or ``+inf``, or all are masked
+(``-inf``), give NaN, in the loss and in its whole row of the gradient; so do such logits of the
+reference wherever the objective has one, whether or not the token is of the kind that reads it.
+(Where the token's own edits remove ids of a reference and nothing is left, there is an answer: 0.)
+Losses are per token: reduce them as you like, with any per-token factor.
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
 the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,

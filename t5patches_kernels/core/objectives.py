@@ -348,6 +348,41 @@ def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
     return lines_of(c)[output](Row(numbers | rest), c)
 
 
+def marks(numbers: Numbers, c: Settings, removes: Array) -> Numbers:
+    """What multiplies each output: NaN where a token counts and the output has no answer, else 1.
+
+    A product, so that its cotangent and with it the whole row of the gradient is NaN too. There is
+    no answer where an id that the output reads is out of range, or where a row that it reads holds
+    NaN or ``+inf`` or has nothing unmasked. A term over a q has one, 0, where the token's edits
+    remove an id and nothing else is left (`of_q`).
+
+    Args:
+      numbers: the finished numbers of the rows.
+      c: the settings.
+      removes: whether the edits of a token remove an id ``[R, 1]``.
+    """
+
+    def broken(maximum: Array, total: Array) -> Array:
+        # Of NaN a maximum may not tell, of one ``+inf`` a sum: it is 1. NaN compares false.
+        return ~((maximum < math.inf) & (total < math.inf))
+
+    model = broken(numbers["m"], numbers["s"]) | (numbers["m"] <= FLOOR)
+    reference = model
+    if reference_of(c) == "given":
+        empty = (numbers["rm"] <= FLOOR) & ~removes
+        reference = broken(numbers["rm"], numbers["rs"]) | empty
+    out = {}
+    for name in lines_of(c):
+        read = _read_by(c, (name,))
+        unanswered = model
+        if read & _OF_REFERENCE:
+            unanswered |= reference
+        if "bad" in read:
+            unanswered |= numbers["bad"]
+        out[name] = jnp.where(unanswered & (numbers["w"] != 0), math.nan, 1.0)
+    return out
+
+
 def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) -> Numbers:
     """The derivative of the outputs, weighed by their cotangents, by each number they read.
 
@@ -358,7 +393,7 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     Returns:
       By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
-      a row that no cotangent asks about, whatever its logits hold.
+      a row that no cotangent asks about, whatever its logits hold; NaN for one whose cotangent is.
     """
     inside = {name: numbers[name] for name in differentiable(c, tuple(sorted(cotangents)))}
 
@@ -367,11 +402,12 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     (by,) = jax.vjp(outputs, inside)[1](dict(cotangents))
     # A loss does not ask about an ignored row; the log-probability of one may be asked for.
-    asked = jnp.zeros_like(numbers["bad"])
+    asked = lost = jnp.zeros_like(numbers["bad"])
     for name, ct in cotangents.items():
         of_loss = name in ("loss", "z_loss")
         asked |= (ct != 0) & (numbers["w"] != 0) if of_loss else ct != 0
-    return {name: jnp.where(asked, x, 0.0) for name, x in by.items()}
+        lost |= jnp.isnan(ct)  # which a term that is guarded by a condition does not pass on
+    return {name: jnp.where(asked, jnp.where(lost, math.nan, x), 0.0) for name, x in by.items()}
 
 
 # --- From a tile to finished numbers: what every driver calls -------------------------------------
