@@ -16,6 +16,7 @@ from t5patches_kernels import autodiff, checks, dense, dispatch, sharding
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Head, Operands, Operation, Tokens, columns_of
+from t5patches_kernels.core.statistics import REMOVED
 
 Array = jax.Array
 
@@ -170,13 +171,6 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
 
 
-def _removes(tokens: _Tokens) -> Array:
-    """Whether the edits of a token remove an id ``[T]``."""
-    if tokens.edits is None:
-        return jnp.zeros_like(tokens.bad)
-    return jnp.any((tokens.edits.ids >= 0) & (tokens.edits.factors == 0), axis=-1)
-
-
 def _run_reference(
     op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
@@ -189,12 +183,7 @@ def _run_reference(
     c, e = op.settings, tokens.edits
     counts = tokens.weights != 0
     peaks = [jnp.max(x, axis=-1) for x in logits]
-    # Nothing unmasked is no answer either, but for what the token's own edits have removed.
-    no_model = ~jnp.isfinite(peaks[0]) | (peaks[0] <= dense.MASKED)
-    no_reference = no_model
-    if operands.reference:
-        empty = (peaks[1] <= dense.MASKED) & ~_removes(tokens)
-        no_reference = jnp.isnan(peaks[1]) | (peaks[1] == jnp.inf) | empty
+    no_model, *no_reference = [~((x > dense.MASKED) & (x < jnp.inf)) for x in peaks]
     # 0 times NaN is NaN: what an ignored token's rows hold must not come near a gradient.
     clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
     z, r = clean[0], clean[1] if operands.reference else None
@@ -209,9 +198,10 @@ def _run_reference(
             c.objective, z, r, tokens.targets, tokens.weights, factor, **options
         )
         outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
-    reads_reference = {"loss": no_reference, "ref_log_prob": no_reference, "kl": no_reference}
     for name, x in outputs.items():
-        unanswered = no_model | reads_reference.get(name, no_model)
+        unanswered = no_model
+        if no_reference and name in ("loss", "ref_log_prob", "kl"):
+            unanswered |= no_reference[0]
         if name not in ("entropy", "kl"):
             unanswered |= tokens.bad
         # A product, so that the gradient is NaN too.
@@ -235,12 +225,10 @@ def _run_driver(
         tokens.weights,
         tokens.bad,
         None if e is None else local(e.ids),
-        None if e is None else jnp.log(e.factors),
+        None if e is None else jnp.maximum(jnp.log(e.factors), REMOVED),
     )
     driver = dispatch.driver(implementation, linear=op.head is not None)
     outputs, numbers = autodiff.apply(driver, op, operands, flat)
-    marks = objectives.marks(numbers, op.settings, _removes(tokens)[:, None])
-    outputs = {name: x * marks[name][:, 0] for name, x in outputs.items()}
     return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
 
 

@@ -194,7 +194,8 @@ def loss(
         kept, pushed = tn_terms(objective, d, smoothing, divergence)
         reads_q = (objective not in ("tnfll", "tnrll"), True)
     # With all of q's mass removed there is nothing to move towards.
-    empty = jnp.all((no_factor == 0) | (base <= MASKED), axis=-1) & jnp.any(no_factor == 0, axis=-1)
+    empty = jnp.all((no_factor == 0) | (base <= MASKED), axis=-1)
+    empty &= jnp.any(base > MASKED, axis=-1)  # else the row itself has no answer
     kept = jnp.where(empty & reads_q[0], 0.0, kept)
     pushed = jnp.where(empty & reads_q[1], 0.0, pushed)
     z_part = z_loss * jnp.square(log_normaliser(logits))

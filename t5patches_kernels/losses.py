@@ -171,7 +171,7 @@ def targeted_negative_loss(
     weights: Array,
     *,
     objective: str = "tnff",
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     smoothing: float = 1e-6,
     z_loss: float = 0.0,
     divergence: bool = False,
@@ -205,7 +205,7 @@ def targeted_negative_loss(
       weights: ``[...]``; the sign says kept, pushed down or ignored; -1 removes the target, -0.5
         halves its probability, values below -1 remove it too.
       objective: one of ``tnff tnrr tnrf tnfll tnrll``.
-      alpha: the factor on pushed-down tokens, ``>= 0``.
+      alpha: the factor on pushed-down tokens, ``>= 0``. (T5Patches' own classes: 1e4.)
       smoothing: eps, ``>= 0``; ``> 0`` where the objective has a reverse divergence.
       z_loss: see the module.
       divergence: report ``KL(q, p)``, which reaches 0, where the default reports T5Patches'
@@ -251,7 +251,7 @@ def unlikelihood_loss(
     targets: Array,
     weights: Array,
     *,
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     z_loss: float = 0.0,
     edits: Edits | None = None,
     vocab_axis: str | None = None,
@@ -301,7 +301,7 @@ def negative_likelihood_loss(
     targets: Array,
     weights: Array,
     *,
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     threshold: float = -10.3,
     z_loss: float = 0.0,
     vocab_axis: str | None = None,

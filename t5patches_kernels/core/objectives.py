@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels.core import statistics
-from t5patches_kernels.core.statistics import FLOOR, Array, Numbers
+from t5patches_kernels.core.statistics import FLOOR, NOTHING_LEFT, Array, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def of_q(term: Term) -> Term:
 
     @functools.wraps(term)
     def guarded(row: Row, c: Settings) -> Array:
-        return jnp.where(row.rm > FLOOR, term(row, c), 0.0)
+        return jnp.where(row.rm > NOTHING_LEFT, term(row, c), 0.0)
 
     return guarded
 
@@ -148,7 +148,7 @@ def unlikelihood(row: Row, c: Settings) -> Array:
     ``d/dz_j = p_j - softmax(z without N)_j``: bounded, unlike ``p_j / (1 - p[N])``.
     """
     term = (row.m - row.rest_m) + jnp.log(row.s / row.rest_s)
-    return jnp.where(row.rest_m > FLOOR, term, 0.0)
+    return jnp.where(row.rest_m > NOTHING_LEFT, term, 0.0)
 
 
 def negated_likelihood(row: Row, c: Settings) -> Array:
@@ -342,45 +342,31 @@ def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz", "sqr"})))
 
 
-def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
-    """One output of an operation, from the finished numbers of its rows."""
-    rest = {name: numbers[of] for name, of in _REST.items() if of in numbers}
-    return lines_of(c)[output](Row(numbers | rest), c)
+def _unanswered(numbers: Numbers, c: Settings, output: str) -> Array:
+    """Where a token counts and an output has no answer for it ``[R, 1]``.
 
-
-def marks(numbers: Numbers, c: Settings, removes: Array) -> Numbers:
-    """What multiplies each output: NaN where a token counts and the output has no answer, else 1.
-
-    A product, so that its cotangent and with it the whole row of the gradient is NaN too. There is
-    no answer where an id that the output reads is out of range, or where a row that it reads holds
-    NaN or ``+inf`` or has nothing unmasked. A term over a q has one, 0, where the token's edits
-    remove an id and nothing else is left (`of_q`).
-
-    Args:
-      numbers: the finished numbers of the rows.
-      c: the settings.
-      removes: whether the edits of a token remove an id ``[R, 1]``.
+    An id that the output reads is out of range, or a row that it reads holds NaN or ``+inf`` or has
+    nothing unmasked. (What the token's own edits have removed is not masked: see `of_q`.)
     """
 
     def broken(maximum: Array, total: Array) -> Array:
         # Of NaN a maximum may not tell, of one ``+inf`` a sum: it is 1. NaN compares false.
-        return ~((maximum < math.inf) & (total < math.inf))
+        return ~((maximum > FLOOR) & (maximum < math.inf) & (total < math.inf))
 
-    model = broken(numbers["m"], numbers["s"]) | (numbers["m"] <= FLOOR)
-    reference = model
-    if reference_of(c) == "given":
-        empty = (numbers["rm"] <= FLOOR) & ~removes
-        reference = broken(numbers["rm"], numbers["rs"]) | empty
-    out = {}
-    for name in lines_of(c):
-        read = _read_by(c, (name,))
-        unanswered = model
-        if read & _OF_REFERENCE:
-            unanswered |= reference
-        if "bad" in read:
-            unanswered |= numbers["bad"]
-        out[name] = jnp.where(unanswered & (numbers["w"] != 0), math.nan, 1.0)
-    return out
+    read = _read_by(c, (output,))
+    out = broken(numbers["m"], numbers["s"])
+    if reference_of(c) == "given" and read & _OF_REFERENCE:
+        out |= broken(numbers["rm"], numbers["rs"])
+    if "bad" in read:
+        out |= numbers["bad"]
+    return out & (numbers["w"] != 0)
+
+
+def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
+    """One output of an operation, from the finished numbers of its rows."""
+    rest = {name: numbers[of] for name, of in _REST.items() if of in numbers}
+    value = lines_of(c)[output](Row(numbers | rest), c)
+    return jnp.where(_unanswered(numbers, c, output), math.nan, value)
 
 
 def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) -> Numbers:
@@ -393,7 +379,7 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     Returns:
       By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
-      a row that no cotangent asks about, whatever its logits hold; NaN for one whose cotangent is.
+      a row that no cotangent asks about, whatever its logits hold; NaN where there is no answer.
     """
     inside = {name: numbers[name] for name in differentiable(c, tuple(sorted(cotangents)))}
 
@@ -402,12 +388,14 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     (by,) = jax.vjp(outputs, inside)[1](dict(cotangents))
     # A loss does not ask about an ignored row; the log-probability of one may be asked for.
-    asked = lost = jnp.zeros_like(numbers["bad"])
+    asked = unanswered = jnp.zeros_like(numbers["bad"])
     for name, ct in cotangents.items():
         of_loss = name in ("loss", "z_loss")
         asked |= (ct != 0) & (numbers["w"] != 0) if of_loss else ct != 0
-        lost |= jnp.isnan(ct)  # which a term that is guarded by a condition does not pass on
-    return {name: jnp.where(asked, jnp.where(lost, math.nan, x), 0.0) for name, x in by.items()}
+        unanswered |= (ct != 0) & _unanswered(numbers, c, name)
+    return {
+        name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0) for name, x in by.items()
+    }
 
 
 # --- From a tile to finished numbers: what every driver calls -------------------------------------
