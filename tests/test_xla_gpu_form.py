@@ -15,6 +15,7 @@ from harness import (
 )
 
 import t5patches_kernels as tk
+from t5patches_kernels import dispatch
 from t5patches_kernels.backends.xla import gpu_form, streaming
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
