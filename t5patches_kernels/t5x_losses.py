@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from t5patches_kernels import autodiff, calls, checks, dense, losses
 from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.statistics import REMOVED
 
 Array = jax.Array
 
@@ -52,7 +53,8 @@ def cross_entropy_with_logits(
     checks.floats("logits", logits, float64=float64)
     checks.floats("targets", targets, float64=float64)
     checks.same_shape("targets", targets, "logits", logits)
-    log_targets = jnp.log(jax.lax.stop_gradient(targets).astype(dense.precision_of(targets)))
+    mass = jax.lax.stop_gradient(targets).astype(dense.precision_of(targets))
+    log_targets = jnp.maximum(jnp.log(mass), REMOVED)  # a row of zeros has no mass, and is no error
     inputs = calls.logits_inputs(logits, log_targets, implementation)
     c = Settings(
         "soft_ce",

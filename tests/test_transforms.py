@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import t5patches_kernels as tk
-from t5patches_kernels import t5x_losses
+from t5patches_kernels import dispatch, t5x_losses
 from t5patches_kernels.core.objectives import TARGETED_NEGATIVE
 
 KEYS = jax.random.split(jax.random.key(0), 8)
