@@ -89,7 +89,7 @@ def _cross_entropy_backward(residuals, ct):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def dense(name: str, z, r, y, w, alpha: float = 1e4, smoothing: float = 1e-6):
+def dense(name: str, z, r, y, w, alpha: float = 1.0, smoothing: float = 1e-6):
     """The losses ``[...]`` as T5Patches computes them: whole arrays, in float32."""
     z, r = z.astype(jnp.float32), r.astype(jnp.float32)
     onehot = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def dense(name: str, z, r, y, w, alpha: float = 1e4, smoothing: float = 1e-6):
+def dense(name: str, z, r, y, w, alpha: float = 1.0, smoothing: float = 1e-6):
     """The losses ``[T]``: whole arrays, in float32, as `bench.common.dense` has them in JAX."""
     z, r = z.float(), r.float()
     onehot = torch.nn.functional.one_hot(y, z.shape[-1]).to(z.dtype)

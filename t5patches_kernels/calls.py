@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5patches_kernels import autodiff, checks, dense, dispatch, sharding
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Head, Operands, Operation, Tokens, columns_of
+from t5patches_kernels.core.statistics import REMOVED
 
 Array = jax.Array
 
@@ -113,46 +115,60 @@ class _Tokens(NamedTuple):
 
 
 def _per_token(
-    inputs: Inputs, targets: Array | None, weights: Array | None, edits: Edits | None
+    c: Settings,
+    inputs: Inputs,
+    targets: Array | None,
+    weights: Array | None,
+    edits: Edits | None,
 ) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
     dtype = dense.precision_of(like)
     if targets is None:
         targets = jnp.zeros(lead, jnp.int32)
+    weighted = weights is not None
     if weights is None:
         weights = jnp.ones(lead, dtype)
     checks.integers("targets", targets)
     checks.per_token("targets", targets, inputs.name, like)
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
+    targets, weights = _int32_ids(targets), jnp.asarray(weights).astype(dtype)
+    second_row = objectives.reference_of(c)
     if edits is not None:
         checks.edits(edits, inputs.name, like)
-        edits = Edits(jnp.asarray(edits.ids), jnp.asarray(edits.factors).astype(dtype))
-    return _PerToken(jnp.asarray(targets), jnp.asarray(weights).astype(dtype), edits)
+        edits = Edits(_int32_ids(edits.ids), jnp.asarray(edits.factors).astype(dtype))
+    elif weighted and second_row is not None:
+        # What a weight says where no edits are given: the target of a pushed-down token.
+        left = jnp.zeros_like(weights) if second_row == "self" else jnp.maximum(0.0, 1.0 + weights)
+        edits = Edits(targets[..., None], jnp.where(weights < 0, left, 1.0)[..., None])
+    return _PerToken(targets, weights, edits)
+
+
+def _int32_ids(ids: Array | np.ndarray) -> Array:
+    """Ids in the one dtype in which they are compared with -1 and V.
+
+    A narrower dtype may hold neither of the two. What a wider one holds beyond int32 is clipped and
+    so stays out of range: a cast would wrap it around to an id that looks right.
+    """
+    xp = jnp if isinstance(ids, jax.Array) else np  # jnp.asarray would wrap numpy's int64
+    own, int32 = jnp.iinfo(jnp.result_type(ids)), jnp.iinfo(jnp.int32)
+    least, most = max(int(own.min), int(int32.min)), min(int(own.max), int(int32.max))
+    return jnp.asarray(xp.clip(ids, least, most).astype(jnp.int32))
 
 
 def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     y, w = given.targets.reshape(-1), given.weights.reshape(-1)
     bad = (y < 0) | (y >= c.vocab_size)
-    y = y.astype(jnp.int32)
     if given.edits is None:
-        return _Tokens(y, w, bad, _implied_edits(c, y, w))
+        return _Tokens(y, w, bad, None)
     ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
     if ids.shape[-1] == 0:
         return _Tokens(y, w, bad, None)
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
-    if c.objective == "ul":  # the set N: what is not removed is not in it
+    if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
         factors = jnp.where(factors == 0, 0.0, 1.0)
-    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids.astype(jnp.int32), factors))
-
-
-def _implied_edits(c: Settings, y: Array, w: Array) -> Edits | None:
-    """What the weights say where no edits are given: the target of a pushed-down token."""
-    if c.objective not in (*objectives.TARGETED_NEGATIVE, "ul"):
-        return None
-    left = jnp.zeros_like(w) if c.objective == "ul" else jnp.maximum(0.0, 1.0 + w)
-    return Edits(y[:, None], jnp.where(w < 0, left, 1.0)[:, None])
+    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
 
 
 def _run_reference(
@@ -164,8 +180,13 @@ def _run_reference(
     else:
         logits = [x for (x,) in arrays]
     logits = [x.astype(dense.precision_of(x)) for x in logits]
-    z, r = logits[0], logits[1] if operands.reference else None
     c, e = op.settings, tokens.edits
+    counts = tokens.weights != 0
+    peaks = [jnp.max(x, axis=-1) for x in logits]
+    no_model, *no_reference = [~((x > dense.MASKED) & (x < jnp.inf)) for x in peaks]
+    # 0 times NaN is NaN: what an ignored token's rows hold must not come near a gradient.
+    clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
+    z, r = clean[0], clean[1] if operands.reference else None
     statistics = dense.token_statistics(z, r, tokens.targets)
     if c.objective in ("statistics", "pair_statistics"):
         outputs = statistics
@@ -177,16 +198,17 @@ def _run_reference(
             c.objective, z, r, tokens.targets, tokens.weights, factor, **options
         )
         outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
-    peak = jnp.max(z, axis=-1)
-    bad = tokens.bad | (peak <= dense.MASKED)
-    counts = tokens.weights != 0
-    for name in ("loss", "z_loss", "log_prob", "ref_log_prob"):
-        if name in outputs:
-            # A product, so that the gradient is NaN too.
-            x = outputs[name] * jnp.where(bad & counts, math.nan, 1.0)
-            outputs[name] = jnp.where(counts | jnp.isfinite(x) & ~bad, x, 0.0)
+    for name, x in outputs.items():
+        unanswered = no_model
+        if no_reference and name in ("loss", "ref_log_prob", "kl"):
+            unanswered |= no_reference[0]
+        if name not in ("entropy", "kl"):
+            unanswered |= tokens.bad
+        # A product, so that the gradient is NaN too.
+        marked = x * jnp.where(unanswered & counts, math.nan, 1.0)
+        outputs[name] = jnp.where(counts | ~unanswered, marked, 0.0)
     own = jnp.take_along_axis(z, jnp.clip(tokens.targets, 0, z.shape[-1] - 1)[:, None], -1)[:, 0]
-    return outputs, (own >= peak) & ~bad
+    return outputs, (own >= peaks[0]) & ~(tokens.bad | no_model)
 
 
 def _run_driver(
@@ -203,7 +225,7 @@ def _run_driver(
         tokens.weights,
         tokens.bad,
         None if e is None else local(e.ids),
-        None if e is None else jnp.log(e.factors),
+        None if e is None else jnp.maximum(jnp.log(e.factors), REMOVED),
     )
     driver = dispatch.driver(implementation, linear=op.head is not None)
     outputs, numbers = autodiff.apply(driver, op, operands, flat)
@@ -247,7 +269,7 @@ def call(
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"
-    tokens = jax.lax.stop_gradient(_per_token(inputs, targets, weights, edits))
+    tokens = jax.lax.stop_gradient(_per_token(c, inputs, targets, weights, edits))
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)

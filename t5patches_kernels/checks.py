@@ -134,6 +134,12 @@ def number(name: str, x: Any, *, least: float | None = None) -> float:
     if not np.isfinite(value) or (least is not None and value < least):
         bound = "" if least is None else f" and >= {least}"
         raise ValueError(f"{name} must be finite{bound}, got {value}.")
+    least_normal, most = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    if value and not least_normal <= abs(value) <= most:
+        raise ValueError(
+            f"{name}={value} is beyond float32, in which losses are computed: pass 0, or a number "
+            f"of {least_normal:.2g} to {most:.2g} in size."
+        )
     return value
 
 

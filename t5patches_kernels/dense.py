@@ -167,7 +167,8 @@ def loss(
 ) -> tuple[Array, Array]:
     """The loss and its z-loss part ``[T]`` of any objective, before bad ids are marked."""
     no_factor = jnp.ones_like(logits) if factor is None else factor
-    d = distributions(logits, logits if ref_logits is None else ref_logits, targets, no_factor)
+    base = logits if ref_logits is None else ref_logits
+    d = distributions(logits, base, targets, no_factor)
     scale = jnp.ones_like(weights)
     reads_q = (False, False)
     if objective == "ul":
@@ -179,6 +180,9 @@ def loss(
     elif objective == "ce":
         kept = pushed = label_smoothed_cross_entropy(d, label_smoothing)
         scale = weights
+    elif objective == "soft_ce":
+        kept = pushed = cross_entropy(jnp.exp(base), d)
+        reads_q = (True, True)
     elif objective == "kl_forward":
         target = smoothed(d.q, smoothing, d.present) if smoothing else d.q
         kept = pushed = forward(target, d, divergence)
@@ -190,8 +194,8 @@ def loss(
         kept, pushed = tn_terms(objective, d, smoothing, divergence)
         reads_q = (objective not in ("tnfll", "tnrll"), True)
     # With all of q's mass removed there is nothing to move towards.
-    base = logits if ref_logits is None else ref_logits
     empty = jnp.all((no_factor == 0) | (base <= MASKED), axis=-1)
+    empty &= jnp.any(base > MASKED, axis=-1)  # else the row itself has no answer
     kept = jnp.where(empty & reads_q[0], 0.0, kept)
     pushed = jnp.where(empty & reads_q[1], 0.0, pushed)
     z_part = z_loss * jnp.square(log_normaliser(logits))

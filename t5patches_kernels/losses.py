@@ -3,7 +3,11 @@ r"""Losses on logits.
 Leading dimensions are free, the vocabulary is last. Logits are float32 or bfloat16; every sum is
 float32. A token is *kept* where its weight is positive, *pushed down* where it is negative,
 *ignored* where it is 0; an ignored token contributes exactly 0 to loss and gradient, whatever its
-logits hold. Losses are per token: reduce them as you like, with any per-token factor.
+logits hold. For any other token, logits of which one is NaN or ``+inf``, or all are masked
+(``-inf``), give NaN, in the loss and in its whole row of the gradient; so do such logits of the
+reference wherever the objective has one, whether or not the token is of the kind that reads it.
+(Where the token's own edits remove ids of a reference and nothing is left, there is an answer: 0.)
+Losses are per token: reduce them as you like, with any per-token factor.
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
 the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,
@@ -167,7 +171,7 @@ def targeted_negative_loss(
     weights: Array,
     *,
     objective: str = "tnff",
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     smoothing: float = 1e-6,
     z_loss: float = 0.0,
     divergence: bool = False,
@@ -201,7 +205,7 @@ def targeted_negative_loss(
       weights: ``[...]``; the sign says kept, pushed down or ignored; -1 removes the target, -0.5
         halves its probability, values below -1 remove it too.
       objective: one of ``tnff tnrr tnrf tnfll tnrll``.
-      alpha: the factor on pushed-down tokens, ``>= 0``.
+      alpha: the factor on pushed-down tokens, ``>= 0``. (T5Patches' own classes: 1e4.)
       smoothing: eps, ``>= 0``; ``> 0`` where the objective has a reverse divergence.
       z_loss: see the module.
       divergence: report ``KL(q, p)``, which reaches 0, where the default reports T5Patches'
@@ -247,7 +251,7 @@ def unlikelihood_loss(
     targets: Array,
     weights: Array,
     *,
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     z_loss: float = 0.0,
     edits: Edits | None = None,
     vocab_axis: str | None = None,
@@ -297,7 +301,7 @@ def negative_likelihood_loss(
     targets: Array,
     weights: Array,
     *,
-    alpha: float = 1e4,
+    alpha: float = 1.0,
     threshold: float = -10.3,
     z_loss: float = 0.0,
     vocab_axis: str | None = None,

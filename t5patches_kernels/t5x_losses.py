@@ -2,7 +2,8 @@
 
 Replace ``from t5x import losses`` by ``from t5patches_kernels import t5x_losses as losses``. Where
 behaviour differs on purpose: a target out of range whose weight is not 0 gives NaN (T5X: a
-plausible number), and `z_loss` and `label_smoothing` must be Python numbers.
+plausible number), `z_loss` and `label_smoothing` must be Python numbers, and the gradient for soft
+targets that do not sum to 1 is that of the value (T5X: that for a sum of 1).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import autodiff, calls, checks, losses
+from t5patches_kernels import autodiff, calls, checks, dense, losses
 from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.statistics import REMOVED
 
 Array = jax.Array
 
@@ -25,8 +27,9 @@ def cross_entropy_with_logits(
 
     Args:
       logits: ``[..., V]`` float32 or bfloat16.
-      targets: ``[..., V]`` distributions: non-negative, summing to 1. (One-hot targets: use
-        `compute_weighted_cross_entropy`, which never makes them.)
+      targets: ``[..., V]`` float32 or bfloat16, non-negative; taken as they are, so that
+        distributions that bfloat16 rounds to another sum than 1 count as T5X counts them. (One-hot
+        targets: use `compute_weighted_cross_entropy`, which never makes them.)
       z_loss: the coefficient, ``>= 0``.
       implementation: see `losses`.
 
@@ -50,10 +53,11 @@ def cross_entropy_with_logits(
     checks.floats("logits", logits, float64=float64)
     checks.floats("targets", targets, float64=float64)
     checks.same_shape("targets", targets, "logits", logits)
-    log_targets = jnp.log(jax.lax.stop_gradient(targets))
+    mass = jax.lax.stop_gradient(targets).astype(dense.precision_of(targets))
+    log_targets = jnp.maximum(jnp.log(mass), REMOVED)  # a row of zeros has no mass, and is no error
     inputs = calls.logits_inputs(logits, log_targets, implementation)
     c = Settings(
-        "kl_forward",
+        "soft_ce",
         calls.vocab_size(inputs, None),
         z_loss=checks.number("z_loss", z_loss, least=0.0),
     )

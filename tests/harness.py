@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import t5patches_kernels as tk
+from t5patches_kernels import dispatch
+from t5patches_kernels.backends.xla import gpu_form
 
 EPS32 = float(np.finfo(np.float32).eps)
 ALPHA = 100.0
@@ -27,6 +29,22 @@ MAIN = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
 def slow_unless(often: bool, *values):
     """The values of a test that has its turn on every run, or in the slow sweeps alone."""
     return pytest.param(*values, marks=() if often else pytest.mark.slow)
+
+
+GPU_FORM = "xla_gpu"
+
+
+def gpu_form_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the form of "xla" for GPUs an implementation, for a CPU to run."""
+    honest = dispatch.choose
+
+    def choose(implementation, *rest):
+        return gpu_form.run if implementation == GPU_FORM else honest(implementation, *rest)
+
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (*dispatch.IMPLEMENTATIONS, GPU_FORM))
+    monkeypatch.setattr(dispatch, "choose", choose)
+    # Short parts: a CPU adds a part up entry by entry, where a GPU's threads share it.
+    monkeypatch.setattr(gpu_form, "_PART", 16)
 
 
 class Batch(NamedTuple):

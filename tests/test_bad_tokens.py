@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import CASES, MAIN
+from harness import CASES, GPU_FORM, MAIN, _compiled, gpu_form_by_name
 
 import t5patches_kernels as tk
 
 IMPLEMENTATIONS = ("xla", "reference")
 Z = jax.random.normal(jax.random.key(0), (6, 40))
 R = jax.random.normal(jax.random.key(1), (6, 40))
+NO_EDITS = (jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
 W = jnp.array([1.0, -1.0, 0.0, 1.0, -1.0, 0.0])
 
 
@@ -36,6 +37,54 @@ def test_a_bad_target_is_nan_where_it_counts(name, implementation, bad):
     np.testing.assert_array_equal(np.asarray(out.loss)[[2, 5]], 0.0)
     assert out.log_prob[2] == 0.0
     assert not np.asarray(out.correct)[[2, 3, 4]].any()
+
+
+# By the entries of a row and a dtype: ids that are in range, and some that are not.
+IDS_BY_DTYPE = [
+    (200, "int8", [0, 127], [-1, -128]),
+    (200, "uint8", [0, 199], [200, 255]),
+    (65536, "uint16", [0, 40000, 62720, 65535], []),
+    (65536, "int16", [0, 32767], [-1, -32768]),
+    (200, "uint32", [0, 199], [200, 2**31 + 3, 2**32 - 1]),
+    (200, "int64", [0, 199], [2**32 + 3, -(2**32) + 3]),
+    (200, "uint64", [0, 199], [2**32 + 3, 2**63]),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("size", "dtype", "valid", "invalid"), IDS_BY_DTYPE)
+def test_ids_of_any_integer_dtype(size, dtype, valid, invalid, implementation):
+    """An id is what it says, whether or not its dtype holds V and -1, or int32 holds it."""
+    z, r = jax.random.normal(jax.random.key(2), (2, 5, size))
+    w, factors = -jnp.ones(5), jnp.full((5, 1), 0.5)
+    ids = (valid + invalid + valid)[:5]
+
+    def of_targets(ids):
+        return tk.unlikelihood_loss(z, ids, w, implementation=implementation).loss
+
+    def of_edits(ids):
+        y, edits = jnp.zeros(5, jnp.int32), tk.Edits(ids[:, None], factors)
+        return tk.targeted_negative_loss(
+            z, r, y, w, edits=edits, implementation=implementation
+        ).loss
+
+    plain = jnp.array([i if i in valid else 0 for i in ids], jnp.int32)
+    in_range = np.array([i in valid for i in ids])
+    for loss, also in ((of_targets, []), (of_edits, [-1])):  # -1 lists no edit
+        want = np.asarray(loss(plain))
+        got = [np.asarray(loss(np.array(ids, dtype)))]
+        with jax.enable_x64(dtype.endswith("64")):  # without it a JAX array has at most 32 bits
+            as_jax = jnp.asarray(np.array(ids, dtype))
+            assert as_jax.dtype == dtype
+            got.append(np.asarray(loss(as_jax)))
+        for one in got:
+            np.testing.assert_array_equal(np.isfinite(one), [i in valid + also for i in ids])
+            np.testing.assert_array_equal(one[in_range], want[in_range])
+
+
+def test_booleans_are_no_ids():
+    with pytest.raises(TypeError, match="targets must be integer token ids, got bool"):
+        tk.unlikelihood_loss(Z, jnp.ones(6, bool), W)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -85,6 +134,90 @@ def test_a_row_with_every_entry_masked_is_nan(name, implementation):
     out, _ = outcome(name, implementation, jnp.zeros(6, jnp.int32), z)
     assert np.isnan(out.loss[0])
     assert np.isfinite(np.asarray(out.loss)[1:]).all()
+
+
+# What logits [T, V] may hold that there is no answer for.
+NO_ANSWER = {
+    "a NaN": lambda x: x.at[:, 7].set(jnp.nan),
+    "NaN at the target": lambda x: x.at[:, 0].set(jnp.nan),
+    "all NaN": lambda x: x * jnp.nan,
+    "+inf": lambda x: x.at[:, 7].set(jnp.inf),
+    "+inf at the target": lambda x: x.at[:, 0].set(jnp.inf),
+    "nothing unmasked": lambda x: x.at[:].set(-jnp.inf),
+}
+WITH_REFERENCE = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "kl_forward", "kl_reverse")
+ON_BACKENDS = [
+    *((name, i) for name in (*MAIN, "kl_forward", "kl_reverse") for i in IMPLEMENTATIONS),
+    *((name, GPU_FORM) for name in ("tnff", "tnrf", "ul")),
+    *((name, "pallas_tpu") for name in ("tnrf", "tnrll", "ul")),
+    *((name, "pallas_gpu") for name in ("tnrr", "ul")),
+]
+
+
+@pytest.mark.parametrize(("name", "implementation"), ON_BACKENDS)
+def test_rows_without_an_answer_are_nan_where_they_count(name, implementation, monkeypatch):
+    """NaN, and the whole row of the gradient too; exactly 0 for ignored tokens."""
+    gpu_form_by_name(monkeypatch)
+    call = _compiled(name, implementation, False)
+    logits = dict(zip("zr", 2 * jax.random.normal(jax.random.key(3), (2, 6, 136)), strict=True))
+    y = jnp.zeros(6, jnp.int32)
+    faulty = np.array([True, True, True, False, False, False])
+    counts = np.ones(6, bool) if name.startswith("kl") else np.asarray(W) != 0
+
+    def run(**changed):
+        (_, out), gradient = call(*(logits | changed).values(), y, W, *NO_EDITS)
+        return np.asarray(out.loss), np.asarray(gradient)
+
+    loss, gradient = run()
+    assert np.isfinite(loss).all()
+    assert np.isfinite(gradient).all()
+    for fault, spoil in NO_ANSWER.items():
+        for of in "zr" if name in WITH_REFERENCE else "z":
+            lost = faulty & counts
+            got, dz = run(**{of: spoil(logits[of]).at[3:].set(logits[of][3:])})
+            message = f"{fault} in {of}"
+            np.testing.assert_array_equal(np.isnan(got), lost, err_msg=message)
+            np.testing.assert_array_equal(np.isnan(dz).all(-1), lost, err_msg=message)
+            np.testing.assert_array_equal(np.isnan(dz).any(-1), lost, err_msg=message)
+            for zero in (got, dz):
+                np.testing.assert_array_equal(zero[faulty & ~lost], 0.0, err_msg=message)
+            np.testing.assert_array_equal(got[3:], loss[3:], err_msg=message)
+            np.testing.assert_array_equal(dz[3:], gradient[3:], err_msg=message)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu"])
+def test_statistics_without_an_answer_are_nan(implementation):
+    def run(z, r):
+        return tk.token_statistics(z, jnp.zeros(6, jnp.int32), r, implementation=implementation)
+
+    of_model = {"log_prob": "z", "entropy": "z", "ref_log_prob": "zr", "kl": "zr"}
+    run = jax.jit(run)
+    for fault, spoil in NO_ANSWER.items():
+        for of, out in (("z", run(spoil(Z), R)), ("r", run(Z, spoil(R)))):
+            for field, read in of_model.items():
+                got = np.asarray(getattr(out, field))
+                message = f"{fault} in {of}: {field}"
+                np.testing.assert_array_equal(np.isnan(got), of in read, err_msg=message)
+
+
+def test_a_linear_loss_without_an_answer_is_nan():
+    """The gradient to the kernel too: it is of all tokens."""
+    h, k = (
+        jax.random.normal(jax.random.key(4), (6, 5)),
+        jax.random.normal(jax.random.key(5), (5, 40)),
+    )
+
+    def total(h, k, ref):
+        y = jnp.zeros(6, jnp.int32)
+        return tk.linear_targeted_negative_loss(h, k, ref, k, y, W, objective="tnrr").loss.sum()
+
+    f = jax.jit(jax.value_and_grad(total, (0, 1)))
+    value, (by_hidden, by_kernel) = f(h, k, h.at[1].set(jnp.nan))
+    assert np.isnan(value)
+    np.testing.assert_array_equal(np.isnan(by_hidden).all(-1), [False, True] + [False] * 4)
+    assert np.isnan(by_kernel).all()
+    value, gradients = f(h, k, h.at[2].set(jnp.nan))  # of an ignored token
+    assert all(np.isfinite(x).all() for x in (value, *gradients))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

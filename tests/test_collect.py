@@ -95,7 +95,7 @@ def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     output = tmp_path / "edits.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(annotate_module, "generate", None)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="'NoneType' object"):
             collect(*given, output, SETTINGS)
     for other, difference in [
         ((model, inputs[1:], rules), "inputs"),

@@ -76,6 +76,18 @@ BAD = {
         "smoothing must be finite and >= 0.0, got -1.0",
     ),
     "alpha": (lambda: tn(alpha=-2.0), ValueError, "alpha must be finite and >= 0"),
+    "alpha too large": (
+        lambda: tn(alpha=1e40),
+        ValueError,
+        r"alpha=1e\+40 is beyond float32.*pass 0",
+    ),
+    "smoothing too small": (lambda: tn(smoothing=1e-45), ValueError, "smoothing=1e-45 is beyond"),
+    "smoothing subnormal": (lambda: tn(smoothing=1e-38), ValueError, "smoothing=1e-38 is beyond"),
+    "threshold too large": (
+        lambda: tk.negative_likelihood_loss(Z, Y, W, threshold=-1e39),
+        ValueError,
+        r"threshold=-1e\+39 is beyond float32.*3.4e\+38 in size",
+    ),
     "alpha NaN": (lambda: tn(alpha=float("nan")), ValueError, "alpha must be finite"),
     "alpha text": (lambda: tn(alpha="big"), TypeError, "alpha must be a number, got 'big'"),
     "alpha traced": (

@@ -261,7 +261,7 @@ def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
     monkeypatch.setattr(train_module, "_checkpoints", None)
     for original in (None, tiny_params(0)):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="'NoneType' object"):
             again(tmp_path, original=original)
     assert described[0] == described[1]
 
@@ -302,7 +302,7 @@ def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
     monkeypatch.setattr(train_module, "_checkpoints", None)
     for given in (None, order, order[::-1]):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="'NoneType' object"):
             again(tmp_path, order=given)
     assert "order" not in described[0]
     assert described[1]["order"] != described[2]["order"]

@@ -253,6 +253,30 @@ def test_cross_entropy_with_logits_is_that_of_t5x():
             close(*grads)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("of_logits", ["float32", "bfloat16"])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_soft_targets_in_bfloat16_are_taken_as_they_are(z_loss, of_logits, implementation):
+    """Against float64: neither their logarithm nor their sum is rounded."""
+    spread = jax.nn.softmax(R[0])
+    soft = jnp.stack([spread, jnp.where(jax.nn.one_hot(Y[0], V) > 0, 0.9, 0.1 / (V - 1))])
+    soft = soft.at[0, 0].set(0.0).astype(jnp.bfloat16)  # nothing to move towards
+    z = Z[:2].astype(of_logits)
+
+    def total(z, soft):
+        loss, z_part = t5x_losses.cross_entropy_with_logits(
+            z, soft, z_loss, implementation=implementation
+        )
+        return (loss * CT[:2]).sum(), (loss, z_part)
+
+    (_, got), gradient = jax.value_and_grad(total, has_aux=True)(z, soft)
+    with jax.enable_x64(True):
+        x, t, ct = (jnp.asarray(np.asarray(a, np.float64)) for a in (z, soft, CT[:2]))
+        close(got, t5x_cross_entropy(x, t, z_loss), rtol=1e-6)
+        want = jax.grad(lambda x: (t5x_cross_entropy(x, t, z_loss)[0] * ct).sum())(x)
+    close(np.asarray(gradient, np.float64), want, rtol=2e-6 if of_logits == "float32" else 2**-8)
+
+
 def test_compute_weighted_cross_entropy_is_that_of_t5x():
     smoothing, z_loss = 0.1, 1e-2
     on, off = 1 - smoothing, smoothing / (V - 1)

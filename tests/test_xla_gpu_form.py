@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import CASES, TAKES_EDITS, assert_as_good_as_dense, batch, slow_unless
+from harness import (
+    CASES,
+    GPU_FORM,
+    TAKES_EDITS,
+    assert_as_good_as_dense,
+    batch,
+    gpu_form_by_name,
+    slow_unless,
+)
 
 import t5patches_kernels as tk
 from t5patches_kernels import dispatch
@@ -13,20 +21,10 @@ from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Operands, Operation, Stage, Tokens
 
-FORM = "xla_gpu"
-
 
 @pytest.fixture(autouse=True)
 def _form_by_name(monkeypatch):
-    """Short parts: a CPU adds a part up entry by entry, where a GPU's threads share it."""
-    honest = dispatch.choose
-
-    def choose(implementation, *rest):
-        return gpu_form.run if implementation == FORM else honest(implementation, *rest)
-
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (*dispatch.IMPLEMENTATIONS, FORM))
-    monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(gpu_form, "_PART", 16)
+    gpu_form_by_name(monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,12 +34,12 @@ def _form_by_name(monkeypatch):
      for size in (7, 256) for dtype in (jnp.float32, jnp.bfloat16)],
 )  # fmt: skip
 def test_as_good_as_dense(name, size, dtype):
-    assert_as_good_as_dense(name, FORM, batch(size, size, dtype=dtype), dtype)
+    assert_as_good_as_dense(name, GPU_FORM, batch(size, size, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("name", TAKES_EDITS)
 def test_sets_of_edits(name):
-    assert_as_good_as_dense(name, FORM, batch(3, 256, edits=5))
+    assert_as_good_as_dense(name, GPU_FORM, batch(3, 256, edits=5))
 
 
 def operands(c, rows=8, size=48):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels.core import statistics
-from t5patches_kernels.core.statistics import FLOOR, Array, Numbers
+from t5patches_kernels.core.statistics import FLOOR, NOTHING_LEFT, Array, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,16 @@ class Row:
 
 Term = Callable[[Row, Settings], Array]
 
+# The second row's numbers as a term reads them whose second row is the model's own logits without
+# the set N: by their name here, what they are called in a row's numbers.
+_REST = {"rest_m": "rm", "rest_s": "rs"}
+# The numbers that a term over the reference reads.
+_OF_REFERENCE = (
+    {"rm", "ry"}
+    | statistics.SECOND_LOOK.keys()
+    | {name for name, sum_ in statistics.SUMS.items() if {"r", "s", "ratio"} & set(sum_)}
+)
+
 
 # --- Terms --------------------------------------------------------------------------------------
 
@@ -70,8 +80,9 @@ Term = Callable[[Row, Settings], Array]
 def of_q(term: Term) -> Term:
     """A term over the target distribution q: 0 where all of q's mass has been removed."""
 
+    @functools.wraps(term)
     def guarded(row: Row, c: Settings) -> Array:
-        return jnp.where(row.rm > FLOOR, term(row, c), 0.0)
+        return jnp.where(row.rm > NOTHING_LEFT, term(row, c), 0.0)
 
     return guarded
 
@@ -86,6 +97,12 @@ def forward(row: Row, c: Settings) -> Array:
     """``CE(q, p)``, or ``KL(q, p)`` with `divergence`; ``d/dz_j = p_j - q_j``."""
     cross_entropy = row.log_s - row.qz / row.rs
     return cross_entropy - row.entropy_of_q if c.divergence else cross_entropy
+
+
+@of_q
+def soft_cross_entropy(row: Row, c: Settings) -> Array:
+    """``-sum t log p`` for targets ``t = e^r`` of any sum; ``d/dz_j = p_j sum_i t_i - t_j``."""
+    return jnp.exp(row.rm) * (row.rs * row.log_s - row.qz)
 
 
 @of_q
@@ -125,13 +142,13 @@ def smoothed_likelihood(row: Row, c: Settings) -> Array:
     return out + on * math.log(on) + (row.n - 1) * (off * math.log(off) if off else 0.0)
 
 
-@of_q
 def unlikelihood(row: Row, c: Settings) -> Array:
-    """``-log(1 - p[N]) = lse(z) - lse(z without N)``: the reference is z itself with N removed.
+    """``-log(1 - p[N]) = lse(z) - lse(z without N)``: 0 where N is all there is.
 
     ``d/dz_j = p_j - softmax(z without N)_j``: bounded, unlike ``p_j / (1 - p[N])``.
     """
-    return (row.m - row.rm) + jnp.log(row.s / row.rs)
+    term = (row.m - row.rest_m) + jnp.log(row.s / row.rest_s)
+    return jnp.where(row.rest_m > NOTHING_LEFT, term, 0.0)
 
 
 def negated_likelihood(row: Row, c: Settings) -> Array:
@@ -158,28 +175,26 @@ def label_smoothed(row: Row, c: Settings) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One objective: its terms and what its reference row is."""
+    """One objective: its terms."""
 
     kept: Term
     pushed: Term
-    # "given": the frozen model's logits. "self": the model's own logits with entries removed, whose
-    # normaliser therefore carries a gradient too. None: no second row.
-    reference: str | None
     # What multiplies a token's loss, by its weight.
     weigh: Callable[[Array], Array] = jnp.ones_like
 
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "tnff": Objective(forward, forward, "given"),
-    "tnrr": Objective(reverse, reverse, "given"),
-    "tnrf": Objective(smoothed_forward, reverse, "given"),
-    "tnfll": Objective(likelihood, forward, "given"),
-    "tnrll": Objective(smoothed_likelihood, reverse, "given"),
-    "ul": Objective(likelihood, unlikelihood, "self"),
-    "nl": Objective(likelihood, negated_likelihood, None, weigh=jnp.abs),
-    "ce": Objective(label_smoothed, label_smoothed, None, weigh=lambda w: w),
-    "kl_forward": Objective(smoothed_forward, smoothed_forward, "given"),
-    "kl_reverse": Objective(reverse, reverse, "given"),
+    "tnff": Objective(forward, forward),
+    "tnrr": Objective(reverse, reverse),
+    "tnrf": Objective(smoothed_forward, reverse),
+    "tnfll": Objective(likelihood, forward),
+    "tnrll": Objective(smoothed_likelihood, reverse),
+    "ul": Objective(likelihood, unlikelihood),
+    "nl": Objective(likelihood, negated_likelihood, weigh=jnp.abs),
+    "ce": Objective(label_smoothed, label_smoothed, weigh=lambda w: w),
+    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy),
+    "kl_forward": Objective(smoothed_forward, smoothed_forward),
+    "kl_reverse": Objective(reverse, reverse),
 }
 TARGETED_NEGATIVE = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
 
@@ -235,11 +250,26 @@ def lines_of(c: Settings) -> Mapping[str, Term]:
     return _STATISTICS_LINES.get(c.objective, _LOSS_LINES)
 
 
+@functools.lru_cache(maxsize=1024)
 def reference_of(c: Settings) -> str | None:
-    """What the second row is: "given", "self" or None."""
-    if c.objective in _STATISTICS_LINES:
-        return "given" if c.objective == "pair_statistics" else None
-    return OBJECTIVES[c.objective].reference
+    """What the second row is, by what the lines read of it.
+
+    Returns:
+      "given": the frozen model's logits. "self": the model's own logits with entries removed, whose
+      normaliser therefore carries a gradient too. None: there is no second row.
+
+    Raises:
+      NotImplementedError: one term needs the one, another the other.
+    """
+    read = _reads_of(_all_lines(c, tuple(lines_of(c))))
+    of_self, given = read & _REST.keys(), read & _OF_REFERENCE
+    if of_self and given:
+        raise NotImplementedError(
+            f"objective {c.objective!r} reads {sorted(given)} of the reference and "
+            f"{sorted(of_self)} of the model's own logits without some ids, and there is one "
+            "second row: leave out `unlikelihood` or the terms over q."
+        )
+    return "self" if of_self else "given" if given else None
 
 
 # --- What follows from the lines ------------------------------------------------------------------
@@ -263,9 +293,13 @@ def _reads_of(line: Callable[[Row], Any]) -> frozenset[str]:
     return frozenset(recorder.read)
 
 
+def _all_lines(c: Settings, outputs: tuple[str, ...]) -> Callable[[Row], Any]:
+    return lambda row: [lines_of(c)[name](row, c) for name in outputs]
+
+
 @functools.lru_cache(maxsize=1024)
 def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
-    return _reads_of(lambda row: [lines_of(c)[name](row, c) for name in outputs])
+    return frozenset(_REST.get(name, name) for name in _reads_of(_all_lines(c, outputs)))
 
 
 def reads(c: Settings) -> frozenset[str]:
@@ -308,9 +342,31 @@ def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz", "sqr"})))
 
 
+def _unanswered(numbers: Numbers, c: Settings, output: str) -> Array:
+    """Where a token counts and an output has no answer for it ``[R, 1]``.
+
+    An id that the output reads is out of range, or a row that it reads holds NaN or ``+inf`` or has
+    nothing unmasked. (What the token's own edits have removed is not masked: see `of_q`.)
+    """
+
+    def broken(maximum: Array, total: Array) -> Array:
+        # Of NaN a maximum may not tell, of one ``+inf`` a sum: it is 1. NaN compares false.
+        return ~((maximum > FLOOR) & (maximum < math.inf) & (total < math.inf))
+
+    read = _read_by(c, (output,))
+    out = broken(numbers["m"], numbers["s"])
+    if reference_of(c) == "given" and read & _OF_REFERENCE:
+        out |= broken(numbers["rm"], numbers["rs"])
+    if "bad" in read:
+        out |= numbers["bad"]
+    return out & (numbers["w"] != 0)
+
+
 def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
     """One output of an operation, from the finished numbers of its rows."""
-    return lines_of(c)[output](Row(numbers), c)
+    rest = {name: numbers[of] for name, of in _REST.items() if of in numbers}
+    value = lines_of(c)[output](Row(numbers | rest), c)
+    return jnp.where(_unanswered(numbers, c, output), math.nan, value)
 
 
 def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) -> Numbers:
@@ -323,7 +379,7 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     Returns:
       By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
-      a row that no cotangent asks about, whatever its logits hold.
+      a row that no cotangent asks about, whatever its logits hold; NaN where there is no answer.
     """
     inside = {name: numbers[name] for name in differentiable(c, tuple(sorted(cotangents)))}
 
@@ -332,11 +388,14 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
 
     (by,) = jax.vjp(outputs, inside)[1](dict(cotangents))
     # A loss does not ask about an ignored row; the log-probability of one may be asked for.
-    asked = jnp.zeros_like(numbers["bad"])
+    asked = unanswered = jnp.zeros_like(numbers["bad"])
     for name, ct in cotangents.items():
         of_loss = name in ("loss", "z_loss")
         asked |= (ct != 0) & (numbers["w"] != 0) if of_loss else ct != 0
-    return {name: jnp.where(asked, x, 0.0) for name, x in by.items()}
+        unanswered |= (ct != 0) & _unanswered(numbers, c, name)
+    return {
+        name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0) for name, x in by.items()
+    }
 
 
 # --- From a tile to finished numbers: what every driver calls -------------------------------------

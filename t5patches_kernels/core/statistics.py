@@ -60,6 +60,11 @@ Numbers = dict[str, Array]  # name -> [R, 1]
 
 # At or below this a logit is masked. Finite, so that a product with 0 is 0.
 FLOOR = -1e30
+# What is added to a logit to remove it: small enough for a probability of 0 beside any that is
+# left, and far above `FLOOR`, also when added more than once, to be told from a masked entry.
+REMOVED = -1e26
+# A maximum at or below this is of removed entries: nothing else is left of the row.
+NOTHING_LEFT = -1e25
 # A sum of values above this has no part of a masked entry in it, unclamped, that would matter.
 _UNCLAMPED = -1e15
 
