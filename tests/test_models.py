@@ -375,7 +375,7 @@ def test_a_score_finds_its_original_by_its_path(tmp_path):
 
     tokens, params = one_row(ROW, [0, 1, 2], [1, -1, 1])
     _, ref = one_row(REF, [0], [0])
-    original.kept_in(tmp_path, ref)
+    original.load_or_save(tmp_path, ref)
     made = model(OURS, "TNFF", original_path=str(tmp_path / "original_params"))
     given = made.score_batch(params, tokens, orig_params=ref)
     np.testing.assert_allclose(jax.jit(made.score_batch)(params, tokens), given, rtol=1e-6)
