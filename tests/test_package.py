@@ -75,11 +75,11 @@ def test_importing_costs_little_over_jax():
     assert set(out.split()) <= {"t5patches_kernels", "jax", "jaxlib"}
 
 
-@pytest.mark.parametrize("name", ["models", "trainer"])
+@pytest.mark.parametrize("name", ["models", "trainer", "cache_teacher"])
 def test_the_t5x_part_says_how_to_get_t5x(name):
     out = _python(
         "import sys\n"
-        "sys.modules['t5x'] = None\n"
+        "sys.modules.update(dict.fromkeys(('t5x', 'tensorstore', 'orbax')))\n"
         "try:\n"
         f"    import t5patches.{name}\n"
         "except ImportError as error:\n"

@@ -49,7 +49,6 @@ import jax.numpy as jnp
 
 import t5patches_kernels
 from t5patches.model.t5 import network
-from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches_kernels import Edits, TokenLoss
 
 try:
@@ -68,6 +67,7 @@ except ImportError as error:
         "see T5X in the README of T5Patches Kernels."
     ) from error
 
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches.t5x import original
 
 Array = jax.Array

@@ -16,8 +16,6 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
-from t5patches.runs.fingerprints import fingerprint
 from t5patches.t5x import models, original  # first: its error says how to get T5X
 
 # isort: split
@@ -25,6 +23,9 @@ from t5x import trainer as t5x_trainer
 from t5x.partitioning import BasePartitioner
 from t5x.train_state import InferenceState, TrainState
 from t5x.trainer import LearningRateCallable, WeightMetricsComputer, apply_grads
+
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
+from t5patches.runs.fingerprints import fingerprint
 
 Array = jax.Array
 Batch = Mapping[str, Any]
