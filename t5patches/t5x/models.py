@@ -30,10 +30,7 @@ in T5Patches. The metrics are made of what the loss returns, without another pas
 the targeted models adds ``*/kl``, KL(model, original), which takes one more pass over both models'
 logits; the training step leaves it out.
 
-Where it differs from T5Patches on purpose: `alpha`, `z_loss` and `loss_normalizing_factor` have an
-effect; `label_smoothing` raises where it has no meaning; the original model runs without dropout
-unless `teacher_dropout` is set; the metrics do not weigh tokens by signed weights; and see the
-README for the losses.
+`t5patches.t5x` lists where the models differ from T5Patches on purpose.
 """
 
 from __future__ import annotations
