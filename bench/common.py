@@ -27,7 +27,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 # Vocabulary sizes by the models that have them.
 VOCABULARIES = {"T5": 32128, "Llama 3": 128256, "mT5": 250112}
-OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+OBJECTIVES = tk.TARGETED_NEGATIVE
 # Those without a reference.
 ALONE: Mapping[str, Callable[..., tk.TokenLoss]] = {
     "ul": tk.unlikelihood_loss,

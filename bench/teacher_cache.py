@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
-from t5patches.editing.data import ORIGINAL_HIDDEN
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, update
 from t5patches.model.t5.network import T5Config, Transformer
-from t5patches.model.teacher_cache import TeacherCache
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 

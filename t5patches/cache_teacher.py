@@ -3,9 +3,10 @@
 import runpy
 import sys
 
-from t5patches.t5x import cache_teacher
-
 if __name__ == "__main__":
+    # A gin file names the module's `train` as `__main__.train`.
     runpy.run_module("t5patches.t5x.cache_teacher", run_name="__main__", alter_sys=True)
 else:
+    from t5patches.t5x import cache_teacher
+
     sys.modules[__name__] = cache_teacher

@@ -4,6 +4,7 @@ See `losses` for what all functions share, and the README for the table of objec
 """
 
 from t5patches_kernels.calls import Edits
+from t5patches_kernels.core.objectives import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 from t5patches_kernels.dispatch import IMPLEMENTATIONS
 from t5patches_kernels.linear_losses import (
     linear_cross_entropy_loss,
@@ -26,6 +27,8 @@ from t5patches_kernels.sharding import mesh_axes
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "TARGETED_NEGATIVE",
+    "TRAINING_OBJECTIVES",
     "Edits",
     "TokenLoss",
     "TokenStatistics",

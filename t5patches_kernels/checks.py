@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OBJECTIVES = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
 DIRECTIONS = ("forward", "reverse")
 
 

@@ -23,7 +23,7 @@ ALPHA = 100.0
 VOCABULARIES = (1, 7, 130, 257, 1000, 2049)
 # Compiled as everywhere: the tests' default is to make code quickly (conftest.py).
 AS_USERS = {"xla_backend_optimization_level": 3}
-MAIN = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "nl", "ce")
+MAIN = tk.TRAINING_OBJECTIVES
 
 
 def slow_unless(often: bool, *values):
@@ -151,11 +151,7 @@ def _kl(direction: str, smoothing: float) -> Case:
 
 # By the name under which an objective is found everywhere.
 CASES: dict[str, Case] = {
-    "tnff": _tn("tnff"),
-    "tnrr": _tn("tnrr"),
-    "tnrf": _tn("tnrf"),
-    "tnfll": _tn("tnfll"),
-    "tnrll": _tn("tnrll"),
+    **{name: _tn(name) for name in tk.TARGETED_NEGATIVE},
     "tnff-divergence": _tn("tnff", divergence=True),
     "tnrf-divergence": _tn("tnrf", divergence=True),
     "tnrll-divergence": _tn("tnrll", divergence=True, z_loss=1e-2),
@@ -168,7 +164,7 @@ CASES: dict[str, Case] = {
     "kl_reverse": _kl("reverse", 1e-6),
     "kl_reverse-unsmoothed": _kl("reverse", 0.0),
 }
-TAKES_EDITS = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "ul", "kl_forward", "kl_reverse")
+TAKES_EDITS = (*tk.TARGETED_NEGATIVE, "ul", "kl_forward", "kl_reverse")
 
 
 class Outcome(NamedTuple):

@@ -24,19 +24,22 @@ with warnings.catch_warnings():
     pytest.importorskip("t5x", reason="needs T5X: make test-t5x T5X=CHECKOUT")
     import gin
     import seqio
-    import t5patches.models
-    import t5patches.network
-    import t5patches.trainer
     import t5x.models
     from t5x import adafactor, checkpoints, optimizers, partitioning, utils  # noqa: F401
     from t5x import trainer as t5x_trainer  # noqa: F401
     from t5x.examples.decoder_only import network as decoder_only_network
 
+    import t5patches.models
+    import t5patches.network
+    import t5patches.trainer
+    import t5patches_kernels
+
 UPSTREAM = os.environ.get("T5PATCHES_UPSTREAM")
 NO_UPSTREAM = "needs upstream's checkout: T5PATCHES_UPSTREAM=CHECKOUT of google/t5patches"
 
-TARGETED = ("TNFF", "TNRR", "TNRF", "TNFLL", "TNRLL")
-NAMES = ("NL", "UL", *TARGETED)
+# The suffixes of the classes' names; "ce" has none.
+TARGETED = tuple(name.upper() for name in t5patches_kernels.TARGETED_NEGATIVE)
+NAMES = tuple(name.upper() for name in t5patches_kernels.TRAINING_OBJECTIVES if name != "ce")
 
 
 @functools.cache

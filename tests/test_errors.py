@@ -63,7 +63,7 @@ BAD = {
     "objective": (
         lambda: tn(objective="tnfr"),
         ValueError,
-        "one of tnff, tnrr, tnrf, tnfll, tnrll, got 'tnfr'",
+        f"one of {', '.join(tk.TARGETED_NEGATIVE)}, got 'tnfr'",
     ),
     "smoothing 0": (
         lambda: tn(objective="tnrf", smoothing=0.0),

@@ -1,6 +1,7 @@
 """The T5X models: T5Patches' numbers where they are right, and each defect that they had."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,29 @@ def test_14_intermediates_have_the_token_scores(library, name):
     np.testing.assert_allclose(token_scores.sum(-1), scores, rtol=1e-6)
 
 
+# --- What there is -------------------------------------------------------------------------------
+
+
+def test_every_objective_has_its_classes():
+    targeted = OURS.models.SelfDistillationModel.__subclasses__()
+    assert tuple(c.OBJECTIVE for c in targeted) == t5patches_kernels.TARGETED_NEGATIVE
+    for network in ("EncoderDecoderModel", "DecoderOnlyModel"):
+        classes = {name for name in vars(OURS.models) if name.startswith(network)}
+        assert classes == {network, *(f"{network}{name}" for name in stack.NAMES)}
+
+
+@pytest.mark.parametrize(
+    ("public", "room"),
+    [(f"t5patches.{name}", f"t5patches.t5x.{name}")
+     for name in ("models", "trainer", "feature_converters", "feature_converters_utils",
+                  "cache_teacher")]
+    + [(f"t5patches.{name}", f"t5patches.model.t5.{name}") for name in ("network", "layers")],
+)  # fmt: skip
+def test_a_public_module_is_the_one_in_its_room(public, room):
+    """What is patched in the one, as T5Patches' own tests do, is patched in the other."""
+    assert importlib.import_module(public) is importlib.import_module(room)
+
+
 # --- What the models do beyond upstream's ---------------------------------------------------------
 
 
@@ -375,7 +399,7 @@ def test_a_score_finds_its_original_by_its_path(tmp_path):
 
     tokens, params = one_row(ROW, [0, 1, 2], [1, -1, 1])
     _, ref = one_row(REF, [0], [0])
-    original.kept_in(tmp_path, ref)
+    original.load_or_save(tmp_path, ref)
     made = model(OURS, "TNFF", original_path=str(tmp_path / "original_params"))
     given = made.score_batch(params, tokens, orig_params=ref)
     np.testing.assert_allclose(jax.jit(made.score_batch)(params, tokens), given, rtol=1e-6)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import t5_folders
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from t5patches.network import T5Config, Transformer, output_head
 
 from t5patches import layers
+from t5patches.network import T5Config, Transformer, output_head
 
 TINY = T5Config(
     vocab_size=12,

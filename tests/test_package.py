@@ -1,18 +1,29 @@
-"""The package as a newcomer meets it: imports, examples, and what the documents say."""
+"""The package as a newcomer meets it: imports, rooms, examples, and what the documents say."""
 
+import ast
 import doctest
 import importlib
 import os
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
 import pytest
 
 import t5patches_kernels
+from t5patches_kernels import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 
 ROOT = pathlib.Path(__file__).parent.parent
+# What the modules of a room import of ours, besides their own room.
+ROOMS = {
+    "t5patches_kernels": set(),
+    "t5patches/runs": set(),
+    "t5patches/model": {"t5patches_kernels", "t5patches.runs"},
+    "t5patches/t5x": {"t5patches_kernels", "t5patches.runs", "t5patches.model"},
+    "t5patches/editing": {"t5patches_kernels", "t5patches.runs", "t5patches.model"},
+}
 
 
 def _modules():
@@ -64,14 +75,90 @@ def test_importing_costs_little_over_jax():
     assert set(out.split()) <= {"t5patches_kernels", "jax", "jaxlib"}
 
 
-@pytest.mark.parametrize("name", ["models", "trainer"])
+@pytest.mark.parametrize("name", ["models", "trainer", "cache_teacher"])
 def test_the_t5x_part_says_how_to_get_t5x(name):
     out = _python(
         "import sys\n"
-        "sys.modules['t5x'] = None\n"
+        "sys.modules.update(dict.fromkeys(('t5x', 'tensorstore', 'orbax')))\n"
         "try:\n"
         f"    import t5patches.{name}\n"
         "except ImportError as error:\n"
         "    print(error)"
     )
     assert "T5X is on no package index: clone https://github.com/google-research/t5x" in out
+
+
+def _imported(source):
+    """The modules that a source file imports, wherever in it; `from a import b` may be `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _foreign(source, room):
+    """What a file of a room imports of ours that is in none of the rooms below it."""
+    allowed = (room.replace("/", "."), *ROOMS[room])
+    ours = [name for name in _imported(source) if name.startswith("t5patches")]
+    return [name for name in ours if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room):
+    for path in (ROOT / room).rglob("*.py"):
+        assert not _foreign(path.read_text(), room), path
+
+
+def test_an_import_of_a_room_above_is_found():
+    upwards = "def f():\n    from t5patches import editing\n    import t5patches.model.t5"
+    assert _foreign(upwards, "t5patches/t5x") == ["t5patches.editing"]
+
+
+def _lists_of_objectives(source):
+    """The line numbers of displays, and of strings but docstrings, that list the objectives."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.value) for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        found = set()
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            items = node.keys if isinstance(node, ast.Dict) else node.elts
+            found = {str(i.value).lower() for i in items if isinstance(i, ast.Constant)}
+        elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+            found = set(re.findall(r"\w+", str(node.value).lower()))
+        if found.issuperset(TARGETED_NEGATIVE):
+            yield node.lineno
+
+
+def test_there_is_one_list_of_objectives():
+    """All others are made of it, or the next objective is left out of one of them."""
+    found = [
+        (str(path.relative_to(ROOT)), line)
+        for folder in ("t5patches_kernels", "t5patches", "bench", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in _lists_of_objectives(path.read_text())
+    ]
+    assert [file for file, _ in found] == ["t5patches_kernels/core/objectives.py"], found
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        f"NAMES = {TARGETED_NEGATIVE}",
+        f"names = {[name.upper() for name in TRAINING_OBJECTIVES]}",
+        f"cases = {dict.fromkeys(TRAINING_OBJECTIVES, 1)}",
+        f"raise ValueError(f'{{x}} is none of {', '.join(TARGETED_NEGATIVE)}')",
+    ],
+)
+def test_a_second_list_is_found(second):
+    assert list(_lists_of_objectives(f'"""{TARGETED_NEGATIVE}"""\n{second}')) == [2]
+
+
+def test_what_names_each_objective_names_them_all():
+    classes = (ROOT / "t5patches/t5x/models.py").read_text()
+    assert tuple(re.findall(r'    OBJECTIVE = "(\w+)"', classes)) == TARGETED_NEGATIVE
+    config = (ROOT / "t5patches/configs/model.gin").read_text()
+    assert f"TRAINING_OBJECTIVES: {', '.join(TRAINING_OBJECTIVES)}." in config

@@ -143,7 +143,7 @@ def test_the_original_by_its_path(tmp_path):
         assert abs(metrics["positive/kl"].value) < 1e-6
     with trainer(stack.OURS, trained, state=none) as made:
         made.train_state = later
-        with pytest.raises(ValueError, match=r"set SelfDistillationTrainer\.original_path"):
+        with pytest.raises(ValueError, match=r"Set SelfDistillationTrainer\.original_path"):
             made.eval({"eval": iter([stack.batch()])})
 
 

@@ -35,7 +35,6 @@ PAIR_FIELDS = frozenset({"inputs", "negative_targets", "corrected_targets"})
 SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
 OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets"})
 
-ORIGINAL_HIDDEN = "original_hidden"  # of a batch: the states that a teacher cache holds
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
 

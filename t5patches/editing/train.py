@@ -26,14 +26,16 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import ORIGINAL_HIDDEN, Batch, batch_indices
+from t5patches.editing.data import Batch, batch_indices
 from t5patches.model import placement
 from t5patches.model.forward import forward
 from t5patches.model.t5.network import T5Config, head_params, output_head
-from t5patches.model.teacher_cache import CacheSize, TeacherCache, write_cache
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
 from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import (
+    TARGETED_NEGATIVE,
+    TRAINING_OBJECTIVES,
     Edits,
     TokenLoss,
     linear_cross_entropy_loss,
@@ -42,8 +44,7 @@ from t5patches_kernels import (
     linear_unlikelihood_loss,
 )
 
-TARGETED = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
-OBJECTIVES = (*TARGETED, "ul", "nl", "ce")
+TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 OPTIMIZERS = ("adafactor", "adam")
 
 Params = Mapping[str, Any]

@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from t5patches.editing.data import Batch
 from t5patches.runs.claims import claim, require_space, writing
 from t5patches.runs.files import write_file
 
+ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
 DTYPES = ("bfloat16", "float32")
 
 _ROWS_A_CHUNK = 1024
 _KEY_BYTES = 32
+
+Batch = Mapping[str, np.ndarray]
 
 
 class _Segment(NamedTuple):

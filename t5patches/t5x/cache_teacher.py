@@ -1,14 +1,13 @@
-"""Runs a T5X config's original model over its training data once, for a teacher cache.
+"""Writes a teacher cache: runs a T5X config's original model over its training data once.
 
-The command line of a training, with another module::
+The command line is that of the training, with another module::
 
     python -m t5patches.cache_teacher --gin_file=my.gin --gin.MODEL_DIR="'/runs/1'"
     python -m t5x.train               --gin_file=my.gin --gin.MODEL_DIR="'/runs/1'"
 
-The first reads what the second will: the model, the checkpoint that training begins from, the data
-set (every example once, in order and unpacked), and `TEACHER_CACHE`, where it writes. A pass that
-was killed goes on from its last batch. ``--dtype`` is that of the states on disk; default: as the
-network makes them.
+It reads the same model, the checkpoint that training begins from and the data set (every example
+once, in order and unpacked), and writes to `TEACHER_CACHE`. A killed run continues after its last
+batch. ``--dtype`` is the dtype of the stored states; default: the network's.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5patches.t5x import models, original  # first: they say what is missing without T5X
+from t5patches.t5x import models, original  # first: their error says how to get T5X
 
 # isort: split
 import gin
@@ -34,6 +33,7 @@ from t5x.partitioning import BasePartitioner
 
 from t5patches.model.teacher_cache import TeacherCache, write_cache
 from t5patches.runs.fingerprints import fingerprint
+from t5patches_kernels import TARGETED_NEGATIVE
 
 Batch = dict[str, np.ndarray]
 Restore = Callable[[utils.TrainStateInitializer], Any]
@@ -51,21 +51,21 @@ def cache_teacher(
     """Writes the original's hidden states on every example of a data set.
 
     Args:
-      directory: of the cache; what a killed pass left there is finished.
-      model: with ``fused_head=True``, as training from a cache needs it.
-      dataset_cfg: that of training. Packing, shuffling and batch size make no other cache.
+      directory: where to write; an unfinished cache there is finished.
+      model: the model to train; it needs ``fused_head=True``, as training from a cache does.
+      dataset_cfg: that of training. Packing, shuffling and batch size do not affect the cache.
       partitioner: T5X's.
-      restore: makes the original parameters, given the initializer of a state without optimizer.
-      dtype: of the states on disk, "float32" or "bfloat16"; None: as the network makes them.
+      restore: returns the original parameters, given the initializer of a state without optimizer.
+      dtype: of the stored states, "float32" or "bfloat16"; None: the network's.
 
     Returns:
-      The cache, open.
+      The cache, open for reading.
 
     Raises:
-      NotImplementedError: in a run of several processes.
-      ValueError: the model has no original or no fused head, there are no examples, or the
-        directory holds the cache of something else.
-      OSError: the disk has too little room.
+      NotImplementedError: the run has several processes.
+      ValueError: the model has no original or no fused head, the data set is empty, or the
+        directory holds another cache.
+      OSError: the disk has too little space.
     """
     if jax.process_count() > 1:
         raise NotImplementedError(
@@ -75,7 +75,7 @@ def cache_teacher(
     if not isinstance(model, models.SelfDistillationModel):
         raise ValueError(
             f"{type(model).__name__} has no original model, and no use for a teacher cache: set "
-            "OBJECTIVE to one of tnff, tnrr, tnrf, tnfll, tnrll."
+            f"OBJECTIVE to one of {', '.join(TARGETED_NEGATIVE)}."
         )
     first = next(_batches(model, dataset_cfg))
     initializer = utils.TrainStateInitializer(
@@ -86,31 +86,31 @@ def cache_teacher(
         partitioner=partitioner,
     )
     params = restore(initializer)
-    made = jax.eval_shape(model.hidden_states, params, first)
-    by_batch = partitioner.data_partition_spec
-    states = partitioner.partition(
+    shape = jax.eval_shape(model.hidden_states, params, first)
+    batch_axes = partitioner.data_partition_spec
+    hidden_states = partitioner.partition(
         model.hidden_states,
-        in_axis_resources=(initializer.train_state_axes.params, by_batch),
-        out_axis_resources=by_batch,
+        in_axis_resources=(initializer.train_state_axes.params, batch_axes),
+        out_axis_resources=batch_axes,
     )
     return write_cache(
         directory,
         lambda: _batches(model, dataset_cfg),
-        lambda batch: states(params, batch),
+        lambda batch: hidden_states(params, batch),
         {"checkpoint": fingerprint(original.on_host(params))},
-        width=made.shape[-1],
-        dtype=dtype or str(made.dtype),
+        width=shape.shape[-1],
+        dtype=dtype or str(shape.dtype),
         tell=lambda size: print(f"teacher cache in {directory}: {size}", flush=True),
         advance=lambda done, count: print(f"{done} of {count} examples", flush=True),
     )
 
 
 def _batches(model: models.SelfDistillationModel, cfg: utils.DatasetConfig) -> Iterator[Batch]:
-    """Every example once, in order and in a row of its own; the last batch ends in empty rows."""
+    """Every example once, in order and unpacked; the last batch is padded with empty rows."""
     if cfg.module:
         utils.import_module(cfg.module)
     converter = model.FEATURE_CONVERTER_CLS(pack=False)
-    found = False
+    empty = True
     for task in seqio.get_subtasks(seqio.maybe_get_mixture_or_task(cfg.mixture_or_task_name)):
         data = task.get_dataset(
             sequence_length=cfg.task_feature_lengths,
@@ -123,13 +123,13 @@ def _batches(model: models.SelfDistillationModel, cfg: utils.DatasetConfig) -> I
         )
         data = converter(data, task_feature_lengths=cfg.task_feature_lengths)
         for batch in data.batch(cfg.batch_size).as_numpy_iterator():
-            found = True
-            yield {name: _filled_up(x, cfg.batch_size) for name, x in batch.items()}
-    if not found:
+            empty = False
+            yield {name: _pad_rows(x, cfg.batch_size) for name, x in batch.items()}
+    if empty:
         raise ValueError(f"{cfg.mixture_or_task_name} has no examples in its split {cfg.split!r}.")
 
 
-def _filled_up(x: np.ndarray, rows: int) -> np.ndarray:
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
@@ -139,21 +139,24 @@ def _restore_as_training(
     partitioner: BasePartitioner,
     use_orbax: bool,
 ) -> Restore:
-    """The parameters that a training in `model_dir` keeps to: what it wrote, or its beginning."""
-    kept = epath.Path(model_dir) / original.NAME
+    """Restores the original of a training in `model_dir`: what it wrote, or where it begins."""
+    stored = epath.Path(model_dir) / original.NAME
 
     def restore(initializer: utils.TrainStateInitializer) -> Any:
-        if kept.exists():
-            return original.load(kept, _abstract_params(initializer, partitioner), on_host=False)
+        if stored.exists():
+            return original.load(stored, _abstract_params(initializer, partitioner), on_host=False)
         if cfg is None or not cfg.path:
             raise ValueError(
-                f"The original model is not known: {model_dir} holds no {original.NAME}, and no "
-                "checkpoint is given to begin from. Set INITIAL_CHECKPOINT_PATH."
+                f"There is no original model: {model_dir} holds no {original.NAME}, and the config "
+                "has no checkpoint to begin from. Set INITIAL_CHECKPOINT_PATH."
             )
         cfg.strict = False  # without the optimizer
         found, paths = utils.get_first_valid_restore_config_and_paths([cfg])
         if len(paths) != 1:
-            raise ValueError(f"{cfg.path} ({cfg.mode}) is {len(paths)} checkpoints; one is needed.")
+            raise ValueError(
+                f"{cfg.path} ({cfg.mode}) holds {len(paths)} checkpoints; one is needed: give the "
+                "path of a single checkpoint."
+            )
         state, _ = utils.create_checkpoint_manager_and_restore(
             initializer, partitioner, found, paths[0], None, use_orbax=use_orbax
         )
@@ -183,31 +186,31 @@ def train(
     partitioner: BasePartitioner,
     use_orbax: bool = True,
     dtype: str | None = None,
-    **of_training: Any,
+    **training_options: Any,
 ) -> None:
-    """Takes the place of `t5x.train.train` in a config, which calls it ``train_script.train``.
+    """What a config's ``train_script.train`` stands for here: `t5x.train.train` in a training.
 
     Args:
       model: see `cache_teacher`.
-      model_dir: of the training, where its original lies once it has begun.
+      model_dir: the directory of the training; holds the original once training has begun.
       train_dataset_cfg: see `cache_teacher`.
-      checkpoint_cfg: says where training begins.
+      checkpoint_cfg: names the checkpoint that training begins from.
       partitioner: T5X's.
       use_orbax: T5X's.
       dtype: see `cache_teacher`.
-      **of_training: what a training needs besides.
+      **training_options: the other arguments of `t5x.train.train`, ignored.
 
     Raises:
-      ValueError: there is no `TEACHER_CACHE`, or no original; or see `cache_teacher`.
+      ValueError: there is no `TEACHER_CACHE` or no original; or as `cache_teacher`.
     """
-    del of_training
+    del training_options
     try:
         directory = gin.query_parameter("TEACHER_CACHE/macro.value")
     except ValueError:
         directory = None
     if directory is None:
         raise ValueError(
-            "The config does not say where the cache is to be: include "
+            "The config does not say where to write the cache: include "
             "t5patches/configs/finetune.gin and set TEACHER_CACHE."
         )
     cache_teacher(
@@ -225,19 +228,19 @@ def _main(_: Sequence[str]) -> None:
     if flags.FLAGS.tfds_data_dir:
         seqio.set_tfds_data_dir_override(flags.FLAGS.tfds_data_dir)
     configured = gin.configurable(train)
-    beside_t5x = os.path.dirname(os.path.dirname(os.path.abspath(t5x.__file__)))
+    t5x_root = os.path.dirname(os.path.dirname(os.path.abspath(t5x.__file__)))
     gin_utils.parse_gin_flags(
-        [*flags.FLAGS.gin_search_paths, beside_t5x], flags.FLAGS.gin_file, flags.FLAGS.gin_bindings
+        [*flags.FLAGS.gin_search_paths, t5x_root], flags.FLAGS.gin_file, flags.FLAGS.gin_bindings
     )
     configured(dtype=flags.FLAGS.dtype)
 
 
 if __name__ == "__main__":
-    # Those of t5x.train, so that its arguments are ours.
+    # The flags of t5x.train, and --dtype.
     flags.DEFINE_multi_string("gin_file", None, "A gin file; later ones override earlier ones.")
     flags.DEFINE_multi_string("gin_bindings", [], "A gin binding; also --gin.NAME=VALUE.")
-    flags.DEFINE_list("gin_search_paths", ["."], "Where gin files lie.")
+    flags.DEFINE_list("gin_search_paths", ["."], "Where to search for gin files.")
     flags.DEFINE_string("tfds_data_dir", None, "Where TensorFlow Datasets are.")
     flags.DEFINE_list("seqio_additional_cache_dirs", [], "Where cached tasks are.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the states on disk.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the stored states.")
     gin_utils.run(_main)

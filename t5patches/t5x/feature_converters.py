@@ -1,23 +1,24 @@
-"""seqio feature converters: from outputs and their corrections to what the models take.
+"""seqio feature converters: from outputs and their corrections to the features of the models.
 
-The task has `inputs`, `negative_targets` (what the model said) and `corrected_targets` (the same
-with something else in place of what it should not have said). Ten converters have T5Patches' names
-and, on valid data, its results:
+A task has `inputs`, `negative_targets` (the model's output) and `corrected_targets` (the output
+with its unwanted parts replaced). Ten converters have T5Patches' names and, on valid data, its
+results:
 
 * `NegativeTraining{First,Diff,Full}FeatureConverter` train on the negative text and push down the
-  first token that the correction does not repeat, every such token, or all tokens: weight -1
-  there, 1 elsewhere.
+  first token that differs from the correction, every such token, or all tokens: weight -1 there, 1
+  elsewhere.
 * `CorrectiveTraining{First,Diff,Full}FeatureConverter` train on the correction: weight 1 at the
-  first token that the negative text does not have, at every such token, or at all; 0 elsewhere.
-* `NegativeAndPositiveTraining{First,Diff,Full}FeatureConverter` (and their base) take the longer of
-  the two texts, the other one being a dummy: a negative text as the `NegativeTraining` converter
-  of that name does, a corrected one as `CorrectiveTrainingFullFeatureConverter`.
+  first token that differs from the negative text, at every such token, or at all; 0 elsewhere.
+* `NegativeAndPositiveTraining{First,Diff,Full}FeatureConverter` (and their base) take examples of
+  which one text is a dummy, and train on the longer one: a negative text as the `NegativeTraining`
+  converter does, a corrected one as `CorrectiveTrainingFullFeatureConverter` does.
 
-Two more are told what to push down: `NegativeSpansFeatureConverter` and
-`NegativeSetsFeatureConverter`. Each has a twin for decoder-only models: `DecoderOnly` and the name.
+For two more the task says what to push down: `NegativeSpansFeatureConverter` and
+`NegativeSetsFeatureConverter`. For decoder-only models each converter has a variant, named
+`DecoderOnly...`.
 
-Differs from T5Patches on purpose: padding never has a weight; `pack=True` works;
-`alignment="tokens"` aligns the two texts, so that one token more does not mark all that follow.
+Where they differ from T5Patches on purpose: padding has no weight; `pack=True` works;
+`alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _IDS = _Spec(dtype=tf.int32)
 _PACKING = ("segment_ids", "positions")
 
 
-class _Sides(NamedTuple):
-    """The length of what the encoder reads and of what the decoder writes."""
+class _Lengths(NamedTuple):
+    """The lengths of the encoder's and of the decoder's features."""
 
     encoder: int
     decoder: int
@@ -57,13 +58,13 @@ class _Sides(NamedTuple):
 
 
 class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
-    """What all converters share: three questions for a subclass, then padding or packing.
+    """The base of all converters: pads or packs the tokens and weights of a subclass.
 
     Args:
-        pack: puts several examples into one row.
+        pack: whether to put several examples into one row.
         use_custom_packing_ops: as in seqio.
-        apply_length_check: raises where an example is longer than its feature may be; without it
-            examples are cut.
+        apply_length_check: whether to raise for an example that is longer than its feature; if
+            False, it is cut.
         bos_id: the decoder's first input.
         passthrough_features: as in seqio; not with `pack`.
 
@@ -87,14 +88,14 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
 
     @abc.abstractmethod
     def get_decoder_weights(self, features: Features) -> tf.Tensor:
-        """The weight of each of the tokens to train on.
+        """The weights of the tokens to train on.
 
         Args:
             features: the task's features of one example, each padded to its length.
 
         Returns:
-            [length] int32: positive kept, negative pushed down, 0 ignored. What it says of padding
-            does not count.
+            [length] int32: positive kept, negative pushed down, 0 ignored. Those of padding are
+            set to 0 afterwards.
         """
 
     @abc.abstractmethod
@@ -110,17 +111,17 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
 
     @abc.abstractmethod
     def get_decoder_length(self, task_feature_lengths: Lengths) -> int:
-        """The length of what `get_decoder_target_tokens` returns.
+        """The length of the tokens to train on.
 
         Args:
             task_feature_lengths: the lengths of the task's features.
 
         Returns:
-            The length.
+            The length of `get_decoder_target_tokens`.
         """
 
     def get_model_feature_lengths(self, task_feature_lengths: Lengths) -> Lengths:
-        """The length of each feature of the model.
+        """The lengths of the model's features.
 
         Args:
             task_feature_lengths: the lengths of the task's features.
@@ -130,10 +131,10 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
         """
         names = [*self.MODEL_FEATURES, *(self.PACKING_FEATURE_DTYPES if self.pack else ())]
         through = {name: task_feature_lengths[name] for name in self._passthrough_features}
-        return self._sides(task_feature_lengths).of(names) | through
+        return self._lengths(task_feature_lengths).of(names) | through
 
-    def _sides(self, task_feature_lengths: Lengths) -> _Sides:
-        return _Sides(
+    def _lengths(self, task_feature_lengths: Lengths) -> _Lengths:
+        return _Lengths(
             encoder=task_feature_lengths["inputs"],
             decoder=self.get_decoder_length(task_feature_lengths),
         )
@@ -141,20 +142,20 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
     ) -> tf.data.Dataset:
-        sides = self._sides(task_feature_lengths)
+        lengths = self._lengths(task_feature_lengths)
         ds = seqio.utils.trim_and_pad_dataset(ds, task_feature_lengths)
-        ds = _map(ds, self._codes)
-        ds = self._pack_or_pad(ds, sides.of(ds.element_spec.keys() - self._passthrough_features))
+        ds = _map(ds, self._encoded)
+        ds = self._pack_or_pad(ds, lengths.of(ds.element_spec.keys() - self._passthrough_features))
         return _map(ds, self._model_features)
 
-    def _codes(self, features: Features) -> Features:
-        """The sequences of an example without padding, so that it can be packed."""
-        sequences = {k: utils.to_codes(v) for k, v in self._sequences(features).items()}
+    def _encoded(self, features: Features) -> Features:
+        """An example's sequences as packing takes them: without padding and without zeros."""
+        sequences = {k: utils.encode_zeros(v) for k, v in self._sequences(features).items()}
         return sequences | {name: features[name] for name in self._passthrough_features}
 
     def _sequences(self, features: Features) -> Features:
-        # Packing counts the examples of a row by their tokens: one at least, or what the encoder
-        # reads and what the decoder writes would no longer belong together.
+        # At least one token: packing numbers the examples of a row on the encoder's and on the
+        # decoder's side separately, and an empty sequence would have no number.
         inputs = features["inputs"]
         size = tf.maximum(utils.length_without_padding(inputs), 1)
         return {"encoder_input_tokens": inputs[:size], **self._decoder_sequences(features)}
@@ -166,7 +167,7 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
         return {name: sequence[:size] for name, sequence in aligned.items()}
 
     def _aligned(self, features: Features) -> Features:
-        """Everything that has one value a token, [length] each; 0 says nothing of the token."""
+        """The sequences with one value for each target token, [length] each; 0 where unused."""
         tokens = self.get_decoder_target_tokens(features)
         weights = self.get_decoder_weights(features)
         if weights.dtype != tf.int32:
@@ -183,10 +184,10 @@ class NegativeTrainingFeatureConverterBase(seqio.FeatureConverter, abc.ABC):
             for name in self.PACKING_FEATURE_DTYPES:
                 side, _, what = name.partition("_")
                 packing[name] = features[f"{tokens_of[side]}_{what}"]
-            # What packing adds to the other sequences says the same once more.
+            # Packing adds segment ids and positions to every sequence; those above suffice.
             features = {k: v for k, v in features.items() if not k.endswith(_PACKING)}
         model = {
-            name: value if name in self._passthrough_features else utils.from_codes(value)
+            name: value if name in self._passthrough_features else utils.decode_zeros(value)
             for name, value in features.items()
         }
         model["decoder_input_tokens"] = seqio.utils.make_autoregressive_inputs(
@@ -202,10 +203,10 @@ def _map(ds: tf.data.Dataset, function: Any) -> tf.data.Dataset:
 
 
 class _DecoderOnly(NegativeTrainingFeatureConverterBase):
-    """Inputs and targets in one sequence, as seqio's `PrefixLMFeatureConverter` makes it.
+    """Inputs and targets in one sequence, as in seqio's `PrefixLMFeatureConverter`.
 
     Args:
-        loss_on_targets_only: gives the inputs weight 0; otherwise they are kept tokens.
+        loss_on_targets_only: whether the inputs are ignored (weight 0); if False, they are kept.
     """
 
     PACKING_FEATURE_DTYPES: Mapping[str, Any] = {f"decoder_{what}": tf.int32 for what in _PACKING}
@@ -214,31 +215,31 @@ class _DecoderOnly(NegativeTrainingFeatureConverterBase):
         self._loss_on_targets_only = loss_on_targets_only
         super().__init__(*args, **kwargs)
 
-    def _sides(self, task_feature_lengths: Lengths) -> _Sides:
-        encoder, decoder = super()._sides(task_feature_lengths)
-        return _Sides(encoder=0, decoder=encoder + decoder)
+    def _lengths(self, task_feature_lengths: Lengths) -> _Lengths:
+        encoder, decoder = super()._lengths(task_feature_lengths)
+        return _Lengths(encoder=0, decoder=encoder + decoder)
 
     def _sequences(self, features: Features) -> Features:
         inputs = features["inputs"][: utils.length_without_padding(features["inputs"])]
-        nothing = tf.zeros_like(inputs)
-        on_inputs = {
+        zeros = tf.zeros_like(inputs)
+        prefixes = {
             "decoder_target_tokens": inputs,
             "decoder_loss_weights": (
-                nothing if self._loss_on_targets_only else utils.non_padding(inputs)
+                zeros if self._loss_on_targets_only else utils.non_padding(inputs)
             ),
         }
         sequences = {
-            name: tf.concat([on_inputs.get(name, nothing), targets], 0)
+            name: tf.concat([prefixes.get(name, zeros), targets], 0)
             for name, targets in self._decoder_sequences(features).items()
         }
-        # All inputs see each other. The place that reads the last of them is one further.
-        places = tf.range(tf.size(sequences["decoder_target_tokens"]))
-        sequences["decoder_causal_attention"] = tf.cast(places <= tf.size(inputs), tf.int32)
+        # All inputs attend to each other. Decoder inputs are shifted right by one position.
+        positions = tf.range(tf.size(sequences["decoder_target_tokens"]))
+        sequences["decoder_causal_attention"] = tf.cast(positions <= tf.size(inputs), tf.int32)
         return sequences
 
 
 class _OneText(NegativeTrainingFeatureConverterBase):
-    """Trains on one of the two texts. Marks all of it; subclasses mark less."""
+    """Trains on one of the two texts and selects all of its tokens; subclasses select fewer."""
 
     _text: str
     _other: str
@@ -249,37 +250,37 @@ class _OneText(NegativeTrainingFeatureConverterBase):
     def get_decoder_length(self, task_feature_lengths: Lengths) -> int:
         return task_feature_lengths[self._text]
 
-    def _marks(self, features: Features) -> tf.Tensor:
-        """[length] int32 of 0 and 1."""
+    def _selected(self, features: Features) -> tf.Tensor:
+        """[length] int32, 1 at the tokens to push down or to train on."""
         return utils.non_padding(features[self._text])
 
 
 class _NegativeText(_OneText):
-    """Pushes marked tokens down and keeps the others."""
+    """Pushes the selected tokens down and keeps the others."""
 
     _text, _other = "negative_targets", "corrected_targets"
 
     def get_decoder_weights(self, features: Features) -> tf.Tensor:
-        return utils.non_padding(features[self._text]) - 2 * self._marks(features)
+        return utils.non_padding(features[self._text]) - 2 * self._selected(features)
 
 
 class _CorrectedText(_OneText):
-    """Trains on marked tokens and ignores the others."""
+    """Trains on the selected tokens and ignores the others."""
 
     _text, _other = "corrected_targets", "negative_targets"
 
     def get_decoder_weights(self, features: Features) -> tf.Tensor:
-        return self._marks(features)
+        return self._selected(features)
 
 
 class _Diff(_OneText):
-    """Marks the tokens that the other text does not repeat.
+    """Selects the tokens that differ from the other text.
 
     Args:
         alignment: `"positional"` or `"tokens"`, see `feature_converters_utils.get_diff_mask`.
 
     Raises:
-        ValueError: the alignment is neither.
+        ValueError: `alignment` is neither.
     """
 
     _mask = staticmethod(utils.get_diff_mask)
@@ -288,19 +289,19 @@ class _Diff(_OneText):
         self._alignment = utils.check_alignment(alignment)
         super().__init__(*args, **kwargs)
 
-    def _marks(self, features: Features) -> tf.Tensor:
+    def _selected(self, features: Features) -> tf.Tensor:
         return self._mask(features[self._text], features[self._other], self._alignment)
 
 
 class _First(_Diff):
-    """Marks the first token that the other text does not repeat."""
+    """Selects the first token that differs from the other text."""
 
     _mask = staticmethod(utils.get_first_diff_mask)
 
 
 @gin.configurable(module="feature_converters")
 class NegativeTrainingFirstFeatureConverter(_First, _NegativeText):
-    """Pushes down the first token that the correction does not repeat; keeps the others.
+    """Pushes down the first token that differs from the correction; keeps the others.
 
     `negative_targets` [3, 9, 4, 1] and `corrected_targets` [3, 8, 2, 1] in rows of 5 give
     `decoder_target_tokens` [3, 9, 4, 1, 0] and `decoder_loss_weights` [1, -1, 1, 1, 0].
@@ -309,7 +310,7 @@ class NegativeTrainingFirstFeatureConverter(_First, _NegativeText):
 
 @gin.configurable(module="feature_converters")
 class NegativeTrainingDiffFeatureConverter(_Diff, _NegativeText):
-    """Pushes down every token that the correction does not repeat; keeps the others.
+    """Pushes down every token that differs from the correction; keeps the others.
 
     `negative_targets` [3, 9, 4, 1] and `corrected_targets` [3, 8, 2, 1] in rows of 5 give
     `decoder_target_tokens` [3, 9, 4, 1, 0] and `decoder_loss_weights` [1, -1, -1, 1, 0].
@@ -327,7 +328,7 @@ class NegativeTrainingFullFeatureConverter(_NegativeText):
 
 @gin.configurable(module="feature_converters")
 class CorrectiveTrainingFirstFeatureConverter(_First, _CorrectedText):
-    """Trains on the first token of the correction that the negative text does not have.
+    """Trains on the first token of the correction that differs from the negative text.
 
     `corrected_targets` [3, 8, 2, 1] and `negative_targets` [3, 9, 4, 1] in rows of 5 give
     `decoder_target_tokens` [3, 8, 2, 1, 0] and `decoder_loss_weights` [0, 1, 0, 0, 0].
@@ -336,7 +337,7 @@ class CorrectiveTrainingFirstFeatureConverter(_First, _CorrectedText):
 
 @gin.configurable(module="feature_converters")
 class CorrectiveTrainingDiffFeatureConverter(_Diff, _CorrectedText):
-    """Trains on every token of the correction that the negative text does not have.
+    """Trains on every token of the correction that differs from the negative text.
 
     `corrected_targets` [3, 8, 2, 1] and `negative_targets` [3, 9, 4, 1] in rows of 5 give
     `decoder_target_tokens` [3, 8, 2, 1, 0] and `decoder_loss_weights` [0, 1, 1, 0, 0].
@@ -345,7 +346,7 @@ class CorrectiveTrainingDiffFeatureConverter(_Diff, _CorrectedText):
 
 @gin.configurable(module="feature_converters")
 class CorrectiveTrainingFullFeatureConverter(_CorrectedText):
-    """Trains on the correction, all of it: ordinary fine-tuning.
+    """Trains on the whole correction: ordinary fine-tuning.
 
     `corrected_targets` [3, 8, 2, 1] in rows of 5 give `decoder_target_tokens` [3, 8, 2, 1, 0] and
     `decoder_loss_weights` [1, 1, 1, 1, 0].
@@ -356,16 +357,16 @@ class CorrectiveTrainingFullFeatureConverter(_CorrectedText):
 class NegativeAndPositiveTrainingFeatureConverterBase(NegativeTrainingFeatureConverterBase):
     """Negative and positive examples in one task, each with a dummy as its other text.
 
-    The text with more tokens counts, and the negative one where both have as many. Both features
-    need the same length.
+    Trains on the text with more tokens, and on the negative one if both have the same number. Both
+    features need the same length.
 
     Args:
-        pack: as in the base class, as are the next four.
-        use_custom_packing_ops: see above.
-        apply_length_check: see above.
-        bos_id: see above.
-        passthrough_features: see above.
-        **negative_options: for the converter of the negative examples, such as `alignment`.
+        pack: this and the next four as in `NegativeTrainingFeatureConverterBase`.
+        use_custom_packing_ops: see there.
+        apply_length_check: see there.
+        bos_id: see there.
+        passthrough_features: see there.
+        **negative_options: of the converter of the negative examples, such as `alignment`.
 
     T5Patches: the class of the same name.
     """
@@ -390,7 +391,7 @@ class NegativeAndPositiveTrainingFeatureConverterBase(NegativeTrainingFeatureCon
         self.positive_feature_converter = self.POSITIVE_FEATURE_CONVERTER_CLS(*common)
 
     def get_decoder_weights(self, features: Features) -> tf.Tensor:
-        """What its converter says of the longer text."""
+        """The weights of the longer text."""
         return self._of_the_longer("get_decoder_weights", features)
 
     def get_decoder_target_tokens(self, features: Features) -> tf.Tensor:
@@ -409,7 +410,7 @@ class NegativeAndPositiveTrainingFeatureConverterBase(NegativeTrainingFeatureCon
         )
 
     def get_decoder_length(self, task_feature_lengths: Lengths) -> int:
-        """The length of both; raises ValueError where they have two."""
+        """The length of both features; raises ValueError if they differ."""
         negative = self.negative_feature_converter.get_decoder_length(task_feature_lengths)
         positive = self.positive_feature_converter.get_decoder_length(task_feature_lengths)
         if negative != positive:
@@ -424,14 +425,14 @@ class NegativeAndPositiveTrainingFeatureConverterBase(NegativeTrainingFeatureCon
 class NegativeAndPositiveTrainingFullFeatureConverter(
     NegativeAndPositiveTrainingFeatureConverterBase
 ):
-    """Negative examples as in `NegativeTrainingFullFeatureConverter`; positive ones kept."""
+    """Negative examples as in `NegativeTrainingFullFeatureConverter`; keeps positive ones."""
 
 
 @gin.configurable(module="feature_converters")
 class NegativeAndPositiveTrainingFirstFeatureConverter(
     NegativeAndPositiveTrainingFeatureConverterBase
 ):
-    """Negative examples as in `NegativeTrainingFirstFeatureConverter`; positive ones kept."""
+    """Negative examples as in `NegativeTrainingFirstFeatureConverter`; keeps positive ones."""
 
     NEGATIVE_FEATURE_CONVERTER_CLS = NegativeTrainingFirstFeatureConverter
 
@@ -440,7 +441,7 @@ class NegativeAndPositiveTrainingFirstFeatureConverter(
 class NegativeAndPositiveTrainingDiffFeatureConverter(
     NegativeAndPositiveTrainingFeatureConverterBase
 ):
-    """Negative examples as in `NegativeTrainingDiffFeatureConverter`; positive ones kept."""
+    """Negative examples as in `NegativeTrainingDiffFeatureConverter`; keeps positive ones."""
 
     NEGATIVE_FEATURE_CONVERTER_CLS = NegativeTrainingDiffFeatureConverter
 
@@ -451,10 +452,10 @@ class NegativeSpansFeatureConverter(_NegativeText):
 
     The task has `inputs`, `negative_targets` and `negative_spans` [spans, 2] int32, the first token
     of each span and the one after its last: `negative_targets` [3, 9, 4, 1] and `negative_spans`
-    [[1, 3]] give `decoder_loss_weights` [1, -1, -1, 1]. An empty span marks nothing.
+    [[1, 3]] give `decoder_loss_weights` [1, -1, -1, 1]. An empty span pushes nothing down.
 
     Raises:
-        tf.errors.InvalidArgumentError: a span is not inside its text (while data is read).
+        tf.errors.InvalidArgumentError: while data is read: a span is not inside its text.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {
@@ -463,10 +464,10 @@ class NegativeSpansFeatureConverter(_NegativeText):
         "negative_spans": _Spec(dtype=tf.int32, rank=2),
     }
 
-    def _marks(self, features: Features) -> tf.Tensor:
+    def _selected(self, features: Features) -> tf.Tensor:
         text, spans = features[self._text], features["negative_spans"]
         start, end = spans[:, :1], spans[:, 1:]
-        # A text that fills its row may have been cut, and then its spans go on.
+        # A text that fills its row may have been cut: its spans may end after the row.
         size = utils.length_without_padding(text)
         limit = tf.where(size < tf.size(text), size, tf.reduce_max(tf.concat([[[0]], end], 0)))
         tf.debugging.Assert(
@@ -479,29 +480,30 @@ class NegativeSpansFeatureConverter(_NegativeText):
             ],
             summarize=-1,
         )
-        places = tf.range(tf.size(text))
-        return tf.cast(tf.reduce_any((start <= places) & (places < end), axis=0), tf.int32)
+        positions = tf.range(tf.size(text))
+        inside = (start <= positions) & (positions < end)
+        return tf.cast(tf.reduce_any(inside, axis=0), tf.int32)
 
 
 @gin.configurable(module="feature_converters")
 class NegativeSetsFeatureConverter(_NegativeText):
     """Pushes down a set of ids at each token; keeps the tokens that have none.
 
-    The task has `inputs`, `negative_targets` and `negative_ids` [tokens, any number] int32, -1 for
-    none: at each token of `negative_targets` the ids to push down there, whether or not the token
-    itself is one of them. Rows that are missing at the end have no ids. The model gets
+    The task has `inputs`, `negative_targets` and `negative_ids` [tokens, any number] int32: for
+    each token of `negative_targets` the ids to push down at its position, whether or not the token
+    is one of them, and -1 for none. Rows missing at the end have no ids. The model gets
     `negative_ids` [length, K] int32 and `negative_factors` [length, K] float32 for
-    `t5patches_kernels.Edits`, with `decoder_loss_weights` -1 at tokens that have ids.
+    `t5patches_kernels.Edits`, and `decoder_loss_weights` -1 at tokens that have ids.
 
     Args:
-        num_negatives: K; the first K of a token's ids are taken.
-        with_factors: the task has `negative_factors` too, float32 like `negative_ids`: what each
-            id's probability is multiplied with. Otherwise it is 0 for all of them.
+        num_negatives: K; of more ids at a token, the first K are taken.
+        with_factors: whether the task has `negative_factors`, float32 with the shape of
+            `negative_ids`: each id's probability is multiplied by its factor. If False, by 0.
 
     Raises:
         ValueError: `num_negatives` is not positive.
-        tf.errors.InvalidArgumentError: an id is below -1 or a factor is negative or no number
-            (while data is read).
+        tf.errors.InvalidArgumentError: while data is read: an id is below -1, or a factor is
+            negative or not finite.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {
@@ -509,13 +511,13 @@ class NegativeSetsFeatureConverter(_NegativeText):
         "negative_targets": _IDS,
         "negative_ids": _Spec(dtype=tf.int32, rank=2),
     }
-    # seqio packs one dimension only: [length * K] until it has checked them.
+    # seqio packs and checks one-dimensional features: [length * K] until `__call__` returns.
     MODEL_FEATURES: Mapping[str, Any] = {
         **NegativeTrainingFeatureConverterBase.MODEL_FEATURES,
         "negative_ids": _Spec(dtype=tf.int32),
         "negative_factors": _Spec(dtype=tf.float32),
     }
-    _SETS = ("negative_ids", "negative_factors")
+    _EDITS = ("negative_ids", "negative_factors")
 
     def __init__(self, *args: Any, num_negatives: int, with_factors: bool = False, **kwargs: Any):
         if num_negatives < 1:
@@ -527,26 +529,26 @@ class NegativeSetsFeatureConverter(_NegativeText):
         super().__init__(*args, **kwargs)
 
     def __call__(self, ds: tf.data.Dataset, task_feature_lengths: Lengths) -> tf.data.Dataset:
-        """Converts a dataset, as in seqio."""
+        """Converts a dataset, see `seqio.FeatureConverter`."""
 
         def unflatten(features: Features) -> Features:
             shape = [-1, self._num_negatives]
-            return features | {name: tf.reshape(features[name], shape) for name in self._SETS}
+            return features | {name: tf.reshape(features[name], shape) for name in self._EDITS}
 
         return _map(super().__call__(ds, task_feature_lengths), unflatten)
 
     def get_model_feature_lengths(self, task_feature_lengths: Lengths) -> Lengths:
-        """The lengths by feature, those of the sets as seqio sees them."""
+        """The lengths of the model's features; those of ids and factors are length * K."""
         lengths = super().get_model_feature_lengths(task_feature_lengths)
-        return {k: v * self._num_negatives if k in self._SETS else v for k, v in lengths.items()}
+        return {k: v * self._num_negatives if k in self._EDITS else v for k, v in lengths.items()}
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
     ) -> tf.data.Dataset:
-        return super()._convert_features(_map(ds, self._sets_as_codes), task_feature_lengths)
+        return super()._convert_features(_map(ds, self._edits_as_integers), task_feature_lengths)
 
-    def _sets_as_codes(self, features: Features) -> Features:
-        """The sets as int32 [tokens, K] in which 0, as padding adds it, stands for none."""
+    def _edits_as_integers(self, features: Features) -> Features:
+        """Ids and factors as int32 [tokens, K], of which padding's 0 stands for no edit."""
         ids = features["negative_ids"]
         factors = features.get("negative_factors", tf.zeros(tf.shape(ids)))
         tf.debugging.Assert(
@@ -564,13 +566,13 @@ class NegativeSetsFeatureConverter(_NegativeText):
             "negative_factors": tf.pad(tf.bitcast(factors, tf.int32), missing)[:, columns],
         }
 
-    def _marks(self, features: Features) -> tf.Tensor:
+    def _selected(self, features: Features) -> tf.Tensor:
         return tf.cast(tf.reduce_any(features["negative_ids"] > 0, axis=1), tf.int32)
 
     def _aligned(self, features: Features) -> Features:
         columns = {
             f"{name}/{k}": features[name][:, k]
-            for name in self._SETS
+            for name in self._EDITS
             for k in range(self._num_negatives)
         }
         return super()._aligned(features) | columns
@@ -579,7 +581,7 @@ class NegativeSetsFeatureConverter(_NegativeText):
         model = super()._model_features(features)
         ids, factors = (
             tf.stack([model.pop(f"{name}/{k}") for k in range(self._num_negatives)], axis=1)
-            for name in self._SETS
+            for name in self._EDITS
         )
         return model | {
             "negative_ids": tf.reshape(ids - 1, [-1]),
@@ -588,19 +590,19 @@ class NegativeSetsFeatureConverter(_NegativeText):
 
 
 def _decoder_only(converter: type[NegativeTrainingFeatureConverterBase]) -> type:
-    """The twin for decoder-only models, `DecoderOnly` and the converter's name."""
+    """The variant of a converter for decoder-only models."""
     name = f"DecoderOnly{converter.__name__}"
-    kept = {k: v for k, v in converter.MODEL_FEATURES.items() if not k.startswith("encoder")}
-    twin = type(
+    decoder = {k: v for k, v in converter.MODEL_FEATURES.items() if not k.startswith("encoder")}
+    variant = type(
         name,
         (_DecoderOnly, converter),
         {
             "__doc__": f"`{converter.__name__}` for decoder-only models.\n\n{_DecoderOnly.__doc__}",
             "__module__": __name__,
-            "MODEL_FEATURES": kept | {"decoder_causal_attention": _IDS},
+            "MODEL_FEATURES": decoder | {"decoder_causal_attention": _IDS},
         },
     )
-    return gin.configurable(name, module="feature_converters")(twin)
+    return gin.configurable(name, module="feature_converters")(variant)
 
 
 DecoderOnlyNegativeTrainingFirstFeatureConverter = _decoder_only(

@@ -1,8 +1,8 @@
-"""Which tokens of one sequence another one does not repeat, in TensorFlow.
+"""The tokens in which two sequences differ, in TensorFlow.
 
-All sequences are of one dimension, may be padded with zeros at their ends, and need not be equally
-long. Padding is never marked. (T5Patches: `t5patches.feature_converters_utils`, whose first
-difference may be a padding position.)
+All sequences are one-dimensional, may end in padding (0), and may differ in length. Padding is
+never part of a difference. (T5Patches: `t5patches.feature_converters_utils`, whose first difference
+may be padding.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ALIGNMENTS = ("positional", "tokens")
 
 
 def non_padding(sequence: tf.Tensor) -> tf.Tensor:
-    """1 where a token is and 0 at padding, which has id 0.
+    """1 at tokens and 0 at padding, whose id is 0.
 
     Args:
         sequence: ids.
@@ -25,7 +25,7 @@ def non_padding(sequence: tf.Tensor) -> tf.Tensor:
 
 
 def length_without_padding(sequence: tf.Tensor) -> tf.Tensor:
-    """The number of tokens up to the last one that is not padding.
+    """The length up to the last token that is not padding.
 
     Args:
         sequence: [length] ids.
@@ -39,16 +39,16 @@ def length_without_padding(sequence: tf.Tensor) -> tf.Tensor:
 
 
 def check_alignment(alignment: str) -> str:
-    """Raises unless `alignment` is one that `get_diff_mask` knows.
+    """Raises unless `alignment` is one of `ALIGNMENTS`.
 
     Args:
-        alignment: the option as the user gave it.
+        alignment: the user's option.
 
     Returns:
-        The same.
+        `alignment`.
 
     Raises:
-        ValueError: it is none of `ALIGNMENTS`.
+        ValueError: it is not one of `ALIGNMENTS`.
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {ALIGNMENTS}, got {alignment!r}")
@@ -56,20 +56,20 @@ def check_alignment(alignment: str) -> str:
 
 
 def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional") -> tf.Tensor:
-    """Marks the tokens of a sequence that another one does not repeat.
+    """The mask of the tokens of `seq1` that differ from `seq2`.
 
     Args:
-        seq1: [length] ids, the sequence to mark.
+        seq1: [length] ids.
         seq2: [any length] ids.
-        alignment: `"positional"` marks a token unless `seq2` has the same one at the same place,
-            so that one token more marks all that follow. `"tokens"` keeps a longest common
-            subsequence of the two and marks the rest.
+        alignment: with `"positional"` a token differs unless `seq2` has the same one at the same
+            position, so that all tokens after an inserted one differ. With `"tokens"` those
+            outside a longest common subsequence differ.
 
     Returns:
         [length] int32 of 0 and 1.
 
     Raises:
-        ValueError: the alignment is neither.
+        ValueError: `alignment` is neither.
 
     Example:
         >>> get_diff_mask([5, 6, 9, 7, 1], [5, 6, 7, 1]).numpy().tolist()
@@ -80,17 +80,17 @@ def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional
     seq1, seq2 = tf.convert_to_tensor(seq1, tf.int32), tf.convert_to_tensor(seq2, tf.int32)
     if check_alignment(alignment) == "tokens":
         return _unaligned(seq1, seq2) * non_padding(seq1)
-    same_place = tf.pad(seq2, [[0, tf.size(seq1)]])[: tf.size(seq1)]
-    return tf.cast(tf.not_equal(seq1, same_place), tf.int32) * non_padding(seq1)
+    same_position = tf.pad(seq2, [[0, tf.size(seq1)]])[: tf.size(seq1)]
+    return tf.cast(tf.not_equal(seq1, same_position), tf.int32) * non_padding(seq1)
 
 
 def get_first_diff_mask(
     seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional"
 ) -> tf.Tensor:
-    """Marks the first token of a sequence that another one does not repeat.
+    """The mask of the first token of `seq1` that differs from `seq2`.
 
     Args:
-        seq1: [length] ids, the sequence to mark.
+        seq1: [length] ids.
         seq2: [any length] ids.
         alignment: see `get_diff_mask`.
 
@@ -98,7 +98,7 @@ def get_first_diff_mask(
         [length] int32 of 0 and at most one 1.
 
     Raises:
-        ValueError: the alignment is not known.
+        ValueError: `alignment` is not one of `ALIGNMENTS`.
     """
     differs = get_diff_mask(seq1, seq2, alignment)
     return differs * tf.cast(tf.equal(tf.cumsum(differs), 1), tf.int32)
@@ -107,12 +107,12 @@ def get_first_diff_mask(
 def _unaligned(seq1: tf.Tensor, seq2: tf.Tensor) -> tf.Tensor:
     """1 at the tokens of `seq1` outside a longest common subsequence with `seq2`."""
     first, second = (s[: length_without_padding(s)] for s in (seq1, seq2))
-    # What the two begin and end with needs no table. It is most of an edited text.
+    # A common prefix and suffix, most of an edited text, need no table.
     head = _common_start(first, second)
     first, second = first[head:], second[head:]
     tail = _common_start(first[::-1], second[::-1])
     size = tf.size(first) - tail
-    # A table without rows has no last row to walk back from.
+    # An empty table has no last row to trace back from.
     changed = tf.cond(
         size > 0,
         lambda: _unaligned_middle(first[:size], second[: tf.size(second) - tail]),
@@ -128,7 +128,7 @@ def _common_start(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
 
 
 def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """The textbook table, row by row, and the walk back through it. N tokens and M tokens."""
+    """1 outside a longest common subsequence of N and M tokens: the textbook table, traced back."""
     same = tf.equal(first[:, None], second[None, :])  # [N, M]
     columns = tf.range(tf.size(second))
 
@@ -138,19 +138,19 @@ def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
         best = tf.reduce_max(tf.where(columns[None] <= columns[:, None], longer[None], 0), axis=1)
         return tf.concat([[0], best], 0)
 
-    # [N, M + 1]: of the first n + 1 and the first m tokens.
+    # [N, M + 1]: the longest length for the first n + 1 and the first m tokens.
     table = tf.scan(next_row, same, initializer=tf.zeros([tf.size(second) + 1], tf.int32))
     above = tf.concat([tf.zeros_like(table[:1]), table[:-1]], 0)
 
     def match(
         state: tuple[tf.Tensor, tf.Tensor], row: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The last place, left of those already used, that a longest match can go on from."""
+        """Matches a token to the last column left of those in use that keeps the length."""
         used, _ = state
         same_row, row_above, row_here = row
         fits = same_row & (columns < used) & (row_above[:-1] + 1 == row_here[used])
-        place = tf.reduce_max(tf.where(fits, columns, -1))
-        return tf.where(place < 0, used, place), tf.cast(place < 0, tf.int32)
+        column = tf.reduce_max(tf.where(fits, columns, -1))
+        return tf.where(column < 0, used, column), tf.cast(column < 0, tf.int32)
 
     _, unmatched = tf.scan(
         match, (same, above, table), initializer=(tf.size(second), 0), reverse=True
@@ -158,11 +158,11 @@ def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     return unmatched
 
 
-def to_codes(values: tf.Tensor) -> tf.Tensor:
-    """Whole numbers without the 0, which seqio's packing takes for the end of a sequence.
+def encode_zeros(values: tf.Tensor) -> tf.Tensor:
+    """Maps 0, 1, 2, ... to 1, 2, 3, ...: seqio's packing takes a 0 for the end of a sequence.
 
     Args:
-        values: int32 of any shape; all but the largest int32.
+        values: int32 of any shape, without the largest int32. Negative values stay.
 
     Returns:
         int32 of the same shape, none of them 0.
@@ -170,8 +170,8 @@ def to_codes(values: tf.Tensor) -> tf.Tensor:
     return values + tf.cast(values >= 0, tf.int32)
 
 
-def from_codes(codes: tf.Tensor) -> tf.Tensor:
-    """Undoes `to_codes`; 0, which packing and padding add, stays 0.
+def decode_zeros(codes: tf.Tensor) -> tf.Tensor:
+    """The inverse of `encode_zeros`; the 0 of padding stays 0.
 
     Args:
         codes: int32 of any shape.

@@ -1,12 +1,14 @@
 r"""T5X models with T5Patches' names and arguments, on the fused losses.
 
-`models.EncoderDecoderModelTNFF` and its siblings take the place of T5Patches' classes in a T5X
-config, each with a decoder-only twin; `EncoderDecoderModel` and `DecoderOnlyModel` take that of
-T5X's for corrective and ordinary fine-tuning. The arrays that a batch needs are those of
-`t5patches.feature_converters`; ``decoder_loss_weights`` is positive where a token is kept, negative
-where it is pushed down and 0 where it is ignored. With ``negative_ids`` and ``negative_factors``,
-``[batch, length, K]``, the targeted objectives and unlikelihood push down K ids a position. With
-``original_hidden``, ``[batch, length, D]`` of a teacher cache, the original is not run at all.
+A T5X config names `models.EncoderDecoderModelTNFF` and so on, as with T5Patches; each class has a
+decoder-only variant. `EncoderDecoderModel` and `DecoderOnlyModel` replace T5X's classes of these
+names for ordinary and corrective fine-tuning.
+
+A batch has the features that `t5patches.feature_converters` write, ``[batch, length]``.
+``decoder_loss_weights`` is positive where a token is kept, negative where it is pushed down and 0
+where it is ignored. With ``negative_ids`` and ``negative_factors``, ``[batch, length, K]``, the
+targeted objectives and unlikelihood push down K ids at each position. With ``original_hidden``,
+``[batch, length, D]``, the states of a teacher cache, the original model is not run.
 
 =================== =============================================== ================
 class               loss, see `t5patches_kernels`                   T5Patches
@@ -21,16 +23,14 @@ class               loss, see `t5patches_kernels`                   T5Patches
 ...Model            `cross_entropy_loss`                            t5x.models
 =================== =============================================== ================
 
-Losses are summed over tokens, and `score_batch` is the negated sum of each sequence, without
-z-loss, as in T5Patches. The metrics come from the loss, with no other look at the logits: accuracy
-over kept tokens only, and ``positive/*`` and ``negative/*`` over kept and pushed-down tokens apart
-(``negative/prevalence``: how often the model still finds no token likelier). The train-eval of the
-targeted models adds ``*/kl``, KL(model, original), at one more look; the training step has it not.
+Losses are summed over tokens. `score_batch` is the negated sum of each sequence without z-loss, as
+in T5Patches. The metrics are made of what the loss returns, without another pass over the logits:
+``accuracy`` over kept tokens, ``positive/*`` over kept and ``negative/*`` over pushed-down tokens
+(``negative/prevalence``: the share of pushed-down tokens that are still the argmax). Train-eval of
+the targeted models adds ``*/kl``, KL(model, original), which takes one more pass over both models'
+logits; the training step leaves it out.
 
-Where behaviour differs from T5Patches on purpose: `alpha` counts; `z_loss` and
-`loss_normalizing_factor` count, and a `label_smoothing` that could not raises; the original model
-runs without dropout unless `teacher_dropout` says otherwise; the metrics never weigh by a signed
-mask; and what the README says of the losses.
+`t5patches.t5x` lists where the models differ from T5Patches on purpose.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ import jax
 import jax.numpy as jnp
 
 import t5patches_kernels
-from t5patches.editing.data import ORIGINAL_HIDDEN
 from t5patches.model.t5 import network
 from t5patches_kernels import Edits, TokenLoss
 
@@ -65,6 +64,9 @@ except ImportError as error:
         "see T5X in the README of T5Patches Kernels."
     ) from error
 
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
+from t5patches.t5x import original
+
 Array = jax.Array
 Batch = Mapping[str, Any]
 PyTree = Any
@@ -73,15 +75,15 @@ _FLOAT32_MIN = float(jnp.finfo(jnp.float32).min)
 
 
 class _Outputs(NamedTuple):
-    """What a network made of a batch, as the losses take it."""
+    """The outputs of a network on a batch, in the form that the losses take."""
 
-    arrays: tuple[Array, ...]  # the logits; or hidden states and the head's matrix
-    head: dict[str, Any]  # what the linear losses need to know of the head; empty for logits
-    variables: Any  # the collections that the network changed
+    arrays: tuple[Array, ...]  # the logits; or the hidden states and the head's matrix
+    head: dict[str, Any]  # the options of the linear losses; empty for logits
+    variables: Any  # the network's mutable collections, updated
 
 
 class _ReturnHidden:
-    """A network that stops before its logits."""
+    """A network that returns its last hidden states instead of logits."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -91,23 +93,23 @@ class _ReturnHidden:
 
 
 class FusedLossModel(BaseTransformerModel, abc.ABC):
-    """What all models share: one fused loss, its metrics and its scores.
+    """The base of all models: a fused loss, its metrics and its scores.
 
     Args:
-      implementation: of the losses, see `t5patches_kernels.losses`.
-      fused_head: multiply by the vocabulary inside the loss, a chunk of tokens at a time, so that
-        the training step holds no logits; needs a network that can return its hidden states.
+      implementation: that of the losses, see `t5patches_kernels.losses`.
+      fused_head: multiply hidden states by the head inside the loss, a chunk of tokens at a time,
+        so that the training step holds no logits. Needs a network that can return hidden states.
       kwargs: T5X's arguments, among them `z_loss`, `label_smoothing`, `loss_normalizing_factor`
         and `feature_converter_cls`.
 
     Raises:
-      ValueError: label smoothing for a loss that has none.
+      ValueError: label smoothing with a loss that has none.
       NotImplementedError: `fused_head` with a network that cannot return its hidden states.
     """
 
-    LOSS: ClassVar[str]  # of `t5patches_kernels`
-    NEGATIVES: ClassVar[bool] = True  # whether tokens are pushed down
-    SETS: ClassVar[bool] = False  # whether the loss takes K ids a position
+    LOSS: ClassVar[str]  # the name of a function of `t5patches_kernels`
+    PUSHES_DOWN: ClassVar[bool] = True  # whether negative weights push tokens down
+    TAKES_EDITS: ClassVar[bool] = False  # whether the loss takes K ids a position
 
     implementation: str | None = None
     fused_head: bool = False
@@ -132,14 +134,14 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
     # --- The loss of each token ------------------------------------------------------------------
 
     def _options(self, scoring: bool) -> dict[str, Any]:
-        """What the loss is told besides arrays; scores have no part that only steadies training."""
+        """The keyword arguments of the loss; scores are without its regularizing parts."""
         return {
             "z_loss": 0.0 if scoring else self._z_loss,
             "implementation": self.implementation,
         }
 
-    def _split(self, weights: Array) -> tuple[Array, Array]:
-        """The weights given to the loss, and the factors of its result."""
+    def _weights_and_factors(self, weights: Array) -> tuple[Array, Array]:
+        """The weights that the loss takes, and the factors that its result is multiplied by."""
         return weights, (weights != 0).astype(jnp.float32)
 
     def _edits(self, batch: Batch) -> dict[str, Edits]:
@@ -152,7 +154,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
                 f"The batch has {' and '.join(set(names) - set(missing))} but no {missing[0]}: "
                 "give both, [batch, length, K]; a factor of 0 removes an id."
             )
-        if not self.SETS:
+        if not self.TAKES_EDITS:
             raise NotImplementedError(
                 f"{type(self).__name__} pushes down one token a position and the batch has "
                 "negative_ids: use UL or one of the targeted models, or a converter without them."
@@ -178,7 +180,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         return self._with_head(array, params, variables)
 
     def _with_head(self, array: Array, params: PyTree, variables: Any = None) -> _Outputs:
-        """Logits as they are, hidden states with the matrix that they are multiplied by."""
+        """Adds the head's matrix to hidden states; leaves logits as they are."""
         if not jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(jnp.float32)
         if not self.fused_head:
@@ -188,7 +190,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         return _Outputs((array, kernel), head, variables)
 
     def _call(self, name: str, outputs: _Outputs, *arrays: Array, **options: Any) -> Any:
-        """Calls a function of `t5patches_kernels` on logits, or its twin on hidden states."""
+        """Calls a function of `t5patches_kernels` on logits, or its `linear_*` on hidden states."""
         function = getattr(t5patches_kernels, f"linear_{name}" if outputs.head else name)
         return function(*outputs.arrays, *arrays, **outputs.head, **options)
 
@@ -196,7 +198,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         self, outputs: _Outputs, original: _Outputs | None, batch: Batch, scoring: bool
     ) -> TokenLoss:
         reference = original.arrays if original else ()
-        weights, _ = self._split(_weights(batch))
+        weights, _ = self._weights_and_factors(_weights(batch))
         return self._call(
             self.LOSS,
             outputs,
@@ -219,23 +221,23 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         """The summed loss of a batch and its metrics.
 
         Args:
-          params: of the model.
+          params: the model's parameters.
           batch: arrays ``[batch, length]``, see the module.
-          dropout_rng: for dropout; None for none.
-          flax_mutables: the network's other collections, if it has any.
+          dropout_rng: the key for dropout; None for none.
+          flax_mutables: the network's mutable collections, if it has any.
 
         Returns:
-          The loss and the metrics; with `flax_mutables`, the metrics and the changed collections.
+          ``(loss, metrics)``; with `flax_mutables`, ``(loss, (metrics, new mutables))``.
 
         Raises:
-          ValueError, TypeError, NotImplementedError: as the losses.
+          ValueError, TypeError, NotImplementedError: as the losses do.
         """
         return self._loss_and_metrics(params, batch, dropout_rng, flax_mutables)
 
     def eval_fn(
         self, params: PyTree, batch: Batch, flax_mutables: PyTree | None = None
     ) -> tuple[Array, MetricsMap]:
-        """`loss_fn` without dropout; the metrics alone, whether there are other collections."""
+        """`loss_fn` without dropout: ``(loss, metrics)``, also with `flax_mutables`."""
         return _without_mutables(self.loss_fn(params, batch, None, flax_mutables), flax_mutables)
 
     def score_batch(
@@ -244,22 +246,22 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         """The negated loss of each sequence, without z-loss and label smoothing.
 
         Args:
-          params: of the model.
+          params: the model's parameters.
           batch: arrays ``[batch, length]``, see the module.
-          return_intermediates: return what the network sowed, too, and under ``"decoder"`` the
-            ``target_tokens``, ``loss_weights`` and ``token_scores``.
+          return_intermediates: also return what the network sowed, with ``target_tokens``,
+            ``loss_weights`` and ``token_scores`` under ``"decoder"``.
 
         Returns:
           ``[batch]`` scores, higher is better; or the scores and the intermediates.
         """
         return self._score(params, batch, return_intermediates)
 
-    # --- How they are made -----------------------------------------------------------------------
+    # --- What these methods share ----------------------------------------------------------------
 
     def _original(
         self, batch: Batch, dropout_rng: Array | None, original: PyTree, **collections: Any
     ) -> _Outputs | None:
-        """What the original model makes of a batch; None where the loss has no use for one."""
+        """The original model's outputs on a batch; None where the loss does not need them."""
         return None
 
     def _loss_and_metrics(
@@ -286,7 +288,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         return loss, (metrics, flax_core.freeze(changed) if frozen else changed)
 
     def _kl(self, outputs: _Outputs, original: _Outputs, batch: Batch) -> Array:
-        """KL(model, original) of every token: one look at both rows, and no gradient."""
+        """KL(model, original) of every token, without gradient: one pass over both rows."""
         arrays, reference = jax.lax.stop_gradient((outputs.arrays, original.arrays))
         return self._call(
             "token_statistics",
@@ -297,8 +299,8 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         ).kl
 
     def _reduce(self, batch: Batch, out: TokenLoss, kl: Array | None) -> tuple[Array, MetricsMap]:
-        """The loss of a batch and its metrics, from those of its tokens."""
-        signed, magnitudes = self._split(_weights(batch))
+        """The loss and the metrics of a batch, from its tokens' losses."""
+        signed, magnitudes = self._weights_and_factors(_weights(batch))
         divisor, factors = t5x_losses.get_loss_normalizing_factor_and_weights(
             self._loss_normalizing_factor, {**batch, "decoder_loss_weights": magnitudes}
         )
@@ -307,7 +309,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
             token_loss, token_z_loss = token_loss / divisor, token_z_loss / divisor
         loss = jnp.sum(token_loss)
         metrics = t5x_models.compute_base_metrics(
-            # Read for the accuracy alone, which is put in below: the loss knows it already.
+            # Only the accuracy reads the logits, and it is replaced below by the loss's own.
             logits=jnp.zeros((*out.correct.shape, 1), jnp.float32),
             targets=_targets(batch),
             mask=(signed != 0).astype(jnp.float32),
@@ -318,13 +320,13 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         kept = signed > 0
         metrics["accuracy"] = _mean(out.correct, kept)
         kinds = [("positive", kept, "accuracy")]
-        if self.NEGATIVES:
+        if self.PUSHES_DOWN:
             kinds.append(("negative", signed < 0, "prevalence"))
-        for name, chosen, said in kinds:
+        for name, chosen, share_of_argmax in kinds:
             metrics[f"{name}/tokens"] = metrics_lib.AveragePerStep(total=_count(chosen))
             metrics[f"{name}/loss"] = _mean(token_loss, chosen)
             metrics[f"{name}/log_prob"] = _mean(out.log_prob, chosen)
-            metrics[f"{name}/{said}"] = _mean(out.correct, chosen)
+            metrics[f"{name}/{share_of_argmax}"] = _mean(out.correct, chosen)
             if kl is not None:
                 metrics[f"{name}/kl"] = _mean(kl, chosen)
         return loss, metrics
@@ -339,14 +341,14 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         collections = {"mutable": ["intermediates"]} if return_intermediates else {}
         outputs = self._outputs(params, batch, None, **collections)
         original = self._original(batch, None, original_params, **collections)
-        _, factors = self._split(_weights(batch))
+        _, factors = self._weights_and_factors(_weights(batch))
         token_loss = self._token_loss(outputs, original, batch, scoring=True).loss
         token_scores = -token_loss * factors
         scores = jnp.sum(token_scores, axis=-1)
         if not return_intermediates:
             return scores
         intermediates = flax_core.unfreeze(outputs.variables.get("intermediates", {}))
-        # Tuples, like all that a network sows.
+        # Tuples, like everything that a network sows.
         intermediates.setdefault("decoder", {}).update(
             target_tokens=(batch["decoder_target_tokens"],),
             loss_weights=(_weights(batch),),
@@ -370,7 +372,7 @@ def _weights(batch: Batch) -> Array:
 
 
 def _segment_ids(batch: Batch) -> dict[str, Array]:
-    """By feature, which packed example each position belongs to: for T5X's metrics."""
+    """For T5X's metrics: the packed example that each position belongs to, by feature."""
     end = "_segment_ids"
     packed = {k.removesuffix(end): v for k, v in batch.items() if k.endswith(end)}
     features = ("encoder_input_tokens", "decoder_target_tokens")
@@ -391,25 +393,25 @@ def _without_mutables(result: tuple[Array, Any], flax_mutables: PyTree | None) -
     return loss, aux if flax_mutables is None else aux[0]
 
 
-# --- One class a loss ----------------------------------------------------------------------------
+# --- One class for each loss ---------------------------------------------------------------------
 
 
 class CrossEntropyModel(FusedLossModel):
-    """``-w log p[y]``, with label smoothing and z-loss: what T5X's own models minimise."""
+    """``-w log p[y]`` with label smoothing and z-loss: the loss of T5X's own models."""
 
     LOSS = "cross_entropy_loss"
-    NEGATIVES = False
+    PUSHES_DOWN = False
 
     def _options(self, scoring: bool) -> dict[str, Any]:
         smoothing = 0.0 if scoring else self._label_smoothing
         return {"label_smoothing": smoothing, **super()._options(scoring)}
 
-    def _split(self, weights: Array) -> tuple[Array, Array]:
+    def _weights_and_factors(self, weights: Array) -> tuple[Array, Array]:
         return (weights != 0).astype(jnp.float32), weights
 
 
 class NegativeTrainingTransformer(FusedLossModel, abc.ABC):
-    """The losses that keep some tokens and push others down.
+    """The base of the losses that keep some tokens and push others down.
 
     Args:
       alpha: the factor on pushed-down tokens.
@@ -433,10 +435,11 @@ class NegativeTrainingTransformer(FusedLossModel, abc.ABC):
 
 
 class NLModel(NegativeTrainingTransformer):
-    """Negative likelihood: ``-w log p[y]``, held once a pushed-down token is unlikely enough.
+    """Negative likelihood: ``-w log p[y]``, constant for unlikely pushed-down tokens.
 
-    `EPSILON` is the log-probability below which a pushed-down token is left alone; with `THRESHOLD`
-    False none is. (T5Patches' threshold, as written, stops confident kept tokens.)
+    A pushed-down token has no gradient once its log-probability is below `EPSILON`; with
+    `THRESHOLD = False` it always has one. (T5Patches' threshold, as written, stops the gradient of
+    confident kept tokens.)
     """
 
     LOSS = "negative_likelihood_loss"
@@ -452,34 +455,34 @@ class ULModel(NegativeTrainingTransformer):
     """Unlikelihood: ``-log p[y]`` for kept tokens, ``-log(1 - p[y])`` for pushed-down ones."""
 
     LOSS = "unlikelihood_loss"
-    SETS = True
+    TAKES_EDITS = True
 
 
 @gin.configurable(module="models")
 class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
-    """Targeted negative training: the original model's distribution is part of the loss.
+    """The base of targeted negative training, whose losses read the original model's distribution.
 
-    Train with `t5patches.trainer.SelfDistillationTrainer`, which keeps the original parameters.
+    Train with `t5patches.trainer.SelfDistillationTrainer`, which holds the original parameters.
 
     Args:
       smoothing: eps of the objectives with a reverse divergence.
-      divergence: report KL(q, p), which reaches 0, where the default reports T5Patches' CE(q, p).
-      teacher_dropout: run the original model with the student's dropout, as T5Patches does.
-      original_path: where `score_batch` and `eval_fn` find the original parameters when they are
-        given none, as in T5X's infer and eval: the ``original_params`` of the training run's
-        directory, or a T5X checkpoint. They become constants of the compiled program.
+      divergence: report KL(q, p), whose minimum is 0, instead of T5Patches' CE(q, p).
+      teacher_dropout: run the original model with the trained model's dropout, as T5Patches does.
+      original_path: where `score_batch` and `eval_fn` find the original parameters if they are not
+        passed, as in T5X's infer and eval: the ``original_params`` in the directory of the training
+        run, or a T5X checkpoint. They become constants of the compiled program.
       kwargs: as for `NegativeTrainingTransformer`.
     """
 
     LOSS = "targeted_negative_loss"
-    SETS = True
+    TAKES_EDITS = True
     OBJECTIVE: ClassVar[str]
 
     smoothing: float = 1e-6
     divergence: bool = False
     teacher_dropout: bool = False
     original_path: str | None = None
-    # Set by the trainer, for the evaluators that know the model and not the trainer.
+    # Set by the trainer, for evaluators that have access to the model only.
     original_params: PyTree | None = None
 
     def __init__(
@@ -498,25 +501,25 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
         self.original_path = original_path
 
     def _options(self, scoring: bool) -> dict[str, Any]:
-        own = {
+        return {
             "objective": self.OBJECTIVE,
             "smoothing": self.smoothing,
             "divergence": self.divergence,
+            **super()._options(scoring),
         }
-        return own | super()._options(scoring)
 
     def hidden_states(self, params: PyTree, batch: Batch) -> Array:
-        """What a teacher cache holds of a batch: the last hidden states, without dropout.
+        """The last hidden states without dropout, as a teacher cache stores them.
 
         Args:
-          params: of the original model.
+          params: the original model's parameters.
           batch: arrays ``[batch, length]``, see the module.
 
         Returns:
           ``[batch, length, D]``.
 
         Raises:
-          ValueError: `fused_head` is False: there is no use for them.
+          ValueError: `fused_head` is False: the model takes logits.
         """
         if not self.fused_head:
             raise ValueError(
@@ -534,8 +537,8 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
             return self._outputs(original, batch, rng, **collections)
         if not self.fused_head or self.teacher_dropout:
             raise ValueError(
-                "The batch has original_hidden, the original's hidden states computed beforehand: "
-                "they need fused_head=True, and teacher_dropout=False, as they hold no dropout."
+                "The batch has original_hidden, the original's hidden states from a teacher cache: "
+                "they need fused_head=True, and teacher_dropout=False because they have no dropout."
             )
         return self._with_head(hidden, original)
 
@@ -545,9 +548,6 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
         if self.original_params is None:
             if self.original_path is None:
                 raise ValueError(_no_original(type(self).__name__))
-            # Here, so that models can be made where orbax is not needed.
-            from t5patches.t5x import original
-
             self.original_params = original.load(self.original_path, like)
         return self.original_params
 
@@ -562,17 +562,17 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
         """The summed loss of a batch and its metrics.
 
         Args:
-          params: of the model being trained.
+          params: the trained parameters.
           batch: arrays ``[batch, length]``, see the module.
-          dropout_rng: for dropout; None for none.
-          orig_params: of the frozen original model.
-          flax_mutables: the network's other collections, if it has any.
+          dropout_rng: the key for dropout; None for none.
+          orig_params: the original model's parameters.
+          flax_mutables: the network's mutable collections, if it has any.
 
         Returns:
-          The loss and the metrics; with `flax_mutables`, the metrics and the changed collections.
+          ``(loss, metrics)``; with `flax_mutables`, ``(loss, (metrics, new mutables))``.
 
         Raises:
-          ValueError: without `orig_params`.
+          ValueError: `orig_params` is None.
         """
         if orig_params is None:
             raise ValueError(_no_original(type(self).__name__))
@@ -645,28 +645,28 @@ class TNRLLModel(SelfDistillationModel):
     OBJECTIVE = "tnrll"
 
 
-# --- With T5X's two kinds of network -------------------------------------------------------------
+# --- Each loss with T5X's two kinds of network ---------------------------------------------------
 
 
-def _model(name: str, loss: type, kind: type) -> type:
-    """A loss with the network, the decoding and the feature converter of a T5X model."""
-    about = f"`t5x.models.{kind.__name__}` with the loss of `{loss.__name__}`.\n\n{loss.__doc__}"
-    made = type(name, (loss, kind), {"__doc__": about, "__module__": __name__})
+def _model(name: str, loss: type, base: type) -> type:
+    """A T5X model (its network calls, decoding and feature converter) with one of the losses."""
+    doc = f"`t5x.models.{base.__name__}` with the loss of `{loss.__name__}`.\n\n{loss.__doc__}"
+    made = type(name, (loss, base), {"__doc__": doc, "__module__": __name__})
     return gin.configurable(module="models")(made)
 
 
-def _twins(suffix: str, loss: type) -> tuple[type, type]:
+def _both(suffix: str, loss: type) -> tuple[type, type]:
     return (
         _model(f"EncoderDecoderModel{suffix}", loss, t5x_models.EncoderDecoderModel),
         _model(f"DecoderOnlyModel{suffix}", loss, t5x_models.DecoderOnlyModel),
     )
 
 
-EncoderDecoderModel, DecoderOnlyModel = _twins("", CrossEntropyModel)
-EncoderDecoderModelNL, DecoderOnlyModelNL = _twins("NL", NLModel)
-EncoderDecoderModelUL, DecoderOnlyModelUL = _twins("UL", ULModel)
-EncoderDecoderModelTNFF, DecoderOnlyModelTNFF = _twins("TNFF", TNFFModel)
-EncoderDecoderModelTNRR, DecoderOnlyModelTNRR = _twins("TNRR", TNRRModel)
-EncoderDecoderModelTNRF, DecoderOnlyModelTNRF = _twins("TNRF", TNRFModel)
-EncoderDecoderModelTNFLL, DecoderOnlyModelTNFLL = _twins("TNFLL", TNFLLModel)
-EncoderDecoderModelTNRLL, DecoderOnlyModelTNRLL = _twins("TNRLL", TNRLLModel)
+EncoderDecoderModel, DecoderOnlyModel = _both("", CrossEntropyModel)
+EncoderDecoderModelNL, DecoderOnlyModelNL = _both("NL", NLModel)
+EncoderDecoderModelUL, DecoderOnlyModelUL = _both("UL", ULModel)
+EncoderDecoderModelTNFF, DecoderOnlyModelTNFF = _both("TNFF", TNFFModel)
+EncoderDecoderModelTNRR, DecoderOnlyModelTNRR = _both("TNRR", TNRRModel)
+EncoderDecoderModelTNRF, DecoderOnlyModelTNRF = _both("TNRF", TNRFModel)
+EncoderDecoderModelTNFLL, DecoderOnlyModelTNFLL = _both("TNFLL", TNFLLModel)
+EncoderDecoderModelTNRLL, DecoderOnlyModelTNRLL = _both("TNRLL", TNRLLModel)

@@ -1,8 +1,8 @@
-"""The parameters that a targeted training keeps to: a frozen copy, kept beside the checkpoints.
+"""The original parameters of a training run, stored beside its checkpoints.
 
-A run writes them once, before its first checkpoint, in `NAME` in its directory, and takes them from
-there when it goes on: the original stays the model that training began from. They lie as parameters
-do in T5X's orbax checkpoints, so that one reader serves both.
+A run writes them once, before its first checkpoint, to `NAME` in its directory, and reads them when
+it is resumed: the original stays the model that training began from. The layout is that of the
+parameters in T5X's orbax checkpoints, so that `load` reads both.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from t5x import checkpoints
 PyTree = Any
 
 NAME = "original_params"
-_STATE = "state"  # where T5X's orbax checkpoints have the train state
-_LEGACY = "checkpoint"  # the file that T5X's own format has
+_STATE = "state"  # the folder of the train state in T5X's orbax checkpoints
+_LEGACY = "checkpoint"  # the file of T5X's own checkpoint format
 
 
-def freeze(params: PyTree) -> PyTree:
-    """A copy of parameters, placed like them, that outlives the donation of the train state.
+def copy(params: PyTree) -> PyTree:
+    """Copies parameters, so that they outlive the donation of the train state.
 
     Args:
       params: a tree of arrays.
 
     Returns:
-      The same tree, in memory of its own.
+      The same tree with the same shardings, in new buffers.
     """
     shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
 
 
 def on_devices(params: PyTree) -> bool:
-    """Whether parameters are arrays of a run, and not numpy's in a state made by hand."""
+    """Whether parameters are JAX arrays, and not numpy arrays of a state made by hand."""
     return all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
 
 
 def on_host(params: PyTree) -> PyTree:
-    """Parameters as numpy's arrays, whole in every process.
+    """Parameters as numpy arrays, whole in every process.
 
     Args:
-      params: a tree of arrays, which may be split over several processes.
+      params: a tree of arrays, which may be sharded over several processes.
 
     Returns:
-      The same tree, in dictionaries.
+      The same tree, as nested dictionaries.
     """
 
     def fetch(x: Any) -> np.ndarray:
@@ -62,51 +62,53 @@ def on_host(params: PyTree) -> PyTree:
     return jax.tree.map(fetch, flax_core.unfreeze(params))
 
 
-def kept_in(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
-    """The original parameters of the run in a directory.
+def load_or_save(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
+    """Loads the original parameters of a resumed run; saves those of a run that begins.
 
     Args:
-      directory: of the run, where T5X writes its checkpoints.
-      params: those that the run has now: its start where there is no checkpoint yet.
+      directory: the run's, where T5X writes its checkpoints.
+      params: the run's current parameters: the original ones if there is no checkpoint yet.
 
     Returns:
-      Parameters in memory of their own, placed like `params`.
+      The original parameters in new buffers, sharded like `params`.
 
     Raises:
-      ValueError: the run has checkpoints and its original parameters are gone.
+      ValueError: the run has checkpoints and its original parameters are missing.
     """
     folder = epath.Path(directory) / NAME
-    begun = any(epath.Path(directory).glob("checkpoint_*"))
-    if begun and not (folder / _STATE).exists():
+    resumed = any(epath.Path(directory).glob("checkpoint_*"))
+    if resumed and not (folder / _STATE).exists():
         raise ValueError(
-            f"{directory} holds checkpoints but not the original parameters, {NAME}: the model "
-            "that training began from is not known. Put them back, set "
+            f"{directory} holds checkpoints but not the original parameters, {NAME}: which model "
+            "training began from is not known. Put them back, set "
             "SelfDistillationTrainer.original_path to the checkpoint that training began from, or "
             "train in another directory."
         )
-    if begun:
+    if resumed:
         return load(folder, params, on_host=False)
-    frozen = freeze(params)
-    # Written anew where a run died before its first checkpoint: it may begin elsewhere now.
+    copied = copy(params)
+    # Overwrites what a run left that died before its first checkpoint: this one may begin from
+    # other parameters.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        state = {"target": flax_core.unfreeze(frozen)}
+        state = {"target": flax_core.unfreeze(copied)}
         checkpointer.save(folder / _STATE, args=ocp.args.PyTreeSave(state), force=True)
-    return frozen
+    return copied
 
 
 def load(path: str | os.PathLike[str], like: PyTree, *, on_host: bool = True) -> PyTree:
-    """The parameters in a checkpoint.
+    """Loads the parameters of a checkpoint.
 
     Args:
-      path: what `kept_in` wrote, or the directory of a T5X checkpoint in either format.
-      like: parameters of the same tree, shapes and dtypes.
-      on_host: as numpy's arrays; otherwise placed like `like`.
+      path: `NAME` as `load_or_save` wrote it, or the directory of a T5X checkpoint in either
+        format.
+      like: parameters with the tree, the shapes and the dtypes to return.
+      on_host: whether to return numpy arrays; otherwise arrays sharded like `like`.
 
     Returns:
       Parameters with the tree and the dtypes of `like`.
 
     Raises:
-      ValueError: nothing is there, or parameters of another model.
+      ValueError: there is no checkpoint, or it is of another model.
     """
     folder = epath.Path(path)
     wanted = flax_core.unfreeze(like)
@@ -132,7 +134,7 @@ def _read_orbax(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
     args = ocp.args.PyTreeRestore(
         item={"target": shapes},
         restore_args={"target": jax.tree.map(restore_args, wanted)},
-        partial_restore=True,  # the optimizer stays where it is
+        partial_restore=True,  # leaves the optimizer unread
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         _check_same(folder, checkpointer.metadata(folder).item_metadata.tree["target"], wanted)
@@ -143,27 +145,27 @@ def _read_legacy(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
     lazy = checkpoints.load_t5x_checkpoint(os.fspath(folder), lazy_parameters=True)["target"]
     _check_same(folder, lazy, wanted)
 
-    def read(x: Any, to: Any) -> Any:
-        there = np.asarray(x.get(), to.dtype)
+    def read(x: Any, like: Any) -> Any:
+        array = np.asarray(x.get(), like.dtype)
         if on_host:
-            return there
-        return jax.make_array_from_callback(there.shape, to.sharding, lambda index: there[index])
+            return array
+        return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
     return jax.tree.map(read, lazy, wanted)
 
 
 def _check_same(folder: epath.Path, stored: PyTree, wanted: PyTree) -> None:
-    """Says by name where parameters are those of another model."""
+    """Raises with the name of a parameter that is missing or has another shape."""
 
     def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(tree)
         return {jax.tree_util.keystr(at): tuple(x.shape) for at, x in leaves}
 
-    there, here = shapes(stored), shapes(wanted)
-    if there == here:
+    found, needed = shapes(stored), shapes(wanted)
+    if found == needed:
         return
-    name = next(k for k in sorted(there | here) if there.get(k) != here.get(k))
+    name = next(k for k in sorted(found | needed) if found.get(k) != needed.get(k))
     raise ValueError(
-        f"{folder} is of another model: {name} is {there.get(name, 'not there')} in it and "
-        f"{here.get(name, 'not there')} in the model being run."
+        f"{folder} is of another model: {name} is {found.get(name, 'missing')} in it and "
+        f"{needed.get(name, 'missing')} in the model being run."
     )

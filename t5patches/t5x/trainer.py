@@ -1,10 +1,10 @@
-"""T5X's trainer, with the frozen original model that targeted negative training needs.
+"""T5X's trainer for targeted negative training, which also needs the original model.
 
-The names and signatures of T5Patches' module. `SelfDistillationTrainer` hands the original
-parameters to every step as an argument, sharded like those being trained: they are no constant of
-the compiled program, and they are never donated. Where behaviour differs from T5Patches on purpose:
-a resumed run keeps to the model that *training* began from, not to the one it resumed with, and
-train-eval, microbatches and flax mutables work.
+The names and signatures are those of T5Patches' module. `SelfDistillationTrainer` passes the
+original parameters to every step as an argument, sharded like the trained ones: they are not
+constants of the compiled program and are never donated. Where it differs from T5Patches on purpose:
+the original of a resumed run is the model that *training* began from, not the one that it resumed
+with; and train-eval, microbatches and flax mutables work.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from t5patches.editing.data import ORIGINAL_HIDDEN
-from t5patches.t5x import models, original  # first: it says what is missing without T5X
+from t5patches.t5x import models, original  # first: its error says how to get T5X
 
 # isort: split
 from t5x import trainer as t5x_trainer
 from t5x.partitioning import BasePartitioner
 from t5x.train_state import InferenceState, TrainState
 from t5x.trainer import LearningRateCallable, WeightMetricsComputer, apply_grads
+
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
+from t5patches.runs.fingerprints import fingerprint
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -33,7 +35,7 @@ _DATA = PartitionSpec("data")
 
 
 class _WithOriginal:
-    """A model whose loss has the original parameters bound, as T5X's own trainer calls it."""
+    """A model with the original parameters bound to its loss, for T5X's functions."""
 
     def __init__(self, model: models.SelfDistillationModel, original_params: Any):
         self._model = model
@@ -52,19 +54,19 @@ def accumulate_grads_microbatched(
     data_partition_spec: PartitionSpec = _DATA,
     orig_train_state: TrainState | None = None,
 ) -> tuple[Any, Metrics, Any]:
-    """`t5x.trainer.accumulate_grads_microbatched` with the original parameters in the loss.
+    """`t5x.trainer.accumulate_grads_microbatched`, with the original parameters in the loss.
 
     Args:
-      model: whose `loss_fn` is called.
-      train_state: parameters being trained, and flax mutables where the network has any.
+      model: the model whose `loss_fn` is differentiated.
+      train_state: the trained parameters, and flax mutables if the network has any.
       batch: arrays ``[batch, ...]``.
       dropout_rng: a key.
-      num_microbatches: in how many parts the gradient is made; None for one.
-      data_partition_spec: how a batch is split over the mesh.
-      orig_train_state: has the original parameters; None for a model that needs none.
+      num_microbatches: the number of parts that the batch is split into; None for one.
+      data_partition_spec: how a batch is sharded over the mesh.
+      orig_train_state: holds the original parameters; None for a model that needs none.
 
     Returns:
-      The gradient, the metrics and the changed flax mutables (None where there are none).
+      The gradient, the metrics and the new flax mutables (None if the network has none).
     """
     bound = model if orig_train_state is None else _WithOriginal(model, orig_train_state.params)
     return t5x_trainer.accumulate_grads_microbatched(
@@ -88,13 +90,13 @@ def train_with_lr(
     Args:
       train_state: parameters and optimizer.
       batch: arrays ``[batch, ...]``.
-      learning_rate: of this step.
+      learning_rate: the learning rate of this step.
       dropout_rng: a key.
-      model: to train.
-      num_microbatches: in how many parts the gradient is made; None for one.
+      model: the model to train.
+      num_microbatches: the number of parts that the batch is split into; None for one.
       weight_metrics_computer: T5X's, or None.
-      data_partition_spec: how a batch is split over the mesh.
-      orig_train_state: has the original parameters.
+      data_partition_spec: how a batch is sharded over the mesh.
+      orig_train_state: holds the original parameters; None for a model that needs none.
 
     Returns:
       The new train state and the metrics.
@@ -127,10 +129,10 @@ def eval_step(
     """The metrics of a batch.
 
     Args:
-      model: to evaluate.
-      train_state: parameters, and flax mutables where the network has any.
+      model: the model to evaluate.
+      train_state: the trained parameters, and flax mutables if the network has any.
       batch: arrays ``[batch, ...]``.
-      orig_train_state: has the original parameters.
+      orig_train_state: holds the original parameters.
 
     Returns:
       T5X's metrics by name.
@@ -140,9 +142,9 @@ def eval_step(
 
 
 class _Step:
-    """A partitioned step `(train_state, batch)` that hands the original on as third argument.
+    """A step `(train_state, batch)` that passes the original to a partitioned step of three.
 
-    T5X calls it, or lowers and compiles it and calls what comes of that.
+    T5X either calls it, or calls what `lower(...).compile()` returns.
     """
 
     def __init__(self, step: Any, get_original: Callable[[], TrainState]):
@@ -163,34 +165,37 @@ class _Step:
 
 
 class SelfDistillationTrainer(t5x_trainer.Trainer):
-    """T5X's `Trainer` for the models that keep to an original model.
+    """T5X's `Trainer` for the models whose loss needs the original model.
 
-    The original parameters are, in this order: those of `orig_train_state`; those at
-    `original_path`; those that an earlier part of the run wrote in ``original_params`` in
-    `summary_dir`; or those of `train_state`, which are then written there. Without a `summary_dir`,
-    and for a state made by hand whose parameters are numpy's, they are kept in memory only.
+    The original parameters are the first of these that is there:
+
+    1. those of `orig_train_state`;
+    2. those at `original_path`;
+    3. those that an earlier part of the run wrote to ``original_params`` in `summary_dir`;
+    4. those of `train_state`, which are then written there. Without a `summary_dir`, and for a
+       state made by hand of numpy arrays, they stay in memory only.
 
     Args:
-      model: to train.
+      model: the model to train.
       train_state: parameters and optimizer; None in T5X's eval, which sets it later and needs
         `original_path`.
       partitioner: T5X's.
-      eval_names: of the evaluation data sets.
+      eval_names: the names of the evaluation data sets.
       summary_dir: the directory of the run, or None.
-      train_state_axes: how the train state is split over the mesh.
+      train_state_axes: how the train state is sharded over the mesh.
       rng: a key.
-      learning_rate_fn: from a step to its learning rate.
-      num_microbatches: in how many parts a gradient is made; None for one.
+      learning_rate_fn: maps a step to its learning rate.
+      num_microbatches: the number of parts that a batch is split into; None for one.
       weight_metrics_computer: T5X's, or None.
-      orig_train_state: has the original parameters.
+      orig_train_state: holds the original parameters.
       original_path: ``original_params`` of a run, or a T5X checkpoint in either format.
-      teacher_cache: directory that `t5patches.cache_teacher` wrote the original's hidden states on
-        the training data in: they are read instead of running the original. For models with
-        `fused_head`. Every process reads it.
+      teacher_cache: directory with the original's hidden states on the training data, written by
+        `t5patches.cache_teacher`. They are read and the original is not run. Needs a model with
+        `fused_head`; every process reads the directory.
 
     Raises:
-      ValueError: the original parameters of a resumed run are gone, are of another model, or cannot
-        be known.
+      ValueError: the original parameters of a resumed run are missing or are of another model, or
+        the teacher cache is unfinished or of another original.
     """
 
     def __init__(
@@ -224,34 +229,29 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         self._original_path = original_path
         self._original: Any = None
         if orig_train_state is not None:
-            self._keep(original.freeze(orig_train_state.params))
+            self._keep(original.copy(orig_train_state.params))
         elif train_state is not None and original_path is None:
-            # At once: the first step donates the train state.
+            # Now, because the first step donates the train state.
             if summary_dir is None or not original.on_devices(train_state.params):
-                self._keep(original.freeze(train_state.params))
+                self._keep(original.copy(train_state.params))
             else:
-                self._keep(original.kept_in(summary_dir, train_state.params))
-        self._cache = None if teacher_cache is None else self._open_cache(teacher_cache)
-
-    def _open_cache(self, directory: str) -> Any:
-        # Here: `editing` needs more than T5X does, and most runs have no cache.
-        from t5patches.model.teacher_cache import TeacherCache
-        from t5patches.runs.fingerprints import fingerprint
-
-        params = original.on_host(self.orig_train_state.params)
-        return TeacherCache(directory, {"checkpoint": fingerprint(params)})
+                self._keep(original.load_or_save(summary_dir, train_state.params))
+        self._cache: TeacherCache | None = None
+        if teacher_cache is not None:
+            params = original.on_host(self.orig_train_state.params)
+            self._cache = TeacherCache(teacher_cache, {"checkpoint": fingerprint(params)})
 
     def train(
         self, batch_iter: Iterator[Batch], num_steps: int, start_step: int | None = None
     ) -> Any:
-        """`t5x.trainer.BaseTrainer.train`; with a teacher cache, its states beside each batch."""
+        """`t5x.trainer.BaseTrainer.train`; a teacher cache adds its states to each batch."""
         if self._cache is not None:
             cache = self._cache
             batch_iter = ({**batch, ORIGINAL_HIDDEN: _states(cache, batch)} for batch in batch_iter)
         return super().train(batch_iter, num_steps, start_step)
 
     def compile_train(self, batch: Batch) -> None:
-        """`t5x.trainer.BaseTrainer.compile_train`, whose batch may hold any values."""
+        """`t5x.trainer.BaseTrainer.compile_train`, with the shape of the teacher cache's states."""
         if self._cache is not None:
             tokens = batch["decoder_target_tokens"]
             states = jax.ShapeDtypeStruct(
@@ -264,19 +264,18 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
 
     def _keep(self, params: Any) -> None:
         self._original = params
-        # T5X's inference evaluator scores with the model, and knows nothing of the trainer.
+        # T5X's inference evaluator scores with the model and has no access to the trainer.
         self._model.original_params = params
 
     @property
     def orig_train_state(self) -> TrainState:
-        """The original parameters, as a state without step and optimizer."""
+        """The original parameters, in a train state without step and optimizer."""
         if self._original is None:
             if self._original_path is None:
                 raise ValueError(
-                    "The original model is not known where the trainer is made without a "
-                    "train_state, as T5X's eval does: set SelfDistillationTrainer.original_path to "
-                    "the original_params in the directory of the training run, or to the "
-                    "checkpoint that it began from."
+                    "The trainer has no original model: it was made without a train_state, as in "
+                    "T5X's eval. Set SelfDistillationTrainer.original_path to the original_params "
+                    "in the directory of the training run, or to the checkpoint that it began from."
                 )
             self._keep(original.load(self._original_path, self.train_state.params, on_host=False))
         return _state(self._original)
@@ -319,12 +318,12 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         return self._partition(step, out_axis_resources=None)
 
 
-def _states(cache: Any, batch: Batch) -> Any:
-    """What a teacher cache holds for a batch, split over the devices as the batch is."""
+def _states(cache: TeacherCache, batch: Batch) -> Any:
+    """The teacher cache's states of a batch, sharded like the batch."""
     tokens = batch["decoder_target_tokens"]
     if not isinstance(tokens, jax.Array):
         return cache.read(batch)
-    # A process has some rows of the batch only, and several of its devices may have the same ones.
+    # A process holds only some rows of the batch, and several of its devices may hold the same.
     parts: dict[int, dict[str, Any]] = {}
     for name, array in batch.items():
         for shard in array.addressable_shards:

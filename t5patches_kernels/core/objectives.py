@@ -196,7 +196,10 @@ OBJECTIVES: Mapping[str, Objective] = {
     "kl_forward": Objective(smoothed_forward, smoothed_forward),
     "kl_reverse": Objective(reverse, reverse),
 }
-TARGETED_NEGATIVE = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll")
+# The names to choose from in training, and those of `targeted_negative_loss`: every other list of
+# objectives in the repository is made of these two. "kl_*" are `kl_divergence`'s own.
+TRAINING_OBJECTIVES = tuple(name for name in OBJECTIVES if not name.startswith("kl_"))
+TARGETED_NEGATIVE = tuple(n for n in TRAINING_OBJECTIVES if OBJECTIVES[n].reference == "given")
 
 
 def _scale(row: Row, c: Settings) -> Array:

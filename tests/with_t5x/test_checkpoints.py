@@ -12,9 +12,8 @@ with warnings.catch_warnings():
     pytest.importorskip("t5x", reason="needs T5X: make test-t5x T5X=CHECKOUT")
     from t5x import adafactor, checkpoints, partitioning, train_state
 
-from t5patches.network import Transformer
-
 from t5patches.model.t5x_format import load_t5x, save_t5x
+from t5patches.network import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's and Orbax's own
 

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     import gin
 
     import t5patches
-    from t5patches import feature_converters
+    from t5patches import feature_converters, feature_converters_utils
 
 UPSTREAM = os.environ.get("T5PATCHES_UPSTREAM")
 NAMES = [
@@ -44,7 +44,9 @@ def upstream():
         return module
 
     with gin.config.interactive_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t5patches, "feature_converters_utils", load("feature_converters_utils"))
+        theirs = load("feature_converters_utils")
+        assert t5patches.feature_converters_utils is feature_converters_utils
+        patch.setattr(t5patches, "feature_converters_utils", theirs)
         return load("feature_converters")
 
 

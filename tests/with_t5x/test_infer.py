@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     import t5x.infer
 
     from t5patches import configs
+    from t5patches_kernels import TARGETED_NEGATIVE
 
 HERE = pathlib.Path(__file__).parent
 PARENT = pathlib.Path(t5x.infer.__file__).parent / "examples" / "decoder_only" / "models"
@@ -117,7 +118,7 @@ def inferred(configure, stored, tmp_path):
             kind,
             objective,
             CHECKPOINT_PATH=path,
-            ORIGINAL_PATH=path if with_original and objective.startswith("tn") else None,
+            ORIGINAL_PATH=path if with_original and objective in TARGETED_NEGATIVE else None,
             INFER_OUTPUT_DIR=str(tmp_path),
         )
         gin.get_configurable(t5x.infer.infer)(mode=mode)
@@ -132,7 +133,7 @@ def inferred(configure, stored, tmp_path):
 @pytest.mark.parametrize("objective", configs.OBJECTIVES)
 def test_scores(kind, objective, inferred, tasks):
     model, params, lines = inferred("score", kind, objective)
-    targeted = objective.startswith("tn")
+    targeted = objective in TARGETED_NEGATIVE
     lengths = gin.query_parameter("TASK_FEATURE_LENGTHS/macro.value")
     examples = seqio.get_mixture_or_task(tasks.NAME).get_dataset(
         lengths, split="validation", shuffle=False
