@@ -173,7 +173,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
     assert "holds an unfinished edit: go on with it (--resume)" in capsys.readouterr().err
     assert run(place, "--resume", "--alpha", "2") == 2
     assert "alpha (1.0 there, 2.0 asked for)" in capsys.readouterr().err
-    spoil, restore = kill(edit_module.shutil, "rmtree")  # renamed, not cleaned up
+    spoil, restore = kill(edit_module, "remove")  # renamed, not cleaned up
     spoil()
     assert run(place, "--resume") == 130
     restore()

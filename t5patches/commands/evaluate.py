@@ -25,7 +25,6 @@ All numbers come with standard errors over the inputs.
 from __future__ import annotations
 
 import argparse
-import shutil
 
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
@@ -78,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from t5patches.editing.report import write_html
     from t5patches.editing.rounds import compare
     from t5patches.editing.rules import load_callable, read_rules
+    from t5patches.runs.claims import remove
 
     metered = {"samples": options.samples, "threshold": options.threshold}
     metered = {name: value for name, value in metered.items() if value is not None}
@@ -98,6 +98,6 @@ def run(options: argparse.Namespace) -> int:
     results = compare(options.before, options.after, inputs, measuring, console, work)
     if work:
         write_html(options.report, results)
-        shutil.rmtree(work)
+        remove(work)
     common.print_results(options, results, options.report)
     return 0

@@ -7,8 +7,6 @@ goes on when it is repeated.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from t5patches.editing.data import Example, write_examples
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import Model
 from t5patches.runs.claims import Parts
-from t5patches.runs.fingerprints import fingerprint
+from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +151,10 @@ def asked(model: Model, inputs: Sequence[str]) -> dict[str, str]:
     Returns:
         A fingerprint of each.
     """
-    given = json.dumps([(text, model.tokenizer.encode(text).ids) for text in inputs])
+    given = [(text, model.tokenizer.encode(text).ids) for text in inputs]
     return {
         "model": fingerprint(model.params),
-        "inputs": hashlib.sha256(given.encode()).hexdigest(),
+        "inputs": json_fingerprint(given),
     }
 
 

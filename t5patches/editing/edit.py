@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,8 +49,8 @@ from t5patches.model.t5.network import T5Config
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
-from t5patches.runs.claims import claim, require_space
-from t5patches.runs.fingerprints import fingerprint
+from t5patches.runs.claims import claim, remove, require_space
+from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
 _CARD = "README.md"
@@ -171,7 +169,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
     output.parent.mkdir(parents=True, exist_ok=True)
     edited.rename(output)
-    shutil.rmtree(work)
+    remove(work)
     return read_rounds(output)[-1]
 
 
@@ -257,7 +255,8 @@ def _finished(job: Job, resume: bool) -> dict[str, Any] | None:
     rounds = read_rounds(output) if output.is_dir() else []
     if not (resume and rounds and rounds[-1]["job"] == _described(job)):
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        remove(work)
     return rounds[-1]
 
 
@@ -279,7 +278,7 @@ def _check_original(job: Job) -> None:
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
     first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == frozen), len(rounds))
-    given = {_sha256(file) for file in job.data}
+    given = {file_fingerprint(file) for file in job.data}
     earlier = {digest: name for r in rounds[first:] for name, digest in r["data"].items()}
     left_out = sorted(name for digest, name in earlier.items() if digest not in given)
     if left_out:
@@ -398,7 +397,7 @@ def _cached(
         checked.arrays,
         batch_size=checked.settings.batch_size,
         dtype=job.dtype,
-        about={"tokenizer": {f.name: _sha256(f) for f in files if f.exists()}},
+        about={"tokenizer": {f.name: file_fingerprint(f) for f in files if f.exists()}},
         mesh=checked.mesh,
         tell=lambda size: progress.console.print(f"teacher cache {job.cache_teacher}: {size}"),
         advance=lambda done, count: progress.update(task, completed=done, total=count),
@@ -411,7 +410,7 @@ def _described(job: Job) -> dict[str, Any]:
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
         "data": _named(job.data),
-        "templates": None if job.templates is None else _sha256(job.templates),
+        "templates": None if job.templates is None else file_fingerprint(job.templates),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
         "cap": job.cap,
@@ -424,7 +423,9 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _weights(folder: PathLike) -> dict[str, Any]:
-    files = {path.name: _sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    files = {
+        path.name: file_fingerprint(path) for path in sorted(Path(folder).glob("*.safetensors"))
+    }
     return {"name": Path(folder).name, "sha256": files}
 
 
@@ -432,14 +433,9 @@ def _named(files: Sequence[PathLike]) -> dict[str, str]:
     """Content by name; the whole path where two files share a name."""
     names = [Path(file).name for file in files]
     return {
-        name if names.count(name) == 1 else str(file): _sha256(file)
+        name if names.count(name) == 1 else str(file): file_fingerprint(file)
         for name, file in zip(names, files, strict=True)
     }
-
-
-def _sha256(path: PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record(

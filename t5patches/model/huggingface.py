@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t5patches.model.t5.network import T5Config
-from t5patches.runs.files import write_file
+from t5patches.runs.files import whole_folder, write_file
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -181,45 +180,21 @@ def save_checkpoint(
       ...     sorted(path.name for path in folder.iterdir())
       ['config.json', 'model.safetensors']
     """
-    output = Path(output).absolute()
-    if output.exists():
-        raise ValueError(
-            f"{output} exists: nothing is overwritten. Give another name or remove it."
-        )
     tensors = _tensors(config)
     flat = traverse_util.flatten_dict(dict(params))
     _check_params(tensors, flat)
     host = {name: np.asarray(flat[tensor.path]) for name, tensor in tensors.items()}
     values = {name: x.T if tensors[name].transposed else x for name, x in host.items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        partial.chmod(0o755)
-        if like is None:
-            _write_new(partial, config, values)
-        else:
-            _write_like(partial, config, values, Path(like))
-        for name, content in (files or {}).items():
-            write_file(partial / name, content)
-        for file in (*partial.iterdir(), partial):
-            _flush(file)
-        partial.rename(output)
-        _flush(output.parent)
+        with whole_folder(output) as partial:
+            if like is None:
+                _write_new(partial, config, values)
+            else:
+                _write_like(partial, config, values, Path(like))
+            for name, content in (files or {}).items():
+                write_file(partial / name, content)
     except SafetensorError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{output} cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _inspect(folder: Path) -> tuple[T5Config, dict[str, _Stored]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import tensorstore
 from flax import serialization, traverse_util
 
 from t5patches.model.t5.network import T5Config
+from t5patches.runs.files import whole_folder
 
 _STATE, _MSGPACK = "state", "checkpoint"
 # Adafactor's second moments are factored where both dimensions are at least this large.
@@ -90,18 +90,18 @@ def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step:
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or step")
     state = {"step": np.int32(step), "param_states": _fresh_adafactor(params)}
-    directory.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=directory))
-    try:
-        options = ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint", enable_async_checkpointing=False
-        )
-        with ocp.CheckpointManager(work, options=options) as manager:
-            tree = {"target": dict(params), "state": state}
+    tree = {"target": dict(params), "state": state}
+    options = ocp.CheckpointManagerOptions(
+        step_prefix="checkpoint", enable_async_checkpointing=False
+    )
+    with whole_folder(output) as partial:
+        made = partial / "made"
+        with ocp.CheckpointManager(made, options=options) as manager:
             manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
-        (work / output.name).rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        # Orbax names the folder of a step itself.
+        for path in (made / output.name).iterdir():
+            path.rename(partial / path.name)
+        shutil.rmtree(made)
     return output
 
 

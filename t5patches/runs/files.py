@@ -1,8 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -20,3 +24,59 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    It is filled under another name beside `output`, and renamed once all of it is on the disk. An
+    exception inside removes it; a kill leaves it under its other name, which begins with a dot.
+
+    Args:
+        output: the folder to make; missing folders above it are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ValueError: `output` exists.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     output = Path(directory, "a", "folder")
+        ...     with whole_folder(output) as partial:
+        ...         _ = (partial / "file").write_text("content")
+        ...         output.exists()
+        ...     (output / "file").read_text()
+        False
+        'content'
+    """
+    output = Path(output).absolute()
+    if output.exists():
+        raise ValueError(
+            f"{output} exists: nothing is overwritten. Give another name or remove it."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for path in (*(Path(folder, name) for name in names), Path(folder)):
+                _flush(path)
+        partial.rename(output)
+        _flush(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
