@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 from editing_samples import example
 
@@ -76,6 +77,40 @@ def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
     assert both.fingerprint != rules(text + "\n").fingerprint
     (tmp_path / "w.txt").write_text("Paris")
     assert both.fingerprint != rules(text).fingerprint
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [(0.2, 1.9)],
+        [(0.0, 1.0)],
+        ["01"],
+        [("0", "1")],
+        [(False, True)],
+        [(np.False_, np.True_)],
+        [(0, 1, 2)],
+        [(0,)],
+        [3],
+        [None],
+        None,
+        3,
+    ],
+    ids=repr,
+)
+def test_only_whole_numbers_are_spans(returned):
+    rules = Rules({"mine": lambda inputs, output: returned})
+    with pytest.raises(ValueError, match=r"rule 'mine': the rule .* returned .* needed"):
+        rules("", "a b")
+
+
+def test_whole_numbers_of_numpy_are_spans():
+    assert Rules({"mine": lambda i, o: np.array([[0, 1]])})("", "a b") == [(0, 1)]
+
+
+def test_byte_order_marks_are_no_part_of_rules_and_words(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfdamn\nblast\n")
+    (tmp_path / "rules.toml").write_bytes(b"\xef\xbb\xbf[[rule]]\nwords_file = 'bad.txt'\n")
+    assert found(read_rules(tmp_path / "rules.toml"), "damn and blast") == ["damn", "blast"]
 
 
 def test_a_rule_that_returns_nonsense_is_named():

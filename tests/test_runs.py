@@ -1,11 +1,9 @@
 """Which run a directory holds, the parts of it that are finished, folders that appear whole."""
 
-import doctest
 import os
 
 import pytest
 
-from t5patches.runs import claims, files, fingerprints
 from t5patches.runs.claims import Parts, claim, remove
 from t5patches.runs.files import whole_folder
 
@@ -119,8 +117,3 @@ def test_folders_that_are_not_finished_leave_nothing(tmp_path, error):
     with pytest.raises(type(error)):
         fill()
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("module", [claims, files, fingerprints])
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).failed == 0

@@ -220,11 +220,13 @@ def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[s
 
 def _marked(example: Example) -> str:
     """An output with what is unwanted in brackets."""
+    from t5patches.editing.display import visible
+
     text = example.outputs
     covered = [any(start <= i < end for start, end in example.spans) for i in range(len(text))]
     pieces = []
     for i, character in enumerate(text):
         opens = covered[i] and not (i and covered[i - 1])
         closes = covered[i] and not (i + 1 < len(text) and covered[i + 1])
-        pieces.append("[" * opens + character + "]" * closes)
+        pieces.append("[" * opens + visible(character) + "]" * closes)
     return "".join(pieces)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -194,13 +195,19 @@ def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
     Raises:
         ValueError: the rule returned something else than spans inside `output`.
     """
+    found = rule(inputs, output)
+    if not isinstance(found, Iterable):
+        raise ValueError(
+            f"the rule {rule!r} returned {found!r}: a list of spans (start, end) is needed"
+        )
     spans = set()
-    for span in rule(inputs, output):
+    for span in found:
         try:
-            start, end = map(int, span)
+            start, end = map(_character, span)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"the rule {rule!r} returned {span!r}: (start, end) characters are needed"
+                f"the rule {rule!r} returned {span!r}: whole numbers (start, end) of "
+                "characters are needed"
             ) from error
         if not 0 <= start < end <= len(output):
             raise ValueError(
@@ -209,6 +216,13 @@ def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
             )
         spans.add((start, end))
     return sorted(spans)
+
+
+def _character(number: Any) -> int:
+    """A whole number, numpy's too: no fraction, text or bool that could be made one."""
+    if isinstance(number, bool | np.bool_):
+        raise TypeError("a bool is no number of a character")
+    return operator.index(number)
 
 
 def annotate(

@@ -48,7 +48,7 @@ from t5patches.editing.annotate import (
     whole_words,
     word_list,
 )
-from t5patches.editing.data import Example, read_lines
+from t5patches.editing.data import Example, read_lines, told
 from t5patches.model.tokenizer import Span
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
@@ -136,9 +136,9 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     path = Path(path)
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
         found = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     tables: Any = found.get("rule")
     if found.keys() != {"rule"} or not _are_tables(tables):
@@ -157,9 +157,9 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             rules[name] = _rule(finder, table, path.parent)
         except _Wrong as wrong:
             line = _line_of(text, number, wrong.key)
-            problems.append(f"  line {line}, {wrong.key or '[[rule]]'}: {wrong}")
+            problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
-        raise ValueError(f"{path}: {len(problems)} bad rules\n" + "\n".join(problems))
+        raise ValueError(told(f"{path}:", problems, "bad rule"))
     lists = [(path.parent / t["words_file"]).read_bytes() for t in tables if "words_file" in t]
     return Rules(rules, hashlib.sha256(b"".join([content, *lists])).hexdigest())
 

@@ -248,7 +248,7 @@ def training_progress(console: Console | None = None) -> Progress:
         A `rich.progress.Progress` to pass to `train`, for use in a `with` statement.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),

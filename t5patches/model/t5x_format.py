@@ -26,6 +26,7 @@ import tensorstore
 from flax import serialization, traverse_util
 
 from t5patches.model.t5.network import T5Config
+from t5patches.runs.claims import writing
 from t5patches.runs.files import whole_folder
 
 _STATE, _MSGPACK = "state", "checkpoint"
@@ -96,7 +97,10 @@ def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step:
     )
     with whole_folder(output) as partial:
         made = partial / "made"
-        with ocp.CheckpointManager(made, options=options) as manager:
+        with (
+            writing(f"{output}", "nothing of it is"),
+            ocp.CheckpointManager(made, options=options) as manager,
+        ):
             manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
         # Orbax names the folder of a step itself.
         for path in (made / output.name).iterdir():

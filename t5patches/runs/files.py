@@ -6,24 +6,51 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: a kill leaves the earlier file.
+    r"""Writes a file that appears whole or not at all: a kill leaves the earlier file.
 
     Args:
         path: where to.
-        content: what to write; text becomes UTF-8.
+        content: what to write; text becomes UTF-8, but for halves of characters (of a file's name,
+            say), which are spelled `\udcff`.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file, and refuses what reading may never end of: a pipe, a device.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: there is something else of that name.
+        FileNotFoundError: there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{os.fspath(path)} is no file but a {_kind(mode)}")
+    return Path(path).read_bytes()
+
+
+def _kind(mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else "pipe or device"
 
 
 @contextlib.contextmanager
