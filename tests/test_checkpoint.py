@@ -1,9 +1,11 @@
 """Folders in the original library's format: what is read, what is written, what is refused."""
 
 import json
+import os
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import t5_folders
@@ -294,3 +296,173 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         save_checkpoint(tmp_path / "out", config, params)
     assert not list(tmp_path.iterdir())
+
+
+# What a folder may hold that is not the model's own.
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+def move(name):
+    """Moves a shard to where the index then says it is, as it would be found."""
+
+    def spoil(folder):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / SHARD).rename(target)
+        return name
+
+    return spoil
+
+
+def link_out(folder):
+    (folder / SHARD).rename(folder.parent / "elsewhere")
+    (folder / SHARD).symlink_to(folder.parent / "elsewhere")
+    return SHARD
+
+
+def pipe(folder):
+    (folder / SHARD).unlink()
+    os.mkfifo(folder / SHARD)
+    return SHARD
+
+
+def make_folder(folder):
+    (folder / SHARD).unlink()
+    (folder / SHARD).mkdir()
+    return SHARD
+
+
+def twice(folder):
+    """A tensor is in both shards."""
+    extra = "model-00003-of-00003.safetensors"
+    shutil.copy(folder / SHARD, folder / extra)
+    index = folder / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["again"] = extra
+    index.write_text(json.dumps(found))
+    return SHARD
+
+
+SHARDS = {
+    # what the index says of the second shard (or makes it say), and what is said of that
+    "a folder below": (move("shards/x.safetensors"), "names files that are not in its folder: 'sh"),
+    "a folder beside": (move("../x.safetensors"), r"in its folder: '\.\./x.safetensors' \("),
+    "absolute": (lambda folder: str(folder / SHARD), "names files that are not in its folder: '/"),
+    "by way of itself": (lambda folder: f"./{SHARD}", r"not in its folder: '\./model"),
+    "the folder": (lambda folder: ".", r"not in its folder: '\.' \("),
+    "above": (lambda folder: "..", r"not in its folder: '\.\.' \("),
+    "nothing": (lambda folder: "", "not in its folder: '' "),
+    "null": (lambda folder: None, r"not in its folder: None \("),
+    "a number": (lambda folder: 2, r"not in its folder: 2 \("),
+    "a list": (lambda folder: [SHARD], r"not in its folder: \['model"),
+    "zero bytes": (lambda folder: f"{SHARD}\0", "not in its folder: 'model"),
+    "a link out": (link_out, "is a link to .*elsewhere, outside its folder"),
+    "a pipe": (pipe, "is no file but a pipe"),
+    "a directory": (make_folder, "is no file but a folder"),
+    "a tensor twice": (twice, "is in model-00002-of-00002.safetensors and in model-00003"),
+}
+
+
+def name_second_shard(folder, name):
+    index = folder / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    names = {k: name if v == SHARD else v for k, v in found["weight_map"].items()}
+    index.write_text(json.dumps(found | {"weight_map": names}))
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_weights_that_are_not_the_folders_own_are_refused(case, folder):
+    source = folder("mt5")
+    spoil, message = SHARDS[case]
+    name_second_shard(source, spoil(source))
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(source)
+    assert len(str(error.value)) < 1000
+
+
+def test_links_within_a_folder_and_those_of_a_download_are_its_own(folder, tmp_path):
+    source = folder("mt5")
+    revision = tmp_path / "hub" / "snapshots" / "f00"
+    revision.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs").mkdir()
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, tmp_path / "hub" / "blobs" / str(i))
+        (revision / file.name).symlink_to(f"../../blobs/{i}")
+    config, params = load_checkpoint(revision)
+    save_checkpoint(tmp_path / "out", config, params, like=revision)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out")[1], params)
+    (source / SHARD).rename(source / "x")
+    (source / SHARD).symlink_to("x")
+    load_checkpoint(source)
+
+
+def test_what_a_folder_links_to_is_not_copied_from_elsewhere(folder, tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    source = folder("t5_1_0")
+    (tmp_path / "secret").write_text("a key")
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"README.md is a link to .*secret, outside its folder"):
+        save_checkpoint(tmp_path / "out", config, params, like=source)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_refused(value, dtype, folder):
+    source = folder("t5_1_0")
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    spoilt = tensors(source)[name].astype(dtype)
+    spoilt[2, 3] = value
+    edit_tensors(source, **{name: spoilt})
+    message = rf"{name} in .*model.safetensors holds 1 of 384 numbers that are not finite"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(source)
+
+
+@pytest.mark.parametrize("like", [None, "t5_1_0"])
+def test_what_is_written_is_read_back_before_it_counts(like, tmp_path):
+    config, params, _ = t5_folders.load("t5_1_0")
+    params = moved(params)
+    params["decoder"]["decoder_norm"]["scale"] = np.full(16, np.nan, np.float32)
+    like = None if like is None else t5_folders.DATA / like
+    with pytest.raises(ValueError, match=r"out is not written.*decoder.final_layer_norm.weight"):
+        save_checkpoint(tmp_path / "out", config, params, like=like)
+    assert not list(tmp_path.iterdir())
+
+
+CONFIGS_SPOILT = {
+    "an activation in a list": (
+        {"feed_forward_proj": ["relu"]},
+        r"feed_forward_proj is \['relu'\]",
+    ),
+    "an activation in an object": ({"feed_forward_proj": {}}, "feed_forward_proj is {}"),
+    "no activation": ({"feed_forward_proj": None}, "feed_forward_proj is None"),
+    "layers without end": ({"num_layers": 10**7}, "speaks of 10000003 layers, and the weights"),
+    "a kind in a list": ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
+    "a dropout that is none": ({"dropout_rate": float("nan")}, "dropout_rate is nan"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS_SPOILT)
+def test_spoilt_settings_are_told_in_a_line(case, folder):
+    source = folder("t5_1_0")
+    changes, message = CONFIGS_SPOILT[case]
+    edit_config(source, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, "\ud83d", '{"a": ' + "9" * 5000 + "}", None])
+def test_config_files_that_are_none_are_told(content, tmp_path):
+    path = tmp_path / "config.json"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"config.json cannot be read: "):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        load_checkpoint(tmp_path / "nowhere")

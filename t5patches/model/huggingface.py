@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t5patches.model.t5.network import T5Config
-from t5patches.runs.files import whole_folder, write_file
+from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -97,7 +97,8 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[T5Config, dict[str, Any]
 
     Raises:
       ValueError: naming everything that is wrong: a missing or unreadable file, a config value that
-        this network cannot express, missing, unknown or misshapen tensors.
+        this network cannot express, missing, unknown or misshapen tensors, weights that are not
+        finite, files that are not of the folder.
 
     Example:
       >>> import tempfile, pathlib, jax, jax.numpy as jnp
@@ -162,8 +163,8 @@ def save_checkpoint(
       files: more files for the folder, in the place of those copied.
 
     Raises:
-      ValueError: where `output` exists, `params` do not fit `config`, `config` does not fit the
-        folder `like`, or a value is too large for the type it is stored as.
+      ValueError: where `output` exists, `params` do not fit `config` or are not finite, `config`
+        does not fit the folder `like`, or a value is too large for the type it is stored as.
       OSError: where the disk is full, say; nothing is left of the attempt.
 
     Example:
@@ -193,13 +194,29 @@ def save_checkpoint(
                 _write_like(partial, config, values, Path(like))
             for name, content in (files or {}).items():
                 write_file(partial / name, content)
+            _read_back(partial, output)
     except SafetensorError as error:
         raise OSError(f"{output} cannot be written: {error}") from error
+
+
+def _read_back(folder: Path, output: str | os.PathLike) -> None:
+    """Makes sure that what was written can be read: all that it should hold, and finite."""
+    try:
+        for name, stored in _inspect(folder)[1].items():
+            _read_tensor(name, stored)
+    except ValueError as error:
+        raise ValueError(f"{output} is not written, as it could not be read: {error}") from error
 
 
 def _inspect(folder: Path) -> tuple[T5Config, dict[str, _Stored]]:
     config = _read_config(folder)
     stored = _read_headers(folder)
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(stored):
+        raise ValueError(
+            f"{folder / 'config.json'} speaks of {layers} layers, and the weights have no more "
+            f"than {len(stored)} tensors: it is of another model."
+        )
     _check_headers(folder, config, stored)
     return config, stored
 
@@ -254,11 +271,13 @@ def _stacks(config: T5Config) -> Iterator[tuple[str, int, list[tuple[str, str, s
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: give a Hugging Face T5 folder.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: give a Hugging Face T5 folder.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object; got {type(found).__name__}.")
@@ -287,7 +306,7 @@ def _read_config(folder: Path) -> T5Config:
         wrong.append("quantization_config is set; only plain weights are known")
     default = "gated-gelu" if found.get("model_type") == "mt5" else "relu"
     activation = found.get("feed_forward_proj", default)
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         wrong.append(f"feed_forward_proj is {activation!r}; known are {sorted(_ACTIVATIONS)}")
     rate = found.get("dropout_rate", 0.1)
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
@@ -304,23 +323,49 @@ def _read_config(folder: Path) -> T5Config:
 
 
 def _shards(folder: Path) -> list[Path]:
+    """The files of the weights, which are all of the folder itself."""
     if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).exists():
+        names = [_WEIGHTS]
+    elif (folder / _INDEX).exists():
+        names = _names_in_index(folder / _INDEX)
+    else:
         found = sorted(path.name for path in folder.iterdir())
         raise ValueError(
             f"{folder} holds neither {_WEIGHTS} nor {_INDEX}; it holds {found}. Weights in another "
             "format: load them with the library that wrote them and call save_pretrained(folder), "
             "which writes safetensors."
         )
-    mapping = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise ValueError(f"{folder / _INDEX} has no weight_map: it lists each tensor's file.")
-    files = [folder / name for name in sorted(set(mapping.values()))]
+    files = [folder / name for name in names]
     absent = [file.name for file in files if not file.exists()]
     if absent:
         raise ValueError(f"{folder} lacks shards that its {_INDEX} names: {', '.join(absent)}.")
+    for file in files:
+        require_own_file(file)
     return files
+
+
+def _names_in_index(index: Path) -> list[str]:
+    mapping = _read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ValueError(f"{index} has no weight_map: it lists each tensor's file.")
+    # Anything else than a name would be read, and the edited weights written, somewhere else.
+    wrong = {
+        f"{name!r} (of {tensor})": None for tensor, name in mapping.items() if not _is_plain(name)
+    }
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{index} names files that are not in its folder: {', '.join(list(wrong)[:5])}{more}. "
+            "A shard goes by its name alone, such as 'model-00001-of-00002.safetensors'."
+        )
+    return sorted(set(mapping.values()))
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether this is the name of a file, with no way to it."""
+    if not isinstance(name, str) or name in ("", ".."):
+        return False
+    return name == Path(name).name and name.isprintable()
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:
@@ -330,6 +375,11 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
             with safe_open(file, "np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
                     view = tensors.get_slice(name)
+                    if name in stored:
+                        raise ValueError(
+                            f"{name} is in {stored[name].file.name} and in {file.name}: which of "
+                            "the two is meant?"
+                        )
                     stored[name] = _Stored(file, view.get_dtype(), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
@@ -367,7 +417,14 @@ def _check_headers(folder: Path, config: T5Config, stored: Mapping[str, _Stored]
 
 def _read_tensor(name: str, stored: _Stored) -> np.ndarray:
     with safe_open(stored.file, "np") as tensors:
-        return np.asarray(tensors.get_tensor(name), np.float32)
+        x = np.asarray(tensors.get_tensor(name), np.float32)
+    bad = int(x.size - np.isfinite(x).sum())
+    if bad:
+        raise ValueError(
+            f"{name} in {stored.file} holds {bad} of {x.size} numbers that are not finite (nan or "
+            "infinity): nothing that comes of them means anything. Get the model's own weights."
+        )
+    return x
 
 
 def _read_shared(config: T5Config, stored: Mapping[str, _Stored]) -> np.ndarray:
@@ -450,4 +507,5 @@ def _write_like(folder: Path, config: T5Config, values: Mapping[str, Any], like:
     for file in like.iterdir():
         weights = file.suffix == ".safetensors" or file.suffix in _OTHER_WEIGHTS
         if file.is_file() and not weights and not file.name.endswith(".bin.index.json"):
+            require_own_file(file)
             shutil.copyfile(file, folder / file.name)

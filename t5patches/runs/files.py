@@ -49,6 +49,32 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
+def require_own_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no file of its folder: a link out of it leads to what is not the folder's.
+
+    A download of Hugging Face's is made of links, `snapshots/REVISION/NAME` to `blobs/HASH`: these
+    are the folder's own.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: it is no regular file, or a link that leads elsewhere.
+        FileNotFoundError: there is nothing.
+    """
+    path = Path(path)
+    target, folder = path.resolve(), path.parent.resolve()
+    downloads = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (target.is_relative_to(folder) or target.parent == downloads):
+        raise ValueError(
+            f"{path} is a link to {target}, outside its folder: copy that file there if it is the "
+            "model's own"
+        )
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no file but a {_kind(mode)}")
+
+
 def _kind(mode: int) -> str:
     return "folder" if stat.S_ISDIR(mode) else "pipe or device"
 
