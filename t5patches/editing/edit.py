@@ -53,7 +53,8 @@ from t5patches.runs.claims import claim, remove, require_space
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
-_CARD = "README.md"
+CARD = "README.md"
+_EDITED = "## Edited with targeted negative training"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 PathLike = str | os.PathLike[str]
@@ -165,7 +166,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         record = _record(described, checked, work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
-        files[_CARD] = _card(job, record)
+        files[CARD] = _card(job, record)
         save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
     output.parent.mkdir(parents=True, exist_ok=True)
     edited.rename(output)
@@ -232,6 +233,20 @@ def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["rounds"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove it or restore it") from error
+
+
+def card_before_edits(folder: PathLike) -> str:
+    """A folder's model card without what edits have said in it.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        The card; empty where there is none.
+    """
+    path = Path(folder) / CARD
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text.partition(_EDITED)[0].strip()
 
 
 def unfinished(output: PathLike) -> Path:
@@ -460,7 +475,7 @@ def _record(
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:
     """The model card with a section on this edit at its end."""
-    path = Path(job.model) / _CARD
+    path = Path(job.model) / CARD
     before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, counts, job_ = record["settings"], record["counts"], record["job"]
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
@@ -468,7 +483,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     loss = record["history"]["loss"]
     return (
-        f"{before}## Edited with targeted negative training\n\n"
+        f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "

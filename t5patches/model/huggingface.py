@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,7 @@ def save_checkpoint(
     *,
     like: str | os.PathLike | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """Writes a Hugging Face T5 folder, whole or not at all.
 
@@ -161,6 +162,7 @@ def save_checkpoint(
         kept, and its other files (tokenizer, generation settings) are copied; weights in other
         formats are not. Without it the folder holds a config and one float32 file.
       files: more files for the folder, in the place of those copied.
+      without: names of files of `like` that are not copied.
 
     Raises:
       ValueError: where `output` exists, `params` do not fit `config` or are not finite, `config`
@@ -191,7 +193,7 @@ def save_checkpoint(
             if like is None:
                 _write_new(partial, config, values)
             else:
-                _write_like(partial, config, values, Path(like))
+                _write_like(partial, config, values, Path(like), {*without, *(files or ())})
             for name, content in (files or {}).items():
                 write_file(partial / name, content)
             _read_back(partial, output)
@@ -209,7 +211,7 @@ def _read_back(folder: Path, output: str | os.PathLike) -> None:
 
 
 def _inspect(folder: Path) -> tuple[T5Config, dict[str, _Stored]]:
-    config = _read_config(folder)
+    config = read_config(folder)
     stored = _read_headers(folder)
     layers = config.num_encoder_layers + config.num_decoder_layers
     if layers > len(stored):
@@ -284,8 +286,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_config(folder: Path) -> T5Config:
-    path = folder / "config.json"
+def read_config(folder: str | os.PathLike) -> T5Config:
+    """Reads a folder's `config.json` alone.
+
+    Args:
+      folder: it lies in.
+
+    Returns:
+      The `T5Config`.
+
+    Raises:
+      ValueError: naming everything in it that this network cannot express.
+    """
+    path = Path(folder) / "config.json"
     found = _read_json(path)
     wrong = []
     if found.get("model_type") not in ("t5", "mt5"):
@@ -487,7 +500,13 @@ def _write_new(folder: Path, config: T5Config, values: Mapping[str, Any]) -> Non
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
-def _write_like(folder: Path, config: T5Config, values: Mapping[str, Any], like: Path) -> None:
+def _write_like(
+    folder: Path,
+    config: T5Config,
+    values: Mapping[str, Any],
+    like: Path,
+    without: Collection[str],
+) -> None:
     original, stored = _inspect(like)
     same = ("dtype", "dropout_rate", "float32_attention_logits")
     if original != dataclasses.replace(config, **{f: getattr(original, f) for f in same}):
@@ -506,6 +525,7 @@ def _write_like(folder: Path, config: T5Config, values: Mapping[str, Any], like:
             save_file(tensors, folder / file.name, metadata=source.metadata())
     for file in like.iterdir():
         weights = file.suffix == ".safetensors" or file.suffix in _OTHER_WEIGHTS
-        if file.is_file() and not weights and not file.name.endswith(".bin.index.json"):
+        left_out = weights or file.name.endswith(".bin.index.json") or file.name in without
+        if file.is_file() and not left_out:
             require_own_file(file)
             shutil.copyfile(file, folder / file.name)

@@ -137,7 +137,7 @@ def find_t5x(folder: str | os.PathLike[str]) -> Path:
 def infer_config(params: Mapping[str, Any]) -> T5Config:
     """The sizes of a T5 from its parameters.
 
-    What they do not show is as in every published T5: gates are GELU, and dropout is 0.1.
+    Dropout, which they do not show, is as in every published T5: 0.1.
 
     Args:
         params: the tree of a T5X checkpoint.
@@ -146,14 +146,20 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
         The sizes.
 
     Raises:
-        ValueError: it is no T5's, or its layers are scanned.
+        ValueError: it is no T5's, or its layers are scanned; or they have gates, and parameters do
+            not show whether these are GELU, SiLU or ReLU.
     """
     try:
         decoder, encoder = params["decoder"], params["encoder"]
         layer = encoder["layers_0"]
         heads = np.shape(encoder["relpos_bias"]["rel_embedding"])[0]
-        gated = "wi_0" in layer["mlp"]
-        wi = layer["mlp"]["wi_0" if gated else "wi"]["kernel"]
+        if "wi_0" in layer["mlp"]:
+            raise ValueError(
+                "the model has gates, and its parameters do not show of which kind (gated-gelu, "
+                "gated-silu, gated-relu): give a Hugging Face folder of the same model, whose "
+                "config.json says it (--like)"
+            )
+        wi = layer["mlp"]["wi"]["kernel"]
         vocab_size, emb_dim = np.shape(params["token_embedder"]["embedding"])
         return T5Config(
             vocab_size=vocab_size,
@@ -163,7 +169,7 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             num_decoder_layers=_layers(decoder),
             head_dim=np.shape(layer["attention"]["query"]["kernel"])[1] // heads,
             mlp_dim=np.shape(wi)[1],
-            mlp_activations=("gelu", "linear") if gated else ("relu",),
+            mlp_activations=("relu",),
             logits_via_embedding="logits_dense" not in decoder,
         )
     except KeyError as error:
