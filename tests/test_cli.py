@@ -156,6 +156,9 @@ def test_help_teaches(arguments, needed, capsys):
         (["demo", "--seeds", "0"], "'0' is not a whole number above 0"),
         (["demo", "--seeds", "x"], "'x' is not a whole number above 0"),
         (["demo", "--seeds", "0"], "(see t5patches demo --help)"),
+        (["edit", "--seed", "2147483648"], "'2147483648' is too large: 2147483647 is the most"),
+        (["annotate", "--seed", "-1"], "'-1' is not a whole number above -1"),
+        (["convert", "--step", "2147483648"], "is too large"),
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments, message, capsys):

@@ -233,7 +233,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
         assert not unfinished(place / "edited").exists()
         return capsys.readouterr().err
 
-    assert "config.json does not exist" in refused(model="nowhere")
+    assert "nowhere is no folder" in refused(model="nowhere")
     assert "No such file" in refused("--data", place / "nowhere.jsonl")
     assert "No such file" in refused("--templates", place / "nowhere.txt")
     spoil_data(place, "")
@@ -242,6 +242,14 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     message = refused()
     assert "line 1: got the fields ['inputs']" in message
     assert "line 2: not JSON" in message
+    (place / "bad.jsonl").write_text("[]")
+    message = refused("--data", place / "edits.jsonl", place / "bad.jsonl")
+    assert "edits.jsonl: 2 bad lines" in message
+    assert "bad.jsonl: 1 bad line" in message
+    for name, said in (("README.md", "is not UTF-8"), ("t5patches.json", "cannot be read")):
+        (place / "tiny" / name).write_bytes(b"caf\xe9")
+        assert f"{name} {said}" in refused()
+        (place / "tiny" / name).unlink()
     spoil_data(place, '{"inputs": "a cat", "outputs": "a dog", "spans": []}')
     assert "nothing is marked in any of 1 examples" in refused()
     spoil_data(place, '{"inputs": "a", "outputs": "", "tokens": [64, 1], "spans": []}')

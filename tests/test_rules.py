@@ -175,6 +175,30 @@ def test_bad_rules_are_told_with_line_key_and_reason(rules, text, message):
         rules(text)
 
 
+MODULES = {
+    # what stands in a module of the user's, and what is said of `call = "its_name:f"`
+    "syntax": ("def f(inputs, output:\n", r"cannot be imported: .* \(.*syntax.py, line 1\)"),
+    "import": ("import nowhere_x\n", "cannot be imported .No module named 'nowhere_x'"),
+    "raising": ("1 / 0\n", r"ZeroDivisionError: division by zero \(.*raising.py, line 1\)"),
+    "fails": (
+        "def f(inputs, output):\n    return {}['x']\n",
+        r"failed: KeyError: 'x' \(.*fails.py, line 2\)",
+    ),
+    "other_arguments": ("def f(text):\n    return []\n", "failed: TypeError: f.. takes 1"),
+    "nothing": ("def f(inputs, output):\n    pass\n", "returned None: a list of spans"),
+    "texts": ("def f(inputs, output):\n    return ['x']\n", "returned 'x': whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_tried_when_they_are_read(name, rules, tmp_path):
+    content, message = MODULES[name]
+    module = f"module_{name}"
+    (tmp_path / f"{module}.py").write_text(content)
+    with pytest.raises(ValueError, match=f"line 2, call: .*{message}"):
+        rules(f"[[rule]]\ncall = '{module}:f'")
+
+
 def test_all_bad_rules_are_told_at_once(rules):
     with pytest.raises(ValueError, match=r"2 bad rules\n  line 2, word: .*\n  line 4, pattern: "):
         rules("[[rule]]\nword = 1\n[[rule]]\npattern = '('")

@@ -116,7 +116,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         default=0,
         help="of what is drawn: samples, templates (default: 0)",
     )

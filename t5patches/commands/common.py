@@ -110,6 +110,21 @@ def count(text: str) -> int:
     return _whole(text, 0)
 
 
+def int31(text: str) -> int:
+    """A whole number that 32 bits with a sign hold, from 0, for `type=`: seeds and steps.
+
+    Args:
+        text: what was given.
+
+    Returns:
+        The number.
+    """
+    value = _whole(text, 0)
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large: {2**31 - 1} is the most")
+    return value
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         help="to T5X: the step to count from (default: 0; T5 1.1 was published at 1000000, and "
         "its fine-tuning configs count on from there)",
     )

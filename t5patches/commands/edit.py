@@ -114,7 +114,7 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--seed",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         default=0,
         help="of the order of the data, dropout and templates (default: 0)",
     )

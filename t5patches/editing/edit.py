@@ -50,6 +50,7 @@ from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from t5patches.runs.claims import claim, remove, require_space
+from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
@@ -194,7 +195,10 @@ def check(job: Job) -> Checked:
     tokenizer = load_tokenizer(job.model)
     check_tokenizer(tokenizer, config, job.model)
     _check_original(job)
-    sets = [_read(job, file, tokenizer, config) for file in job.data]
+    # Both are read again at the end, when it would be late.
+    read_rounds(job.model)
+    card_before_edits(job.model)
+    sets = _read_all(job, tokenizer, config)
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
@@ -230,9 +234,16 @@ def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rounds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove it or restore it") from error
+        rounds = list(json.loads(read_regular(path))["rounds"])
+        for round_ in rounds:  # what is read of one, here and in reports
+            _ = {**round_["job"]["model"]["sha256"], **round_["job"]["data"]}
+            _ = [round_["settings"][name] for name in ("objective", "alpha", "negatives")]
+            _ = [[*round_["history"][name]] for name in ("loss", "marked", "said")]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): remove it or restore it"
+        ) from error
+    return rounds
 
 
 def card_before_edits(folder: PathLike) -> str:
@@ -243,9 +254,15 @@ def card_before_edits(folder: PathLike) -> str:
 
     Returns:
         The card; empty where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
     """
     path = Path(folder) / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        text = read_regular(path).decode() if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
     return text.partition(_EDITED)[0].strip()
 
 
@@ -303,6 +320,19 @@ def _check_original(job: Job) -> None:
             f"back: give those files as data too ({', '.join(left_out)}), or leave the original "
             "out, and the model itself is kept close to"
         )
+
+
+def _read_all(job: Job, tokenizer: Tokenizer, config: T5Config) -> list[list[Example]]:
+    """The examples of each data file; what is wrong with any is told of all."""
+    sets, problems = [], []
+    for file in job.data:
+        try:
+            sets.append(_read(job, file, tokenizer, config))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return sets
 
 
 def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> list[Example]:

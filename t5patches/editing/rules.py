@@ -18,7 +18,8 @@ Each `[[rule]]` finds characters of an output in one of five ways:
     absent_from_source = true      # only what the input does not hold as whole words
 
     [[rule]]
-    call = "package.module:function"   # function(inputs, output) -> [(start, end), ...]
+    call = "package.module:function"   # function(inputs, output) -> [(start, end), ...]; it is
+                                       # tried on a sample first
 
 `absent_from_source` goes with every rule. `ignore_case` goes with words (default true), patterns
 (default false) and `absent_from_source` (default true).
@@ -35,6 +36,7 @@ import os
 import re
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,10 @@ def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[.
             f"{spec!r}: {module_name} cannot be imported ({error}); it is looked for where Python "
             f"looks and in {folder}"
         ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{spec!r}: {module_name} cannot be imported: {_failure(error)}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{spec!r}: {module_name} has no {name}")
@@ -300,7 +306,27 @@ def _names(table: Mapping[str, Any], folder: Path) -> Rule:
 
 
 def _call(table: Mapping[str, Any], folder: Path) -> Rule:
-    return load_callable(table["call"], folder)
+    function = load_callable(table["call"], folder)
+
+    def rule(inputs: str, output: str) -> Iterable[Span]:
+        try:
+            return function(inputs, output)
+        except Exception as error:
+            raise ValueError(f"{table['call']} failed: {_failure(error)}") from error
+
+    find_spans(rule, *_SAMPLE)
+    return rule
+
+
+_SAMPLE = ("This is an input.", "This is what a model said.")
+
+
+def _failure(error: Exception) -> str:
+    """An error in the code of a user, and where."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 _MAKERS: Mapping[str, Callable[[Mapping[str, Any], Path], Rule]] = {
