@@ -1,5 +1,6 @@
 """Rules from a TOML file: what they mark, and what is said of bad ones."""
 
+import signal
 import sys
 import types
 
@@ -142,6 +143,8 @@ TWO = '[[rule]]\nwords = ["x"]\n\n'
         (TWO + '[[rule]]\npattern = "x"\nwords = ["x"]', "line 6, words: .*has pattern and words"),
         (TWO + "[[rule]]\npattern = '('", r"line 5, pattern: '\(' is not a regular expression"),
         (TWO + "[[rule]]\ngroup = 2\npattern = 'x'", "line 6, pattern: 'x' has no group 2"),
+        (TWO + "[[rule]]\npattern = '\\s+'", r"line 5, pattern: '.*' matches white space alone"),
+        (TWO + "[[rule]]\npattern = '[^a-z]+'", "line 5, pattern: .* matches white space alone"),
         (TWO + '[[rule]]\nwords = ["x"]\ngroup = 1', "line 6, group: it does not go with words"),
         (TWO + "[[rule]]\nnames = 'all'", 'line 5, names: "capitalized" or "spacy" is needed'),
         (TWO + "[[rule]]\nnames = 'spacy'", "line 5, names: a model is needed beside it"),
@@ -197,6 +200,17 @@ def test_functions_are_tried_when_they_are_read(name, rules, tmp_path):
     (tmp_path / f"{module}.py").write_text(content)
     with pytest.raises(ValueError, match=f"line 2, call: .*{message}"):
         rules(f"[[rule]]\ncall = '{module}:f'")
+
+
+def test_a_pattern_that_goes_on_without_end_is_stopped_and_named(rules, monkeypatch):
+    monkeypatch.setattr("t5patches.editing.rules._SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    endless = rules("[[rule]]\nname = 'endless'\npattern = '(a+)+b'")
+    with pytest.raises(ValueError, match=r"rule 'endless': '\(a\+\)\+b' took longer than 0.1 s"):
+        endless("", "a" * 40)
+    assert found(endless, "aab") == ["aab"]
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_all_bad_rules_are_told_at_once(rules):

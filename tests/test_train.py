@@ -379,6 +379,12 @@ def test_arrays_must_fit_the_settings(tmp_path):
         again(tmp_path, arrays=to_arrays(examples(), negatives=3))
     with pytest.raises(ValueError, match="train on `corrected_examples`"):
         again(tmp_path, settings=dataclasses.replace(SETTINGS, objective="ce"))
+    for odd in (np.nan, np.inf, -np.inf):
+        arrays = to_arrays(examples())
+        arrays["decoder_loss_weights"][1, 2] = odd
+        message = r"decoder_loss_weights holds 1 that are not finite, the first at \[1, 2\]"
+        with pytest.raises(ValueError, match=message):
+            again(tmp_path, arrays=arrays)
     assert not any(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ Each `[[rule]]` finds characters of an output in one of five ways:
 
     [[rule]]
     name = "ages"                  # what the counts call it
-    pattern = 'aged (\d+)'         # Python's `re`
+    pattern = 'aged (\d+)'         # Python's `re`, with 5 seconds for an output
     group = 1                      # the part of the match to mark; default, all of it
     whole_words = true             # the match begins and ends with a word
 
@@ -34,7 +34,9 @@ import hashlib
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -285,8 +287,48 @@ def _pattern(table: Mapping[str, Any], folder: Path) -> Rule:
     # As it is in any case, so that what is wrong with it is said of what the user wrote.
     rule = pattern(expression, flags=flags, group=group)
     if table.get("whole_words"):
-        return pattern(whole_words(expression), flags=flags, group=group)
-    return rule
+        rule = pattern(whole_words(expression), flags=flags, group=group)
+    limited = _within(_SECONDS, rule, f"{expression!r}")
+    probe = " a b\n1 "
+    if any(not probe[start:end].strip() for start, end in limited("", probe)):
+        raise _Wrong(
+            "pattern",
+            f"{expression!r} matches white space alone, which is no token: let it match what "
+            "stands beside it too",
+        )
+    return limited
+
+
+def _within(seconds: float, rule: Rule, name: str) -> Rule:
+    """A rule that is given so long for an output: some patterns go back and forth without end."""
+
+    def late(number: int, frame: Any) -> None:
+        raise _Late
+
+    def limited(inputs: str, output: str) -> list[Span]:
+        if threading.current_thread() is not threading.main_thread():
+            return list(rule(inputs, output))  # signals reach the main thread alone
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            return list(rule(inputs, output))
+        except _Late:
+            raise ValueError(
+                f"{name} took longer than {seconds:g} s on {output!r}: a repetition within a "
+                "repetition, such as (a+)+, goes through its matches without end; write it plainer"
+            ) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+    return limited
+
+
+class _Late(Exception):  # noqa: N818 (never leaves this module)
+    """An output has taken too long."""
+
+
+_SECONDS = 5.0
 
 
 def _names(table: Mapping[str, Any], folder: Path) -> Rule:

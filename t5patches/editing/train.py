@@ -550,6 +550,12 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
             f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
             f"make them with to_arrays(examples, negatives={settings.negatives})"
         )
+    odd = np.argwhere(~np.isfinite(arrays["decoder_loss_weights"]))
+    if len(odd):
+        raise ValueError(
+            f"decoder_loss_weights holds {len(odd)} that are not finite, the first at "
+            f"{odd[0].tolist()}: 1 keeps a token, -1 pushes it down, 0 leaves it out"
+        )
     if settings.objective == "ce" and (arrays["decoder_loss_weights"] < 0).any():
         raise ValueError(
             "cross-entropy learns every token, and some are marked to be pushed down: train on "
