@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminated_as_by_exit():
             return options.module.run(options)
     except KeyboardInterrupt:
-        print("interrupted; repeat the command to go on", file=sys.stderr)
+        again = getattr(options.module, "AGAIN", "repeat the command to go on")
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
         code = _exit_code(error)

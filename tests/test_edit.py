@@ -166,6 +166,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
         spoil, restore = kill(module, name, when)
         spoil()
         assert run(place, "--resume") == 130
+        assert "repeat the command with --resume to go on" in capsys.readouterr().err
         restore()
         assert not (place / "edited").exists()
         assert unfinished(place / "edited").exists()

@@ -24,6 +24,8 @@ from typing import Any
 
 from t5patches.commands import common
 
+AGAIN = "nothing is kept"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches convert`.

@@ -27,6 +27,8 @@ from typing import Any
 
 from t5patches.commands import common
 
+AGAIN = "repeat the command with --resume to go on"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches edit`.
