@@ -182,7 +182,7 @@ def test_the_command_answers_scripts(folder, tmp_path, capsys):
     [
         ({"--inputs": "empty.txt"}, "empty.txt has no inputs: write one a line"),
         ({"--inputs": "absent.txt"}, "absent.txt"),
-        ({"--rules": "bad.toml"}, "bad.toml: 1 bad rules\n  line 2, word: there is no such key"),
+        ({"--rules": "bad.toml"}, "bad.toml: 1 bad rule\n  line 2, word: there is no such key"),
         ({"--model": "absent"}, "absent"),
         ({"--templates": "inputs.txt"}, "line 1: 'news 0' has no {inputs}"),
         ({"--samples": "3"}, "at temperature 0 all of them are the same"),

@@ -1,9 +1,12 @@
 """Which run a directory holds, the parts of it that are finished, folders that appear whole."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
+from t5patches.runs import claims
 from t5patches.runs.claims import Parts, claim, remove
 from t5patches.runs.files import whole_folder
 
@@ -81,6 +84,23 @@ def test_parts_whose_claim_is_lost_are_not_taken_over(tmp_path):
     assert Parts(tmp_path, {"model": 2}).get("a", lambda: 2) == 2
     (tmp_path / "a.json").write_text("[1]")  # of a version that did not say whose they are
     assert Parts(tmp_path, {"model": 2}).get("a", lambda: 3) == 3
+
+
+def test_one_process_works_in_a_directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    other = (
+        "import fcntl, os, sys; handle = os.open(sys.argv[1], os.O_RDONLY);"
+        "fcntl.flock(handle, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", other, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=r"another process is at work in .*run: wait"):
+            Parts(tmp_path / "run", {})
+        process.communicate(b"\n")
+    Parts(tmp_path / "run", {})
+    Parts(tmp_path / "run", {}).remove()  # by the same process, after an interruption
+    assert not claims._HELD.keys() & {tmp_path / "run"}
 
 
 def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):

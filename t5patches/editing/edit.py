@@ -49,7 +49,7 @@ from t5patches.model.t5.network import T5Config
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
-from t5patches.runs.claims import claim, remove, require_space
+from t5patches.runs.claims import claim, hold, remove, require_space
 from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
@@ -159,6 +159,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     console.print(checked.plan.text(), highlight=False, soft_wrap=True)
     _require_space(job, checked)
     described = _described(job)
+    hold(work)
     claim(work, described)
     edited = work / "edited"
     if not edited.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -44,6 +45,36 @@ def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         )
 
 
+def hold(directory: str | os.PathLike[str]) -> None:
+    """Keeps every other process out of a directory, until this one ends or removes it.
+
+    Args:
+        directory: of a run; made if absent.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = Path(directory).absolute()
+    if path in _HELD:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another process is at work in {directory}: wait until it has ended, or give another "
+            "output"
+        ) from None
+    except OSError:
+        pass  # a file system that has no locks
+    _HELD[path] = handle
+
+
+_HELD: dict[Path, int] = {}
+
+
 def remove(directory: str | os.PathLike[str]) -> None:
     """Removes a directory and all in it; what says whose it is goes last.
 
@@ -52,13 +83,15 @@ def remove(directory: str | os.PathLike[str]) -> None:
     Args:
         directory: of the run, or one that holds such directories.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     for path in sorted(directory.iterdir(), key=lambda path: path.name == _RUN):
         if path.is_dir() and not path.is_symlink():
             remove(path)
         else:
             path.unlink()
     directory.rmdir()
+    if directory in _HELD:
+        os.close(_HELD.pop(directory))
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
@@ -137,8 +170,9 @@ class Parts:
             run: see `claim`.
 
         Raises:
-            ValueError: the directory holds another run.
+            ValueError: the directory holds another run, or another process is at work in it.
         """
+        hold(directory)
         claim(directory, run)
         self._directory = Path(directory)
         self._run = json_fingerprint(run)
