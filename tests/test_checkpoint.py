@@ -209,6 +209,14 @@ def test_tensors_are_all_judged_at_once(folder):
         assert part in str(error.value)
 
 
+def test_many_problems_are_counted(folder):
+    source = folder("t5_1_0")
+    edit_config(source, d_model=17)
+    with pytest.raises(ValueError, match=r"; and \d+ more. The folder") as error:
+        load_checkpoint(source)
+    assert len(str(error.value)) < 3000
+
+
 def test_a_matrix_of_its_own_under_a_tied_config_is_refused(folder):
     source = folder("t5_1_1")
     edit_config(source, tie_word_embeddings=True)

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -362,14 +362,11 @@ def _names_in_index(index: Path) -> list[str]:
     if not isinstance(mapping, dict) or not mapping:
         raise ValueError(f"{index} has no weight_map: it lists each tensor's file.")
     # Anything else than a name would be read, and the edited weights written, somewhere else.
-    wrong = {
-        f"{name!r} (of {tensor})": None for tensor, name in mapping.items() if not _is_plain(name)
-    }
+    wrong = [f"{name!r} (of {tensor})" for tensor, name in mapping.items() if not _is_plain(name)]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"{index} names files that are not in its folder: {', '.join(list(wrong)[:5])}{more}. "
-            "A shard goes by its name alone, such as 'model-00001-of-00002.safetensors'."
+            f"{index} names files that are not in its folder: {_first(wrong, 5)}. A shard goes by "
+            "its name alone, such as 'model-00001-of-00002.safetensors'."
         )
     return sorted(set(mapping.values()))
 
@@ -423,7 +420,7 @@ def _check_headers(folder: Path, config: T5Config, stored: Mapping[str, _Stored]
             wrong.append(f"{name} holds {stored[name].dtype}; known are {', '.join(_DTYPES)}")
     if wrong:
         raise ValueError(
-            f"The weights in {folder} do not fit its config.json: {'; '.join(wrong)}. The folder "
+            f"The weights in {folder} do not fit its config.json: {_first(wrong)}. The folder "
             "must be of a T5, Flan-T5 or mT5 with its language model head."
         )
 
@@ -464,7 +461,12 @@ def _check_params(tensors: Mapping[str, _Tensor], flat: Mapping[tuple[str, ...],
         if path in flat and np.shape(flat[path]) != shape
     ]
     if wrong:
-        raise ValueError("params do not fit the config: " + "; ".join(wrong) + ".")
+        raise ValueError(f"params do not fit the config: {_first(wrong)}.")
+
+
+def _first(wrong: Sequence[str], most: int = 20) -> str:
+    more = [f"and {len(wrong) - most} more"] if len(wrong) > most else []
+    return "; ".join([*wrong[:most], *more])
 
 
 def _stored_as(name: str, value: Any, dtype: str) -> np.ndarray:
