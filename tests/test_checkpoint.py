@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from t5patches.model import huggingface
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
 
 SIZES = {
@@ -67,16 +68,16 @@ def moved(params):
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_the_config_says_the_same_in_t5xs_words(name):
-    config, params, _ = t5_folders.load(name)
-    assert config == CONFIGS[name]
+    model, params, _ = t5_folders.load(name)
+    assert model == T5(CONFIGS[name])
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     original, out = t5_folders.DATA / name, tmp_path / "deep" / "out"
-    save_checkpoint(out, config, params, like=original)
+    save_checkpoint(out, model, params, like=original)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in original.iterdir())
     for file in original.iterdir():
         if file.suffix != ".safetensors":
@@ -91,11 +92,11 @@ def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_an_edited_model_comes_back_and_so_do_all_names_of_its_embedding(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     params = moved(params)
-    save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / name)
-    got_config, got = load_checkpoint(tmp_path / "out")
-    assert got_config == config
+    save_checkpoint(tmp_path / "out", model, params, like=t5_folders.DATA / name)
+    got_model, got = load_checkpoint(tmp_path / "out")
+    assert got_model == model
     # The folder of mT5 holds bfloat16: half of its spacing, 2**-9 relative.
     rounding = 2**-8 if name == "mt5" else 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rounding), got, params)
@@ -103,15 +104,15 @@ def test_an_edited_model_comes_back_and_so_do_all_names_of_its_embedding(name, t
 
 @pytest.mark.parametrize("name", ["t5_1_1", "t5_1_0"])
 def test_a_model_from_nowhere_is_written_whole(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
-    save_checkpoint(tmp_path / "out", config, params)
-    got_config, got = load_checkpoint(tmp_path / "out")
-    assert got_config == config
+    model, params, _ = t5_folders.load(name)
+    save_checkpoint(tmp_path / "out", model, params)
+    got_model, got = load_checkpoint(tmp_path / "out")
+    assert got_model == model
     jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
 def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_1")
+    model, params, _ = t5_folders.load("t5_1_1")
     source = folder("t5_1_1")
     for name in ("spiece.model", "tokenizer.json", "README.md"):
         (source / name).write_text(name)
@@ -119,7 +120,7 @@ def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
     for name in (*stale, "flax_model.msgpack", "other.safetensors"):
         (source / name).write_text(name)
     (source / "onnx").mkdir()
-    save_checkpoint(tmp_path / "out", config, params, like=source)
+    save_checkpoint(tmp_path / "out", model, params, like=source)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("config.json", "generation_config.json", "expected.npz", "model.safetensors"),
         *("spiece.model", "tokenizer.json", "README.md"),
@@ -127,12 +128,12 @@ def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
 
 
 def test_a_tensor_that_no_version_uses_is_carried_along(folder, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     source = folder("t5_1_0")
     unused = np.arange(96, dtype=np.float32).reshape(32, 3)
     edit_tensors(source, **{UNUSED: unused})
     load_checkpoint(source)
-    save_checkpoint(tmp_path / "out", config, params, like=source)
+    save_checkpoint(tmp_path / "out", model, params, like=source)
     np.testing.assert_array_equal(tensors(tmp_path / "out")[UNUSED], unused)
 
 
@@ -156,14 +157,13 @@ def test_the_embedding_may_go_by_another_name(folder):
 def test_both_generations_of_config_files_are_understood(folder, name, changes, tied):
     source = folder(name)
     edit_config(source, **changes)
-    assert load_checkpoint(source)[0].logits_via_embedding is tied
+    assert load_checkpoint(source)[0].config.logits_via_embedding is tied
 
 
 def test_config_values_are_all_judged_at_once(folder):
     source = folder("t5_1_1")
     edit_config(
         source,
-        model_type="umt5",
         feed_forward_proj="gated-swish",
         d_ff=0,
         d_kv="6",
@@ -176,7 +176,6 @@ def test_config_values_are_all_judged_at_once(folder):
     with pytest.raises(ValueError, match="describes a model that cannot be read") as error:
         load_checkpoint(source)
     for part in (
-        'model_type is \'umt5\'; known are "t5" and "mt5"',
         "d_ff is 0; a positive whole number is needed",
         "d_kv is '6'",
         "relative_attention_num_buckets is 64; only 32 is known",
@@ -187,6 +186,9 @@ def test_config_values_are_all_judged_at_once(folder):
         "dropout_rate is 1",
     ):
         assert part in str(error.value)
+    edit_config(source, model_type="umt5")
+    with pytest.raises(ValueError, match='model_type is \'umt5\'; known are "t5" and "mt5"'):
+        load_checkpoint(source)
 
 
 def test_tensors_are_all_judged_at_once(folder):
@@ -254,12 +256,12 @@ def test_spoilt_shards(folder):
 
 
 def test_params_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     norm = {"scale": np.ones(5, np.float32)}
     wrong = {**params, "encoder": {**params["encoder"], "encoder_norm": norm}, "extra": norm}
     del wrong["token_embedder"]
     with pytest.raises(ValueError, match="params do not fit the config") as error:
-        save_checkpoint(tmp_path / "out", config, wrong)
+        save_checkpoint(tmp_path / "out", model, wrong)
     for part in (
         "token_embedder/embedding is missing",
         "encoder/encoder_norm/scale has shape (5,), the config says (16,)",
@@ -270,27 +272,27 @@ def test_params_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     with pytest.raises(ValueError, match="exists: nothing is overwritten"):
-        save_checkpoint(tmp_path, config, params)
+        save_checkpoint(tmp_path, model, params)
 
 
 def test_a_folder_of_another_model_is_no_template(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     with pytest.raises(ValueError, match=r"The model is T5Config.*the folder"):
-        save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / "mt5")
+        save_checkpoint(tmp_path / "out", model, params, like=t5_folders.DATA / "mt5")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_value_too_large_for_its_type_is_told(folder, tmp_path):
     source = folder("t5_1_0")
     edit_tensors(source, **{k: x.astype(np.float16) for k, x in tensors(source).items()})
-    config, params = load_checkpoint(source)
+    model, params = load_checkpoint(source)
     params["decoder"]["decoder_norm"]["scale"] = np.full(16, 1e6, np.float32)
     with pytest.raises(
         ValueError, match=r"decoder.final_layer_norm.weight holds 1e\+06, more than"
     ):
-        save_checkpoint(tmp_path / "out", config, params, like=source)
+        save_checkpoint(tmp_path / "out", model, params, like=source)
     assert not (tmp_path / "out").exists()
 
 
@@ -299,10 +301,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     monkeypatch.setattr(huggingface.os, "fsync", fail)
     with pytest.raises(type(error)):
-        save_checkpoint(tmp_path / "out", config, params)
+        save_checkpoint(tmp_path / "out", model, params)
     assert not list(tmp_path.iterdir())
 
 
@@ -397,8 +399,8 @@ def test_links_within_a_folder_and_those_of_a_download_are_its_own(folder, tmp_p
     for i, file in enumerate(source.iterdir()):
         shutil.copy(file, tmp_path / "hub" / "blobs" / str(i))
         (revision / file.name).symlink_to(f"../../blobs/{i}")
-    config, params = load_checkpoint(revision)
-    save_checkpoint(tmp_path / "out", config, params, like=revision)
+    model, params = load_checkpoint(revision)
+    save_checkpoint(tmp_path / "out", model, params, like=revision)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out")[1], params)
     (source / SHARD).rename(source / "x")
@@ -407,12 +409,12 @@ def test_links_within_a_folder_and_those_of_a_download_are_its_own(folder, tmp_p
 
 
 def test_what_a_folder_links_to_is_not_copied_from_elsewhere(folder, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     source = folder("t5_1_0")
     (tmp_path / "secret").write_text("a key")
     (source / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"README.md is a link to .*secret, outside its folder"):
-        save_checkpoint(tmp_path / "out", config, params, like=source)
+        save_checkpoint(tmp_path / "out", model, params, like=source)
     assert not (tmp_path / "out").exists()
 
 
@@ -431,12 +433,12 @@ def test_weights_that_are_not_finite_are_refused(value, dtype, folder):
 
 @pytest.mark.parametrize("like", [None, "t5_1_0"])
 def test_what_is_written_is_read_back_before_it_counts(like, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     params = moved(params)
     params["decoder"]["decoder_norm"]["scale"] = np.full(16, np.nan, np.float32)
     like = None if like is None else t5_folders.DATA / like
     with pytest.raises(ValueError, match=r"out is not written.*decoder.final_layer_norm.weight"):
-        save_checkpoint(tmp_path / "out", config, params, like=like)
+        save_checkpoint(tmp_path / "out", model, params, like=like)
     assert not list(tmp_path.iterdir())
 
 

@@ -41,16 +41,16 @@ def test_there_and_back_is_the_same_folder(name, tmp_path, capsys):
 
 
 def test_sizes_are_read_off_the_parameters(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
-    assert infer_config(params) == config
+    model, params, _ = t5_folders.load("t5_1_0")
+    assert infer_config(params) == model.config
     save_t5x(tmp_path / "t5x", params)
     (tmp_path / "some.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
     checkpoint = tmp_path / "t5x" / "checkpoint_0"
     tokenizer = ("--tokenizer", tmp_path / "some.model")
     assert run("--model", checkpoint, "--output", tmp_path / "new", *tokenizer, "--quiet") == 0
-    model = load_model(tmp_path / "new")
-    assert model.config == config
-    equal(model.params, params)
+    found = load_model(tmp_path / "new")
+    assert found.model == model
+    equal(found.params, params)
 
 
 def with_gates(folder, gates):
@@ -69,8 +69,8 @@ def test_gates_come_back_as_they_were_and_are_not_guessed(tmp_path, capsys):
     tokenizer = ("--tokenizer", folder / "spiece.model", "--quiet")
     for model in (t5x, t5x / "checkpoint_0"):
         assert run("--model", model, "--output", back, *tokenizer) == 0
-        config, params = load_checkpoint(back)
-        assert config == load_checkpoint(folder)[0]
+        found, params = load_checkpoint(back)
+        assert found == load_checkpoint(folder)[0]
         equal(params, load_checkpoint(folder)[1])
         shutil.rmtree(back)
     other = with_gates(tmp_path / "other", "gated-gelu")

@@ -288,14 +288,11 @@ def test_arrays_hold_what_the_losses_need():
     arrays = to_arrays(examples)
     first = examples[0].output_ids
     n = len(first)
-    assert arrays["decoder_target_tokens"][0, :n].tolist() == list(first)
-    assert arrays["decoder_input_tokens"][0, : n + 1].tolist() == [0, *first]
-    assert arrays["decoder_loss_weights"][0, :n].tolist() == [
-        -1 if m else 1 for m in examples[0].marked
-    ]
-    assert not arrays["decoder_loss_weights"][0, n:].any()
-    assert arrays["decoder_loss_weights"][1].all()
-    assert arrays["encoder_input_tokens"][1].tolist()[:2] == [*tokenizer().encode("x").ids][:2]
+    assert arrays["outputs"][0, :n].tolist() == list(first)
+    assert arrays["weights"][0, :n].tolist() == [-1 if m else 1 for m in examples[0].marked]
+    assert not arrays["weights"][0, n:].any()
+    assert arrays["weights"][1].all()
+    assert arrays["inputs"][1].tolist()[:2] == [*tokenizer().encode("x").ids][:2]
     assert {a.dtype for a in arrays.values()} == {np.dtype("int32"), np.dtype("float32")}
     assert "edit_ids" not in arrays
 

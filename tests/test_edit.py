@@ -21,7 +21,6 @@ from t5patches.editing.edit import Job, check, read_rounds, unfinished
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.t5.network import Transformer
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.runs import claims
 
@@ -43,8 +42,7 @@ TINY = editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4)
 
 @functools.cache
 def tiny_params():
-    ids = np.ones((1, 2), np.int32)
-    return Transformer(TINY).init(jax.random.key(0), ids, ids, ids, enable_dropout=False)["params"]
+    return TINY.init(jax.random.key(0))
 
 
 @pytest.fixture
@@ -358,7 +356,7 @@ def test_sets_mixtures_and_templates_reach_the_arrays(place):
     assert checked.settings.negatives == 4
     assert checked.arrays["edit_ids"].shape[0] == 5
     assert 0.5 < (checked.order == 4).mean() < 1
-    assert tokenizer.decode(checked.arrays["encoder_input_tokens"][0]).text == "on a mat a cat sat"
+    assert tokenizer.decode(checked.arrays["inputs"][0]).text == "on a mat a cat sat"
 
 
 def test_data_files_of_one_name_are_told_apart(tmp_path):

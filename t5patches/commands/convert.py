@@ -77,9 +77,9 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
     from t5patches.model.t5x_format import save_t5x
     from t5patches.runs.files import write_file
 
-    config, params = load_checkpoint(options.model)
+    model, params = load_checkpoint(options.model)
     record = Path(options.output) / _RECORD
-    if (record / "config.json").exists() and read_config(record) != config:
+    if (record / "config.json").exists() and read_config(record) != model:
         raise ValueError(
             f"{options.output} holds checkpoints of another model, by {record / 'config.json'}: "
             "give another --output"
@@ -87,12 +87,12 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
     output = save_t5x(options.output, params, options.step or 0)
     record.mkdir(exist_ok=True)
     write_file(record / "config.json", (Path(options.model) / "config.json").read_bytes())
-    return _result(output, config, params, options.step or 0)
+    return _result(output, model, params, options.step or 0)
 
 
 def _to_folder(options: argparse.Namespace) -> dict[str, Any]:
     from t5patches.model.huggingface import inspect_checkpoint, read_config, save_checkpoint
-    from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x
+    from t5patches.model.t5x_format import find_t5x, infer_model, load_t5x
     from t5patches.model.tokenizer import SentencePieceTokenizer
 
     if options.like is not None and options.tokenizer is not None:
@@ -102,22 +102,22 @@ def _to_folder(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = load_t5x(options.model)
     record = find_t5x(options.model).parent / _RECORD
     if like is not None:
-        config = like
+        model = like
     elif (record / "config.json").exists():
-        config = read_config(record)
+        model = read_config(record)
     else:
-        config = infer_config(checkpoint.params)
+        model = infer_model(checkpoint.params)
     files: dict[str, str | bytes] = {}
     without: tuple[str, ...] = ()
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, config, options.tokenizer)
+        _check_tokenizer(tokenizer, model.config, options.tokenizer)
         files["spiece.model"] = Path(options.tokenizer).read_bytes()
     if like is not None:
         files, without = _card_of_another(options.like, checkpoint.params)
     save_checkpoint(
-        options.output, config, checkpoint.params, like=options.like, files=files, without=without
+        options.output, model, checkpoint.params, like=options.like, files=files, without=without
     )
-    return _result(options.output, config, checkpoint.params, checkpoint.step)
+    return _result(options.output, model, checkpoint.params, checkpoint.step)
 
 
 _RECORD = "t5patches"
@@ -154,9 +154,9 @@ def _card_of_another(like: str, params: Any) -> tuple[dict[str, str | bytes], tu
     return ({CARD: f"{card}\n"} if card else {}), (RECORD, CARD)
 
 
-def _result(output: Any, config: Any, params: Any, step: int) -> dict[str, Any]:
+def _result(output: Any, model: Any, params: Any, step: int) -> dict[str, Any]:
     import jax
 
     count = sum(x.size for x in jax.tree.leaves(params))
-    sizes = {name: str(value) for name, value in vars(config).items()}
+    sizes = {name: str(value) for name, value in vars(model.config).items()}
     return {"output": str(output), "parameters": count, "step": step, "sizes": sizes}

@@ -338,7 +338,7 @@ def to_arrays(
 
     Args:
         examples: N of them.
-        pad_id: fills the ends; the decoder's first input too.
+        pad_id: fills the ends.
         negatives: 0 pushes down the token that was said and nothing else. With K > 0 a marked
             position gets a set of at most K ids: the token that was said, then the first of
             its `negatives`.
@@ -346,8 +346,8 @@ def to_arrays(
         output_length: L; default: the longest output.
 
     Returns:
-        `encoder_input_tokens` [N, S]; `decoder_input_tokens` and `decoder_target_tokens`
-        [N, L], int32; `decoder_loss_weights` [N, L], float32: 1 kept, -1 pushed down, 0 padding.
+        `inputs` [N, S] and `outputs` [N, L], int32; `weights` [N, L], float32: 1 kept, -1 pushed
+        down, 0 padding.
         With `negatives`, also `edit_ids` [N, L, K], int32, -1 for none, and `edit_factors`
         [N, L, K], float32: 0, as these ids are to lose all of their mass.
 
@@ -356,19 +356,14 @@ def to_arrays(
     """
     if not examples:
         raise ValueError("there are no examples: at least one is needed")
-    encoder = pad_rows([e.input_ids for e in examples], pad_id, input_length)
-    targets = pad_rows([e.output_ids for e in examples], pad_id, output_length)
-    weights = np.zeros(targets.shape, np.float32)
+    inputs = pad_rows([e.input_ids for e in examples], pad_id, input_length)
+    outputs = pad_rows([e.output_ids for e in examples], pad_id, output_length)
+    weights = np.zeros(outputs.shape, np.float32)
     for row, example in zip(weights, examples, strict=True):
         row[: len(example.marked)] = np.where(example.marked, -1, 1)
-    arrays = {
-        "encoder_input_tokens": encoder,
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)), constant_values=pad_id)[:, :-1],
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": weights,
-    }
+    arrays = {"inputs": inputs, "outputs": outputs, "weights": weights}
     if negatives:
-        arrays["edit_ids"] = _edit_ids(examples, targets.shape, negatives)
+        arrays["edit_ids"] = _edit_ids(examples, outputs.shape, negatives)
         arrays["edit_factors"] = np.zeros(arrays["edit_ids"].shape, np.float32)
     return arrays
 

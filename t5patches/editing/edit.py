@@ -45,7 +45,7 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.t5.network import T5Config
+from t5patches.model.protocol import LanguageModel
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
@@ -111,7 +111,7 @@ class Checked:
     """A job of which all is known to be right but the weights, and the memory it will take.
 
     Attributes:
-        config: of the model, as it is trained.
+        model: as it is trained.
         arrays: the data.
         order: which rows come when; None for one file.
         settings: with the size of the sets.
@@ -121,7 +121,7 @@ class Checked:
         counts: examples, tokens that count, and marked ones.
     """
 
-    config: T5Config
+    model: LanguageModel
     arrays: Batch
     order: np.ndarray | None
     settings: TrainSettings
@@ -169,7 +169,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[CARD] = _card(job, record)
-        save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
+        save_checkpoint(edited, checked.model, trained.params, like=job.model, files=files)
     output.parent.mkdir(parents=True, exist_ok=True)
     edited.rename(output)
     remove(work)
@@ -190,21 +190,20 @@ def check(job: Job) -> Checked:
     """
     if not 0 <= job.dropout < 1:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
-    config = dataclasses.replace(
-        inspect_checkpoint(job.model), dropout_rate=job.dropout, dtype=_dtype(job.dtype)
-    )
+    model = inspect_checkpoint(job.model)
+    model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype))
     tokenizer = load_tokenizer(job.model)
-    check_tokenizer(tokenizer, config, job.model)
+    check_tokenizer(tokenizer, model.config, job.model)
     _check_original(job)
     # Both are read again at the end, when it would be late.
     read_rounds(job.model)
     card_before_edits(job.model)
-    sets = _read_all(job, tokenizer, config)
+    sets = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
-    arrays = to_arrays(examples, negatives=settings.negatives)
+    arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
     counts = _counts(arrays)
     if settings.objective != "ce" and not counts["marked"]:
         raise ValueError(
@@ -213,10 +212,10 @@ def check(job: Job) -> Checked:
         )
     order = _order(job, settings, [len(part) for part in sets])
     mesh = _mesh(job)
-    step = Step(config, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
+    step = Step(model, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
-    return Checked(config, arrays, order, settings, mesh, step, plan, counts)
+    return Checked(model, arrays, order, settings, mesh, step, plan, counts)
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -303,10 +302,10 @@ def _check_original(job: Job) -> None:
     if job.original is None:
         return
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
-    if dataclasses.replace(there, dropout_rate=here.dropout_rate) != here:
+    if there.replace(dropout_rate=here.config.dropout_rate) != here:
         raise ValueError(
-            f"the original in {job.original} is {there} and the model in {job.model} {here}: the "
-            "original must be of the same sizes"
+            f"the original in {job.original} is {there.config} and the model in {job.model} "
+            f"{here.config}: the original must be of the same sizes"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
@@ -323,12 +322,12 @@ def _check_original(job: Job) -> None:
         )
 
 
-def _read_all(job: Job, tokenizer: Tokenizer, config: T5Config) -> list[list[Example]]:
+def _read_all(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[list[Example]]:
     """The examples of each data file; what is wrong with any is told of all."""
     sets, problems = [], []
     for file in job.data:
         try:
-            sets.append(_read(job, file, tokenizer, config))
+            sets.append(_read(job, file, tokenizer, vocab_size))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -336,7 +335,7 @@ def _read_all(job: Job, tokenizer: Tokenizer, config: T5Config) -> list[list[Exa
     return sets
 
 
-def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> list[Example]:
+def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
     examples = read_examples(
         file,
         tokenizer,
@@ -344,10 +343,10 @@ def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> l
         max_output_length=job.max_output_length,
     )
     for number, example in enumerate(examples, start=1):
-        if max(example.output_ids) >= config.vocab_size:
+        if max(example.output_ids) >= vocab_size:
             raise ValueError(
                 f"{file}: example {number} has the token {max(example.output_ids)} and the model "
-                f"{config.vocab_size} ids: was the file made with another model?"
+                f"{vocab_size} ids: was the file made with another model?"
             )
     if job.templates is None:
         return examples
@@ -383,7 +382,7 @@ def _mesh(job: Job) -> Mesh | None:
 
 
 def _counts(arrays: Batch) -> dict[str, int]:
-    weights = arrays["decoder_loss_weights"]
+    weights = arrays["weights"]
     return {
         "examples": len(weights),
         "tokens": int((weights != 0).sum()),
@@ -410,7 +409,7 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             original = placed if original is params else _placed(checked, original)
             params = placed
         return finished_run(directory, params) or train(
-            checked.config,
+            checked.model,
             params,
             checked.arrays,
             checked.settings,
@@ -438,7 +437,7 @@ def _cached(
     task = progress.add_task("original model, once", total=None, note="")
     return cache_teacher(
         job.cache_teacher,
-        checked.config,
+        checked.model,
         original,
         checked.arrays,
         batch_size=checked.settings.batch_size,

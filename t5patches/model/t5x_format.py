@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import serialization, traverse_util
 
+from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
 from t5patches.runs.claims import writing
 from t5patches.runs.files import whole_folder
@@ -177,6 +178,11 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             f"the checkpoint has no {error} where a T5 has it; its trees are {sorted(params)}. "
             "Models with scanned layers or other blocks are not converted"
         ) from error
+
+
+def infer_model(params: Mapping[str, Any]) -> T5:
+    """The T5 of a checkpoint's parameters; see `infer_config`."""
+    return T5(infer_config(params))
 
 
 def _layers(side: Mapping[str, Any]) -> int:
