@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
         if limits and len(made) == limits[0]:
             del limits[0]
             raise KeyboardInterrupt
-        made.append(options.get("first", "rollouts"))
+        made.append(options["numbers"].tolist() if "numbers" in options else "rollouts")
         return real(*arguments, **options)
 
     monkeypatch.setattr(annotate_module, "generate", generate)
@@ -86,8 +86,8 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
     assert collect(*given, tmp_path / "edits.jsonl", SETTINGS) == whole
     assert (tmp_path / "edits.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     # What an earlier run made was not made again.
-    assert made[:3] == [0, 4, "rollouts"]
-    assert set(made[2:]) == {"rollouts"}
+    assert made[:3] == [[0, 1, 2, 3], [4, 5, 6], "rollouts"]
+    assert made[2:] == ["rollouts"] * len(made[2:])
 
 
 def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):

@@ -132,7 +132,8 @@ class TeacherCache:
         Raises:
             ValueError: an example is not there: the cache is of other data.
         """
-        out = np.zeros((*np.shape(batch["decoder_target_tokens"]), self.width), self.dtype)
+        target = batch["outputs" if "outputs" in batch else "decoder_target_tokens"]
+        out = np.zeros((*np.shape(target), self.width), self.dtype)
         found = [(s, self._find(s)) for s in _segments(batch, self._pad_id)]
         # All reads are under way before the first is waited for.
         reads = [self._states[a:b].read() for _, (a, b) in found]
