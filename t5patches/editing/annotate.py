@@ -402,7 +402,9 @@ def expand_negatives(
     task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
     negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
     for start in range(0, len(places), size):
-        for number, position, ids in keep(f"rollouts-by-length-{start}", functools.partial(try_out, start)):
+        for number, position, ids in keep(
+            f"rollouts-by-length-{start}", functools.partial(try_out, start)
+        ):
             negatives[number][position] = tuple(ids)
         if progress and task is not None:
             progress.update(task, completed=min(start + size, len(places)) * count)
