@@ -27,11 +27,11 @@ from bench import common
 from t5patches.editing.data import make_example, with_end, write_examples
 from t5patches.editing.demo_task import make_pairs, places_not_in_source
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.placement import param_shapes
+from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
 from t5patches.model.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
-SMALL = T5Config(**common.T5_1_1["small"])
+SMALL = T5(T5Config(**common.T5_1_1["small"]))
 STEPS, BATCH, INPUT_LENGTH, OUTPUT_LENGTH = 20, 8, 128, 64
 # What the table calls them, and what `--implementation` does.
 LOSSES = {"fused": "xla", "dense": "reference"}
@@ -47,7 +47,7 @@ def write_model(folder: pathlib.Path) -> SentencePieceTokenizer:
         spread = 1.0 if path[-1] == "embedding" else shape[0] ** -0.5
         return spread * random.standard_normal(shape, np.float32)
 
-    shapes = traverse_util.flatten_dict(param_shapes(SMALL))
+    shapes = traverse_util.flatten_dict(SMALL.param_shapes())
     params = {path: initial(path, x.shape) for path, x in shapes.items()}
     texts = [text for pair in make_pairs(2000, seed=0) for text in pair]
     save_checkpoint(

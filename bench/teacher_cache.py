@@ -24,45 +24,44 @@ from rich.table import Table
 
 from bench import common
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, update
-from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.protocol import LanguageModel
+from t5patches.model.t5.model import T5
+from t5patches.model.t5.network import T5Config
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 LENGTH = 64
 ROWS = 8
-SIZES = {size: T5Config(**common.T5_1_1[size]) for size in ("small", "base")}
+SIZES = {size: T5(T5Config(**common.T5_1_1[size])) for size in ("small", "base")}
 VARIANTS = {"plain": ("ce", None), "live": ("tnrf", None), "cached": ("tnrf", "float32")}
 
 
 def data(seed: int = 0) -> dict[str, np.ndarray]:
     """Random examples, one token in sixteen of TNRF's pushed down."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, common.VOCABULARIES["T5"], (3, ROWS, LENGTH)).astype(np.int32)
+    tokens = rng.integers(2, common.VOCABULARIES["T5"], (2, ROWS, LENGTH)).astype(np.int32)
     weights = np.where(np.arange(ROWS * LENGTH) % 16 == 0, -1.0, 1.0)
     return {
-        "encoder_input_tokens": tokens[0],
-        "decoder_input_tokens": tokens[1],
-        "decoder_target_tokens": tokens[2],
-        "decoder_loss_weights": weights.reshape(ROWS, LENGTH).astype(np.float32),
+        "inputs": tokens[0],
+        "outputs": tokens[1],
+        "weights": weights.reshape(ROWS, LENGTH).astype(np.float32),
     }
 
 
-def step_of(model: T5Config, variant: str) -> tuple[Step, dict[str, np.ndarray]]:
+def step_of(model: LanguageModel, variant: str) -> tuple[Step, dict[str, np.ndarray]]:
     """The compiled update of a variant and its data."""
     objective, cached = VARIANTS[variant]
     arrays = data()
     if objective == "ce":
-        arrays["decoder_loss_weights"] = np.abs(arrays["decoder_loss_weights"])
+        arrays["weights"] = np.abs(arrays["weights"])
     settings = TrainSettings(objective=objective, batch_size=ROWS, implementation="xla")
     return Step(model, settings, arrays, cached=cached), arrays
 
 
-def on_this_machine(model: T5Config, rounds: int) -> dict[str, Any]:
+def on_this_machine(model: LanguageModel, rounds: int) -> dict[str, Any]:
     """Milliseconds of each variant's update."""
-    ids = np.ones((1, 1), np.int32)
-    init = jax.jit(functools.partial(Transformer(model).init, enable_dropout=False))
-    params = init(jax.random.key(0), ids, ids, ids)["params"]
+    params = jax.jit(model.init)(jax.random.key(0))
     with tempfile.TemporaryDirectory() as directory:
         teacher = cache_teacher(directory, model, params, data(), batch_size=ROWS, dtype="float32")
         calls = {name: _advancing(model, name, params, teacher) for name in VARIANTS}
@@ -70,7 +69,7 @@ def on_this_machine(model: T5Config, rounds: int) -> dict[str, Any]:
 
 
 def _advancing(
-    model: T5Config, variant: str, params: Any, teacher: TeacherCache
+    model: LanguageModel, variant: str, params: Any, teacher: TeacherCache
 ) -> Callable[[], jax.Array]:
     step, arrays = step_of(model, variant)
     original, state = step.place_original(params), [step.start(params)]
@@ -85,7 +84,7 @@ def _advancing(
     return call
 
 
-def static(model: T5Config, chip: str) -> dict[str, float]:
+def static(model: LanguageModel, chip: str) -> dict[str, float]:
     """Operations of each variant's update, by the TPU compiler."""
     from tpu_topology import compile_for
 
@@ -100,14 +99,14 @@ def static(model: T5Config, chip: str) -> dict[str, float]:
     return found
 
 
-def _passed_over(model: T5Config, variant: str) -> int:
+def _passed_over(model: LanguageModel, variant: str) -> int:
     """Operations that are compiled and counted, and run only where tokens' cotangents differ.
 
     Those of a mean over tokens do not, so the head's gradient is not made again (`autodiff`): the
     logits of each model that has a head there, and the product with the hidden states.
     """
     products = 2 if variant == "plain" else 3
-    return products * 2 * ROWS * LENGTH * model.emb_dim * model.vocab_size
+    return products * 2 * ROWS * LENGTH * model.config.emb_dim * model.config.vocab_size
 
 
 def shown(row: dict[str, Any], variant: str) -> list[str]:

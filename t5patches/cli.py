@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.metadata
 import inspect
+import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from t5patches import commands
 from t5patches.commands import common
@@ -28,10 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name need not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.module.run(options)
+        with _terminated_as_by_exit():
+            return options.module.run(options)
     except KeyboardInterrupt:
-        print("interrupted; repeat the command to go on", file=sys.stderr)
+        again = getattr(options.module, "AGAIN", "repeat the command to go on")
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
         code = _exit_code(error)
@@ -41,13 +52,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+@contextlib.contextmanager
+def _terminated_as_by_exit() -> Iterator[None]:
+    """What is half written is removed on SIGTERM too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("t5patches")
+    except importlib.metadata.PackageNotFoundError:
+        return "t5patches, of a checkout that is not installed"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="t5patches",
         description="Stop a T5 from saying what it must not, and change nothing else.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_version())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in commands.NAMES:
         module = importlib.import_module(f"t5patches.commands.{name}")
@@ -86,6 +125,9 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}"
     return str(error) or f"{type(error).__name__}, with no more said"
 
 

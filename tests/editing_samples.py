@@ -4,12 +4,12 @@ import functools
 import io
 
 import jax
-import numpy as np
 import sentencepiece
 
 from t5patches.editing.data import Example, make_example, with_end
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.t5.model import T5
+from t5patches.model.t5.network import T5Config
 from t5patches.model.tokenizer import SentencePieceTokenizer
 
 TEXTS = [
@@ -47,7 +47,7 @@ def example(inputs: str, output: str, *unwanted: str) -> Example:
     )
 
 
-def tiny_model(**changes) -> T5Config:
+def tiny_model(**changes) -> T5:
     sizes = {
         "vocab_size": tokenizer().vocab_size,
         "emb_dim": 16,
@@ -59,15 +59,18 @@ def tiny_model(**changes) -> T5Config:
         "mlp_activations": ("gelu", "linear"),
         "dropout_rate": 0.0,
     }
-    return T5Config(**sizes | changes)
+    return T5(T5Config(**sizes | changes))
 
 
 @functools.cache
 def tiny_params(seed: int = 0, **changes):
     """Parameters of `tiny_model`, the same for every dropout rate; untied logits included."""
-    ids = np.ones((1, 2), np.int32)
-    init = jax.jit(functools.partial(Transformer(tiny_model(**changes)).init, enable_dropout=False))
-    return init(jax.random.key(seed), ids, ids, ids)["params"]
+    return jax.jit(tiny_model(**changes).init)(jax.random.key(seed))
+
+
+def logits(model, params, batch):
+    """Of given outputs, as the dense losses take them."""
+    return model.head(params).logits(model.hidden(params, batch))
 
 
 def model_folder(path, seed: int = 0, **changes):

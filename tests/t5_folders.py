@@ -16,10 +16,10 @@ NAMES = ("t5_1_1", "t5_1_0", "mt5")
 
 @functools.cache
 def load(name):
-    """Config, parameters, and what the original library computed."""
-    config, params = load_checkpoint(DATA / name)
+    """Model, parameters, and what the original library computed."""
+    model, params = load_checkpoint(DATA / name)
     with np.load(DATA / name / "expected.npz") as expected:
-        return config, params, dict(expected)
+        return model, params, dict(expected)
 
 
 def shift_right(targets):

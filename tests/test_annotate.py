@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from editing_samples import example, tiny_model, tiny_params, tokenizer
+from editing_samples import example, logits, tiny_model, tiny_params, tokenizer
 
 from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import (
@@ -20,7 +20,6 @@ from t5patches.editing.annotate import (
     word_list,
 )
 from t5patches.editing.data import pad_rows, to_arrays, token_mask
-from t5patches.model.forward import forward
 from t5patches.model.generate import generate
 
 
@@ -129,13 +128,13 @@ def expanded():
 
 def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded):
     rule, examples, found = expanded
-    logits = np.asarray(forward(tiny_model(), tiny_params(), to_arrays(examples)))
+    scores = np.asarray(logits(tiny_model(), tiny_params(), to_arrays(examples)))
     places = [(i, p) for i, e in enumerate(examples) for p in np.flatnonzero(e.marked)]
     assert len(places) > 4
     tried = []
     for number, position in places:
         e = examples[number]
-        order = np.argsort(-logits[number, position], kind="stable").tolist()
+        order = np.argsort(-scores[number, position], kind="stable").tolist()
         likely = [i for i in order if i not in (0, 1, e.output_ids[position])][:6]
         tried += [(number, position, i) for i in likely]
     rows = generate(
@@ -162,7 +161,7 @@ def test_rows_of_the_model_that_are_no_token_are_not_tried():
     wide = tiny_model(vocab_size=340)
     args = (tiny_params(vocab_size=340), to_arrays([example("x", "in Paris", "Paris")]), wide)
     every, known = (
-        np.asarray(annotate_module._likeliest_others(*args, (0, 1), size, 320))
+        np.asarray(annotate_module._likeliest_others(*args, size, 320))
         for size in (340, tokenizer().vocab_size)
     )
     assert every.max() >= tokenizer().vocab_size

@@ -1,9 +1,11 @@
 """Folders in the original library's format: what is read, what is written, what is refused."""
 
 import json
+import os
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import t5_folders
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from t5patches.model import huggingface
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
 
 SIZES = {
@@ -65,16 +68,16 @@ def moved(params):
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_the_config_says_the_same_in_t5xs_words(name):
-    config, params, _ = t5_folders.load(name)
-    assert config == CONFIGS[name]
+    model, params, _ = t5_folders.load(name)
+    assert model == T5(CONFIGS[name])
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     original, out = t5_folders.DATA / name, tmp_path / "deep" / "out"
-    save_checkpoint(out, config, params, like=original)
+    save_checkpoint(out, model, params, like=original)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in original.iterdir())
     for file in original.iterdir():
         if file.suffix != ".safetensors":
@@ -89,11 +92,11 @@ def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_an_edited_model_comes_back_and_so_do_all_names_of_its_embedding(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     params = moved(params)
-    save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / name)
-    got_config, got = load_checkpoint(tmp_path / "out")
-    assert got_config == config
+    save_checkpoint(tmp_path / "out", model, params, like=t5_folders.DATA / name)
+    got_model, got = load_checkpoint(tmp_path / "out")
+    assert got_model == model
     # The folder of mT5 holds bfloat16: half of its spacing, 2**-9 relative.
     rounding = 2**-8 if name == "mt5" else 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rounding), got, params)
@@ -101,15 +104,15 @@ def test_an_edited_model_comes_back_and_so_do_all_names_of_its_embedding(name, t
 
 @pytest.mark.parametrize("name", ["t5_1_1", "t5_1_0"])
 def test_a_model_from_nowhere_is_written_whole(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
-    save_checkpoint(tmp_path / "out", config, params)
-    got_config, got = load_checkpoint(tmp_path / "out")
-    assert got_config == config
+    model, params, _ = t5_folders.load(name)
+    save_checkpoint(tmp_path / "out", model, params)
+    got_model, got = load_checkpoint(tmp_path / "out")
+    assert got_model == model
     jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
 def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_1")
+    model, params, _ = t5_folders.load("t5_1_1")
     source = folder("t5_1_1")
     for name in ("spiece.model", "tokenizer.json", "README.md"):
         (source / name).write_text(name)
@@ -117,7 +120,7 @@ def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
     for name in (*stale, "flax_model.msgpack", "other.safetensors"):
         (source / name).write_text(name)
     (source / "onnx").mkdir()
-    save_checkpoint(tmp_path / "out", config, params, like=source)
+    save_checkpoint(tmp_path / "out", model, params, like=source)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("config.json", "generation_config.json", "expected.npz", "model.safetensors"),
         *("spiece.model", "tokenizer.json", "README.md"),
@@ -125,12 +128,12 @@ def test_tokenizers_are_copied_and_stale_weights_are_not(folder, tmp_path):
 
 
 def test_a_tensor_that_no_version_uses_is_carried_along(folder, tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     source = folder("t5_1_0")
     unused = np.arange(96, dtype=np.float32).reshape(32, 3)
     edit_tensors(source, **{UNUSED: unused})
     load_checkpoint(source)
-    save_checkpoint(tmp_path / "out", config, params, like=source)
+    save_checkpoint(tmp_path / "out", model, params, like=source)
     np.testing.assert_array_equal(tensors(tmp_path / "out")[UNUSED], unused)
 
 
@@ -154,14 +157,13 @@ def test_the_embedding_may_go_by_another_name(folder):
 def test_both_generations_of_config_files_are_understood(folder, name, changes, tied):
     source = folder(name)
     edit_config(source, **changes)
-    assert load_checkpoint(source)[0].logits_via_embedding is tied
+    assert load_checkpoint(source)[0].config.logits_via_embedding is tied
 
 
 def test_config_values_are_all_judged_at_once(folder):
     source = folder("t5_1_1")
     edit_config(
         source,
-        model_type="umt5",
         feed_forward_proj="gated-swish",
         d_ff=0,
         d_kv="6",
@@ -174,7 +176,6 @@ def test_config_values_are_all_judged_at_once(folder):
     with pytest.raises(ValueError, match="describes a model that cannot be read") as error:
         load_checkpoint(source)
     for part in (
-        'model_type is \'umt5\'; known are "t5" and "mt5"',
         "d_ff is 0; a positive whole number is needed",
         "d_kv is '6'",
         "relative_attention_num_buckets is 64; only 32 is known",
@@ -185,6 +186,9 @@ def test_config_values_are_all_judged_at_once(folder):
         "dropout_rate is 1",
     ):
         assert part in str(error.value)
+    edit_config(source, model_type="umt5")
+    with pytest.raises(ValueError, match='model_type is \'umt5\'; known are "t5" and "mt5"'):
+        load_checkpoint(source)
 
 
 def test_tensors_are_all_judged_at_once(folder):
@@ -205,6 +209,14 @@ def test_tensors_are_all_judged_at_once(folder):
         "lm_head.weight holds I8; known are F32, F16, BF16",
     ):
         assert part in str(error.value)
+
+
+def test_many_problems_are_counted(folder):
+    source = folder("t5_1_0")
+    edit_config(source, d_model=17)
+    with pytest.raises(ValueError, match=r"; and \d+ more. The folder") as error:
+        load_checkpoint(source)
+    assert len(str(error.value)) < 3000
 
 
 def test_a_matrix_of_its_own_under_a_tied_config_is_refused(folder):
@@ -244,12 +256,12 @@ def test_spoilt_shards(folder):
 
 
 def test_params_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     norm = {"scale": np.ones(5, np.float32)}
     wrong = {**params, "encoder": {**params["encoder"], "encoder_norm": norm}, "extra": norm}
     del wrong["token_embedder"]
     with pytest.raises(ValueError, match="params do not fit the config") as error:
-        save_checkpoint(tmp_path / "out", config, wrong)
+        save_checkpoint(tmp_path / "out", model, wrong)
     for part in (
         "token_embedder/embedding is missing",
         "encoder/encoder_norm/scale has shape (5,), the config says (16,)",
@@ -260,27 +272,27 @@ def test_params_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     with pytest.raises(ValueError, match="exists: nothing is overwritten"):
-        save_checkpoint(tmp_path, config, params)
+        save_checkpoint(tmp_path, model, params)
 
 
 def test_a_folder_of_another_model_is_no_template(tmp_path):
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     with pytest.raises(ValueError, match=r"The model is T5Config.*the folder"):
-        save_checkpoint(tmp_path / "out", config, params, like=t5_folders.DATA / "mt5")
+        save_checkpoint(tmp_path / "out", model, params, like=t5_folders.DATA / "mt5")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_value_too_large_for_its_type_is_told(folder, tmp_path):
     source = folder("t5_1_0")
     edit_tensors(source, **{k: x.astype(np.float16) for k, x in tensors(source).items()})
-    config, params = load_checkpoint(source)
+    model, params = load_checkpoint(source)
     params["decoder"]["decoder_norm"]["scale"] = np.full(16, 1e6, np.float32)
     with pytest.raises(
         ValueError, match=r"decoder.final_layer_norm.weight holds 1e\+06, more than"
     ):
-        save_checkpoint(tmp_path / "out", config, params, like=source)
+        save_checkpoint(tmp_path / "out", model, params, like=source)
     assert not (tmp_path / "out").exists()
 
 
@@ -289,8 +301,178 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    config, params, _ = t5_folders.load("t5_1_0")
+    model, params, _ = t5_folders.load("t5_1_0")
     monkeypatch.setattr(huggingface.os, "fsync", fail)
     with pytest.raises(type(error)):
-        save_checkpoint(tmp_path / "out", config, params)
+        save_checkpoint(tmp_path / "out", model, params)
     assert not list(tmp_path.iterdir())
+
+
+# What a folder may hold that is not the model's own.
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+def move(name):
+    """Moves a shard to where the index then says it is, as it would be found."""
+
+    def spoil(folder):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / SHARD).rename(target)
+        return name
+
+    return spoil
+
+
+def link_out(folder):
+    (folder / SHARD).rename(folder.parent / "elsewhere")
+    (folder / SHARD).symlink_to(folder.parent / "elsewhere")
+    return SHARD
+
+
+def pipe(folder):
+    (folder / SHARD).unlink()
+    os.mkfifo(folder / SHARD)
+    return SHARD
+
+
+def make_folder(folder):
+    (folder / SHARD).unlink()
+    (folder / SHARD).mkdir()
+    return SHARD
+
+
+def twice(folder):
+    """A tensor is in both shards."""
+    extra = "model-00003-of-00003.safetensors"
+    shutil.copy(folder / SHARD, folder / extra)
+    index = folder / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["again"] = extra
+    index.write_text(json.dumps(found))
+    return SHARD
+
+
+SHARDS = {
+    # what the index says of the second shard (or makes it say), and what is said of that
+    "a folder below": (move("shards/x.safetensors"), "names files that are not in its folder: 'sh"),
+    "a folder beside": (move("../x.safetensors"), r"in its folder: '\.\./x.safetensors' \("),
+    "absolute": (lambda folder: str(folder / SHARD), "names files that are not in its folder: '/"),
+    "by way of itself": (lambda folder: f"./{SHARD}", r"not in its folder: '\./model"),
+    "the folder": (lambda folder: ".", r"not in its folder: '\.' \("),
+    "above": (lambda folder: "..", r"not in its folder: '\.\.' \("),
+    "nothing": (lambda folder: "", "not in its folder: '' "),
+    "null": (lambda folder: None, r"not in its folder: None \("),
+    "a number": (lambda folder: 2, r"not in its folder: 2 \("),
+    "a list": (lambda folder: [SHARD], r"not in its folder: \['model"),
+    "zero bytes": (lambda folder: f"{SHARD}\0", "not in its folder: 'model"),
+    "a link out": (link_out, "is a link to .*elsewhere, outside its folder"),
+    "a pipe": (pipe, "is no file but a pipe"),
+    "a directory": (make_folder, "is no file but a folder"),
+    "a tensor twice": (twice, "is in model-00002-of-00002.safetensors and in model-00003"),
+}
+
+
+def name_second_shard(folder, name):
+    index = folder / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    names = {k: name if v == SHARD else v for k, v in found["weight_map"].items()}
+    index.write_text(json.dumps(found | {"weight_map": names}))
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_weights_that_are_not_the_folders_own_are_refused(case, folder):
+    source = folder("mt5")
+    spoil, message = SHARDS[case]
+    name_second_shard(source, spoil(source))
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(source)
+    assert len(str(error.value)) < 1000
+
+
+def test_links_within_a_folder_and_those_of_a_download_are_its_own(folder, tmp_path):
+    source = folder("mt5")
+    revision = tmp_path / "hub" / "snapshots" / "f00"
+    revision.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs").mkdir()
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, tmp_path / "hub" / "blobs" / str(i))
+        (revision / file.name).symlink_to(f"../../blobs/{i}")
+    model, params = load_checkpoint(revision)
+    save_checkpoint(tmp_path / "out", model, params, like=revision)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out")[1], params)
+    (source / SHARD).rename(source / "x")
+    (source / SHARD).symlink_to("x")
+    load_checkpoint(source)
+
+
+def test_what_a_folder_links_to_is_not_copied_from_elsewhere(folder, tmp_path):
+    model, params, _ = t5_folders.load("t5_1_0")
+    source = folder("t5_1_0")
+    (tmp_path / "secret").write_text("a key")
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"README.md is a link to .*secret, outside its folder"):
+        save_checkpoint(tmp_path / "out", model, params, like=source)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_refused(value, dtype, folder):
+    source = folder("t5_1_0")
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    spoilt = tensors(source)[name].astype(dtype)
+    spoilt[2, 3] = value
+    edit_tensors(source, **{name: spoilt})
+    message = rf"{name} in .*model.safetensors holds 1 of 384 numbers that are not finite"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(source)
+
+
+@pytest.mark.parametrize("like", [None, "t5_1_0"])
+def test_what_is_written_is_read_back_before_it_counts(like, tmp_path):
+    model, params, _ = t5_folders.load("t5_1_0")
+    params = moved(params)
+    params["decoder"]["decoder_norm"]["scale"] = np.full(16, np.nan, np.float32)
+    like = None if like is None else t5_folders.DATA / like
+    with pytest.raises(ValueError, match=r"out is not written.*decoder.final_layer_norm.weight"):
+        save_checkpoint(tmp_path / "out", model, params, like=like)
+    assert not list(tmp_path.iterdir())
+
+
+CONFIGS_SPOILT = {
+    "an activation in a list": (
+        {"feed_forward_proj": ["relu"]},
+        r"feed_forward_proj is \['relu'\]",
+    ),
+    "an activation in an object": ({"feed_forward_proj": {}}, "feed_forward_proj is {}"),
+    "no activation": ({"feed_forward_proj": None}, "feed_forward_proj is None"),
+    "layers without end": ({"num_layers": 10**7}, "speaks of 10000003 layers, and the weights"),
+    "a kind in a list": ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
+    "a dropout that is none": ({"dropout_rate": float("nan")}, "dropout_rate is nan"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS_SPOILT)
+def test_spoilt_settings_are_told_in_a_line(case, folder):
+    source = folder("t5_1_0")
+    changes, message = CONFIGS_SPOILT[case]
+    edit_config(source, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, "\ud83d", '{"a": ' + "9" * 5000 + "}", None])
+def test_config_files_that_are_none_are_told(content, tmp_path):
+    path = tmp_path / "config.json"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"config.json cannot be read: "):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        load_checkpoint(tmp_path / "nowhere")

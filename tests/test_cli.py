@@ -3,13 +3,18 @@
 import doctest
 import functools
 import importlib
+import importlib.metadata
 import json
+import os
+import pathlib
+import signal
 import subprocess
 import sys
 
 import jax
 import pytest
 
+import t5patches
 from t5patches import cli
 from t5patches.commands import demo as demo_command
 from t5patches.editing import demo
@@ -27,6 +32,7 @@ from t5patches.editing.rules import read_rules
 from t5patches.editing.train import finished_run
 from t5patches.model.folder import load_model
 from t5patches.model.tokenizer import SentencePieceTokenizer
+from t5patches.runs.files import whole_folder
 from t5patches.runs.fingerprints import fingerprint
 
 TINY = {
@@ -149,11 +155,25 @@ def test_help_teaches(arguments, needed, capsys):
         (["dem"], "invalid choice"),
         (["demo", "--seeds", "0"], "'0' is not a whole number above 0"),
         (["demo", "--seeds", "x"], "'x' is not a whole number above 0"),
+        (["demo", "--seeds", "0"], "(see t5patches demo --help)"),
+        (["edit", "--seed", "2147483648"], "'2147483648' is too large: 2147483647 is the most"),
+        (["annotate", "--seed", "-1"], "'-1' is not a whole number above -1"),
+        (["convert", "--step", "2147483648"], "is too large"),
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments, message, capsys):
     assert run(*arguments) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1  # no usage, which hides the error
+
+
+def test_the_version_is_told(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() in (
+        importlib.metadata.version("t5patches"),
+        "t5patches, of a checkout that is not installed",
+    )
 
 
 def test_help_does_not_wait_for_jax():
@@ -176,41 +196,24 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-EDITING = (
-    "annotate",
-    "checkpoint",
-    "collect",
-    "data",
-    "demo",
-    "demo_task",
-    "devices",
-    "edit",
-    "evaluate",
-    "forward",
-    "generate",
-    "mixing",
-    "model",
-    "plan",
-    "report",
-    "rounds",
-    "rules",
-    "runs",
-    "t5x_checkpoint",
-    "templates",
-    "tokenizer",
-    "tokenizer_files",
-    "train",
-)
+LIBRARY = [
+    f"t5patches.{room}.{path.stem}"
+    for room in ("editing", "model", "model.t5", "runs")
+    for path in sorted(
+        pathlib.Path(t5patches.__file__).parent.joinpath(*room.split(".")).glob("*.py")
+    )
+    if path.stem != "__init__"
+]
 
 
-@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("name", LIBRARY)
 def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"t5patches.editing.{name}")
+    module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 
 
 def test_editing_needs_neither_t5x_nor_tensorflow_nor_torch():
-    code = NOT_INSTALLED + "".join(f"import t5patches.editing.{name}\n" for name in EDITING)
+    code = NOT_INSTALLED + "".join(f"import {name}\n" for name in LIBRARY)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -254,8 +257,9 @@ def test_broken_summaries_are_not_well_formed():
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "[Errno 2] No such file: 'x'"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError("in words"), 1, "in words"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "x: No such file"),
         (MemoryError(), 1, "MemoryError, with no more said"),
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "RESOURCE_EXHAUSTED: 3 GB"),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
@@ -283,3 +287,31 @@ def test_an_error_of_ours_is_traced(monkeypatch):
 def test_the_exit_code_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(demo_command, "run", lambda options: options.seeds)
     assert run("demo", "--seeds", "7") == 7
+
+
+def test_terminated_it_cleans_up_behind_itself(monkeypatch, tmp_path):
+    def terminate(options):
+        with whole_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(demo_command, "run", terminate)
+    assert run("demo") == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_name_that_is_no_utf8_is_told_all_the_same():
+    code = (
+        "import os, sys; from t5patches import cli; from t5patches.commands import common, demo\n"
+        "name = os.fsdecode(b'a\\xff')\n"
+        "demo.run = lambda o: common.print_result(o, {'output': name}, name) or 0\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "demo"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    for more, said in (([], "a\\udcff\n"), (["--json"], '{"output": "a\\udcff"}\n')):
+        done = subprocess.run(
+            command + more, capture_output=True, text=True, check=True, env=environment
+        )
+        assert done.stdout == said

@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
         if limits and len(made) == limits[0]:
             del limits[0]
             raise KeyboardInterrupt
-        made.append(options.get("first", "rollouts"))
+        made.append(options["numbers"].tolist() if "numbers" in options else "rollouts")
         return real(*arguments, **options)
 
     monkeypatch.setattr(annotate_module, "generate", generate)
@@ -86,8 +86,8 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
     assert collect(*given, tmp_path / "edits.jsonl", SETTINGS) == whole
     assert (tmp_path / "edits.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     # What an earlier run made was not made again.
-    assert made[:3] == [0, 4, "rollouts"]
-    assert set(made[2:]) == {"rollouts"}
+    assert made[:3] == [[0, 1, 2, 3], [4, 5, 6], "rollouts"]
+    assert made[2:] == ["rollouts"] * len(made[2:])
 
 
 def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_the_command_answers_scripts(folder, tmp_path, capsys):
     [
         ({"--inputs": "empty.txt"}, "empty.txt has no inputs: write one a line"),
         ({"--inputs": "absent.txt"}, "absent.txt"),
-        ({"--rules": "bad.toml"}, "bad.toml: 1 bad rules\n  line 2, word: there is no such key"),
+        ({"--rules": "bad.toml"}, "bad.toml: 1 bad rule\n  line 2, word: there is no such key"),
         ({"--model": "absent"}, "absent"),
         ({"--templates": "inputs.txt"}, "line 1: 'news 0' has no {inputs}"),
         ({"--samples": "3"}, "at temperature 0 all of them are the same"),

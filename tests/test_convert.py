@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from t5patches import cli
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint
-from t5patches.model.t5.network import T5Config
 from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x, save_t5x
 from t5patches.model.tokenizer import train_sentencepiece
 
@@ -41,18 +40,83 @@ def test_there_and_back_is_the_same_folder(name, tmp_path, capsys):
         equal(load_file(tmp_path / "back" / file.name), load_file(file))
 
 
-@pytest.mark.parametrize("name", t5_folders.NAMES)
-def test_sizes_are_read_off_the_parameters(name, tmp_path):
-    config, params, _ = t5_folders.load(name)
-    assert infer_config(params) == config
+def test_sizes_are_read_off_the_parameters(tmp_path):
+    model, params, _ = t5_folders.load("t5_1_0")
+    assert infer_config(params) == model.config
     save_t5x(tmp_path / "t5x", params)
     (tmp_path / "some.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
     checkpoint = tmp_path / "t5x" / "checkpoint_0"
     tokenizer = ("--tokenizer", tmp_path / "some.model")
     assert run("--model", checkpoint, "--output", tmp_path / "new", *tokenizer, "--quiet") == 0
-    model = load_model(tmp_path / "new")
-    assert model.config == config
-    equal(model.params, params)
+    found = load_model(tmp_path / "new")
+    assert found.model == model
+    equal(found.params, params)
+
+
+def with_gates(folder, gates):
+    """A copy of a folder with a tokenizer, and other gates."""
+    shutil.copytree(t5_folders.DATA / "t5_1_1", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"feed_forward_proj": gates}))
+    (folder / "spiece.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
+    return folder
+
+
+def test_gates_come_back_as_they_were_and_are_not_guessed(tmp_path, capsys):
+    folder, t5x = with_gates(tmp_path / "there", "gated-silu"), tmp_path / "t5x"
+    back = tmp_path / "back"
+    assert run("--model", folder, "--output", t5x, "--quiet") == 0
+    tokenizer = ("--tokenizer", folder / "spiece.model", "--quiet")
+    for model in (t5x, t5x / "checkpoint_0"):
+        assert run("--model", model, "--output", back, *tokenizer) == 0
+        found, params = load_checkpoint(back)
+        assert found == load_checkpoint(folder)[0]
+        equal(params, load_checkpoint(folder)[1])
+        shutil.rmtree(back)
+    other = with_gates(tmp_path / "other", "gated-gelu")
+    assert run("--model", other, "--output", t5x, "--step", 1) == 2
+    assert "holds checkpoints of another model" in capsys.readouterr().err
+    shutil.rmtree(t5x / "t5patches")  # as T5X's own have none
+    assert run("--model", t5x, "--output", back, *tokenizer) == 2
+    assert "the model has gates, and its parameters do not show" in capsys.readouterr().err
+    assert not back.exists()
+
+
+def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):
+    like, t5x = with_gates(tmp_path / "like", "gated-gelu"), tmp_path / "t5x"
+    (like / "t5patches.json").write_text('{"rounds": []}')
+    card = "# A T5\n\nIn English.\n\n## Edited with targeted negative training\n\nRemoved: names.\n"
+    (like / "README.md").write_text(card)
+    params = load_checkpoint(like)[1]
+    save_t5x(t5x, params)
+    save_t5x(t5x, jax.tree.map(lambda x: x + np.float32(1), params), 1)
+    for step, edited in ((0, True), (1, False)):
+        out = tmp_path / f"out-{step}"
+        checkpoint = t5x / f"checkpoint_{step}"
+        assert run("--model", checkpoint, "--like", like, "--output", out, "--quiet") == 0
+        assert (out / "t5patches.json").exists() is edited
+        assert (out / "README.md").read_text() == (card if edited else "# A T5\n\nIn English.\n")
+        assert (out / "spiece.model").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "pieces", "message"),
+    [
+        (16, 20, "the tokenizer has 20 ids and the model's embedding 16 rows"),
+        (400, 20, "the tokenizer has 20 ids and the model's embedding 400 rows"),
+        (128, 20, None),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(rows, pieces, message, tmp_path, capsys):
+    params = t5_folders.load("t5_1_0")[1]
+    params = params | {"token_embedder": {"embedding": np.zeros((rows, 16), np.float32)}}
+    save_t5x(tmp_path / "t5x", params)
+    (tmp_path / "x.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, pieces))
+    given = ("--model", tmp_path / "t5x", "--tokenizer", tmp_path / "x.model", "--quiet")
+    assert run(*given, "--output", tmp_path / "out") == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def write_first_format(directory, params, *, driver, version=3, names="kvstore"):
@@ -170,4 +234,5 @@ def test_what_is_none_is_told(tmp_path, capsys):
 def test_trees_of_other_models_are_refused():
     with pytest.raises(ValueError, match=r"has no 'layers_0' where a T5 has it; its trees are"):
         infer_config({"decoder": {}, "encoder": {"scan": {}}})
-    assert isinstance(infer_config(load_checkpoint(t5_folders.DATA / "mt5")[1]), T5Config)
+    with pytest.raises(ValueError, match=r"the model has gates.*\(--like\)"):
+        infer_config(load_checkpoint(t5_folders.DATA / "mt5")[1])

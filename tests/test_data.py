@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from t5patches.editing import data
 from t5patches.editing.data import (
     Example,
+    Source,
     batch_indices,
     corrected_examples,
     make_example,
     pad_rows,
     read_examples,
+    read_inputs,
     to_arrays,
     token_mask,
     with_end,
     write_examples,
 )
+from t5patches.editing.templates import read_templates
 from t5patches.model.tokenizer import SentencePieceTokenizer
 from t5patches.runs.files import write_file
 
@@ -180,6 +183,10 @@ GOOD = {"inputs": "x", "outputs": "in Paris", "spans": [[3, 8]]}
 BAD_LINES = {
     "{": "not JSON (Expecting property name enclosed in double quotes at column 2)",
     "[1]": "a JSON object is needed, got list",
+    "[" * 99_999: "not JSON that can be read: brackets within brackets too deep",
+    '{"inputs": "x", "outputs": "in Rome", "spans": [], "inputs": "y"}': "'inputs' is there twice",
+    '{"inputs": "x", "outputs": "in Paris", "spans": [[3, 8]], "edits": [{"position": 1, '
+    '"ids": [5], "ids": [6]}]}': "'ids' is there twice: which of the two is meant?",
     json.dumps({"inputs": "x"}): "got the fields ['inputs']; needed are",
     json.dumps(GOOD | {"span": []}): "got the fields ['inputs', 'outputs', 'span', 'spans']",
     json.dumps(GOOD | {"inputs": " "}): "'inputs' must be a text that is not empty, got ' '",
@@ -212,17 +219,35 @@ def test_a_bad_line_is_named_by_number_and_reason(tmp_path, line):
     path = write_lines(tmp_path / "x.jsonl", GOOD, "", line)
     with pytest.raises(ValueError, match=re.escape(BAD_LINES[line])) as error:
         read_examples(path, tokenizer())
-    assert "1 bad lines" in str(error.value)
+    assert "x.jsonl: 1 bad line\n" in str(error.value)
     assert "line 3:" in str(error.value)
 
 
-def test_all_bad_lines_are_named(tmp_path):
+def test_the_first_bad_lines_are_named_and_all_of_them_counted(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", *BAD_LINES, GOOD)
     with pytest.raises(ValueError, match=f"{len(BAD_LINES)} bad lines") as error:
         read_examples(path, tokenizer())
-    for number, reason in enumerate(BAD_LINES.values(), start=1):
+    named = dict(enumerate(list(BAD_LINES.values())[:20], start=1))
+    for number, reason in named.items():
         assert f"line {number}: " in str(error.value)
         assert reason in str(error.value)
+    assert str(error.value).endswith(f"\n  and {len(BAD_LINES) - 20} more")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "x.txt").write_bytes(mark + b"a fire\n" + mark + b"a flood\n")  # two files, joined
+    assert read_inputs(tmp_path / "x.txt") == [Source("a fire"), Source("a flood")]
+    (tmp_path / "x.jsonl").write_bytes(mark + b'{"inputs": "a fire"}\n')
+    assert read_inputs(tmp_path / "x.jsonl") == [Source("a fire")]
+    (tmp_path / "t.txt").write_bytes(mark + b"{inputs} TL;DR")
+    assert read_templates(tmp_path / "t.txt") == ("{inputs} TL;DR",)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.Jsonl"])
+def test_json_lines_are_known_by_the_name_of_their_file(tmp_path, name):
+    path = write_lines(tmp_path / name, {"inputs": "a fire"})
+    assert read_inputs(path) == [Source("a fire")]
 
 
 def test_lines_that_are_not_utf8_are_named(tmp_path):
@@ -263,14 +288,11 @@ def test_arrays_hold_what_the_losses_need():
     arrays = to_arrays(examples)
     first = examples[0].output_ids
     n = len(first)
-    assert arrays["decoder_target_tokens"][0, :n].tolist() == list(first)
-    assert arrays["decoder_input_tokens"][0, : n + 1].tolist() == [0, *first]
-    assert arrays["decoder_loss_weights"][0, :n].tolist() == [
-        -1 if m else 1 for m in examples[0].marked
-    ]
-    assert not arrays["decoder_loss_weights"][0, n:].any()
-    assert arrays["decoder_loss_weights"][1].all()
-    assert arrays["encoder_input_tokens"][1].tolist()[:2] == [*tokenizer().encode("x").ids][:2]
+    assert arrays["outputs"][0, :n].tolist() == list(first)
+    assert arrays["weights"][0, :n].tolist() == [-1 if m else 1 for m in examples[0].marked]
+    assert not arrays["weights"][0, n:].any()
+    assert arrays["weights"][1].all()
+    assert arrays["inputs"][1].tolist()[:2] == [*tokenizer().encode("x").ids][:2]
     assert {a.dtype for a in arrays.values()} == {np.dtype("int32"), np.dtype("float32")}
     assert "edit_ids" not in arrays
 

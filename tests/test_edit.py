@@ -21,7 +21,6 @@ from t5patches.editing.edit import Job, check, read_rounds, unfinished
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.t5.network import Transformer
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.runs import claims
 
@@ -43,8 +42,7 @@ TINY = editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4)
 
 @functools.cache
 def tiny_params():
-    ids = np.ones((1, 2), np.int32)
-    return Transformer(TINY).init(jax.random.key(0), ids, ids, ids, enable_dropout=False)["params"]
+    return TINY.init(jax.random.key(0))
 
 
 @pytest.fixture
@@ -166,6 +164,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
         spoil, restore = kill(module, name, when)
         spoil()
         assert run(place, "--resume") == 130
+        assert "repeat the command with --resume to go on" in capsys.readouterr().err
         restore()
         assert not (place / "edited").exists()
         assert unfinished(place / "edited").exists()
@@ -173,7 +172,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
     assert "holds an unfinished edit: go on with it (--resume)" in capsys.readouterr().err
     assert run(place, "--resume", "--alpha", "2") == 2
     assert "alpha (1.0 there, 2.0 asked for)" in capsys.readouterr().err
-    spoil, restore = kill(edit_module.shutil, "rmtree")  # renamed, not cleaned up
+    spoil, restore = kill(edit_module, "remove")  # renamed, not cleaned up
     spoil()
     assert run(place, "--resume") == 130
     restore()
@@ -233,7 +232,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
         assert not unfinished(place / "edited").exists()
         return capsys.readouterr().err
 
-    assert "config.json does not exist" in refused(model="nowhere")
+    assert "nowhere is no folder" in refused(model="nowhere")
     assert "No such file" in refused("--data", place / "nowhere.jsonl")
     assert "No such file" in refused("--templates", place / "nowhere.txt")
     spoil_data(place, "")
@@ -242,6 +241,14 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     message = refused()
     assert "line 1: got the fields ['inputs']" in message
     assert "line 2: not JSON" in message
+    (place / "bad.jsonl").write_text("[]")
+    message = refused("--data", place / "edits.jsonl", place / "bad.jsonl")
+    assert "edits.jsonl: 2 bad lines" in message
+    assert "bad.jsonl: 1 bad line" in message
+    for name, said in (("README.md", "is not UTF-8"), ("t5patches.json", "cannot be read")):
+        (place / "tiny" / name).write_bytes(b"caf\xe9")
+        assert f"{name} {said}" in refused()
+        (place / "tiny" / name).unlink()
     spoil_data(place, '{"inputs": "a cat", "outputs": "a dog", "spans": []}')
     assert "nothing is marked in any of 1 examples" in refused()
     spoil_data(place, '{"inputs": "a", "outputs": "", "tokens": [64, 1], "spans": []}')
@@ -349,7 +356,7 @@ def test_sets_mixtures_and_templates_reach_the_arrays(place):
     assert checked.settings.negatives == 4
     assert checked.arrays["edit_ids"].shape[0] == 5
     assert 0.5 < (checked.order == 4).mean() < 1
-    assert tokenizer.decode(checked.arrays["encoder_input_tokens"][0]).text == "on a mat a cat sat"
+    assert tokenizer.decode(checked.arrays["inputs"][0]).text == "on a mat a cat sat"
 
 
 def test_data_files_of_one_name_are_told_apart(tmp_path):

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from editing_samples import example, tiny_model, tiny_params, tokenizer
+from editing_samples import example, logits, tiny_model, tiny_params, tokenizer
 
 from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.data import to_arrays
@@ -25,7 +25,6 @@ from t5patches.editing.evaluate import (
     similarity,
     worst_of_several,
 )
-from t5patches.model.forward import forward
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -131,11 +130,11 @@ def test_divergence_is_the_mean_over_kept_tokens():
     params, original = tiny_params(0), tiny_params(1)
     arrays = to_arrays(BEFORE)
     log_p, log_q = (
-        np.asarray(jax.nn.log_softmax(forward(tiny_model(), tree, arrays)), np.float64)
+        np.asarray(jax.nn.log_softmax(logits(tiny_model(), tree, arrays)), np.float64)
         for tree in (params, original)
     )
     kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
-    kept = arrays["decoder_loss_weights"] > 0
+    kept = arrays["weights"] > 0
     for batch_size in (3, 4, 7):
         found = kept_divergence(tiny_model(), params, original, BEFORE, batch_size=batch_size)
         assert found.value == pytest.approx(kl[kept].mean(), rel=1e-4)

@@ -1,6 +1,5 @@
 """Generation against the original library, and against one uncached pass a token."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,10 +10,12 @@ import t5_folders
 
 from t5patches.model import generate as module
 from t5patches.model.generate import generate
+from t5patches.model.t5.model import T5
+from t5patches.model.t5.network import T5Config
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
-CONFIG, PARAMS, EXPECTED = t5_folders.load("t5_1_1")
+MODEL, PARAMS, EXPECTED = t5_folders.load("t5_1_1")
 INPUTS = EXPECTED["inputs"]
 # Of every length, one with the padding id inside, one that ends, one repeated.
 PREFIXES = np.array(
@@ -42,7 +43,7 @@ def _logits(inputs, said, targets):
 
 @jax.jit
 def _apply(inputs, tokens, targets):
-    model = t5_folders.Transformer(CONFIG)
+    model = t5_folders.Transformer(MODEL.config)
     return model.apply({"params": PARAMS}, inputs, tokens, targets, enable_dropout=False)
 
 
@@ -54,10 +55,10 @@ def expected_from_prefixes():
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_greedy_outputs_are_those_of_the_original_library(name):
     """Without a prefix and with one, in one batch."""
-    config, params, expected = t5_folders.load(name)
+    model, params, expected = t5_folders.load(name)
     prefixes = expected["prefixes"]
     got = generate(
-        config,
+        model,
         params,
         np.concatenate([expected["inputs"]] * 2),
         prefixes=np.concatenate([0 * prefixes, prefixes]),
@@ -71,7 +72,7 @@ def test_greedy_outputs_are_those_of_the_original_library(name):
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_prefixes_of_any_length_share_a_batch(batch_size):
-    got = generate(CONFIG, PARAMS, INPUTS, max_length=9, prefixes=PREFIXES, batch_size=batch_size)
+    got = generate(MODEL, PARAMS, INPUTS, max_length=9, prefixes=PREFIXES, batch_size=batch_size)
     np.testing.assert_array_equal(got, expected_from_prefixes())
 
 
@@ -82,19 +83,20 @@ def test_the_streams_of_an_input_are_decoded_as_if_alone():
     expected = [
         [one_by_one(p, x, 9) for p in prefixes] for prefixes, x in zip(streams, INPUTS, strict=True)
     ]
-    got = generate(CONFIG, PARAMS, INPUTS, max_length=9, prefixes=streams, batch_size=6)
+    got = generate(MODEL, PARAMS, INPUTS, max_length=9, prefixes=streams, batch_size=6)
     np.testing.assert_array_equal(got, expected)
-    alone = generate(CONFIG, PARAMS, INPUTS[5:], max_length=9, prefixes=streams[5:], batch_size=6)
+    alone = generate(MODEL, PARAMS, INPUTS[5:], max_length=9, prefixes=streams[5:], batch_size=6)
     np.testing.assert_array_equal(alone, expected[5:])
 
 
-def test_a_last_batch_is_filled_up_and_not_compiled_again():
+def test_a_program_for_each_length_and_none_for_the_last_batch():
     module._decode.clear_cache()
+    # 4 prompts of 5 to 8 tokens in a batch, then 2 longer ones, which are filled up to 4.
     call = {"max_length": 5, "batch_size": 4}
-    whole = generate(CONFIG, PARAMS, INPUTS, **call)
-    np.testing.assert_array_equal(generate(CONFIG, PARAMS, INPUTS[:3], **call), whole[:3])
-    assert generate(CONFIG, PARAMS, INPUTS[:0], **call).shape == (0, 5)
-    assert module._decode._cache_size() == 1
+    whole = generate(MODEL, PARAMS, INPUTS, **call)
+    np.testing.assert_array_equal(generate(MODEL, PARAMS, INPUTS[:3], **call), whole[:3])
+    assert generate(MODEL, PARAMS, INPUTS[:0], **call).shape == (0, 5)
+    assert module._decode._cache_size() == 2
 
 
 def test_decoding_stops_when_every_row_has_ended(monkeypatch):
@@ -108,7 +110,7 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     monkeypatch.setattr(module, "_likeliest", counted)
     module._decode.clear_cache()
     ending = np.flatnonzero((EXPECTED["greedy"] == 1).any(axis=1))
-    got = generate(CONFIG, PARAMS, INPUTS[ending], max_length=24, batch_size=len(ending))
+    got = generate(MODEL, PARAMS, INPUTS[ending], max_length=24, batch_size=len(ending))
     module._decode.clear_cache()
     jax.effects_barrier()
     np.testing.assert_array_equal(got, EXPECTED["greedy"][ending])
@@ -119,7 +121,7 @@ def test_samples_follow_the_models_distribution():
     """One input, thousands of streams without a prefix: frequencies against probabilities."""
     many, temperature = 4000, 2.0
     got = generate(
-        CONFIG,
+        MODEL,
         PARAMS,
         INPUTS[:1],
         max_length=1,
@@ -136,7 +138,7 @@ def test_samples_follow_the_models_distribution():
 def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch():
     def sample(seed, batch_size, temperature=1.0):
         return generate(
-            *(CONFIG, PARAMS, INPUTS),
+            *(MODEL, PARAMS, INPUTS),
             max_length=9,
             prefixes=PREFIXES,
             temperature=temperature,
@@ -155,24 +157,27 @@ def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch():
 def test_other_ids_may_end_and_pad():
     greedy = EXPECTED["greedy"][0, :8].tolist()
     end = greedy.index(greedy[2])
-    got = generate(
-        CONFIG, PARAMS, INPUTS[:1], max_length=8, eos_id=greedy[2], pad_id=63, batch_size=1
-    )
+
+    class Other(T5Config):
+        end_id, pad_id = greedy[2], 63
+
+    other = Other(**vars(MODEL.config))
+    got = generate(T5(other), PARAMS, INPUTS[:1], max_length=8, batch_size=1)
     assert got[0].tolist() == greedy[: end + 1] + [63] * (7 - end)
 
 
 def test_bfloat16_and_a_config_with_a_list_decode():
-    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, mlp_activations=["gelu", "linear"])
-    got = generate(config, PARAMS, INPUTS, max_length=4, batch_size=6)
+    model = MODEL.replace(dtype=jnp.bfloat16, mlp_activations=["gelu", "linear"])
+    got = generate(model, PARAMS, INPUTS, max_length=4, batch_size=6)
     assert (got == EXPECTED["greedy"][:, :4]).mean() > 0.7
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"encoder_tokens": INPUTS * 1.0}, TypeError, "encoder_tokens must hold integer ids"),
-        ({"encoder_tokens": INPUTS[0]}, ValueError, "encoder_tokens must have 2 dimensions"),
-        ({"encoder_tokens": INPUTS + 60}, ValueError, "model has 0 to 63. Is this"),
+        ({"prompts": INPUTS * 1.0}, TypeError, "prompts must hold integer ids"),
+        ({"prompts": INPUTS[0]}, ValueError, "prompts must have 2 dimensions"),
+        ({"prompts": INPUTS + 60}, ValueError, "model has 0 to 63. Is this"),
         (
             {"prefixes": PREFIXES[:2]},
             ValueError,
@@ -189,6 +194,6 @@ def test_bfloat16_and_a_config_with_a_list_decode():
     ],
 )
 def test_bad_input_is_told(change, error, message):
-    call = {"encoder_tokens": INPUTS, "max_length": 8} | change
+    call = {"prompts": INPUTS, "max_length": 8} | change
     with pytest.raises(error, match=message):
-        generate(CONFIG, PARAMS, **call)
+        generate(MODEL, PARAMS, **call)

@@ -53,9 +53,9 @@ def lively(config):
 @pytest.mark.parametrize("batch", ["", "long_"])
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_logits_are_those_of_the_original_library(name, batch):
-    config, params, expected = t5_folders.load(name)
+    model, params, expected = t5_folders.load(name)
     targets = expected[batch + "targets"]
-    got = t5_folders.logits(config, params, expected[batch + "inputs"], targets)
+    got = t5_folders.logits(model.config, params, expected[batch + "inputs"], targets)
     real = targets > 0
     np.testing.assert_allclose(got[real], expected[batch + "logits"][real], rtol=0, atol=1e-4)
 

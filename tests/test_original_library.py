@@ -30,7 +30,7 @@ def original(folder):
 @torch.no_grad()
 def same_logits_and_outputs(folder, name):
     """Loads a folder with both libraries."""
-    theirs, (config, params) = original(folder), load_checkpoint(folder)
+    theirs, (model, params) = original(folder), load_checkpoint(folder)
     expected = t5_folders.load(name)[2]
     inputs, targets = (expected[k].astype(int) for k in ("inputs", "targets"))
     asked = {
@@ -40,20 +40,20 @@ def same_logits_and_outputs(folder, name):
     got = theirs(
         **asked, decoder_input_ids=torch.from_numpy(t5_folders.shift_right(targets))
     ).logits.numpy()
-    ours = t5_folders.logits(config, params, inputs, targets)
+    ours = t5_folders.logits(model.config, params, inputs, targets)
     np.testing.assert_allclose(got[targets > 0], ours[targets > 0], rtol=0, atol=1e-4)
     # Its cache has a place per *encoder* layer in some versions.
     said = theirs.generate(**asked, max_length=13, do_sample=False, num_beams=1, use_cache=False)
     said = np.pad(said.numpy()[:, 1:], ((0, 0), (0, 13 - said.shape[1])))
-    np.testing.assert_array_equal(generate(config, params, inputs, max_length=12), said)
+    np.testing.assert_array_equal(generate(model, params, inputs, max_length=12), said)
 
 
 @pytest.mark.parametrize("like", [True, False], ids=["like", "new"])
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_what_is_written_is_read(name, like, tmp_path):
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     template = t5_folders.DATA / name if like else None
-    save_checkpoint(tmp_path / "out", config, params if like else moved(params), like=template)
+    save_checkpoint(tmp_path / "out", model, params if like else moved(params), like=template)
     same_logits_and_outputs(tmp_path / "out", name)
 
 

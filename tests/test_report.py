@@ -1,6 +1,7 @@
 """The table, the sentences and the HTML file: what they say follows from the numbers."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 from editing_samples import example
 from rich.console import Console
 
+from t5patches.editing import report
 from t5patches.editing.evaluate import Measure
 from t5patches.editing.report import (
     COLUMNS,
@@ -18,6 +20,7 @@ from t5patches.editing.report import (
     Row,
     findings,
     show,
+    side_by_side,
     terminal_table,
     to_json,
     write_html,
@@ -203,7 +206,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.links, self.marks, self.images = [], [], [], []
+        self.tags, self.links, self.marks, self.images, self.texts = [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -213,6 +216,8 @@ class Page(HTMLParser):
                 (self.images if value.startswith("data:") else self.links).append(value)
 
     def handle_data(self, data):
+        if data.strip():
+            self.texts.append(data)
         if self.tags and self.tags[-1] == "mark":
             self.marks.append(data)
 
@@ -243,8 +248,60 @@ def test_texts_and_settings_are_escaped(page):
     found = Page(page)
     assert "script" not in found.tags
     assert "b" not in found.tags
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;Paris&quot;" in page
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;Paris&#34;" in page
     assert "a fire in &lt;b&gt;" in page
+
+
+NAMES = {
+    "x/[v1]": "x/[v1]",
+    "x/[lr=0.1]": "x/[lr=0.1]",
+    "x/[/nope]": "x/[/nope]",
+    "[bold]x": "[bold]x",
+    "x/:fire:": "x/:fire:",
+    r"$\foo{$": r"$\foo{$",
+    "$x$": "$x$",
+    "x^2_3%": "x^2_3%",
+    "_hidden": "_hidden",
+    NAUGHTY: NAUGHTY,
+    "{{ 7 * 7 }}{% raw %}": "{{ 7 * 7 }}{% raw %}",
+    "x\ny": r"x\ny",
+    "x\x1b[31m": r"x\x1b[31m",
+    "x\udcff": r"x\udcff",
+}
+"""What a folder may be called, and how it is shown."""
+
+
+def test_names_are_text_and_no_markup(tmp_path, monkeypatch):
+    legends = []
+
+    def embedded(figure, real=report._embedded):
+        (legend,) = figure.legends
+        legends.append([text.get_text() for text in legend.get_texts()])
+        return real(figure)
+
+    monkeypatch.setattr(report, "_embedded", embedded)
+    rows = [Row("tnff", None, 0, measures(), HISTORY, note=name) for name in NAMES]
+    names = [f"TNFF, {shown}" for shown in NAMES.values()]
+    write_html(tmp_path / "x.html", results(*rows))
+    assert legends == [names, names]
+    page = Page((tmp_path / "x.html").read_text())
+    assert "script" not in page.tags
+    for name in names:
+        assert name in page.texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_titles_and_names_in_the_terminal_are_text_and_no_markup(name, tmp_path):
+    edits = results(Row(None, None, 0, measures(), note=name))
+    edits = dataclasses.replace(edits, title=f"of {name}")
+    for table in (side_by_side(edits), terminal_table(edits)):
+        out = io.StringIO()
+        Console(file=out, width=400).print(table)
+        assert f"of {NAMES[name]}" in out.getvalue()
+        assert out.getvalue().count(NAMES[name]) == 2
+    out = io.StringIO()
+    show(edits, Console(file=out, width=400, color_system=None, force_terminal=True))
+    assert f"• {NAMES[name]}: unwanted" in out.getvalue()
 
 
 def test_pushed_down_words_are_marked_before_and_after(page):

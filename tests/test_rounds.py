@@ -23,8 +23,10 @@ def folder(tmp_path_factory):
         model_folder(folder / name, seed)
     settings = {"objective": "tnff", "alpha": 1.0, "negatives": 8}
     history = {"loss": [2.0, 1.0], "marked": [3.0, 3.0], "said": [3.0, 1.0]}
-    record = {"settings": settings, "history": history}
-    (folder / "round-2" / RECORD).write_text(json.dumps({"rounds": [{}, record]}))
+    job = {"model": {"name": "x", "sha256": {}}, "data": {}}
+    record = {"job": job, "settings": settings, "history": history}
+    first = record | {"settings": settings | {"objective": "ul"}}
+    (folder / "round-2" / RECORD).write_text(json.dumps({"rounds": [first, record]}))
     sources = [{"inputs": f"news {i}", "references": ["a", f"b {i}"]} for i in range(6)]
     (folder / "inputs.jsonl").write_text("\n".join(map(json.dumps, sources)))
     (folder / "inputs.txt").write_text("news 1\nnews 2\n")
@@ -103,10 +105,76 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
         (("--after", "absent", *inputs), "absent"),
         (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
         (("--after", "round-1", *inputs, "--samples", "3"), "--samples need --scorer"),
-        (("--after", "round-1", *inputs, "--scorer", "math:pi"), "which cannot be called"),
     ]:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+SCORERS = {
+    "math:pi": "which cannot be called",
+    "builtins:len": "builtins:len fails on a sample: TypeError: 'int' object is not iterable",
+    "builtins:print": "fails on a sample: TypeError: 'NoneType' object is not iterable",
+    "builtins:repr": "fails on a sample: ValueError: could not convert string to float",
+    "builtins:set": "fails on a sample: ValueError: could not convert string to float",
+    "math:sqrt": "math:sqrt fails on a sample: TypeError: must be real number, not list",
+    "nowhere:at_all": "nowhere cannot be imported",
+}
+
+
+def too_late(*arguments, **options):
+    raise AssertionError("a model speaks before all is checked")
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scorers_are_tried_before_anything_runs(scorer, run, monkeypatch, capsys):
+    monkeypatch.setattr("t5patches.editing.rounds.compare", too_late)
+    assert run("--after", "round-1", "--inputs", "inputs.txt", "--scorer", scorer) == 2
+    assert SCORERS[scorer] in capsys.readouterr().err
+
+
+RECORDS = {
+    "texts": '{"rounds": ["a"]}',
+    "null": '{"rounds": null}',
+    "numbers": '{"rounds": [1]}',
+    "empty": '{"rounds": [{}]}',
+    "a list": "[]",
+    "no settings": '{"rounds": [{"job": {"model": {"sha256": {}}, "data": {}}, "history": {}}]}',
+    "deep": "[" * 99_999,
+    "latin-1": b'{"rounds": "\xe9"}',
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_folders_are_looked_at_before_anything_runs(record, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("t5patches.editing.rounds.compare", too_late)
+    folder = model_folder(tmp_path / "edited")
+    content = RECORDS[record]
+    (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run("--after", "round-1", str(folder), "--inputs", "inputs.txt") == 2
+    said = capsys.readouterr().err
+    assert "t5patches.json cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_a_report_is_written_where_it_can_be_and_replaces_nothing_unasked(
+    run, tmp_path, monkeypatch, capsys
+):
+    arguments = ("--after", "round-1", "--inputs", "inputs.txt", "--quiet", "--report")
+    report = tmp_path / "r.html"
+    report.write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.editing.rounds.compare", too_late)
+        for place, message in [
+            (report, "r.html exists: nothing is overwritten. Give another name, or --force"),
+            (tmp_path, "is a folder: give the name of a file"),
+            (tmp_path / "nowhere" / "r.html", "no report can be written to"),
+            (report / "r.html", "no report can be written to"),
+        ]:
+            assert run(*arguments, str(place)) == 2
+            assert message in capsys.readouterr().err
+    assert report.read_text() == "mine"
+    assert run(*arguments, str(report), "--force") == 0
+    assert "Edits of before" in report.read_text()
 
 
 def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):

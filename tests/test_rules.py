@@ -1,8 +1,10 @@
 """Rules from a TOML file: what they mark, and what is said of bad ones."""
 
+import signal
 import sys
 import types
 
+import numpy as np
 import pytest
 from editing_samples import example
 
@@ -78,6 +80,40 @@ def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
     assert both.fingerprint != rules(text).fingerprint
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [(0.2, 1.9)],
+        [(0.0, 1.0)],
+        ["01"],
+        [("0", "1")],
+        [(False, True)],
+        [(np.False_, np.True_)],
+        [(0, 1, 2)],
+        [(0,)],
+        [3],
+        [None],
+        None,
+        3,
+    ],
+    ids=repr,
+)
+def test_only_whole_numbers_are_spans(returned):
+    rules = Rules({"mine": lambda inputs, output: returned})
+    with pytest.raises(ValueError, match=r"rule 'mine': the rule .* returned .* needed"):
+        rules("", "a b")
+
+
+def test_whole_numbers_of_numpy_are_spans():
+    assert Rules({"mine": lambda i, o: np.array([[0, 1]])})("", "a b") == [(0, 1)]
+
+
+def test_byte_order_marks_are_no_part_of_rules_and_words(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfdamn\nblast\n")
+    (tmp_path / "rules.toml").write_bytes(b"\xef\xbb\xbf[[rule]]\nwords_file = 'bad.txt'\n")
+    assert found(read_rules(tmp_path / "rules.toml"), "damn and blast") == ["damn", "blast"]
+
+
 def test_a_rule_that_returns_nonsense_is_named():
     bad = Rules({"good": word_list(["a"]), "bad": lambda i, o: [(0, 99)]})
     with pytest.raises(ValueError, match=r"rule 'bad': .* the span \[0, 99\]"):
@@ -107,6 +143,8 @@ TWO = '[[rule]]\nwords = ["x"]\n\n'
         (TWO + '[[rule]]\npattern = "x"\nwords = ["x"]', "line 6, words: .*has pattern and words"),
         (TWO + "[[rule]]\npattern = '('", r"line 5, pattern: '\(' is not a regular expression"),
         (TWO + "[[rule]]\ngroup = 2\npattern = 'x'", "line 6, pattern: 'x' has no group 2"),
+        (TWO + "[[rule]]\npattern = '\\s+'", r"line 5, pattern: '.*' matches white space alone"),
+        (TWO + "[[rule]]\npattern = '[^a-z]+'", "line 5, pattern: .* matches white space alone"),
         (TWO + '[[rule]]\nwords = ["x"]\ngroup = 1', "line 6, group: it does not go with words"),
         (TWO + "[[rule]]\nnames = 'all'", 'line 5, names: "capitalized" or "spacy" is needed'),
         (TWO + "[[rule]]\nnames = 'spacy'", "line 5, names: a model is needed beside it"),
@@ -138,6 +176,41 @@ TWO = '[[rule]]\nwords = ["x"]\n\n'
 def test_bad_rules_are_told_with_line_key_and_reason(rules, text, message):
     with pytest.raises(ValueError, match=message):
         rules(text)
+
+
+MODULES = {
+    # what stands in a module of the user's, and what is said of `call = "its_name:f"`
+    "syntax": ("def f(inputs, output:\n", r"cannot be imported: .* \(.*syntax.py, line 1\)"),
+    "import": ("import nowhere_x\n", "cannot be imported .No module named 'nowhere_x'"),
+    "raising": ("1 / 0\n", r"ZeroDivisionError: division by zero \(.*raising.py, line 1\)"),
+    "fails": (
+        "def f(inputs, output):\n    return {}['x']\n",
+        r"failed: KeyError: 'x' \(.*fails.py, line 2\)",
+    ),
+    "other_arguments": ("def f(text):\n    return []\n", "failed: TypeError: f.. takes 1"),
+    "nothing": ("def f(inputs, output):\n    pass\n", "returned None: a list of spans"),
+    "texts": ("def f(inputs, output):\n    return ['x']\n", "returned 'x': whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_tried_when_they_are_read(name, rules, tmp_path):
+    content, message = MODULES[name]
+    module = f"module_{name}"
+    (tmp_path / f"{module}.py").write_text(content)
+    with pytest.raises(ValueError, match=f"line 2, call: .*{message}"):
+        rules(f"[[rule]]\ncall = '{module}:f'")
+
+
+def test_a_pattern_that_goes_on_without_end_is_stopped_and_named(rules, monkeypatch):
+    monkeypatch.setattr("t5patches.editing.rules._SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    endless = rules("[[rule]]\nname = 'endless'\npattern = '(a+)+b'")
+    with pytest.raises(ValueError, match=r"rule 'endless': '\(a\+\)\+b' took longer than 0.1 s"):
+        endless("", "a" * 40)
+    assert found(endless, "aab") == ["aab"]
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_all_bad_rules_are_told_at_once(rules):

@@ -1,8 +1,14 @@
-"""Which run a directory holds, and the parts of it that are finished."""
+"""Which run a directory holds, the parts of it that are finished, folders that appear whole."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
-from t5patches.runs.claims import Parts, claim
+from t5patches.runs import claims
+from t5patches.runs.claims import Parts, claim, remove
+from t5patches.runs.files import whole_folder
 
 
 def test_a_directory_belongs_to_one_run(tmp_path):
@@ -36,3 +42,98 @@ def test_finished_parts_are_not_made_again(tmp_path):
         Parts(tmp_path / "run", {"seed": 1})
     again.remove()
     assert not (tmp_path / "run").exists()
+
+
+def parts_of_another_model(directory):
+    """A directory with two parts of model 1."""
+    parts = Parts(directory, {"model": 1})
+    for name in ("a", "b"):
+        parts.get(name, lambda: 1)
+    return parts
+
+
+@pytest.mark.parametrize("kills_at", range(1, 5))  # two parts, the claim, the directory
+def test_a_kill_while_parts_are_removed_gives_them_to_nobody_else(tmp_path, monkeypatch, kills_at):
+    parts = parts_of_another_model(tmp_path / "run")
+    removals = []
+
+    def killed(*arguments, real, **options):
+        removals.append(arguments)
+        if len(removals) >= kills_at:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir"):
+            real = getattr(os, name)
+            patched.setattr(os, name, lambda *a, real=real, **k: killed(*a, real=real, **k))
+        with pytest.raises(KeyboardInterrupt):
+            parts.remove()
+    try:
+        other = Parts(tmp_path / "run", {"model": 2})
+    except ValueError as error:
+        assert "holds another run" in str(error)  # noqa: PT017
+        assert kills_at < 4  # the claim has gone
+    else:
+        assert [other.get(name, lambda: 2) for name in ("a", "b")] == [2, 2]
+
+
+def test_parts_whose_claim_is_lost_are_not_taken_over(tmp_path):
+    parts_of_another_model(tmp_path)
+    (tmp_path / "run.json").unlink()
+    assert Parts(tmp_path, {"model": 2}).get("a", lambda: 2) == 2
+    (tmp_path / "a.json").write_text("[1]")  # of a version that did not say whose they are
+    assert Parts(tmp_path, {"model": 2}).get("a", lambda: 3) == 3
+
+
+def test_one_process_works_in_a_directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    other = (
+        "import fcntl, os, sys; handle = os.open(sys.argv[1], os.O_RDONLY);"
+        "fcntl.flock(handle, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", other, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=r"another process is at work in .*run: wait"):
+            Parts(tmp_path / "run", {})
+        process.communicate(b"\n")
+    Parts(tmp_path / "run", {})
+    Parts(tmp_path / "run", {}).remove()  # by the same process, after an interruption
+    assert not claims._HELD.keys() & {tmp_path / "run"}
+
+
+def test_links_are_removed_and_what_they_lead_to_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "mine")
+    remove(tmp_path / "run")
+    assert (tmp_path / "mine" / "file").exists()
+
+
+def test_folders_appear_whole_with_the_users_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "out") as partial:
+            (partial / "deep").mkdir()
+            (partial / "deep" / "file").touch()
+            assert not (tmp_path / "out").exists()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+        whole_folder(tmp_path / "out").__enter__()
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_folders_that_are_not_finished_leave_nothing(tmp_path, error):
+    def fill():
+        with whole_folder(tmp_path / "out") as partial:
+            (partial / "file").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,6 @@ from editing_samples import example, model_folder, tiny_model, tiny_params
 from t5patches import cli
 from t5patches.editing.data import to_arrays, write_examples
 from t5patches.editing.train import Step, TrainSettings, cache_teacher, train
-from t5patches.model.forward import forward
 from t5patches.model.placement import make_mesh
 from t5patches.model.t5.network import T5Config, Transformer
 from t5patches.model.teacher_cache import TeacherCache, write_cache
@@ -57,7 +56,14 @@ def batches(data, size=3):
 
 
 def hidden_of(params):
-    return jax.jit(lambda batch: forward(MODEL, params, batch, return_hidden=True))
+    def hidden(batch):
+        tokens = (
+            batch[f"{x}_tokens"] for x in ("encoder_input", "decoder_input", "decoder_target")
+        )
+        model = Transformer(MODEL)
+        return model.apply({"params": params}, *tokens, enable_dropout=False, return_hidden=True)
+
+    return jax.jit(hidden)
 
 
 def write(directory, params, data, **options):
@@ -241,7 +247,7 @@ def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, 
 def test_only_the_originals_head_is_held():
     step = Step(STUDENT, RUN, arrays(), cached="bfloat16")
     leaves = jax.tree.leaves(step.place_original(tiny_params(1)))
-    assert [x.shape for x in leaves] == [(STUDENT.emb_dim, STUDENT.vocab_size)]
+    assert [x.shape for x in leaves] == [(STUDENT.config.emb_dim, STUDENT.config.vocab_size)]
 
 
 def test_the_original_runs_no_more():
@@ -252,7 +258,7 @@ def test_the_original_runs_no_more():
         settings = dataclasses.replace(RUN, objective=objective, negatives=0)
         data = arrays()
         if objective == "ce":
-            data["decoder_loss_weights"] = np.abs(data["decoder_loss_weights"])
+            data["weights"] = np.abs(data["weights"])
         return Step(model, settings, data, cached=cached).compiled.cost_analysis()["flops"]
 
     plain, live, cached = flops("ce"), flops("tnff"), flops("tnff", "float32")

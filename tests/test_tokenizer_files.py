@@ -1,8 +1,9 @@
 """The two files that a T5's tokenizer comes in."""
 
 import json
-import pathlib
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.model.tokenizer_files import load_tokenizer
 
 # Made with the original library: tests/data/make_hf_t5.py.
-FOLDER = pathlib.Path(__file__).parent / "data" / "tokenizer"
+FOLDER = Path(__file__).parent / "data" / "tokenizer"
 MODEL = train_sentencepiece(["a cat sat on a mat"] * 9, 20)
 
 
@@ -79,3 +80,50 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         refused(r"spiece.model cannot be read")
     (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 3}')
     refused(r"spiece.model cannot be read \(DecodeError")
+
+
+def model_of(**changes):
+    found = json.loads((FOLDER / "tokenizer.json").read_text())["model"] | changes
+    return json.dumps({"model": found})
+
+
+SPOILT = {
+    # file, content, what is said
+    "null": ("tokenizer_config.json", "null", "beside it must hold an object, got None"),
+    "list": ("tokenizer_config.json", "[3]", r"beside it must hold an object, got \[3\]"),
+    "many": (
+        "tokenizer_config.json",
+        '{"extra_ids": 100000000}',
+        "has 100000000 extra_ids: a number from 0",
+    ),
+    "fewer": ("tokenizer_config.json", '{"extra_ids": -1}', "has -1 extra_ids"),
+    "text": ("tokenizer_config.json", '{"extra_ids": "3"}', "has '3' extra_ids"),
+    "deep": ("tokenizer_config.json", "[" * 99_999, "spiece.model cannot be read .RecursionError"),
+    "pipe": ("tokenizer_config.json", None, "is no file but a pipe or device"),
+    "no model": ("tokenizer.json", '{"model": null}', "tokenizer.json cannot be read"),
+    "a list": ("tokenizer.json", "[]", "tokenizer.json cannot be read"),
+    "nothing": ("tokenizer.json", "null", "tokenizer.json cannot be read"),
+    "deep json": ("tokenizer.json", "[" * 99_999, "tokenizer.json cannot be read .RecursionError"),
+    "unk_id": ("tokenizer.json", model_of(unk_id=10**6), "tokenizer.json cannot be read"),
+    "no unk_id": ("tokenizer.json", model_of(unk_id=None), "tokenizer.json cannot be read"),
+    "pieces": ("tokenizer.json", model_of(vocab=[1, 2]), "tokenizer.json cannot be read"),
+    "scores": ("tokenizer.json", model_of(vocab=[["a", "b"]]), "tokenizer.json cannot be read"),
+    "pipe of json": ("tokenizer.json", None, "is no file but a pipe or device"),
+    "a folder": ("tokenizer.json", Path, "is no file but a folder"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_files_are_told_in_a_line(case, tmp_path):
+    name, content, message = SPOILT[case]
+    if name == "tokenizer_config.json":
+        (tmp_path / "spiece.model").write_bytes(MODEL)
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    elif content is Path:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from editing_samples import example, tiny_model, tiny_params
+from editing_samples import example, logits, tiny_model, tiny_params
 from rich.console import Console
 
 import t5patches_kernels as kernels
@@ -30,7 +30,6 @@ from t5patches.editing.train import (
     train,
     training_progress,
 )
-from t5patches.model.forward import forward
 from t5patches.model.placement import make_mesh
 from t5patches.runs.fingerprints import fingerprint
 
@@ -90,7 +89,7 @@ def again(directory, **changes):
 
 
 def dense_loss(objective, logits, frozen, batch, settings):
-    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    targets, weights = batch["outputs"], batch["weights"]
     common = {"z_loss": settings.z_loss, "implementation": "reference"}
     edits = kernels.Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
     if objective in TARGETED:
@@ -134,10 +133,10 @@ def test_the_loss_is_that_of_the_logits(objective, tied):
     )
     batch = to_arrays(examples(), negatives=settings.negatives)
     if objective == "ce":
-        batch["decoder_loss_weights"] = np.abs(batch["decoder_loss_weights"])
+        batch["weights"] = np.abs(batch["weights"])
     got = token_loss(model, params, original, batch, settings)
-    logits, frozen = (forward(model, p, batch) for p in (params, original))
-    want = dense_loss(objective, logits, frozen, batch, settings)
+    dense, frozen = (logits(model, p, batch) for p in (params, original))
+    want = dense_loss(objective, dense, frozen, batch, settings)
     for name in ("loss", "z_loss", "log_prob", "correct"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 
@@ -176,7 +175,7 @@ def test_the_history_counts_what_was_marked(unbroken):
     arrays = to_arrays(examples())
     for step in range(SETTINGS.steps):
         batch = train_module._batch(arrays, SETTINGS, step, None)
-        assert trained.history["marked"][step] == (batch["decoder_loss_weights"] < 0).sum()
+        assert trained.history["marked"][step] == (batch["weights"] < 0).sum()
         assert 0 <= trained.history["said"][step] <= trained.history["marked"][step]
 
 
@@ -293,8 +292,8 @@ def test_sizes_that_the_devices_do_not_divide_are_refused(tmp_path):
 def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
     order = np.arange(SETTINGS.steps * SETTINGS.batch_size) % 4
     taken = train_module._batch(to_arrays(examples()), SETTINGS, 1, order)
-    want = to_arrays(examples())["decoder_target_tokens"][[3, 0, 1]]
-    np.testing.assert_array_equal(taken["decoder_target_tokens"], want)
+    want = to_arrays(examples())["outputs"][[3, 0, 1]]
+    np.testing.assert_array_equal(taken["outputs"], want)
     for wrong in (order[:-1], order + 1, order - 1):
         with pytest.raises(ValueError, match=r"order has \d+ places from row .*needed are 18"):
             again(tmp_path, order=wrong)
@@ -319,7 +318,7 @@ def test_progress_shows_loss_prevalence_and_speed(tmp_path):
 
 def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
     arrays = to_arrays(examples())
-    arrays["decoder_loss_weights"] = np.abs(arrays["decoder_loss_weights"])
+    arrays["weights"] = np.abs(arrays["weights"])
     settings = TrainSettings(
         objective="ce",
         optimizer="adam",
@@ -338,7 +337,7 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroken, tmp_path):
     arrays = to_arrays(examples())
-    arrays["decoder_target_tokens"][:, 0] = -1  # no token: the loss is nan by its contract
+    arrays["outputs"][:, 0] = -1  # no token: the loss is nan by its contract
     with pytest.raises(
         FloatingPointError, match="the loss is nan at step 0: lower learning_rate or alpha"
     ):
@@ -379,6 +378,12 @@ def test_arrays_must_fit_the_settings(tmp_path):
         again(tmp_path, arrays=to_arrays(examples(), negatives=3))
     with pytest.raises(ValueError, match="train on `corrected_examples`"):
         again(tmp_path, settings=dataclasses.replace(SETTINGS, objective="ce"))
+    for odd in (np.nan, np.inf, -np.inf):
+        arrays = to_arrays(examples())
+        arrays["weights"][1, 2] = odd
+        message = r"weights holds 1 that are not finite, the first at \[1, 2\]"
+        with pytest.raises(ValueError, match=message):
+            again(tmp_path, arrays=arrays)
     assert not any(tmp_path.iterdir())
 
 

@@ -116,7 +116,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         default=0,
         help="of what is drawn: samples, templates (default: 0)",
     )
@@ -220,11 +220,13 @@ def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[s
 
 def _marked(example: Example) -> str:
     """An output with what is unwanted in brackets."""
+    from t5patches.editing.display import visible
+
     text = example.outputs
     covered = [any(start <= i < end for start, end in example.spans) for i in range(len(text))]
     pieces = []
     for i, character in enumerate(text):
         opens = covered[i] and not (i and covered[i - 1])
         closes = covered[i] and not (i + 1 < len(text) and covered[i + 1])
-        pieces.append("[" * opens + character + "]" * closes)
+        pieces.append("[" * opens + visible(character) + "]" * closes)
     return "".join(pieces)

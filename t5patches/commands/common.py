@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from t5patches.editing.report import Results
 
 
+# For consoles: what is printed is text, whatever brackets and colons are in it.
+PLAIN: Mapping[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command.
 
@@ -43,7 +47,7 @@ def progress_console(options: argparse.Namespace) -> Console:
     """
     from rich.console import Console
 
-    return Console(stderr=True, quiet=options.quiet)
+    return Console(stderr=True, quiet=options.quiet, **PLAIN)
 
 
 def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: str) -> None:
@@ -75,11 +79,11 @@ def print_results(options: argparse.Namespace, results: Results, report: str | N
     if options.json:
         print(to_json(results))
     elif not options.quiet:
-        console = Console()
+        console = Console(**PLAIN)
         # A table that is cut off at 80 columns helps nobody who writes it to a file.
-        show(results, console if console.is_terminal else Console(width=140))
+        show(results, console if console.is_terminal else Console(width=140, **PLAIN))
         if report:
-            console.print(f"report: {report}", highlight=False, soft_wrap=True)
+            console.print(f"report: {report}", soft_wrap=True)
 
 
 def positive(text: str) -> int:
@@ -104,6 +108,21 @@ def count(text: str) -> int:
         The number.
     """
     return _whole(text, 0)
+
+
+def int31(text: str) -> int:
+    """A whole number that 32 bits with a sign hold, from 0, for `type=`: seeds and steps.
+
+    Args:
+        text: what was given.
+
+    Returns:
+        The number.
+    """
+    value = _whole(text, 0)
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large: {2**31 - 1} is the most")
+    return value
 
 
 def _whole(text: str, least: int) -> int:

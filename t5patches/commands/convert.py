@@ -7,8 +7,10 @@ a Hugging Face folder. Checkpoints in T5X's first format (msgpack and zarr, as T
 are read too. T5X is not needed.
 
 A T5X checkpoint holds no tokenizer and no config. With --like, a Hugging Face folder of the same
-sizes, the new one has its config, names, types and shards, and its tokenizer. Without, sizes are
-read off the parameters, weights are float32, and --tokenizer gives the sentencepiece model.
+sizes, the new one has its config, names, types and shards, and its tokenizer. Without, weights are
+float32, --tokenizer gives the sentencepiece model, and sizes are read off the parameters, or off
+the config.json that this command leaves in t5patches/ beside the checkpoints that it writes. Gates
+(of T5 1.1, Flan-T5, mT5) need that or --like: parameters do not show of which kind they are.
 
   t5patches convert --model t5x/base/checkpoint_1000000 --like t5-v1_1-base --output base
   t5patches convert --model base-edited --output t5x/base-edited --step 1000000
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
+
+AGAIN = "nothing is kept"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         help="to T5X: the step to count from (default: 0; T5 1.1 was published at 1000000, and "
         "its fine-tuning configs count on from there)",
     )
@@ -69,35 +73,90 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
-    from t5patches.model.huggingface import load_checkpoint
+    from t5patches.model.huggingface import load_checkpoint, read_config
     from t5patches.model.t5x_format import save_t5x
+    from t5patches.runs.files import write_file
 
-    config, params = load_checkpoint(options.model)
+    model, params = load_checkpoint(options.model)
+    record = Path(options.output) / _RECORD
+    if (record / "config.json").exists() and read_config(record) != model:
+        raise ValueError(
+            f"{options.output} holds checkpoints of another model, by {record / 'config.json'}: "
+            "give another --output"
+        )
     output = save_t5x(options.output, params, options.step or 0)
-    return _result(output, config, params, options.step or 0)
+    record.mkdir(exist_ok=True)
+    write_file(record / "config.json", (Path(options.model) / "config.json").read_bytes())
+    return _result(output, model, params, options.step or 0)
 
 
 def _to_folder(options: argparse.Namespace) -> dict[str, Any]:
-    from t5patches.model.huggingface import inspect_checkpoint, save_checkpoint
-    from t5patches.model.t5x_format import infer_config, load_t5x
+    from t5patches.model.huggingface import inspect_checkpoint, read_config, save_checkpoint
+    from t5patches.model.t5x_format import find_t5x, infer_model, load_t5x
     from t5patches.model.tokenizer import SentencePieceTokenizer
 
     if options.like is not None and options.tokenizer is not None:
         raise ValueError("--like brings its own tokenizer: leave --tokenizer out")
     like = None if options.like is None else inspect_checkpoint(options.like)
-    files: dict[str, str | bytes] = {}
-    if options.tokenizer is not None:
-        SentencePieceTokenizer(options.tokenizer)
-        files["spiece.model"] = Path(options.tokenizer).read_bytes()
+    tokenizer = None if options.tokenizer is None else SentencePieceTokenizer(options.tokenizer)
     checkpoint = load_t5x(options.model)
-    config = infer_config(checkpoint.params) if like is None else like
-    save_checkpoint(options.output, config, checkpoint.params, like=options.like, files=files)
-    return _result(options.output, config, checkpoint.params, checkpoint.step)
+    record = find_t5x(options.model).parent / _RECORD
+    if like is not None:
+        model = like
+    elif (record / "config.json").exists():
+        model = read_config(record)
+    else:
+        model = infer_model(checkpoint.params)
+    files: dict[str, str | bytes] = {}
+    without: tuple[str, ...] = ()
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, model.config, options.tokenizer)
+        files["spiece.model"] = Path(options.tokenizer).read_bytes()
+    if like is not None:
+        files, without = _card_of_another(options.like, checkpoint.params)
+    save_checkpoint(
+        options.output, model, checkpoint.params, like=options.like, files=files, without=without
+    )
+    return _result(options.output, model, checkpoint.params, checkpoint.step)
 
 
-def _result(output: Any, config: Any, params: Any, step: int) -> dict[str, Any]:
+_RECORD = "t5patches"
+"""Beside the checkpoints of a T5X model directory: what they do not say of the model."""
+
+
+def _check_tokenizer(tokenizer: Any, config: Any, path: str) -> None:
+    """Refuses one that cannot be this model's."""
+    from t5patches.model.folder import check_tokenizer
+
+    check_tokenizer(tokenizer, config, path)
+    # T5 adds 100 sentinels and fills up to a multiple of 128; twice that leaves room for others.
+    if config.vocab_size > 2 * tokenizer.vocab_size + 256:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
+            f"{config.vocab_size} rows: the tokenizer is of another model"
+        )
+
+
+def _card_of_another(like: str, params: Any) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
+    """What a folder says of the edits that made its weights, taken out for other weights.
+
+    Returns:
+        Files to write in the place of the folder's, and names of files to leave out.
+    """
+    from t5patches.editing.edit import CARD, RECORD, card_before_edits
+    from t5patches.model.huggingface import load_checkpoint
+    from t5patches.runs.fingerprints import fingerprint
+
+    edited = (Path(like) / RECORD).exists()
+    if not edited or fingerprint(load_checkpoint(like)[1]) == fingerprint(params):
+        return {}, ()
+    card = card_before_edits(like)
+    return ({CARD: f"{card}\n"} if card else {}), (RECORD, CARD)
+
+
+def _result(output: Any, model: Any, params: Any, step: int) -> dict[str, Any]:
     import jax
 
     count = sum(x.size for x in jax.tree.leaves(params))
-    sizes = {name: str(value) for name, value in vars(config).items()}
+    sizes = {name: str(value) for name, value in vars(model.config).items()}
     return {"output": str(output), "parameters": count, "step": step, "sizes": sizes}

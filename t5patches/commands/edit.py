@@ -27,6 +27,8 @@ from typing import Any
 
 from t5patches.commands import common
 
+AGAIN = "repeat the command with --resume to go on"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches edit`.
@@ -114,7 +116,7 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--seed",
         metavar="N",
-        type=common.count,
+        type=common.int31,
         default=0,
         help="of the order of the data, dropout and templates (default: 0)",
     )

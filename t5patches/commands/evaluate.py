@@ -25,7 +25,9 @@ All numbers come with standard errors over the inputs.
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
+from pathlib import Path
+from typing import Any
 
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
@@ -63,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write an HTML page with plots and texts here; until then FILE.work keeps what the "
         "models say, so that a killed comparison goes on when it is repeated",
     )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the report that is there already"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,30 +79,71 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.evaluate import Measuring, Meter
+    from t5patches.editing.edit import read_rounds
+    from t5patches.editing.evaluate import Measuring
     from t5patches.editing.report import write_html
     from t5patches.editing.rounds import compare
-    from t5patches.editing.rules import load_callable, read_rules
+    from t5patches.editing.rules import read_rules
+    from t5patches.model.huggingface import inspect_checkpoint
+    from t5patches.model.tokenizer_files import load_tokenizer
+    from t5patches.runs.claims import remove
 
-    metered = {"samples": options.samples, "threshold": options.threshold}
-    metered = {name: value for name, value in metered.items() if value is not None}
-    if metered and not options.scorer:
-        raise ValueError(f"--{' and --'.join(metered)} need --scorer, which they set")
+    if options.report:
+        _check_report(Path(options.report), options.force)
     sources = read_sources(options)
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,
-        meter=Meter(load_callable(options.scorer), **metered) if options.scorer else None,
+        meter=_meter(options),
         max_length=options.max_length,
         batch_size=options.batch_size,
         seed=options.seed,
     )
+    # The last of them is asked after hours, and what is wrong with it is told now.
+    for folder in (options.before, *options.after):
+        inspect_checkpoint(folder)
+        load_tokenizer(folder)
+        read_rounds(folder)
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
     work = f"{options.report}.work" if options.report else None
     results = compare(options.before, options.after, inputs, measuring, console, work)
     if work:
         write_html(options.report, results)
-        shutil.rmtree(work)
+        remove(work)
     common.print_results(options, results, options.report)
     return 0
+
+
+def _check_report(path: Path, force: bool) -> None:
+    """Refuses a place where the report cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file for the report")
+    if path.exists() and not force:
+        raise ValueError(
+            f"{path} exists: nothing is overwritten. Give another name, or --force to replace it"
+        )
+    folder = path.absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"no report can be written to {folder}: it is no folder, or not writable")
+
+
+def _meter(options: argparse.Namespace) -> Any:
+    """The scorer that is asked for, tried on a sample; None where there is none."""
+    from t5patches.editing.evaluate import Meter, worst_of_several
+    from t5patches.editing.rules import load_callable
+
+    given = {"samples": options.samples, "threshold": options.threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.scorer:
+        if given:
+            raise ValueError(f"--{' and --'.join(given)} need --scorer, which they set")
+        return None
+    meter = Meter(load_callable(options.scorer), **given)
+    try:
+        worst_of_several(["This is a sample."] * meter.samples, meter)
+    except Exception as error:
+        raise ValueError(
+            f"--scorer {options.scorer} fails on a sample: {type(error).__name__}: {error}"
+        ) from error
+    return meter

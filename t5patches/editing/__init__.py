@@ -5,7 +5,7 @@ which they are used:
 
 | | |
 |---|---|
-| `t5patches.model.folder.load_model` | a Hugging Face folder: sizes, parameters, tokenizer |
+| `t5patches.model.folder.load_model` | a Hugging Face folder: model, parameters, tokenizer |
 | `annotate.speak`, `annotate.expand_negatives`, `rules` | the model's outputs, marked; sets |
 | `collect.collect` | all of that from inputs to a file: told, resumed |
 | `data.read_examples`, `write_examples`, `to_arrays` | marked outputs in files and in arrays |
@@ -27,20 +27,20 @@ For example, from a folder to an edited one::
     from t5patches.model.folder import load_model
     from t5patches.model.huggingface import save_checkpoint
 
-    config, params, tokenizer = load_model("model")
+    model, params, tokenizer = load_model("model")
     texts = pathlib.Path("inputs.txt").read_text().splitlines()
     rule = pattern("the")  # what is unwanted
 
 
     def marked(params):  # sampled outputs of the model, with what is unwanted in them
         options = dict(max_length=6, samples=32, temperature=1.0)
-        return speak(config, params, texts, rule, tokenizer, **options)
+        return speak(model, params, texts, rule, tokenizer, **options)
 
 
     before = marked(params)
     settings = TrainSettings(objective="tnrf", steps=40, batch_size=16, learning_rate=3e-2)
-    edited = train(config, params, to_arrays(before), settings, pathlib.Path("run")).params
+    edited = train(model, params, to_arrays(before), settings, pathlib.Path("run")).params
     after = marked(edited)
-    save_checkpoint(pathlib.Path("edited"), config, edited, like=pathlib.Path("model"))
+    save_checkpoint(pathlib.Path("edited"), model, edited, like=pathlib.Path("model"))
     print(prevalence(before)["prevalence"], prevalence(after)["prevalence"])
 """

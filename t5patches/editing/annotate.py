@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
-from t5patches.editing.data import Batch, Example, make_example, pad_rows, to_arrays, token_mask
-from t5patches.model.forward import forward
+from t5patches.editing.batches import example_batches
+from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
+from t5patches.model.batches import by_length
 from t5patches.model.generate import generate
-from t5patches.model.t5.network import T5Config
+from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Span, Tokenizer
 from t5patches.runs.claims import make_part
 
@@ -194,13 +196,19 @@ def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
     Raises:
         ValueError: the rule returned something else than spans inside `output`.
     """
+    found = rule(inputs, output)
+    if not isinstance(found, Iterable):
+        raise ValueError(
+            f"the rule {rule!r} returned {found!r}: a list of spans (start, end) is needed"
+        )
     spans = set()
-    for span in rule(inputs, output):
+    for span in found:
         try:
-            start, end = map(int, span)
+            start, end = map(_character, span)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"the rule {rule!r} returned {span!r}: (start, end) characters are needed"
+                f"the rule {rule!r} returned {span!r}: whole numbers (start, end) of "
+                "characters are needed"
             ) from error
         if not 0 <= start < end <= len(output):
             raise ValueError(
@@ -209,6 +217,13 @@ def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
             )
         spans.add((start, end))
     return sorted(spans)
+
+
+def _character(number: Any) -> int:
+    """A whole number, numpy's too: no fraction, text or bool that could be made one."""
+    if isinstance(number, bool | np.bool_):
+        raise TypeError("a bool is no number of a character")
+    return operator.index(number)
 
 
 def annotate(
@@ -256,8 +271,8 @@ def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
 
 
 def speak(
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     inputs: Sequence[str],
     rule: Rule,
     tokenizer: Tokenizer,
@@ -273,7 +288,7 @@ def speak(
     """What a model says, marked by a rule.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: its parameters.
         inputs: the source texts.
         rule: says what is unwanted.
@@ -290,45 +305,44 @@ def speak(
     Returns:
         `samples` examples for each input, one after the other.
     """
-    tokens = pad_rows(
-        [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs], tokenizer.pad_id
-    )
+    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
+    tokens = pad_rows(ids, model.config.pad_id)
     params = jax.tree.map(jnp.asarray, params)
     size = max(1, batch_size // samples)
 
-    def say(start: int) -> list[list[int]]:
-        part = tokens[start : start + size]
-        rows = generate(
+    def say(rows: np.ndarray) -> list[list[list[int]]]:
+        said = generate(
             model,
             params,
-            part,
+            tokens[rows],
             max_length=max_length,
-            prefixes=np.zeros((len(part), samples, 0), np.int32),
+            prefixes=np.zeros((len(rows), samples, 0), np.int32),
             temperature=temperature,
             rng=jax.random.key(seed),
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
             batch_size=batch_size,
-            first=start,
+            numbers=rows,
         )
-        return [list(ids) for said in rows for ids in until_end(said, tokenizer.eos_id)]
+        return [[list(ids) for ids in until_end(row, model.config.end_id)] for row in said]
 
     name = "sampled outputs" if temperature else "outputs"
     task = progress.add_task(name, total=len(inputs) * samples, note="") if progress else None
-    outputs: list[list[int]] = []
-    for start in range(0, len(inputs), size):
-        outputs += keep(f"outputs-{start}", functools.partial(say, start))
+    outputs: list[list[list[int]]] = [[] for _ in inputs]
+    for number, group in enumerate(by_length([len(row) for row in ids], size)):
+        made = keep(f"outputs-by-length-{number}", functools.partial(say, group.rows))
+        for row, said in zip(group.rows, made, strict=True):
+            outputs[row] = said
         if progress and task is not None:
-            progress.update(task, completed=len(outputs))
-    return annotate([text for text in inputs for _ in range(samples)], outputs, tokenizer, rule)
+            progress.update(task, advance=len(group.rows) * samples)
+    pairs = [(text, ids) for text, said in zip(inputs, outputs, strict=True) for ids in said]
+    return annotate([text for text, _ in pairs], [ids for _, ids in pairs], tokenizer, rule)
 
 
 def expand_negatives(
     examples: Sequence[Example],
     rule: Rule,
     tokenizer: Tokenizer,
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     *,
     count: int,
     max_length: int,
@@ -348,7 +362,7 @@ def expand_negatives(
         examples: outputs with marked tokens.
         rule: the rule that marked them.
         tokenizer: the model's.
-        model: the sizes of the original model.
+        model: the original model.
         params: its parameters.
         count: K, how many alternatives to try at a position.
         max_length: tokens that an output may have.
@@ -373,10 +387,10 @@ def expand_negatives(
 
     def try_out(start: int) -> list[_Place]:
         part = places[start : start + size]
-        rollouts = _roll_out(examples, part, model, params, max_length, batch_size, tokenizer)
+        rollouts = _roll_out(examples, part, model, params, max_length, batch_size)
         found = []
         for (number, position, candidates), rows in zip(part, rollouts, strict=True):
-            outputs, source = until_end(rows, tokenizer.eos_id), examples[number].inputs
+            outputs, source = until_end(rows, model.config.end_id), examples[number].inputs
             forbidden = (
                 token
                 for token, output in zip(candidates, outputs, strict=True)
@@ -388,7 +402,9 @@ def expand_negatives(
     task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
     negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
     for start in range(0, len(places), size):
-        for number, position, ids in keep(f"rollouts-{start}", functools.partial(try_out, start)):
+        for number, position, ids in keep(
+            f"rollouts-by-length-{start}", functools.partial(try_out, start)
+        ):
             negatives[number][position] = tuple(ids)
         if progress and task is not None:
             progress.update(task, completed=min(start + size, len(places)) * count)
@@ -426,70 +442,56 @@ _Place = tuple[int, int, tuple[int, ...]]
 
 def _alternatives(
     examples: Sequence[Example],
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     count: int,
     tokenizer: Tokenizer,
     batch_size: int,
 ) -> Iterator[_Place]:
-    marked = [i for i, example in enumerate(examples) if any(example.marked)]
-    if not marked:
-        return
-    arrays = to_arrays([examples[i] for i in marked], pad_id=tokenizer.pad_id)
-    special = (tokenizer.pad_id, tokenizer.eos_id)
-    for start in range(0, len(marked), batch_size):
-        # The last batch is filled up, not compiled again.
-        rows = np.minimum(np.arange(start, start + batch_size), len(marked) - 1)
-        batch = {name: array[rows] for name, array in arrays.items()}
-        likeliest = np.asarray(
-            _likeliest_others(params, batch, model, special, tokenizer.vocab_size, count)
-        )
-        for number, ids in zip(marked[start : start + batch_size], likeliest, strict=False):
-            for position in np.flatnonzero(examples[number].marked):
-                yield number, int(position), tuple(ids[position].tolist())
+    numbers = [i for i, example in enumerate(examples) if any(example.marked)]
+    marked = [examples[i] for i in numbers]
+    for rows, batch in example_batches(marked, batch_size, model.config.pad_id):
+        likeliest = np.asarray(_likeliest_others(params, batch, model, tokenizer.vocab_size, count))
+        for row, ids in zip(rows, likeliest, strict=False):
+            for position in np.flatnonzero(marked[row].marked):
+                yield numbers[row], int(position), tuple(ids[position].tolist())
 
 
-@functools.partial(jax.jit, static_argnames=("model", "special", "known", "count"))
+@functools.partial(jax.jit, static_argnames=("model", "known", "count"))
 def _likeliest_others(
-    params: Mapping[str, Any],
-    batch: Batch,
-    model: T5Config,
-    special: tuple[int, ...],
-    known: int,
-    count: int,
+    params: Params, batch: Batch, model: LanguageModel, known: int, count: int
 ) -> jax.Array:
-    """The likeliest ids; `special` ones, and rows of the model that are no token, are barred."""
-    logits = forward(model, params, batch)
-    ids = jnp.arange(model.vocab_size)[None, None]
-    barred = jnp.isin(ids, jnp.array(special)) | (ids == batch["decoder_target_tokens"][..., None])
-    return jax.lax.top_k(jnp.where(barred | (ids >= known), -jnp.inf, logits), count)[1]
+    """The likeliest ids but padding, the end, what was said, and rows that are no token."""
+    logits = model.head(params).logits(model.hidden(params, batch))
+    ids = jnp.arange(logits.shape[-1])[None, None]
+    special = jnp.array([model.config.pad_id, model.config.end_id])
+    barred = jnp.isin(ids, special) | (ids == batch["outputs"][..., None]) | (ids >= known)
+    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1]
 
 
 def _roll_out(
     examples: Sequence[Example],
     places: Sequence[_Place],
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     max_length: int,
     batch_size: int,
-    tokenizer: Tokenizer,
 ) -> np.ndarray:
     """The original model's outputs from each of the candidates on, [places, K, max_length]."""
     longest = max(len(example.output_ids) for example in examples)
-    prefixes = np.full((len(places), len(places[0][2]), longest), tokenizer.pad_id, np.int32)
+    pad_id = model.config.pad_id
+    prefixes = np.full((len(places), len(places[0][2]), longest), pad_id, np.int32)
     for row, (number, position, candidates) in zip(prefixes, places, strict=True):
         row[:, :position] = examples[number].output_ids[:position]
         row[:, position] = candidates
-    # Every chunk has the same shapes, so that generation is compiled once.
-    length = max(len(example.input_ids) for example in examples)
+    # As wide for every chunk, so that generation is compiled for few lengths.
+    width = max(len(example.input_ids) for example in examples)
     return generate(
         model,
         params,
-        pad_rows([examples[n].input_ids for n, _, _ in places], tokenizer.pad_id, length),
+        pad_rows([examples[n].input_ids for n, _, _ in places], pad_id, width),
         max_length=max_length,
         prefixes=prefixes,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
         batch_size=batch_size,
     )
 

@@ -7,8 +7,6 @@ goes on when it is repeated.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +16,9 @@ from rich.progress import Progress
 from t5patches.editing.annotate import check_count, expand_negatives, speak
 from t5patches.editing.data import Example, write_examples
 from t5patches.editing.rules import Rules
-from t5patches.model.folder import Model
+from t5patches.model.folder import LoadedModel
 from t5patches.runs.claims import Parts
-from t5patches.runs.fingerprints import fingerprint
+from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class CollectSettings:
 
 
 def collect(
-    model: Model,
+    model: LoadedModel,
     inputs: Sequence[str],
     rules: Rules,
     output: str | os.PathLike[str],
@@ -93,7 +91,7 @@ def collect(
         check_count(settings.negatives, model.tokenizer)
     parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
     examples = speak(
-        model.config,
+        model.model,
         model.params,
         inputs,
         rules,
@@ -118,7 +116,7 @@ def collect(
             examples,
             rules,
             model.tokenizer,
-            model.config,
+            model.model,
             model.params,
             count=settings.negatives,
             max_length=settings.max_length,
@@ -143,7 +141,7 @@ def marked_tokens(examples: Sequence[Example]) -> int:
     return sum(sum(example.marked) for example in examples)
 
 
-def asked(model: Model, inputs: Sequence[str]) -> dict[str, str]:
+def asked(model: LoadedModel, inputs: Sequence[str]) -> dict[str, str]:
     """Which model is given which inputs, for `t5patches.runs.claims.claim`.
 
     Args:
@@ -153,15 +151,15 @@ def asked(model: Model, inputs: Sequence[str]) -> dict[str, str]:
     Returns:
         A fingerprint of each.
     """
-    given = json.dumps([(text, model.tokenizer.encode(text).ids) for text in inputs])
+    given = [(text, model.tokenizer.encode(text).ids) for text in inputs]
     return {
         "model": fingerprint(model.params),
-        "inputs": hashlib.sha256(given.encode()).hexdigest(),
+        "inputs": json_fingerprint(given),
     }
 
 
 def _describe(
-    model: Model, inputs: Sequence[str], rules: Rules, settings: CollectSettings
+    model: LoadedModel, inputs: Sequence[str], rules: Rules, settings: CollectSettings
 ) -> dict[str, object]:
     return asked(model, inputs) | {
         "rules": rules.fingerprint,

@@ -24,6 +24,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -193,9 +194,9 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
     """Reads what the model is to be given.
 
     Args:
-        path: a file whose name ends in `.jsonl`, with `{"inputs": "...", "references": ["..."]}`
-            a line (`references` and `meta` may be absent), or any other text file, with one input
-            a line. Blank lines are skipped.
+        path: a file whose name ends in `.jsonl` or `.JSONL`, with
+            `{"inputs": "...", "references": ["..."]}` a line (`references` and `meta` may be
+            absent), or any other text file, with one input a line. Blank lines are skipped.
 
     Returns:
         The inputs in the order of the file.
@@ -204,7 +205,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
         ValueError: some lines are bad (all of them are named, by number and reason), or there are
             none.
     """
-    if os.fspath(path).endswith(".jsonl"):
+    if Path(path).suffix.lower() == ".jsonl":
         return read_lines(path, _source, 'inputs: write {"inputs": "..."} a line')
     return read_lines(path, Source, "inputs: write one a line")
 
@@ -213,7 +214,7 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
     """Reads a text file line by line and tells everything that is wrong with it at once.
 
     Args:
-        path: of a file in UTF-8. Blank lines are skipped.
+        path: of a file in UTF-8, with or without a byte-order mark. Blank lines are skipped.
         parse: makes something of a line without white space at its ends, or raises `ValueError`.
         nothing: what the file has none of where it is empty.
 
@@ -221,8 +222,8 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
         What `parse` made of the lines.
 
     Raises:
-        ValueError: some lines are bad (all of them are named, by number and reason), or there are
-            none.
+        ValueError: some lines are bad (the first of them are named, by number and reason, and the
+            rest counted), or there are none.
     """
     found, problems = [], []
     with open(path, "rb") as file:
@@ -232,12 +233,39 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
                 if text:
                     found.append(parse(text))
             except ValueError as error:
-                problems.append(f"  line {number}: {error}")
+                problems.append(f"line {number}: {error}")
     if problems:
-        raise ValueError(f"{path}: {len(problems)} bad lines\n" + "\n".join(problems))
+        raise ValueError(told(f"{path}:", problems, "bad line"))
     if not found:
         raise ValueError(f"{path} has no {nothing}")
     return found
+
+
+def told(what: str, problems: Sequence[str], thing: str) -> str:
+    """A message of several things that are wrong.
+
+    Args:
+        what: they are wrong with.
+        problems: each in a line.
+        thing: what to call one of them.
+
+    Returns:
+        The number of problems and the first of them.
+
+    Example:
+        >>> print(told("x.jsonl:", ["line 3: it is empty"], "bad line"))
+        x.jsonl: 1 bad line
+          line 3: it is empty
+    """
+    count = len(problems)
+    lines = [f"{what} {count} {thing}{'' if count == 1 else 's'}"]
+    lines += [f"  {problem}" for problem in problems[:_TOLD]]
+    if count > _TOLD:
+        lines.append(f"  and {count - _TOLD} more")
+    return "\n".join(lines)
+
+
+_TOLD = 20
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
@@ -309,7 +337,7 @@ def to_arrays(
 
     Args:
         examples: N of them.
-        pad_id: fills the ends; the decoder's first input too.
+        pad_id: fills the ends.
         negatives: 0 pushes down the token that was said and nothing else. With K > 0 a marked
             position gets a set of at most K ids: the token that was said, then the first of
             its `negatives`.
@@ -317,8 +345,8 @@ def to_arrays(
         output_length: L; default: the longest output.
 
     Returns:
-        `encoder_input_tokens` [N, S]; `decoder_input_tokens` and `decoder_target_tokens`
-        [N, L], int32; `decoder_loss_weights` [N, L], float32: 1 kept, -1 pushed down, 0 padding.
+        `inputs` [N, S] and `outputs` [N, L], int32; `weights` [N, L], float32: 1 kept, -1 pushed
+        down, 0 padding.
         With `negatives`, also `edit_ids` [N, L, K], int32, -1 for none, and `edit_factors`
         [N, L, K], float32: 0, as these ids are to lose all of their mass.
 
@@ -327,19 +355,14 @@ def to_arrays(
     """
     if not examples:
         raise ValueError("there are no examples: at least one is needed")
-    encoder = pad_rows([e.input_ids for e in examples], pad_id, input_length)
-    targets = pad_rows([e.output_ids for e in examples], pad_id, output_length)
-    weights = np.zeros(targets.shape, np.float32)
+    inputs = pad_rows([e.input_ids for e in examples], pad_id, input_length)
+    outputs = pad_rows([e.output_ids for e in examples], pad_id, output_length)
+    weights = np.zeros(outputs.shape, np.float32)
     for row, example in zip(weights, examples, strict=True):
         row[: len(example.marked)] = np.where(example.marked, -1, 1)
-    arrays = {
-        "encoder_input_tokens": encoder,
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)), constant_values=pad_id)[:, :-1],
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": weights,
-    }
+    arrays = {"inputs": inputs, "outputs": outputs, "weights": weights}
     if negatives:
-        arrays["edit_ids"] = _edit_ids(examples, targets.shape, negatives)
+        arrays["edit_ids"] = _edit_ids(examples, outputs.shape, negatives)
         arrays["edit_factors"] = np.zeros(arrays["edit_ids"].shape, np.float32)
     return arrays
 
@@ -398,7 +421,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
 
 def _decoded(line: bytes) -> str:
     try:
-        return line.decode("utf-8").strip()
+        # Editors put a byte-order mark at the start; files put together have it in the middle.
+        return line.decode("utf-8").lstrip("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
 
@@ -449,12 +473,24 @@ def _parse(line: str, tokenizer: Tokenizer) -> Example:
 
 def _fields(line: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: brackets within brackets too deep") from error
     if not isinstance(fields, dict):
         raise ValueError(f"a JSON object is needed, got {type(fields).__name__}")
     return fields
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object; `json` would take the last of two of a name."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice: which of the two is meant?")
+        found[name] = value
+    return found
 
 
 def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -41,9 +40,10 @@ from t5patches.editing.train import (
     train,
     training_progress,
 )
-from t5patches.model.folder import Model
+from t5patches.model.folder import LoadedModel
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.protocol import LanguageModel
+from t5patches.model.t5.model import small_t5
 from t5patches.model.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from t5patches.runs.files import write_file
 
@@ -235,14 +235,15 @@ def _claim(output: Path, config: DemoConfig) -> None:
         )
 
 
-def _original(stage: _Stage) -> Model:
+def _original(stage: _Stage) -> LoadedModel:
     stage.directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _vocabulary(stage)
-    model = _model(stage.config, tokenizer)
-    return Model(model, _base_model(stage, model, tokenizer).params, tokenizer)
+    config = stage.config
+    model = small_t5(vocab_size=tokenizer.vocab_size, width=config.width, layers=config.layers)
+    return LoadedModel(model, _base_model(stage, model, tokenizer).params, tokenizer)
 
 
-def _write_task(output: Path, stage: _Stage, original: Model) -> None:
+def _write_task(output: Path, stage: _Stage, original: LoadedModel) -> None:
     """The model, inputs and rules as files, which `t5patches annotate` and `evaluate` take."""
     write_file(output / "rules.toml", _RULES)
     news = stage.news(stage.config.edit_inputs, _EDIT)
@@ -255,7 +256,7 @@ def _write_task(output: Path, stage: _Stage, original: Model) -> None:
     write_file(output / "held-out.jsonl", "".join(f"{json.dumps(source)}\n" for source in held_out))
     if not (output / "model").exists():
         vocabulary = {"spiece.model": (stage.directory / "spiece.model").read_bytes()}
-        save_checkpoint(output / "model", original.config, original.params, files=vocabulary)
+        save_checkpoint(output / "model", original.model, original.params, files=vocabulary)
 
 
 _RULES = """\
@@ -267,7 +268,7 @@ absent_from_source = true
 """
 
 
-def _repetition(stage: _Stage, base: Model) -> _Repetition:
+def _repetition(stage: _Stage, base: LoadedModel) -> _Repetition:
     model, original, tokenizer = base
     greedy = _greedy_outputs(stage, model, original, tokenizer)
     sampled = _sampled_outputs(stage, model, original, tokenizer)
@@ -294,25 +295,8 @@ def _training_pairs(stage: _Stage) -> Any:
     return make_pairs(stage.config.texts, seed=100 * stage.seed + _BASE)
 
 
-def _model(config: DemoConfig, tokenizer: Tokenizer) -> T5Config:
-    return T5Config(
-        vocab_size=tokenizer.vocab_size,
-        emb_dim=config.width,
-        num_heads=4,
-        head_dim=config.width // 4,
-        mlp_dim=2 * config.width,
-        num_encoder_layers=config.layers,
-        num_decoder_layers=config.layers,
-        mlp_activations=("gelu", "linear"),
-        dropout_rate=0.0,
-    )
-
-
-def _base_model(stage: _Stage, model: T5Config, tokenizer: Tokenizer) -> Trained:
-    ids = np.ones((1, 2), np.int32)
-    variables = Transformer(model).init(
-        jax.random.key(stage.seed), ids, ids, ids, enable_dropout=False
-    )
+def _base_model(stage: _Stage, model: LanguageModel, tokenizer: Tokenizer) -> Trained:
+    params = model.init(jax.random.key(stage.seed))
     settings = TrainSettings(
         objective="ce",
         steps=stage.config.base_steps,
@@ -326,11 +310,11 @@ def _base_model(stage: _Stage, model: T5Config, tokenizer: Tokenizer) -> Trained
         make_example(news, with_end(tokenizer.encode(summary), tokenizer), [], tokenizer)
         for news, summary in _training_pairs(stage)
     ]
-    return _run(stage, "base", model, variables["params"], examples, settings)
+    return _run(stage, "base", model, params, examples, settings)
 
 
 def _before(
-    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
 ) -> tuple[list[Example], dict[str, Measure]]:
     """What the base model says to the held-out news, and how much of it is unwanted."""
     measuring = _measuring(stage.config)
@@ -344,7 +328,7 @@ def _measuring(config: DemoConfig) -> Measuring:
 
 
 def _greedy_outputs(
-    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
 ) -> list[Example]:
     """The base model's own outputs, marked, with sets of negatives and corrections."""
     path = stage.directory / "edits.jsonl"
@@ -365,7 +349,7 @@ def _greedy_outputs(
 
 
 def _sampled_outputs(
-    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
 ) -> list[Example]:
     path = stage.directory / "sampled.jsonl"
     if not path.exists():
@@ -374,7 +358,7 @@ def _sampled_outputs(
 
 
 def _own_outputs(
-    stage: _Stage, model: T5Config, params: Params, tokenizer: Tokenizer, *, temperature: float
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer, *, temperature: float
 ) -> list[Example]:
     outputs = speak(
         model,
@@ -394,7 +378,7 @@ def _own_outputs(
 def _edited(
     stage: _Stage,
     edit: Edit,
-    model: T5Config,
+    model: LanguageModel,
     original: Params,
     marked: Sequence[Example],
     held_out: Sequence[Example],
@@ -431,7 +415,7 @@ def _edited(
 def _run(
     stage: _Stage,
     name: str,
-    model: T5Config,
+    model: LanguageModel,
     params: Params,
     examples: Sequence[Example],
     settings: TrainSettings,
@@ -441,7 +425,7 @@ def _run(
     return finished_run(directory, params) or train(
         model,
         params,
-        to_arrays(examples, negatives=settings.negatives),
+        to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives),
         settings,
         directory,
         progress=stage.progress,

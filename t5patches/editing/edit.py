@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,15 +45,17 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.t5.network import T5Config
+from t5patches.model.protocol import LanguageModel
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
-from t5patches.runs.claims import claim, require_space
-from t5patches.runs.fingerprints import fingerprint
+from t5patches.runs.claims import claim, hold, remove, require_space
+from t5patches.runs.files import read_regular
+from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
-_CARD = "README.md"
+CARD = "README.md"
+_EDITED = "## Edited with targeted negative training"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 PathLike = str | os.PathLike[str]
@@ -111,7 +111,7 @@ class Checked:
     """A job of which all is known to be right but the weights, and the memory it will take.
 
     Attributes:
-        config: of the model, as it is trained.
+        model: as it is trained.
         arrays: the data.
         order: which rows come when; None for one file.
         settings: with the size of the sets.
@@ -121,7 +121,7 @@ class Checked:
         counts: examples, tokens that count, and marked ones.
     """
 
-    config: T5Config
+    model: LanguageModel
     arrays: Batch
     order: np.ndarray | None
     settings: TrainSettings
@@ -159,6 +159,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     console.print(checked.plan.text(), highlight=False, soft_wrap=True)
     _require_space(job, checked)
     described = _described(job)
+    hold(work)
     claim(work, described)
     edited = work / "edited"
     if not edited.exists():
@@ -167,11 +168,11 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         record = _record(described, checked, work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
-        files[_CARD] = _card(job, record)
-        save_checkpoint(edited, checked.config, trained.params, like=job.model, files=files)
+        files[CARD] = _card(job, record)
+        save_checkpoint(edited, checked.model, trained.params, like=job.model, files=files)
     output.parent.mkdir(parents=True, exist_ok=True)
     edited.rename(output)
-    shutil.rmtree(work)
+    remove(work)
     return read_rounds(output)[-1]
 
 
@@ -189,18 +190,20 @@ def check(job: Job) -> Checked:
     """
     if not 0 <= job.dropout < 1:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
-    config = dataclasses.replace(
-        inspect_checkpoint(job.model), dropout_rate=job.dropout, dtype=_dtype(job.dtype)
-    )
+    model = inspect_checkpoint(job.model)
+    model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype))
     tokenizer = load_tokenizer(job.model)
-    check_tokenizer(tokenizer, config, job.model)
+    check_tokenizer(tokenizer, model.config, job.model)
     _check_original(job)
-    sets = [_read(job, file, tokenizer, config) for file in job.data]
+    # Both are read again at the end, when it would be late.
+    read_rounds(job.model)
+    card_before_edits(job.model)
+    sets = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
-    arrays = to_arrays(examples, negatives=settings.negatives)
+    arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
     counts = _counts(arrays)
     if settings.objective != "ce" and not counts["marked"]:
         raise ValueError(
@@ -209,10 +212,10 @@ def check(job: Job) -> Checked:
         )
     order = _order(job, settings, [len(part) for part in sets])
     mesh = _mesh(job)
-    step = Step(config, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
+    step = Step(model, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
-    return Checked(config, arrays, order, settings, mesh, step, plan, counts)
+    return Checked(model, arrays, order, settings, mesh, step, plan, counts)
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -231,9 +234,36 @@ def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rounds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove it or restore it") from error
+        rounds = list(json.loads(read_regular(path))["rounds"])
+        for round_ in rounds:  # what is read of one, here and in reports
+            _ = {**round_["job"]["model"]["sha256"], **round_["job"]["data"]}
+            _ = [round_["settings"][name] for name in ("objective", "alpha", "negatives")]
+            _ = [[*round_["history"][name]] for name in ("loss", "marked", "said")]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): remove it or restore it"
+        ) from error
+    return rounds
+
+
+def card_before_edits(folder: PathLike) -> str:
+    """A folder's model card without what edits have said in it.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        The card; empty where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = Path(folder) / CARD
+    try:
+        text = read_regular(path).decode() if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
+    return text.partition(_EDITED)[0].strip()
 
 
 def unfinished(output: PathLike) -> Path:
@@ -257,7 +287,8 @@ def _finished(job: Job, resume: bool) -> dict[str, Any] | None:
     rounds = read_rounds(output) if output.is_dir() else []
     if not (resume and rounds and rounds[-1]["job"] == _described(job)):
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        remove(work)
     return rounds[-1]
 
 
@@ -271,15 +302,15 @@ def _check_original(job: Job) -> None:
     if job.original is None:
         return
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
-    if dataclasses.replace(there, dropout_rate=here.dropout_rate) != here:
+    if there.replace(dropout_rate=here.config.dropout_rate) != here:
         raise ValueError(
-            f"the original in {job.original} is {there} and the model in {job.model} {here}: the "
-            "original must be of the same sizes"
+            f"the original in {job.original} is {there.config} and the model in {job.model} "
+            f"{here.config}: the original must be of the same sizes"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
     first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == frozen), len(rounds))
-    given = {_sha256(file) for file in job.data}
+    given = {file_fingerprint(file) for file in job.data}
     earlier = {digest: name for r in rounds[first:] for name, digest in r["data"].items()}
     left_out = sorted(name for digest, name in earlier.items() if digest not in given)
     if left_out:
@@ -291,7 +322,20 @@ def _check_original(job: Job) -> None:
         )
 
 
-def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> list[Example]:
+def _read_all(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[list[Example]]:
+    """The examples of each data file; what is wrong with any is told of all."""
+    sets, problems = [], []
+    for file in job.data:
+        try:
+            sets.append(_read(job, file, tokenizer, vocab_size))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return sets
+
+
+def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
     examples = read_examples(
         file,
         tokenizer,
@@ -299,10 +343,10 @@ def _read(job: Job, file: PathLike, tokenizer: Tokenizer, config: T5Config) -> l
         max_output_length=job.max_output_length,
     )
     for number, example in enumerate(examples, start=1):
-        if max(example.output_ids) >= config.vocab_size:
+        if max(example.output_ids) >= vocab_size:
             raise ValueError(
                 f"{file}: example {number} has the token {max(example.output_ids)} and the model "
-                f"{config.vocab_size} ids: was the file made with another model?"
+                f"{vocab_size} ids: was the file made with another model?"
             )
     if job.templates is None:
         return examples
@@ -338,7 +382,7 @@ def _mesh(job: Job) -> Mesh | None:
 
 
 def _counts(arrays: Batch) -> dict[str, int]:
-    weights = arrays["decoder_loss_weights"]
+    weights = arrays["weights"]
     return {
         "examples": len(weights),
         "tokens": int((weights != 0).sum()),
@@ -365,7 +409,7 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             original = placed if original is params else _placed(checked, original)
             params = placed
         return finished_run(directory, params) or train(
-            checked.config,
+            checked.model,
             params,
             checked.arrays,
             checked.settings,
@@ -393,14 +437,16 @@ def _cached(
     task = progress.add_task("original model, once", total=None, note="")
     return cache_teacher(
         job.cache_teacher,
-        checked.config,
+        checked.model,
         original,
         checked.arrays,
         batch_size=checked.settings.batch_size,
         dtype=job.dtype,
-        about={"tokenizer": {f.name: _sha256(f) for f in files if f.exists()}},
+        about={"tokenizer": {f.name: file_fingerprint(f) for f in files if f.exists()}},
         mesh=checked.mesh,
-        tell=lambda size: progress.console.print(f"teacher cache {job.cache_teacher}: {size}"),
+        tell=lambda size: progress.console.print(
+            f"teacher cache {job.cache_teacher}: {size}", markup=False
+        ),
         advance=lambda done, count: progress.update(task, completed=done, total=count),
     )
 
@@ -411,7 +457,7 @@ def _described(job: Job) -> dict[str, Any]:
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
         "data": _named(job.data),
-        "templates": None if job.templates is None else _sha256(job.templates),
+        "templates": None if job.templates is None else file_fingerprint(job.templates),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
         "cap": job.cap,
@@ -424,7 +470,9 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _weights(folder: PathLike) -> dict[str, Any]:
-    files = {path.name: _sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    files = {
+        path.name: file_fingerprint(path) for path in sorted(Path(folder).glob("*.safetensors"))
+    }
     return {"name": Path(folder).name, "sha256": files}
 
 
@@ -432,14 +480,9 @@ def _named(files: Sequence[PathLike]) -> dict[str, str]:
     """Content by name; the whole path where two files share a name."""
     names = [Path(file).name for file in files]
     return {
-        name if names.count(name) == 1 else str(file): _sha256(file)
+        name if names.count(name) == 1 else str(file): file_fingerprint(file)
         for name, file in zip(names, files, strict=True)
     }
-
-
-def _sha256(path: PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record(
@@ -462,7 +505,7 @@ def _record(
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:
     """The model card with a section on this edit at its end."""
-    path = Path(job.model) / _CARD
+    path = Path(job.model) / CARD
     before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, counts, job_ = record["settings"], record["counts"], record["job"]
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
@@ -470,7 +513,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     loss = record["history"]["loss"]
     return (
-        f"{before}## Edited with targeted negative training\n\n"
+        f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "

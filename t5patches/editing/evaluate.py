@@ -22,9 +22,9 @@ from sacrebleu.metrics import BLEU
 from scipy import stats
 
 from t5patches.editing.annotate import Keep, Rule, speak
-from t5patches.editing.data import Example, to_arrays
-from t5patches.model.forward import forward
-from t5patches.model.t5.network import T5Config, output_head
+from t5patches.editing.batches import example_batches
+from t5patches.editing.data import Example
+from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Span, Tokenizer
 from t5patches.runs.claims import make_part
 from t5patches_kernels import linear_token_statistics
@@ -126,9 +126,9 @@ class Measuring:
 
 
 def evaluate(
-    model: T5Config,
-    params: Mapping[str, Any],
-    original: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
+    original: Params,
     before: Sequence[Example],
     tokenizer: Tokenizer,
     measuring: Measuring,
@@ -139,7 +139,7 @@ def evaluate(
     """Compares an edited model with the original.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: of the edited model.
         original: parameters of the original.
         before: what the original says to the held-out inputs, marked by the rule.
@@ -171,8 +171,8 @@ def evaluate(
 
 
 def own_measures(
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     greedy: Sequence[Example],
     tokenizer: Tokenizer,
     measuring: Measuring,
@@ -183,7 +183,7 @@ def own_measures(
     """What can be said of a model without another one to compare it with.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: its parameters.
         greedy: what it says to the held-out inputs when it decodes greedily, see `say`.
         tokenizer: the model's.
@@ -223,8 +223,8 @@ def own_measures(
 
 
 def say(
-    model: T5Config,
-    params: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
     inputs: Sequence[str],
     tokenizer: Tokenizer,
     measuring: Measuring,
@@ -237,7 +237,7 @@ def say(
     """What a model says, marked where there is a rule.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: its parameters.
         inputs: the source texts.
         tokenizer: the model's.
@@ -405,9 +405,9 @@ def malformed(
 
 
 def kept_divergence(
-    model: T5Config,
-    params: Mapping[str, Any],
-    original: Mapping[str, Any],
+    model: LanguageModel,
+    params: Params,
+    original: Params,
     outputs: Sequence[Example],
     *,
     batch_size: int = 256,
@@ -415,7 +415,7 @@ def kept_divergence(
     """Mean KL(original, edited) over the tokens that should not have changed.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: of the edited model.
         original: parameters of the original.
         outputs: the original's, marked; both models read them (teacher forcing).
@@ -424,36 +424,29 @@ def kept_divergence(
     Returns:
         Nats a token, over the positions that are not marked.
     """
-    arrays = to_arrays(outputs)
-    sums, counts = [], []
-    for start in range(0, len(outputs), batch_size):
-        rows = np.arange(start, start + batch_size) % len(outputs)
-        batch = {name: array[rows] for name, array in arrays.items()}
-        real = min(batch_size, len(outputs) - start)
+    sums, counts = np.zeros(len(outputs)), np.zeros(len(outputs))
+    for rows, batch in example_batches(outputs, batch_size, model.config.pad_id):
         kl, kept = _kept_divergences(params, original, batch, model)
-        sums.append(np.asarray(kl)[:real])
-        counts.append(np.asarray(kept)[:real])
-    return ratio(np.concatenate(sums), np.concatenate(counts))
+        sums[rows], counts[rows] = (np.asarray(x)[: len(rows)] for x in (kl, kept))
+    return ratio(sums, counts)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _kept_divergences(
-    params: Mapping[str, Any],
-    original: Mapping[str, Any],
+    params: Params,
+    original: Params,
     batch: Mapping[str, Any],
-    model: T5Config,
+    model: LanguageModel,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over kept tokens and their number, for each example; no logits are held."""
-    kept = batch["decoder_loss_weights"] > 0
-    head = output_head(model, original)
+    kept, head = batch["weights"] > 0, model.head(original)
     kl: Any = linear_token_statistics(
-        forward(model, original, batch, return_hidden=True),
+        model.hidden(original, batch),
         head.kernel,
-        batch["decoder_target_tokens"],
-        forward(model, params, batch, return_hidden=True),
-        output_head(model, params).kernel,
-        logit_scale=head.logit_scale,
-        transposed=head.transposed,
+        batch["outputs"],
+        model.hidden(params, batch),
+        model.head(params).kernel,
+        **head.loss_options(),
     ).kl
     return jnp.where(kept, kl, 0).sum(-1), kept.sum(-1)
 

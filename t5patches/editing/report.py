@@ -1,33 +1,38 @@
 """Results as a table in the terminal, as findings in words, and as one HTML file.
 
-The HTML file loads nothing: plots are inside it. Whatever models, data and users wrote is escaped.
+The HTML file (`report.html` beside this module is its template) loads nothing: plots are inside it.
+Whatever models, data and users wrote is text, and no markup, to the terminal, the plots and the
+page.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from t5patches.editing.data import Example
+from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure, differs
 from t5patches.editing.train import OBJECTIVES, TARGETED, History
-from t5patches.model.tokenizer import Span
 from t5patches.runs.files import write_file
 
 Measures = Mapping[str, Measure]
+_Part = tuple[str, bool]
 
 COLUMNS = {
     "kl": ("KL", "mean KL(original, edited) on unmarked positions, nats a token"),
@@ -80,7 +85,7 @@ class Row:
             parts.append(f"sets of {self.negatives}")
         if self.alpha is not None:
             parts.append(f"alpha {self.alpha:g}")
-        return ", ".join([*parts, self.note] if self.note else parts)
+        return ", ".join([*parts, visible(self.note)] if self.note else parts)
 
     @property
     def is_targeted(self) -> bool:
@@ -120,13 +125,13 @@ def terminal_table(results: Results) -> Table:
     Returns:
         A table for `rich.console.Console.print`.
     """
-    table = Table(title=results.title, caption=f"± standard error {results.errors}")
+    table = _table(results)
     table.add_column("edit")
     columns = _columns(results)
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
     for name, measures in _lines(results):
-        table.add_row(name, *(_cell(key, measures.get(key)) for key in columns))
+        table.add_row(Text(name), *(_cell(key, measures.get(key)) for key in columns))
     return table
 
 
@@ -139,14 +144,19 @@ def side_by_side(results: Results) -> Table:
     Returns:
         A table for `rich.console.Console.print`.
     """
-    table = Table(title=results.title, caption=f"± standard error {results.errors}")
+    table = _table(results)
     table.add_column("")
     models = list(_lines(results))
     for name, _ in models:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for key, (heading, _) in _columns(results).items():
         table.add_row(heading, *(_cell(key, measures.get(key)) for _, measures in models))
     return table
+
+
+def _table(results: Results) -> Table:
+    caption = f"± standard error {results.errors}"
+    return Table(title=Text(visible(results.title)), caption=Text(caption))
 
 
 def show(results: Results, console: Console) -> None:
@@ -159,7 +169,7 @@ def show(results: Results, console: Console) -> None:
     few = len(results.rows) <= _FEW
     console.print(side_by_side(results) if few else terminal_table(results))
     for sentence in findings(results):
-        console.print(f"• {sentence}", markup=False, highlight=False)
+        console.print(Text(f"• {sentence}"))
 
 
 _FEW = 4
@@ -196,23 +206,31 @@ def write_html(path: str | os.PathLike[str], results: Results) -> None:
         path: where to; the file appears whole or not at all.
         results: the edits.
     """
-    plots = []
+    plots = {}
     if "prevalence" in results.before:
-        plots.append(("Prevalence against closeness", _trade_off_plot(results)))
+        plots["Prevalence against closeness"] = _trade_off_plot(results)
     if any(row.history for row in results.rows):
-        plots.append(("Training", _training_plot(results)))
-    body = [
-        f"<h1>{_escape(results.title)}</h1><p>{_escape(results.about)}</p>",
-        "<ul>" + "".join(f"<li>{_escape(s)}</li>" for s in findings(results)) + "</ul>",
-        _html_table(results),
-        *(
-            f'<h2>{_escape(name)}</h2><img alt="{_escape(name)}" src="{src}">'
-            for name, src in plots
-        ),
-        _html_texts(results),
-        f"<h2>Settings</h2><pre>{_escape(json.dumps(results.settings, indent=1))}</pre>",
-    ]
-    write_file(path, _PAGE.format(title=_escape(results.title), body="\n".join(body)))
+        plots["Training"] = _training_plot(results)
+    page = _TEMPLATES.get_template("report.html").render(
+        results=results,
+        title=visible(results.title),
+        findings=findings(results),
+        columns=_columns(results),
+        lines=list(_lines(results)),
+        cell=_cell,
+        plots=plots,
+        texts=_texts(results),
+        settings=json.dumps(results.settings, indent=1),
+    )
+    write_file(path, page)
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+)
 
 
 def to_json(results: Results) -> str:
@@ -429,10 +447,11 @@ def _colors(rows: Sequence[Row]) -> list[str]:
 def _trade_off_plot(results: Results) -> str:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, key, label in ((left, "kl", "KL on unmarked positions"), (right, "bleu", "BLEU")):
+    for axes, key, label in ((right, "bleu", "BLEU"), (left, "kl", "KL on unmarked positions")):
+        marks = []
         for row, color in zip(results.rows, _colors(results.rows), strict=True):
             x, y = row.measures["prevalence"], row.measures[key]
-            axes.errorbar(
+            mark = axes.errorbar(
                 x.value,
                 y.value,
                 xerr=x.error,
@@ -441,13 +460,13 @@ def _trade_off_plot(results: Results) -> str:
                 marker="s" if row.negatives else "^" if row.note else "o",
                 # The smallest symbol for the smallest alpha.
                 markersize=5 + 2 * math.log10(max(1.0, row.alpha or 1.0)),
-                label=row.name,
                 alpha=0.8,
                 linestyle="none",
             )
+            marks.append(mark)
         axes.set(xlabel="prevalence, % of outputs", ylabel=label)
     left.set_yscale("log")
-    _legend(figure, left)
+    _legend(figure, results.rows, marks)
     return _embedded(figure)
 
 
@@ -455,9 +474,10 @@ def _training_plot(results: Results) -> str:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = _gentle([row for row in results.rows if row.history])
+    curves = []
     for row, color in zip(rows, _colors(rows), strict=True):
         style = {"color": color, "linestyle": "--" if row.negatives else "-"}
-        _curve(left, _means(row.history["loss"]), label=row.name, **style)
+        curves += _curve(left, _means(row.history["loss"]), **style)
         marked, said = _means(row.history["marked"]), _means(row.history["said"])
         if any(marked):
             _curve(
@@ -467,17 +487,24 @@ def _training_plot(results: Results) -> str:
             )
     left.set(xlabel="step", ylabel="loss a token (not comparable across objectives)")
     right.set(xlabel="step", ylabel="% of marked tokens that are still the likeliest")
-    _legend(figure, left)
+    _legend(figure, rows, curves)
     return _embedded(figure)
 
 
-def _curve(axes: Axes, values: Sequence[float], **style: Any) -> None:
-    axes.plot([_SMOOTHED * (i + 0.5) for i in range(len(values))], values, **style)
+def _curve(axes: Axes, values: Sequence[float], **style: Any) -> list[Any]:
+    return axes.plot([_SMOOTHED * (i + 0.5) for i in range(len(values))], values, **style)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+def _legend(figure: Figure, rows: Sequence[Row], marks: Sequence[Any]) -> None:
+    """The rows' names beside their marks, as they are.
+
+    Given as labels, matplotlib would read `$x$` as mathematics and leave `_x` out.
+    """
+    labels = [str(i) for i in range(len(rows))]
+    legend = figure.legend(list(marks), labels, loc="outside right upper", fontsize=7)
+    for text, row in zip(legend.get_texts(), rows, strict=True):
+        text.set_parse_math(False)
+        text.set_text(row.name)
 
 
 _SMOOTHED = 5
@@ -498,76 +525,28 @@ def _embedded(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _html_table(results: Results) -> str:
-    columns = _columns(results)
-    heads = "".join(
-        f'<th title="{_escape(meaning)}">{_escape(heading)}</th>'
-        for heading, meaning in columns.values()
-    )
-    lines = "".join(
-        f"<tr><td>{_escape(name)}</td>"
-        + "".join(f"<td>{_escape(_cell(key, measures.get(key)))}</td>" for key in columns)
-        + "</tr>"
-        for name, measures in _lines(results)
-    )
-    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in columns.values())
-    return (
-        f"<table><tr><th>edit</th>{heads}</tr>{lines}</table>"
-        f"<p>± standard error {_escape(results.errors)}. {_escape(meanings)}.</p>"
-    )
-
-
-def _html_texts(results: Results, count: int = 5) -> str:
-    """A few outputs before and after, those with something unwanted first."""
+def _texts(results: Results, count: int = 5) -> list[tuple[str, list[tuple[str, list[_Part]]]]]:
+    """A few inputs, those with an unwanted output first, and what each of the models said."""
     rows = [row for row in _gentle(results.rows) if row.outputs]
     if not rows:
-        return ""
+        return []
     order = sorted(range(len(results.outputs)), key=lambda i: not any(results.outputs[i].marked))
     unwanted = sum(any(example.marked) for example in results.outputs)
     # One that should stay as it is, after the ones that should not.
     shown = [*order[: min(count, unwanted)], *order[unwanted : unwanted + 1]]
-    parts = ["<h2>Before and after</h2>"]
-    for i in shown:
-        parts.append(f"<h3>{_escape(results.outputs[i].inputs)}</h3><table>")
-        for name, outputs in (("before", results.outputs), *((r.name, r.outputs) for r in rows)):
-            marked = _marked(outputs[i].outputs, outputs[i].spans)
-            parts.append(f'<tr><td>{_escape(name)}</td><td class="text">{marked}</td></tr>')
-        parts.append("</table>")
-    return "\n".join(parts)
+    models = [("before", results.outputs), *((row.name, row.outputs) for row in rows)]
+    return [
+        (results.outputs[i].inputs, [(name, _parts(outputs[i])) for name, outputs in models])
+        for i in shown
+    ]
 
 
-def _marked(text: str, spans: Sequence[Span]) -> str:
-    """The text as HTML, with the spans marked, and no text twice."""
+def _parts(example: Example) -> list[_Part]:
+    """An output in pieces, each with whether it is marked, and no text twice."""
     parts, at = [], 0
-    for start, end in sorted(spans):
+    for start, end in sorted(example.spans):
         start = max(start, at)
         if start < end:
-            parts += [_escape(text[at:start]), f"<mark>{_escape(text[start:end])}</mark>"]
+            parts += [(example.outputs[at:start], False), (example.outputs[start:end], True)]
             at = end
-    return "".join([*parts, _escape(text[at:])])
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child, td.text {{ text-align: left }}
-h3 {{ font-size: 1rem; font-weight: normal; font-style: italic }}
-mark {{ background: #ffc9c9 }}
-img {{ max-width: 100% }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    return [*parts, (example.outputs[at:], False)]

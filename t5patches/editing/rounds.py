@@ -18,7 +18,7 @@ from t5patches.editing.edit import read_rounds
 from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
-from t5patches.model.folder import Model, load_model
+from t5patches.model.folder import LoadedModel, load_model
 from t5patches.runs.claims import Parts, make_part
 
 
@@ -85,7 +85,7 @@ def compare(
     )
 
 
-def _on_device(model: Model) -> Model:
+def _on_device(model: LoadedModel) -> LoadedModel:
     """Parameters that are not copied to the device for each measure again."""
     return model._replace(params=jax.tree.map(jnp.asarray, model.params))
 
@@ -93,7 +93,7 @@ def _on_device(model: Model) -> Model:
 def _keep(
     work: str | os.PathLike[str] | None,
     name: str,
-    model: Model,
+    model: LoadedModel,
     inputs: Sequence[str],
     measuring: Measuring,
 ) -> Keep:
@@ -121,13 +121,17 @@ def _row(folder: str | os.PathLike[str], found: Evaluation) -> Row:
 
 
 def _check_alike(
-    folder: str | os.PathLike[str], edited: Model, original: Model, inputs: Sequence[str]
+    folder: str | os.PathLike[str],
+    edited: LoadedModel,
+    original: LoadedModel,
+    inputs: Sequence[str],
 ) -> None:
-    there = dataclasses.asdict(original.config) | {"dropout_rate": edited.config.dropout_rate}
+    config = edited.model.config
+    there = dataclasses.asdict(original.model.config) | {"dropout_rate": config.dropout_rate}
     differing = [
-        f"{name} is {value} and the original's {there[name]}"
-        for name, value in dataclasses.asdict(edited.config).items()
-        if value != there[name]
+        f"{name} is {value} and the original's {there.get(name)}"
+        for name, value in dataclasses.asdict(config).items()
+        if value != there.get(name)
     ]
     if differing:
         raise ValueError(f"{folder} is no edit of the original: {'; '.join(differing)}")

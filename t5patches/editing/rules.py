@@ -7,7 +7,7 @@ Each `[[rule]]` finds characters of an output in one of five ways:
 
     [[rule]]
     name = "ages"                  # what the counts call it
-    pattern = 'aged (\d+)'         # Python's `re`
+    pattern = 'aged (\d+)'         # Python's `re`, with 5 seconds for an output
     group = 1                      # the part of the match to mark; default, all of it
     whole_words = true             # the match begins and ends with a word
 
@@ -18,7 +18,8 @@ Each `[[rule]]` finds characters of an output in one of five ways:
     absent_from_source = true      # only what the input does not hold as whole words
 
     [[rule]]
-    call = "package.module:function"   # function(inputs, output) -> [(start, end), ...]
+    call = "package.module:function"   # function(inputs, output) -> [(start, end), ...]; it is
+                                       # tried on a sample first
 
 `absent_from_source` goes with every rule. `ignore_case` goes with words (default true), patterns
 (default false) and `absent_from_source` (default true).
@@ -33,8 +34,11 @@ import hashlib
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +52,7 @@ from t5patches.editing.annotate import (
     whole_words,
     word_list,
 )
-from t5patches.editing.data import Example, read_lines
+from t5patches.editing.data import Example, read_lines, told
 from t5patches.model.tokenizer import Span
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
@@ -136,9 +140,9 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     path = Path(path)
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
         found = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     tables: Any = found.get("rule")
     if found.keys() != {"rule"} or not _are_tables(tables):
@@ -157,9 +161,9 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             rules[name] = _rule(finder, table, path.parent)
         except _Wrong as wrong:
             line = _line_of(text, number, wrong.key)
-            problems.append(f"  line {line}, {wrong.key or '[[rule]]'}: {wrong}")
+            problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
-        raise ValueError(f"{path}: {len(problems)} bad rules\n" + "\n".join(problems))
+        raise ValueError(told(f"{path}:", problems, "bad rule"))
     lists = [(path.parent / t["words_file"]).read_bytes() for t in tables if "words_file" in t]
     return Rules(rules, hashlib.sha256(b"".join([content, *lists])).hexdigest())
 
@@ -196,6 +200,10 @@ def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[.
         raise ValueError(
             f"{spec!r}: {module_name} cannot be imported ({error}); it is looked for where Python "
             f"looks and in {folder}"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{spec!r}: {module_name} cannot be imported: {_failure(error)}"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -279,8 +287,48 @@ def _pattern(table: Mapping[str, Any], folder: Path) -> Rule:
     # As it is in any case, so that what is wrong with it is said of what the user wrote.
     rule = pattern(expression, flags=flags, group=group)
     if table.get("whole_words"):
-        return pattern(whole_words(expression), flags=flags, group=group)
-    return rule
+        rule = pattern(whole_words(expression), flags=flags, group=group)
+    limited = _within(_SECONDS, rule, f"{expression!r}")
+    probe = " a b\n1 "
+    if any(not probe[start:end].strip() for start, end in limited("", probe)):
+        raise _Wrong(
+            "pattern",
+            f"{expression!r} matches white space alone, which is no token: let it match what "
+            "stands beside it too",
+        )
+    return limited
+
+
+def _within(seconds: float, rule: Rule, name: str) -> Rule:
+    """A rule that is given so long for an output: some patterns go back and forth without end."""
+
+    def late(number: int, frame: Any) -> None:
+        raise _Late
+
+    def limited(inputs: str, output: str) -> list[Span]:
+        if threading.current_thread() is not threading.main_thread():
+            return list(rule(inputs, output))  # signals reach the main thread alone
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            return list(rule(inputs, output))
+        except _Late:
+            raise ValueError(
+                f"{name} took longer than {seconds:g} s on {output!r}: a repetition within a "
+                "repetition, such as (a+)+, goes through its matches without end; write it plainer"
+            ) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+    return limited
+
+
+class _Late(Exception):  # noqa: N818 (never leaves this module)
+    """An output has taken too long."""
+
+
+_SECONDS = 5.0
 
 
 def _names(table: Mapping[str, Any], folder: Path) -> Rule:
@@ -300,7 +348,27 @@ def _names(table: Mapping[str, Any], folder: Path) -> Rule:
 
 
 def _call(table: Mapping[str, Any], folder: Path) -> Rule:
-    return load_callable(table["call"], folder)
+    function = load_callable(table["call"], folder)
+
+    def rule(inputs: str, output: str) -> Iterable[Span]:
+        try:
+            return function(inputs, output)
+        except Exception as error:
+            raise ValueError(f"{table['call']} failed: {_failure(error)}") from error
+
+    find_spans(rule, *_SAMPLE)
+    return rule
+
+
+_SAMPLE = ("This is an input.", "This is what a model said.")
+
+
+def _failure(error: Exception) -> str:
+    """An error in the code of a user, and where."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 _MAKERS: Mapping[str, Callable[[Mapping[str, Any], Path], Rule]] = {

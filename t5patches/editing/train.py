@@ -28,8 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.model import placement
-from t5patches.model.forward import forward
-from t5patches.model.t5.network import T5Config, head_params, output_head
+from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
 from t5patches.runs.fingerprints import fingerprint
@@ -47,7 +46,6 @@ from t5patches_kernels import (
 TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 OPTIMIZERS = ("adafactor", "adam")
 
-Params = Mapping[str, Any]
 History = dict[str, list[float]]
 
 
@@ -138,7 +136,7 @@ class _State(NamedTuple):
 
 
 def train(
-    model: T5Config,
+    model: LanguageModel,
     params: Params,
     arrays: Batch,
     settings: TrainSettings,
@@ -150,10 +148,10 @@ def train(
     teacher: TeacherCache | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains a T5, from the start or from where the same run was killed.
+    """Trains a model, from the start or from where the same run was killed.
 
     Args:
-        model: the sizes of the T5. With a `dropout_rate` above 0 the model being trained drops,
+        model: the network. With a `dropout_rate` above 0 the model being trained drops,
             the original never does.
         params: where to start from; not changed.
         arrays: `t5patches.editing.data.to_arrays`; `edit_ids` where `settings.negatives` is not 0.
@@ -182,7 +180,7 @@ def train(
     cached = None if teacher is None else str(teacher.dtype)
     step_of = Step(model, settings, arrays, mesh, cached=cached)
     if teacher is not None:
-        teacher.check(arrays, width=model.emb_dim)
+        teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
     claim(directory, _describe(model, params, original, arrays, settings, order, cached))
@@ -249,7 +247,7 @@ def training_progress(console: Console | None = None) -> Progress:
         A `rich.progress.Progress` to pass to `train`, for use in a `with` statement.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
@@ -259,7 +257,7 @@ def training_progress(console: Console | None = None) -> Progress:
 
 
 def token_loss(
-    model: T5Config,
+    model: LanguageModel,
     params: Params,
     original: Params | None,
     batch: Mapping[str, Any],
@@ -269,7 +267,7 @@ def token_loss(
     """The loss of every token of a batch, without its [batch, length, vocabulary] logits.
 
     Args:
-        model: the sizes of the T5.
+        model: the network.
         params: of the model being trained.
         original: parameters of the frozen model; the targeted objectives need them, of a cached
             one (`original_hidden` in `batch`) the head's alone.
@@ -280,12 +278,11 @@ def token_loss(
     Returns:
         A `TokenLoss` of [B, L] arrays.
     """
-    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    hidden = forward(model, params, batch, dropout_key=dropout_key, return_hidden=True)
-    head = output_head(model, params)
+    targets, weights = batch["outputs"], batch["weights"]
+    hidden = model.hidden(params, batch, dropout_key=dropout_key)
+    head = model.head(params)
     common: dict[str, Any] = {
-        "logit_scale": head.logit_scale,
-        "transposed": head.transposed,
+        **head.loss_options(),
         "z_loss": settings.z_loss,
         "implementation": settings.implementation,
     }
@@ -319,12 +316,12 @@ def token_loss(
     if ORIGINAL_HIDDEN in batch:
         original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
     else:
-        original_hidden = forward(model, original, batch, return_hidden=True)
+        original_hidden = model.hidden(original, batch)
     return linear_targeted_negative_loss(
         hidden,
         head.kernel,
         original_hidden,
-        output_head(model, original).kernel,
+        model.head(original).kernel,
         targets,
         weights,
         objective=settings.objective,
@@ -346,7 +343,7 @@ class Step:
 
     def __init__(
         self,
-        model: T5Config,
+        model: LanguageModel,
         settings: TrainSettings,
         arrays: Batch,
         mesh: Mesh | None = None,
@@ -356,7 +353,7 @@ class Step:
         """Lays the update out; nothing is compiled yet.
 
         Args:
-            model: the sizes of the T5.
+            model: the network.
             settings: how to train.
             arrays: the data, of which only names, types and lengths count here.
             mesh: see `train`.
@@ -379,8 +376,8 @@ class Step:
                     f"{settings.objective} keeps to no original model, so there is nothing to "
                     f"cache: leave the cache out, or use one of {TARGETED}"
                 )
-            tokens, _ = rows["decoder_target_tokens"]
-            rows[ORIGINAL_HIDDEN] = ((*tokens, model.emb_dim), jnp.dtype(cached))
+            tokens, _ = rows["outputs"]
+            rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh)
         self.arguments, _ = _program(*self._key)
         self.state, self.original, *_ = self.arguments
@@ -420,7 +417,7 @@ class Step:
         if self.original is None:
             return None
         if self._cached:
-            params = head_params(self._model, params)
+            params = self._model.head_params(params)
         return jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding), dict(params), self.original
         )
@@ -448,7 +445,7 @@ _Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model: T5Config, settings: TrainSettings, rows: _Rows, mesh: Mesh | None) -> Any:
+def _compiled(model: LanguageModel, settings: TrainSettings, rows: _Rows, mesh: Mesh | None) -> Any:
     arguments, program = _program(model, settings, rows, mesh)
     # The losses find the mesh by themselves.
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
@@ -457,11 +454,11 @@ def _compiled(model: T5Config, settings: TrainSettings, rows: _Rows, mesh: Mesh 
 
 @functools.lru_cache(maxsize=8)
 def _program(
-    model: T5Config, settings: TrainSettings, rows: _Rows, mesh: Mesh | None
+    model: LanguageModel, settings: TrainSettings, rows: _Rows, mesh: Mesh | None
 ) -> tuple[tuple, Any]:
     """What the update takes, as shapes and where they lie, and the update to be compiled."""
     optimizer = _optimizer(settings)
-    shapes = placement.param_shapes(model)
+    shapes = model.param_shapes()
     inner = jax.eval_shape(optimizer.init, shapes)
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
@@ -479,7 +476,7 @@ def _program(
     state = _State(params, jax.tree.map(placed, inner, of_inner))
     original: Any = params if settings.objective in TARGETED else None
     if ORIGINAL_HIDDEN in dict(rows):
-        original = head_params(model, params)
+        original = model.head_params(params)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
     }
@@ -499,7 +496,7 @@ def update(
     seed: jax.Array,
     step: jax.Array,
     *,
-    model: T5Config,
+    model: LanguageModel,
     settings: TrainSettings,
 ) -> tuple[_State, dict[str, jax.Array]]:
     """The arithmetic of an update, which `Step` compiles.
@@ -510,14 +507,14 @@ def update(
         batch: see `token_loss`.
         seed: of dropout.
         step: its number.
-        model: the sizes of the T5.
+        model: the network.
         settings: how to train.
 
     Returns:
         The state after, and what goes into the history.
     """
-    key = jax.random.fold_in(jax.random.key(seed), step) if model.dropout_rate else None
-    weights = batch["decoder_loss_weights"]
+    key = jax.random.fold_in(jax.random.key(seed), step) if model.config.dropout_rate else None
+    weights = batch["weights"]
 
     def mean_loss(params: Params) -> tuple[jax.Array, TokenLoss]:
         tokens = token_loss(model, params, original, batch, settings, key)
@@ -551,12 +548,18 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
             f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
             f"make them with to_arrays(examples, negatives={settings.negatives})"
         )
-    if settings.objective == "ce" and (arrays["decoder_loss_weights"] < 0).any():
+    odd = np.argwhere(~np.isfinite(arrays["weights"]))
+    if len(odd):
+        raise ValueError(
+            f"weights holds {len(odd)} that are not finite, the first at {odd[0].tolist()}: "
+            "1 keeps a token, -1 pushes it down, 0 leaves it out"
+        )
+    if settings.objective == "ce" and (arrays["weights"] < 0).any():
         raise ValueError(
             "cross-entropy learns every token, and some are marked to be pushed down: train on "
             "`corrected_examples`, or choose another objective"
         )
-    places, rows = settings.steps * settings.batch_size, len(arrays["encoder_input_tokens"])
+    places, rows = settings.steps * settings.batch_size, len(arrays["inputs"])
     if order is not None and (len(order) < places or not 0 <= order.min() <= order.max() < rows):
         raise ValueError(
             f"order has {len(order)} places from row {order.min()} to {order.max()}: needed are "
@@ -566,7 +569,7 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
 
 def cache_teacher(
     directory: str | os.PathLike[str],
-    model: T5Config,
+    model: LanguageModel,
     original: Params,
     arrays: Batch,
     *,
@@ -581,7 +584,7 @@ def cache_teacher(
 
     Args:
         directory: of the cache; one that a killed pass left is finished, a finished one is opened.
-        model: the sizes of the T5.
+        model: the network.
         original: parameters of the frozen model.
         arrays: as for `train`.
         batch_size: examples at a time.
@@ -598,8 +601,8 @@ def cache_teacher(
         ValueError: the directory holds the cache of another model or of other data.
         OSError: the disk has too little room.
     """
-    count = len(arrays["encoder_input_tokens"])
-    run = functools.partial(forward, model, return_hidden=True)
+    count = len(arrays["inputs"])
+    run = model.hidden
     if mesh is None:
         hidden_of = jax.jit(run)
         placed = jax.device_put(dict(original), jax.devices()[0])
@@ -613,22 +616,23 @@ def cache_teacher(
         for start in range(0, count, batch_size):
             # The last batch is filled up from the first rows: one program for all.
             rows = np.arange(start, start + batch_size) % count
-            yield {name: array[rows] for name, array in arrays.items() if name.endswith("_tokens")}
+            yield {name: arrays[name][rows] for name in ("inputs", "outputs")}
 
     return write_cache(
         directory,
         batches,
         functools.partial(hidden_of, placed),
         {"checkpoint": fingerprint(original), **(about or {})},
-        width=model.emb_dim,
+        width=model.config.emb_dim,
         dtype=dtype,
+        pad_id=model.config.pad_id,
         tell=tell,
         advance=advance,
     )
 
 
 def _describe(
-    model: T5Config,
+    model: LanguageModel,
     params: Params,
     original: Params,
     arrays: Batch,
@@ -636,7 +640,7 @@ def _describe(
     order: np.ndarray | None,
     cached: str | None,
 ) -> dict[str, Any]:
-    sizes = {name: str(value) for name, value in dataclasses.asdict(model).items()}
+    sizes = {name: str(value) for name, value in dataclasses.asdict(model.config).items()}
     start = fingerprint(params)
     return {
         "settings": dataclasses.asdict(settings),
@@ -691,7 +695,7 @@ def _restore(
 def _batch(arrays: Batch, settings: TrainSettings, step: int, order: np.ndarray | None) -> Batch:
     size = settings.batch_size
     if order is None:
-        rows = batch_indices(len(arrays["encoder_input_tokens"]), size, step, settings.seed)
+        rows = batch_indices(len(arrays["inputs"]), size, step, settings.seed)
     else:
         rows = order[step * size : (step + 1) * size]
     return {name: array[rows] for name, array in arrays.items()}

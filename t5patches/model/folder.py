@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from t5patches.model.huggingface import load_checkpoint
-from t5patches.model.t5.network import T5Config
+from t5patches.model.protocol import LanguageModel, ModelConfig, Params
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 
 
-class Model(NamedTuple):
-    """What a Hugging Face T5 folder holds.
+class LoadedModel(NamedTuple):
+    """What a Hugging Face model folder holds.
 
     Attributes:
-        config: sizes and switches.
-        params: float32 numpy arrays, the tree that `t5patches.network.Transformer` takes.
+        model: the network.
+        params: its parameters, float32.
         tokenizer: the folder's own.
     """
 
-    config: T5Config
-    params: Mapping[str, Any]
+    model: LanguageModel
+    params: Params
     tokenizer: Tokenizer
 
 
-def load_model(folder: str | os.PathLike[str]) -> Model:
-    """Reads a T5 1.0, T5 1.1, Flan-T5 or mT5 folder with its tokenizer.
+def load_model(folder: str | os.PathLike[str]) -> LoadedModel:
+    """Reads a model folder with its tokenizer: T5 1.0, T5 1.1, Flan-T5 or mT5.
 
     Args:
         folder: `config.json`, safetensors in one or several shards, and `spiece.model` or
@@ -41,12 +40,14 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
             that they are not of one model.
     """
     tokenizer = load_tokenizer(folder)
-    config, params = load_checkpoint(folder)
-    check_tokenizer(tokenizer, config, folder)
-    return Model(config, params, tokenizer)
+    model, params = load_checkpoint(folder)
+    check_tokenizer(tokenizer, model.config, folder)
+    return LoadedModel(model, params, tokenizer)
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: T5Config, folder: str | os.PathLike[str]) -> None:
+def check_tokenizer(
+    tokenizer: Tokenizer, config: ModelConfig, folder: str | os.PathLike[str]
+) -> None:
     """Refuses a tokenizer that is not the model's.
 
     A model may have more rows in its embedding than the tokenizer has ids, as T5 has 32128 for
@@ -65,8 +66,9 @@ def check_tokenizer(tokenizer: Tokenizer, config: T5Config, folder: str | os.Pat
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
             f"{config.vocab_size} rows: the tokenizer is of another model"
         )
-    if (tokenizer.pad_id, tokenizer.eos_id) != (0, 1):
+    if (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.end_id):
         raise ValueError(
             f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id {tokenizer.eos_id}; "
-            "T5's are 0 and 1: the tokenizer is of another model"
+            f"the model's are {config.pad_id} and {config.end_id}: the tokenizer is of another "
+            "model"
         )

@@ -1,13 +1,12 @@
 """Which device holds what: batches split over the data axis, large matrices over the model axis.
 
-The parameters' logical axes are those that T5X's own partitioning goes by, and so are the names of
-the mesh's axes, by which the losses find it.
+A model says which logical axes its parameters have. The names of the mesh's axes are T5X's, by
+which the losses find it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ import optax
 from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5patches.model.t5.network import T5Config, Transformer
+from t5patches.model.protocol import LanguageModel
 
 DATA, MODEL = "data", "model"
-_SPLIT = ("vocab", "mlp", "heads", "joined_kv")
 
 
 def make_mesh(model_parallel: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -46,12 +44,12 @@ def make_mesh(model_parallel: int = 1, devices: Sequence[jax.Device] | None = No
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_mesh(mesh: Mesh, model: T5Config, batch_size: int) -> None:
+def check_mesh(mesh: Mesh, model: LanguageModel, batch_size: int) -> None:
     """Refuses sizes that the mesh does not divide.
 
     Args:
         mesh: of `make_mesh`.
-        model: the sizes of the T5.
+        model: the model.
         batch_size: examples in an update.
 
     Raises:
@@ -63,43 +61,44 @@ def check_mesh(mesh: Mesh, model: T5Config, batch_size: int) -> None:
             f"a batch of {batch_size} examples cannot be divided by {data} devices: take a "
             f"batch size that is a multiple of {data}, or more model-parallel devices"
         )
-    if model.vocab_size % vocabulary:
+    if model.config.vocab_size % vocabulary:
         raise ValueError(
-            f"a vocabulary of {model.vocab_size} cannot be divided by {vocabulary} devices: "
+            f"a vocabulary of {model.config.vocab_size} cannot be divided by {vocabulary} devices: "
             "choose a model_parallel that divides it"
         )
 
 
-def param_shardings(mesh: Mesh, model: T5Config) -> dict[str, Any]:
+def param_shardings(mesh: Mesh, model: LanguageModel) -> dict[str, Any]:
     """Where each parameter lies.
 
     Args:
         mesh: of `make_mesh`.
-        model: the sizes of the T5.
+        model: the model.
 
     Returns:
         A tree of shardings, shaped like the parameters.
     """
-    n = mesh.shape[MODEL]
-    size = {"vocab": model.vocab_size, "mlp": model.mlp_dim}
-    # Heads are not cut through, and what has them in it goes with them.
-    size |= dict.fromkeys(("heads", "joined_kv"), model.num_heads)
+    n, units = mesh.shape[MODEL], model.axis_units()
 
     def placed(names: Sequence[str]) -> NamedSharding:
-        split = [MODEL if name in _SPLIT and size[name] % n == 0 else None for name in names]
+        split = [MODEL if name in units and units[name] % n == 0 else None for name in names]
         return NamedSharding(mesh, PartitionSpec(*split))
 
-    return traverse_util.unflatten_dict({k: placed(v) for k, v in _logical_axes(model).items()})
+    return traverse_util.unflatten_dict({k: placed(v) for k, v in model.param_axes().items()})
 
 
 def state_shardings(
-    mesh: Mesh, model: T5Config, params: Any, state: Any, optimizer: optax.GradientTransformation
+    mesh: Mesh,
+    model: LanguageModel,
+    params: Any,
+    state: Any,
+    optimizer: optax.GradientTransformation,
 ) -> Any:
     """Where the optimizer's numbers lie: moments with their parameter, the rest everywhere.
 
     Args:
         mesh: of `make_mesh`.
-        model: the sizes of the T5.
+        model: the model.
         params: the parameters or their shapes.
         state: what the optimizer keeps, or its shapes.
         optimizer: made the state.
@@ -132,27 +131,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
         One sharding for every array of a batch.
     """
     return NamedSharding(mesh, PartitionSpec(DATA))
-
-
-@functools.lru_cache(maxsize=4)
-def _variables(model: T5Config) -> Any:
-    ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-    init = functools.partial(Transformer(model).init, enable_dropout=False)
-    return jax.eval_shape(init, jax.random.key(0), ids, ids, ids)
-
-
-def param_shapes(model: T5Config) -> Any:
-    """The shapes and types of the parameters, none of which is made.
-
-    Args:
-        model: the sizes of the T5.
-
-    Returns:
-        A tree of `jax.ShapeDtypeStruct`.
-    """
-    return _variables(model)["params"]
-
-
-def _logical_axes(model: T5Config) -> Mapping[tuple[str, ...], Sequence[str]]:
-    flat = traverse_util.flatten_dict(_variables(model)["params_axes"])
-    return {(*path, name.removesuffix("_axes")): axes.names for (*path, name), axes in flat.items()}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import serialization, traverse_util
 
+from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
+from t5patches.runs.claims import writing
+from t5patches.runs.files import whole_folder
 
 _STATE, _MSGPACK = "state", "checkpoint"
 # Adafactor's second moments are factored where both dimensions are at least this large.
@@ -90,18 +92,21 @@ def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step:
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or step")
     state = {"step": np.int32(step), "param_states": _fresh_adafactor(params)}
-    directory.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=directory))
-    try:
-        options = ocp.CheckpointManagerOptions(
-            step_prefix="checkpoint", enable_async_checkpointing=False
-        )
-        with ocp.CheckpointManager(work, options=options) as manager:
-            tree = {"target": dict(params), "state": state}
+    tree = {"target": dict(params), "state": state}
+    options = ocp.CheckpointManagerOptions(
+        step_prefix="checkpoint", enable_async_checkpointing=False
+    )
+    with whole_folder(output) as partial:
+        made = partial / "made"
+        with (
+            writing(f"{output}", "nothing of it is"),
+            ocp.CheckpointManager(made, options=options) as manager,
+        ):
             manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
-        (work / output.name).rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        # Orbax names the folder of a step itself.
+        for path in (made / output.name).iterdir():
+            path.rename(partial / path.name)
+        shutil.rmtree(made)
     return output
 
 
@@ -133,7 +138,7 @@ def find_t5x(folder: str | os.PathLike[str]) -> Path:
 def infer_config(params: Mapping[str, Any]) -> T5Config:
     """The sizes of a T5 from its parameters.
 
-    What they do not show is as in every published T5: gates are GELU, and dropout is 0.1.
+    Dropout, which they do not show, is as in every published T5: 0.1.
 
     Args:
         params: the tree of a T5X checkpoint.
@@ -142,14 +147,20 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
         The sizes.
 
     Raises:
-        ValueError: it is no T5's, or its layers are scanned.
+        ValueError: it is no T5's, or its layers are scanned; or they have gates, and parameters do
+            not show whether these are GELU, SiLU or ReLU.
     """
     try:
         decoder, encoder = params["decoder"], params["encoder"]
         layer = encoder["layers_0"]
         heads = np.shape(encoder["relpos_bias"]["rel_embedding"])[0]
-        gated = "wi_0" in layer["mlp"]
-        wi = layer["mlp"]["wi_0" if gated else "wi"]["kernel"]
+        if "wi_0" in layer["mlp"]:
+            raise ValueError(
+                "the model has gates, and its parameters do not show of which kind (gated-gelu, "
+                "gated-silu, gated-relu): give a Hugging Face folder of the same model, whose "
+                "config.json says it (--like)"
+            )
+        wi = layer["mlp"]["wi"]["kernel"]
         vocab_size, emb_dim = np.shape(params["token_embedder"]["embedding"])
         return T5Config(
             vocab_size=vocab_size,
@@ -159,7 +170,7 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             num_decoder_layers=_layers(decoder),
             head_dim=np.shape(layer["attention"]["query"]["kernel"])[1] // heads,
             mlp_dim=np.shape(wi)[1],
-            mlp_activations=("gelu", "linear") if gated else ("relu",),
+            mlp_activations=("relu",),
             logits_via_embedding="logits_dense" not in decoder,
         )
     except KeyError as error:
@@ -167,6 +178,11 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             f"the checkpoint has no {error} where a T5 has it; its trees are {sorted(params)}. "
             "Models with scanned layers or other blocks are not converted"
         ) from error
+
+
+def infer_model(params: Mapping[str, Any]) -> T5:
+    """The T5 of a checkpoint's parameters; see `infer_config`."""
+    return T5(infer_config(params))
 
 
 def _layers(side: Mapping[str, Any]) -> int:

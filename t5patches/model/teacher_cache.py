@@ -3,8 +3,8 @@
 A linear loss asks nothing else of the original model than what its decoder hands to the head, and
 the original never changes: one pass over the data pays for all of training. The states lie in a
 zarr array, one row a target token, in a directory that says which model, tokenizer and width they
-are of. An example is known by its content, its encoder tokens and decoder inputs without padding:
-so the same cache serves any order, batch size and packing.
+are of. An example is known by its content, the tokens of its input and output without padding: so
+the same cache serves any order, batch size and packing.
 """
 
 from __future__ import annotations
@@ -67,17 +67,23 @@ class TeacherCache:
         dtype: numpy's, of the states.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], about: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        about: Mapping[str, Any] | None = None,
+        pad_id: int = 0,
+    ):
         """Opens a cache.
 
         Args:
             directory: of `write_cache`.
             about: what it must be of, as given to `write_cache`; None asks nothing.
+            pad_id: of the batches that it will be asked about.
 
         Raises:
             ValueError: there is none, it is unfinished, or it is of something else.
         """
-        self.directory = Path(directory)
+        self.directory, self._pad_id = Path(directory), pad_id
         if not (self.directory / "run.json").exists():
             raise ValueError(f"{directory} holds no teacher cache: write one first")
         if about is not None:
@@ -110,16 +116,17 @@ class TeacherCache:
                 f"the teacher cache {self.directory} has states of {self.width} entries and the "
                 f"model's have {width}: it is of another model"
             )
-        for segment in _segments(batch):
+        for segment in _segments(batch, self._pad_id):
             self._find(segment)
 
     def read(self, batch: Batch) -> np.ndarray:
         """The original model's states for a batch.
 
         Args:
-            batch: arrays `encoder_input_tokens` [B, S], `decoder_input_tokens` and
-                `decoder_target_tokens` [B, L]; where several examples share a row also
-                `encoder_segment_ids` and `decoder_segment_ids`.
+            batch: arrays `inputs` [B, S] and `outputs` [B, L]; or T5X's features
+                `encoder_input_tokens` [B, S], `decoder_input_tokens` and `decoder_target_tokens`
+                [B, L], where several examples share a row also `encoder_segment_ids` and
+                `decoder_segment_ids`.
 
         Returns:
             [B, L, D] in the dtype of the cache; zeros where there is no target token.
@@ -127,8 +134,9 @@ class TeacherCache:
         Raises:
             ValueError: an example is not there: the cache is of other data.
         """
-        out = np.zeros((*np.shape(batch["decoder_target_tokens"]), self.width), self.dtype)
-        found = [(s, self._find(s)) for s in _segments(batch)]
+        target = batch["outputs" if "outputs" in batch else "decoder_target_tokens"]
+        out = np.zeros((*np.shape(target), self.width), self.dtype)
+        found = [(s, self._find(s)) for s in _segments(batch, self._pad_id)]
         # All reads are under way before the first is waited for.
         reads = [self._states[a:b].read() for _, (a, b) in found]
         for (segment, _), states in zip(found, reads, strict=True):
@@ -154,6 +162,7 @@ def write_cache(
     *,
     width: int,
     dtype: str = "bfloat16",
+    pad_id: int = 0,
     tell: Callable[[CacheSize], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
@@ -166,6 +175,7 @@ def write_cache(
         about: what the states are of, as JSON has it: fingerprints of checkpoint and tokenizer.
         width: entries of a state.
         dtype: one of `DTYPES`.
+        pad_id: of the batches.
         tell: is told the size before anything is written.
         advance: is told after each batch how many examples are done, and of how many.
 
@@ -181,7 +191,7 @@ def write_cache(
     directory = Path(directory)
     lengths: dict[bytes, int] = {}
     for batch in batches():
-        lengths.update((s.key, len(s.places)) for s in _segments(batch))
+        lengths.update((s.key, len(s.places)) for s in _segments(batch, pad_id))
     if not lengths:
         raise ValueError("no batch has an example to cache: all target tokens are padding")
     offsets = np.cumsum([0, *lengths.values()])
@@ -197,8 +207,8 @@ def write_cache(
         write_file(directory / "index.npz", index)
     if _done(directory) < len(lengths):
         states = _open(directory, dtype, (size.tokens, width))
-        _fill(directory, states, batches, hidden_of, lengths, offsets, advance)
-    return TeacherCache(directory)
+        _fill(directory, states, batches, hidden_of, lengths, offsets, pad_id, advance)
+    return TeacherCache(directory, pad_id=pad_id)
 
 
 def _fill(
@@ -208,13 +218,15 @@ def _fill(
     hidden_of: Callable[[Batch], Any],
     lengths: Mapping[bytes, int],
     offsets: np.ndarray,
+    pad_id: int,
     advance: Callable[[int, int], None] | None,
 ) -> None:
     done = _done(directory)
     at = {key: i for i, key in enumerate(lengths)}
     for batch in batches():
         # In the order of the offsets, so that what a batch adds is one piece.
-        new = [s for s in {at[s.key]: s for s in _segments(batch)}.items() if s[0] >= done]
+        found = {at[segment.key]: segment for segment in _segments(batch, pad_id)}
+        new = [s for s in found.items() if s[0] >= done]
         if not new:
             continue
         hidden = np.asarray(hidden_of(batch))
@@ -229,19 +241,24 @@ def _fill(
             advance(done, len(lengths))
 
 
-def _segments(batch: Batch) -> Iterator[_Segment]:
+def _segments(batch: Batch, pad_id: int) -> Iterator[_Segment]:
     """The examples of a batch, row by row."""
-    source, given, target = (
-        np.asarray(batch[f"{name}_tokens"])
-        for name in ("encoder_input", "decoder_input", "decoder_target")
-    )
+    if "outputs" in batch:
+        source, target = (np.asarray(batch[name]) for name in ("inputs", "outputs"))
+        # As T5X's features have it; what an output begins with is the same for all.
+        given = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
+    else:
+        source, given, target = (
+            np.asarray(batch[f"{name}_tokens"])
+            for name in ("encoder_input", "decoder_input", "decoder_target")
+        )
     of_source, of_target = (
-        np.asarray(batch.get(f"{side}_segment_ids", (tokens > 0).astype(np.int32)))
+        np.asarray(batch.get(f"{side}_segment_ids", (tokens != pad_id).astype(np.int32)))
         for side, tokens in (("encoder", source), ("decoder", target))
     )
     for row in range(len(target)):
         for segment in np.unique(of_target[row][of_target[row] > 0]):
-            places = np.flatnonzero((of_target[row] == segment) & (target[row] > 0))
+            places = np.flatnonzero((of_target[row] == segment) & (target[row] != pad_id))
             tokens = (source[row][of_source[row] == segment], given[row][places])
             digest = hashlib.sha256()
             for part in tokens:

@@ -2,7 +2,9 @@
 
 A T5's `tokenizer.json` says in JSON what its sentencepiece model says: pieces with scores, and the
 table of the text's normalisation. It becomes a sentencepiece model in memory, so that both files
-give the same characters of tokens, and the `tokenizers` library is not needed.
+give the same ids and the same characters of tokens. The `tokenizers` library does not: to it a
+piece of white space alone has the first character of the next word (so that marking the word marks
+the space), `</s>` in a text is the end token, and decoding gives no characters at all.
 
 Two differences stay. White space beside a sentinel is a token here, as in T5's own code; the
 `tokenizers` library drops it. And a tab or a line's end counts as a space where the table of
@@ -25,10 +27,12 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from t5patches.model.tokenizer import SentencePieceTokenizer
+from t5patches.runs.files import read_regular
 
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
+_MOST_SENTINELS = 100_000  # T5 has 100
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 
 
@@ -52,7 +56,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
                 return SentencePieceTokenizer(read(folder / name))
             except NotImplementedError as error:
                 raise NotImplementedError(f"{folder / name}: {error}") from error
-            except (ValueError, KeyError, TypeError, OSError, DecodeError) as error:
+            # Where a value is none of the expected kind, anything may fail: the file is at fault.
+            except (
+                *(ValueError, KeyError, TypeError, IndexError, AttributeError),
+                *(OSError, RecursionError, DecodeError),
+            ) as error:
                 raise ValueError(
                     f"{folder / name} cannot be read ({type(error).__name__}: {error}): copy the "
                     "model's own again"
@@ -65,11 +73,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
 
 
 def _from_spiece(path: Path) -> bytes:
-    content = path.read_bytes()
+    content = read_regular(path)
     if not content:
         raise ValueError("the file is empty")
-    config = path.parent / "tokenizer_config.json"
-    sentinels = json.loads(config.read_text()).get("extra_ids", 0) if config.exists() else 0
+    sentinels = _sentinels(path.parent / "tokenizer_config.json")
     if not sentinels:
         return content
     model = pb.ModelProto.FromString(content)
@@ -78,8 +85,24 @@ def _from_spiece(path: Path) -> bytes:
     return model.SerializeToString()
 
 
+def _sentinels(path: Path) -> int:
+    """How many there are, by a `tokenizer_config.json`."""
+    if not path.exists():
+        return 0
+    config = json.loads(read_regular(path))
+    if not isinstance(config, dict):
+        raise ValueError(f"the {path.name} beside it must hold an object, got {config!r}")
+    found = config.get("extra_ids") or 0
+    if type(found) is not int or not 0 <= found <= _MOST_SENTINELS:
+        raise ValueError(
+            f"the {path.name} beside it has {found!r} extra_ids: a number from 0 to "
+            f"{_MOST_SENTINELS} is needed"
+        )
+    return found
+
+
 def _from_json(path: Path) -> bytes:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(read_regular(path))
     unigram = found["model"]
     if unigram.get("type", "Unigram") != "Unigram" or isinstance(unigram["vocab"], dict):
         raise NotImplementedError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from t5patches.runs.files import write_file
+from t5patches.runs.fingerprints import json_fingerprint
+
+_RUN = "run.json"
 
 
 def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
@@ -28,7 +32,7 @@ def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the directory holds another run; all that differs is named.
     """
-    path = Path(directory) / "run.json"
+    path = Path(directory) / _RUN
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(run, indent=1))
@@ -39,6 +43,55 @@ def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
             f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
             "another directory, or repeat that run to finish it"
         )
+
+
+def hold(directory: str | os.PathLike[str]) -> None:
+    """Keeps every other process out of a directory, until this one ends or removes it.
+
+    Args:
+        directory: of a run; made if absent.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = Path(directory).absolute()
+    if path in _HELD:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another process is at work in {directory}: wait until it has ended, or give another "
+            "output"
+        ) from None
+    except OSError:
+        pass  # a file system that has no locks
+    _HELD[path] = handle
+
+
+_HELD: dict[Path, int] = {}
+
+
+def remove(directory: str | os.PathLike[str]) -> None:
+    """Removes a directory and all in it; what says whose it is goes last.
+
+    So a kill on the way leaves nothing that another run takes for its own.
+
+    Args:
+        directory: of the run, or one that holds such directories.
+    """
+    directory = Path(directory).absolute()
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == _RUN):
+        if path.is_dir() and not path.is_symlink():
+            remove(path)
+        else:
+            path.unlink()
+    directory.rmdir()
+    if directory in _HELD:
+        os.close(_HELD.pop(directory))
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
@@ -96,6 +149,8 @@ def writing(what: str, left: str) -> Iterator[None]:
 class Parts:
     """The finished parts of a long piece of work, each in a file of its own.
 
+    Each says which run it is of, beside what the directory says.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -115,10 +170,12 @@ class Parts:
             run: see `claim`.
 
         Raises:
-            ValueError: the directory holds another run.
+            ValueError: the directory holds another run, or another process is at work in it.
         """
+        hold(directory)
         claim(directory, run)
         self._directory = Path(directory)
+        self._run = json_fingerprint(run)
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """A part: read where it is finished, made and kept where it is not.
@@ -132,14 +189,16 @@ class Parts:
         """
         path = self._directory / f"{name}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            if isinstance(found, dict) and found.get("run") == self._run:
+                return found["part"]
         part = make()
-        write_file(path, json.dumps(part))
+        write_file(path, json.dumps({"run": self._run, "part": part}))
         return part
 
     def remove(self) -> None:
         """Throws the parts away, once what they make up is safe elsewhere."""
-        shutil.rmtree(self._directory)
+        remove(self._directory)
 
 
 def make_part(name: str, make: Callable[[], Any]) -> Any:

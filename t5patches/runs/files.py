@@ -1,22 +1,135 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: a kill leaves the earlier file.
+    r"""Writes a file that appears whole or not at all: a kill leaves the earlier file.
 
     Args:
         path: where to.
-        content: what to write; text becomes UTF-8.
+        content: what to write; text becomes UTF-8, but for halves of characters (of a file's name,
+            say), which are spelled `\udcff`.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file, and refuses what reading may never end of: a pipe, a device.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: there is something else of that name.
+        FileNotFoundError: there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{os.fspath(path)} is no file but a {_kind(mode)}")
+    return Path(path).read_bytes()
+
+
+def require_own_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no file of its folder: a link out of it leads to what is not the folder's.
+
+    A download of Hugging Face's is made of links, `snapshots/REVISION/NAME` to `blobs/HASH`: these
+    are the folder's own.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: it is no regular file, or a link that leads elsewhere.
+        FileNotFoundError: there is nothing.
+    """
+    path = Path(path)
+    target, folder = path.resolve(), path.parent.resolve()
+    downloads = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (target.is_relative_to(folder) or target.parent == downloads):
+        raise ValueError(
+            f"{path} is a link to {target}, outside its folder: copy that file there if it is the "
+            "model's own"
+        )
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no file but a {_kind(mode)}")
+
+
+def _kind(mode: int) -> str:
+    return "folder" if stat.S_ISDIR(mode) else "pipe or device"
+
+
+@contextlib.contextmanager
+def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    It is filled under another name beside `output`, and renamed once all of it is on the disk. An
+    exception inside removes it; a kill leaves it under its other name, which begins with a dot.
+
+    Args:
+        output: the folder to make; missing folders above it are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ValueError: `output` exists.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     output = Path(directory, "a", "folder")
+        ...     with whole_folder(output) as partial:
+        ...         _ = (partial / "file").write_text("content")
+        ...         output.exists()
+        ...     (output / "file").read_text()
+        False
+        'content'
+    """
+    output = Path(output).absolute()
+    if output.exists():
+        raise ValueError(
+            f"{output} exists: nothing is overwritten. Give another name or remove it."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for path in (*(Path(folder, name) for name in names), Path(folder)):
+                _flush(path)
+        partial.rename(output)
+        _flush(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,8 +1,10 @@
-"""What tells two trees of arrays apart, on every machine alike."""
+"""What tells two trees of arrays, two files or two JSON values apart, on every machine alike."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from typing import Any
 
 import jax
@@ -24,3 +26,32 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def file_fingerprint(path: str | os.PathLike[str]) -> str:
+    """The same of a file: the SHA-256 of its content.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_fingerprint(value: Any) -> str:
+    """The same of what JSON can say.
+
+    Args:
+        value: dicts, lists, texts and numbers; the order of a dict's keys says nothing.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> json_fingerprint({"a": 1, "b": [2]}) == json_fingerprint({"b": (2,), "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -185,7 +185,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
             array = array.astype(jnp.float32)
         if not self.fused_head:
             return _Outputs((array,), {}, variables)
-        kernel, transposed, scale = network.output_head(self.module.config, params)
+        kernel, transposed, scale, _ = network.output_head(self.module.config, params)
         head = {"transposed": transposed, "logit_scale": scale}
         return _Outputs((array, kernel), head, variables)
 

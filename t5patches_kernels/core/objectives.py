@@ -181,6 +181,8 @@ class Objective:
     pushed: Term
     # What multiplies a token's loss, by its weight.
     weigh: Callable[[Array], Array] = jnp.ones_like
+    # Whether a model is trained with it by name; else a public function has it for itself.
+    for_training: bool = True
 
 
 OBJECTIVES: Mapping[str, Objective] = {
@@ -192,14 +194,14 @@ OBJECTIVES: Mapping[str, Objective] = {
     "ul": Objective(likelihood, unlikelihood),
     "nl": Objective(likelihood, negated_likelihood, weigh=jnp.abs),
     "ce": Objective(label_smoothed, label_smoothed, weigh=lambda w: w),
-    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy),
-    "kl_forward": Objective(smoothed_forward, smoothed_forward),
-    "kl_reverse": Objective(reverse, reverse),
+    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy, for_training=False),
+    "kl_forward": Objective(smoothed_forward, smoothed_forward, for_training=False),
+    "kl_reverse": Objective(reverse, reverse, for_training=False),
 }
 # The names to choose from in training, and those of `targeted_negative_loss`: every other list of
-# objectives in the repository is made of these two. "kl_*" are `kl_divergence`'s own.
-TRAINING_OBJECTIVES = tuple(name for name in OBJECTIVES if not name.startswith("kl_"))
-TARGETED_NEGATIVE = tuple(n for n in TRAINING_OBJECTIVES if OBJECTIVES[n].reference == "given")
+# objectives in the repository is made of these two.
+TRAINING_OBJECTIVES = tuple(name for name, entry in OBJECTIVES.items() if entry.for_training)
+TARGETED_NEGATIVE = tuple(name for name in TRAINING_OBJECTIVES if name.startswith("tn"))
 
 
 def _scale(row: Row, c: Settings) -> Array:

@@ -14,12 +14,13 @@ arXiv:2002.05202.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from t5patches.model.protocol import OutputHead
 from t5patches.model.t5 import layers
 from t5patches.model.t5.layers import Array
 
@@ -56,19 +57,20 @@ class T5Config:
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
 
+    @property
+    def pad_id(self) -> int:
+        """The network takes 0 for padding."""
+        return 0
 
-class OutputHead(NamedTuple):
-    """The last linear map: `logits = logit_scale * hidden @ kernel`, or `kernel.T`.
+    @property
+    def begin_id(self) -> int:
+        """T5 has no token of its own for this: the decoder's first input is the padding id."""
+        return 0
 
-    Attributes:
-      kernel: float32 `[emb_dim, vocab_size]`; `[vocab_size, emb_dim]` where transposed.
-      transposed: whether the vocabulary is the first axis.
-      logit_scale: number that multiplies the logits.
-    """
-
-    kernel: Array
-    transposed: bool
-    logit_scale: float
+    @property
+    def end_id(self) -> int:
+        """The token that ends an output, and a prompt."""
+        return 1
 
 
 def output_head(config: T5Config, params: Mapping[str, Any]) -> OutputHead:

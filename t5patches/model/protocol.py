@@ -1,0 +1,212 @@
+"""What editing and generation know of a network: the language model protocol.
+
+A model reads prompts and makes outputs. How it reads a prompt, by an encoder or in front of the
+output, is its own business, and so is what its cache holds. Nothing outside an implementation asks
+which one it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from t5patches.model.family import Family
+
+Array = jax.Array
+Params = Mapping[str, Any]
+Cache = Any
+"""A tree of arrays: what a model keeps of the prompts and of the tokens decoded so far."""
+
+
+class OutputHead(NamedTuple):
+    r"""The last linear map: `logits = logit_scale * hidden @ kernel`, or `kernel.T`.
+
+    With a softcap c the logits z become :math:`c \tanh(z / c)`.
+
+    Attributes:
+      kernel: float32 `[emb_dim, vocab_size]`; `[vocab_size, emb_dim]` where transposed.
+      transposed: whether the vocabulary is the first axis.
+      logit_scale: number that multiplies the logits.
+      softcap: bound of the logits; None for none.
+    """
+
+    kernel: Array
+    transposed: bool
+    logit_scale: float
+    softcap: float | None = None
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits `[..., vocab_size]` of hidden states `[..., emb_dim]`.
+
+        Example:
+          >>> head = OutputHead(jnp.eye(2), transposed=False, logit_scale=3.0, softcap=2.0)
+          >>> head.logits(jnp.array([0.0, 9.0])).tolist()
+          [0.0, 2.0]
+        """
+        kernel = self.kernel.T if self.transposed else self.kernel
+        logits = self.logit_scale * (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32))
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def loss_options(self) -> dict[str, Any]:
+        """The options by which the linear losses of `t5patches_kernels` make the same logits.
+
+        Returns:
+          `logit_scale` and `transposed`.
+
+        Raises:
+          NotImplementedError: the head has a softcap, which no kernel applies.
+        """
+        if self.softcap is not None:
+            raise NotImplementedError(
+                f"the model bounds its logits (softcap {self.softcap}) and the losses on hidden "
+                "states do not: take a loss on `OutputHead.logits`"
+            )
+        return {"logit_scale": self.logit_scale, "transposed": self.transposed}
+
+
+class ModelConfig(Protocol):
+    """Sizes and switches of a model: a frozen, hashable dataclass with these fields or properties.
+
+    Attributes:
+      vocab_size: number of ids.
+      emb_dim: width D of the hidden states.
+      dtype: of activations; parameters and logits are float32.
+      dropout_rate: of the model being trained.
+      pad_id: stands after the end of a row; no text has it.
+      begin_id: the first token that the network is given, of an output or of all.
+      end_id: the last token of an output.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def vocab_size(self) -> int:
+        """See the class."""
+
+    @property
+    def emb_dim(self) -> int:
+        """See the class."""
+
+    @property
+    def dtype(self) -> Any:
+        """See the class."""
+
+    @property
+    def dropout_rate(self) -> float:
+        """See the class."""
+
+    @property
+    def pad_id(self) -> int:
+        """See the class."""
+
+    @property
+    def begin_id(self) -> int:
+        """See the class."""
+
+    @property
+    def end_id(self) -> int:
+        """See the class."""
+
+
+class LanguageModel(Protocol):
+    """A network without its parameters. Equal ones compute the same; they are hashable.
+
+    Prompts and outputs are integer ids, `config.pad_id` after their end.
+
+    Attributes:
+      config: sizes and switches.
+      family: how its folders are written.
+    """
+
+    family: ClassVar[Family]
+
+    def __hash__(self) -> int:
+        """Of the config."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """See the class."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same model with other fields in its config, such as `dtype` and `dropout_rate`."""
+
+    def init(self, key: Array) -> Params:
+        """Random parameters, float32, as training begins with them."""
+
+    def param_shapes(self) -> Params:
+        """A tree of `jax.ShapeDtypeStruct`, shaped like the parameters; none is made."""
+
+    def param_axes(self) -> Mapping[tuple[str, ...], Sequence[str]]:
+        """The logical axes of each parameter, by its path in the tree."""
+
+    def axis_units(self) -> Mapping[str, int]:
+        """The logical axes that devices may split, and how many units each has.
+
+        A split goes between units: an axis of heads has as many as there are heads, however long
+        it is.
+        """
+
+    def hidden(
+        self, params: Params, batch: Mapping[str, Any], *, dropout_key: Array | None = None
+    ) -> Array:
+        """What the head turns into logits, where the model is given the outputs.
+
+        Args:
+          params: the parameters.
+          batch: `inputs` `[B, S]` (the prompts) and `outputs` `[B, L]`.
+          dropout_key: for dropout; None for none.
+
+        Returns:
+          `[B, L, D]`: at each position of an output, the state that predicts its token.
+        """
+
+    def head(self, params: Params) -> OutputHead:
+        """The last linear map; its kernel is the array in `params`, so gradients flow."""
+
+    def head_params(self, params: Params) -> dict[str, Any]:
+        """The part of the parameters, in its place in the tree, that `head` reads."""
+
+    def first_inputs(self, prompts: Array) -> Array:
+        """The token `[rows]` from which the first token of an output is predicted."""
+
+    def prefill(
+        self,
+        params: Params,
+        prompts: Array,
+        begun: Array,
+        start: Array,
+        *,
+        streams: int,
+        max_length: int,
+    ) -> Cache:
+        """Reads prompts, and what all outputs to a prompt begin with, in one pass.
+
+        Args:
+          params: the parameters.
+          prompts: `[rows, S]`.
+          begun: `[rows, F]`, the beginning of the outputs.
+          start: scalar, how many of these F tokens are taken; the rest may hold anything.
+          streams: how many outputs to each prompt are decoded side by side. What belongs to the
+            prompt is held once for all of them.
+          max_length: tokens that an output may have.
+
+        Returns:
+          The cache. The next token that it takes is the one at `start` of `first_inputs` followed
+          by `begun`.
+        """
+
+    def decode(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
+        """Takes one more token in every stream.
+
+        Args:
+          params: the parameters.
+          cache: of `prefill` or of the step before.
+          tokens: `[rows, streams]`.
+
+        Returns:
+          Float32 logits `[rows, streams, vocab_size]` of the token after, and the cache.
+        """

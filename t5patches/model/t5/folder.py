@@ -1,0 +1,132 @@
+"""T5 in Hugging Face's folders: T5 1.0, T5 1.1 and Flan-T5 (`"t5"`), and mT5 (`"mt5"`).
+
+Two generations of config files say the same thing differently, and one of them contradicts the
+weights beside it:
+
+* `tie_word_embeddings` false means for T5 that the logits have their own matrix and no scale. The
+  library's version 5 writes it as true for every model and puts `scale_decoder_outputs` beside it,
+  which is what counts where it is present.
+* mT5 always has its own matrix, whatever the config says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5patches.model.family import Setting, Tensor, choice, only, rate, size
+from t5patches.model.t5.network import T5Config
+
+MODEL_TYPES = ("t5", "mt5")
+SETTINGS: Mapping[str, Setting] = {
+    "vocab_size": size("vocab_size"),
+    "d_model": size("emb_dim"),
+    "num_heads": size("num_heads"),
+    "num_layers": size("num_encoder_layers"),
+    "num_decoder_layers": size("num_decoder_layers"),
+    "d_kv": size("head_dim"),
+    "d_ff": size("mlp_dim"),
+    "feed_forward_proj": choice(
+        "mlp_activations",
+        {
+            "relu": ("relu",),
+            "gated-gelu": ("gelu", "linear"),
+            "gated-silu": ("silu", "linear"),
+            "gated-relu": ("relu", "linear"),
+        },
+    ),
+    "dropout_rate": rate("dropout_rate", 0.1),
+    "tie_word_embeddings": choice("logits_via_embedding", {True: True, False: False}),
+    # What `t5patches.network` computes and no field of T5Config changes.
+    "is_encoder_decoder": only(True),
+    "relative_attention_num_buckets": only(32),
+    "relative_attention_max_distance": only(128),
+    "layer_norm_epsilon": only(1e-6),
+    "pad_token_id": only(0),
+    "decoder_start_token_id": only(0),
+}
+CONSTANTS = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "eos_token_id": 1,
+}
+# In the files of the first T5s, and used by no version of the original library.
+UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+def complete(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` with what it leaves to be understood.
+
+    Args:
+        found: what it says.
+
+    Returns:
+        The same with the decoder's depth, the activation, and whether the logits use the embedding.
+    """
+    multilingual = found["model_type"] == "mt5"
+    out = {"feed_forward_proj": "gated-gelu" if multilingual else "relu", **found}
+    if out.get("num_decoder_layers") is None:
+        out["num_decoder_layers"] = out.get("num_layers")
+    tied = out.get("scale_decoder_outputs", out.get("tie_word_embeddings", True))
+    out["tie_word_embeddings"] = bool(tied) and not multilingual
+    return out
+
+
+def tensors(config: T5Config) -> dict[str, Tensor]:
+    """Every tensor of a folder by name: which parameter it is, its shape in the folder.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        The table.
+    """
+    joined, width = config.num_heads * config.head_dim, config.emb_dim
+    embedding, head = ("token_embedder", "embedding"), ("decoder", "logits_dense", "kernel")
+    copies: tuple[str, ...] = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    out = {}
+    if config.logits_via_embedding:
+        copies += ("lm_head.weight",)
+    else:
+        out["lm_head.weight"] = Tensor(head, (config.vocab_size, width), transposed=True)
+    out["shared.weight"] = Tensor(embedding, (config.vocab_size, width), copies=copies)
+
+    def norm(name: str, *path: str) -> None:
+        out[f"{name}.weight"] = Tensor((*path, "scale"), (width,))
+
+    def linear(name: str, features: int, inputs: int, *path: str) -> None:
+        out[f"{name}.weight"] = Tensor((*path, "kernel"), (features, inputs), transposed=True)
+
+    def attention(name: str, *path: str) -> None:
+        for letter, part in (("q", "query"), ("k", "key"), ("v", "value")):
+            linear(f"{name}.{letter}", joined, width, *path, part)
+        linear(f"{name}.o", width, joined, *path, "out")
+
+    def mlp(name: str, *path: str) -> None:
+        gated = len(config.mlp_activations) > 1
+        for wi in ("wi_0", "wi_1") if gated else ("wi",):
+            linear(f"{name}.{wi}", config.mlp_dim, width, *path, wi)
+        linear(f"{name}.wo", width, config.mlp_dim, *path, "wo")
+
+    for side, blocks, parts in _stacks(config):
+        for i in range(blocks):
+            for j, (kind, module, pre_norm) in enumerate(parts):
+                name, path = f"{side}.block.{i}.layer.{j}", (side, f"layers_{i}")
+                norm(f"{name}.layer_norm", *path, pre_norm)
+                write = mlp if kind == "DenseReluDense" else attention
+                write(f"{name}.{kind}", *path, module)
+        norm(f"{side}.final_layer_norm", side, f"{side}_norm")
+        positions = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        biases = (side, "relpos_bias", "rel_embedding")
+        out[positions] = Tensor(biases, (32, config.num_heads), transposed=True)
+    return out
+
+
+def _stacks(config: T5Config) -> Iterator[tuple[str, int, list[tuple[str, str, str]]]]:
+    """Each side's name, depth and the parts of a block: their name there, here, and their norm."""
+    mlp = ("DenseReluDense", "mlp", "pre_mlp_layer_norm")
+    attention = ("SelfAttention", "attention", "pre_attention_layer_norm")
+    yield "encoder", config.num_encoder_layers, [attention, mlp]
+    own = ("SelfAttention", "self_attention", "pre_self_attention_layer_norm")
+    cross = ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm")
+    yield "decoder", config.num_decoder_layers, [own, cross, mlp]

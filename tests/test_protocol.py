@@ -1,0 +1,180 @@
+"""The language model protocol: T5 keeps it, and so does a network that has no encoder."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import t5_folders
+from editing_samples import example, tiny_model, tiny_params
+
+from t5patches.editing.data import to_arrays
+from t5patches.editing.train import TrainSettings, token_loss
+from t5patches.model.generate import generate
+from t5patches.model.placement import make_mesh, param_shardings
+from t5patches.model.protocol import OutputHead
+from t5patches.model.t5.model import T5
+
+VOCABULARY = 32
+
+
+class TotalCache(NamedTuple):
+    """The sum of all that came before, once for a prompt and once for a stream."""
+
+    prompts: jax.Array
+    streams: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalConfig:
+    """Its padding is no 0, so that nothing takes 0 for it."""
+
+    vocab_size: int = VOCABULARY
+    emb_dim: int = VOCABULARY
+    dtype: type = jnp.float32
+    dropout_rate: float = 0.0
+    pad_id: int = 31
+    begin_id: int = 30
+    end_id: int = 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """A decoder: the next token is the sum of all before it, prompt and output, times 3, plus 1.
+
+    Its parameters are a table of rows that are all 0 but for a 1, its head is their transpose.
+    """
+
+    config: TotalConfig = TotalConfig()
+
+    def head(self, params):
+        return OutputHead(params["table"], transposed=True, logit_scale=5.0)
+
+    def first_inputs(self, prompts):
+        last = jnp.sum(prompts != self.config.pad_id, axis=-1) - 1
+        return jnp.take_along_axis(prompts, last[:, None], axis=-1)[:, 0]
+
+    def _total(self, tokens):
+        return jnp.sum(jnp.where(tokens == self.config.pad_id, 0, tokens), axis=-1)
+
+    def _state(self, params, total):
+        return params["table"][(3 * total + 1) % 29]
+
+    def hidden(self, params, batch, *, dropout_key=None):
+        before = jnp.pad(batch["outputs"], ((0, 0), (1, 0)))[:, :-1]
+        total = self._total(batch["inputs"])[:, None] + jnp.cumsum(before, axis=-1)
+        return self._state(params, total)
+
+    def prefill(self, params, prompts, begun, start, *, streams, max_length):
+        # The last token of the prompt, and the last one begun, are left to `decode`.
+        inputs = jnp.concatenate([self.first_inputs(prompts)[:, None], begun], axis=1)
+        taken = jnp.where(jnp.arange(inputs.shape[1]) < start, inputs, 0)
+        prompt = self._total(prompts) - self.first_inputs(prompts)
+        return TotalCache(prompt, jnp.repeat(self._total(taken)[:, None], streams, axis=1))
+
+    def decode(self, params, cache, tokens):
+        cache = cache._replace(streams=cache.streams + tokens)
+        total = cache.prompts[:, None] + cache.streams
+        return self.head(params).logits(self._state(params, total)), cache
+
+
+TABLE = {"table": np.eye(VOCABULARY, dtype=np.float32)}
+
+
+def continued(prompt, forced, length):
+    said = list(forced)
+    while len(said) < length:
+        said.append((3 * (sum(prompt) + sum(said)) + 1) % 29)
+    return said
+
+
+def padded(rows, width):
+    return np.array([[*row, *[31] * (width - len(row))] for row in rows])
+
+
+def test_a_network_without_an_encoder_generates():
+    prompts = [[5, 6], [7], [0, 3, 9, 2, 4, 4, 1, 8, 0, 6], [1, 0, 2]]
+    prefixes = [[[4, 5], [4, 5, 6]], [[3], []], [[0, 7, 1], [0, 7, 2]], [[], []]]
+    got = generate(
+        Total(),
+        TABLE,
+        padded(prompts, 10),
+        max_length=6,
+        prefixes=np.array([padded(streams, 3) for streams in prefixes]),
+        batch_size=4,
+    )
+    want = [
+        [continued(prompt, forced, 6) for forced in streams]
+        for prompt, streams in zip(prompts, prefixes, strict=True)
+    ]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_is_generated_is_what_the_hidden_states_predict():
+    prompts = padded([[5, 6], [7, 1, 2]], 3)
+    outputs = generate(Total(), TABLE, prompts, max_length=5)
+    batch = {"inputs": prompts, "outputs": outputs}
+    logits = Total().head(TABLE).logits(Total().hidden(TABLE, batch))
+    np.testing.assert_array_equal(np.argmax(logits, -1), outputs)
+
+
+@pytest.mark.parametrize("name", t5_folders.NAMES)
+def test_t5s_hidden_states_and_head_give_its_logits(name):
+    model, params, expected = t5_folders.load(name)
+    batch = {"inputs": expected["inputs"], "outputs": expected["targets"]}
+    got = model.head(params).logits(model.hidden(params, batch))
+    want = t5_folders.logits(model.config, params, batch["inputs"], batch["outputs"])
+    real = batch["outputs"] > 0
+    np.testing.assert_allclose(got[real], want[real], rtol=1e-5, atol=1e-5)
+    assert jax.tree.map(np.shape, model.head_params(params)) != jax.tree.map(np.shape, params)
+    np.testing.assert_array_equal(
+        model.head(model.head_params(params)).kernel, model.head(params).kernel
+    )
+
+
+def test_shapes_axes_and_names_are_of_the_same_parameters():
+    model = tiny_model()
+    shapes = {
+        tuple(key.key for key in path): x.shape
+        for path, x in jax.tree.leaves_with_path(model.param_shapes())
+    }
+    assert {path: len(names) for path, names in model.param_axes().items()} == {
+        path: len(shape) for path, shape in shapes.items()
+    }
+    tensors = model.family.tensors(model.config).values()
+    assert shapes == {t.path: t.shape[::-1] if t.transposed else t.shape for t in tensors}
+
+
+def test_devices_split_between_units():
+    """Two heads of 8 entries are split over 2 devices and not over 4."""
+    for count, split in ((2, "model"), (4, None)):
+        placed = param_shardings(make_mesh(count, jax.devices()[:count]), tiny_model(vocab_size=8))
+        query = placed["encoder"]["layers_0"]["attention"]["query"]["kernel"]
+        assert query.spec[1] == split
+        assert placed["token_embedder"]["embedding"].spec[0] == "model"
+
+
+def test_a_softcap_bounds_the_logits_and_is_no_loss_on_hidden_states():
+    head = OutputHead(jnp.eye(3), transposed=False, logit_scale=1.0, softcap=2.0)
+    hidden = jnp.array([-9.0, 0.5, 9.0])
+    np.testing.assert_allclose(head.logits(hidden), 2 * np.tanh(np.array(hidden) / 2), rtol=1e-6)
+    plain = head._replace(softcap=None)
+    np.testing.assert_array_equal(plain.logits(hidden), hidden)
+    assert plain.loss_options() == {"logit_scale": 1.0, "transposed": False}
+
+    @dataclasses.dataclass(frozen=True)
+    class Capped(T5):
+        def head(self, params):
+            return super().head(params)._replace(softcap=30.0)
+
+    batch = to_arrays([example("a", "a fire in Paris", "Paris")])
+    with pytest.raises(NotImplementedError, match=r"softcap 30.0.*take a loss on"):
+        token_loss(Capped(tiny_model().config), tiny_params(), None, batch, TrainSettings())
+
+
+def test_equal_models_are_one_for_the_compiler():
+    model = tiny_model(mlp_activations=["gelu", "linear"])
+    assert hash(model) == hash(tiny_model())
+    assert model == tiny_model() != model.replace(dropout_rate=0.5)
