@@ -269,7 +269,7 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
         )
         for stage in Stage
     }
-    visit = calls["visit"]
+    fused = calls["value_and_grad"]
     facts = {}
     if columns % 128:  # XLA copies arguments of such rows first; logits made here it need not
 
@@ -282,14 +282,14 @@ def compile_one(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any
         of_products = 1 + len(reference) + 2  # logits written, their gradient read twice
         facts["passes_made"] = passes(program, (TOKENS, columns)) - of_products
     return facts | {
-        "passes": round(passes(ours, (TOKENS, columns)) + (visit.again if visit else 0), 2),
+        "passes": round(passes(ours, (TOKENS, columns)) + (fused.again if fused else 0), 2),
         "dense_passes": passes(dense, (TOKENS, columns)),
         "temporaries_tv": ours.memory_analysis().temp_size_in_bytes
         / (TOKENS * columns * jnp.dtype(dtype).itemsize),
         "kernels": {
             stage: {
                 "steps": call.steps,
-                "careful_steps": (call.groups - call.edge) // plans.CAREFUL_UNROLL,
+                "fallback_steps": (call.groups - call.edge) // plans.FALLBACK_UNROLL,
                 "tiles": call.tiles,
                 "rows": call.plan.rows,
                 "vmem_mib": round(call.plan.vmem / 2**20, 2),
@@ -327,7 +327,7 @@ def measure(chip: str, name: str, dtype: str, columns: int) -> dict[str, Any]:
         took = {}
         for path in glob.glob(f"{folder}/*t5patches_*packed-bundles-post-ra.txt"):
             if "schedule-analysis" not in path:
-                stage = re.search(rf"t5patches_{name}_([a-z]+)", path)
+                stage = re.search(rf"t5patches_{name}_([a-z_]+)", path)
                 assert stage is not None
                 took[stage[1]] = schedule(path)
     row = {"chip": chip, "objective": name, "dtype": dtype, "V": columns}
@@ -357,15 +357,18 @@ def _times(row: dict[str, Any], took: dict[str, Schedule]) -> dict[str, Any]:
         "instructions_a_register": vector / registers,
         "copies_us": moved,
     }
-    visit = row["kernels"].get("visit")
-    if "visit" in took and visit["phases"] == 1:  # else what only some blocks need is in each phase
-        again = again_cycles(took["visit"], visit["careful_steps"])
+    fused = row["kernels"].get("value_and_grad")
+    # With several phases, what only some blocks need is in each of them.
+    if "value_and_grad" in took and fused["phases"] == 1:
+        again = again_cycles(took["value_and_grad"], fused["fallback_steps"])
         facts["masked_over_unmasked"] = 1 + again / compute
-        if visit["branches"]:
-            kept = _walk(took["visit"], visit["steps"], None, second=True)
+        if fused["branches"]:
+            kept = _walk(took["value_and_grad"], fused["steps"], None, second=True)
             facts["kept_over_pushed"] = kept.total() / compute
-        if visit["edited"]:
-            one, many = (edits_cycles(took["visit"], visit["rows"], each) for each in (1, 32))
+        if fused["edited"]:
+            one, many = (
+                edits_cycles(took["value_and_grad"], fused["rows"], each) for each in (1, 32)
+            )
             facts["cycles_of_32_edits_over_1"] = round(many - one)
     if core.ghz is None:
         return facts
@@ -407,10 +410,10 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
         )
         for what in ("pallas_tpu", "dense")
     }
-    # The compiler counts a loop's body once: the forward visit alone has one loop, over chunks.
+    # The compiler counts a loop's body once: the forward fused alone has one loop, over chunks.
     op = Operation(Settings(name, columns, smoothing=1e-6), head=Head(1.0, transposed=False))
-    visit = functools.partial(dispatch.driver("pallas_tpu", linear=True), op, Stage.VISIT)
-    chunk = compile_for(chip, visit, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
+    fused = functools.partial(dispatch.driver("pallas_tpu", linear=True), op, Stage.VALUE_AND_GRAD)
+    chunk = compile_for(chip, fused, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
     rows = chunked_linear.chunk_rows(tokens, columns, chunked_linear.TPU_CHUNK_BYTES)
     chunks = -(-tokens // rows)
     moved = {

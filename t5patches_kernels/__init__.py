@@ -1,4 +1,4 @@
-"""Losses for targeted negative training, fused: one look at each row of logits.
+"""Losses for targeted negative training, fused: each row of logits is read once.
 
 See `losses` for what all functions share, and the README for the table of objectives.
 """

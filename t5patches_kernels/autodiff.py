@@ -1,10 +1,10 @@
 """Gradients: the only place with a custom derivative.
 
-Two rules. `_visit` is for losses whose rows a driver sees whole: the forward pass computes the loss
-and, because it is looking at the row anyway, its gradient for a cotangent of 1; the backward pass
-multiplies each row by its own cotangent, which XLA fuses into whatever follows. `_read` is for
-everything else (the other outputs, a split vocabulary): the row's numbers are kept and the backward
-pass makes the gradient from them, the operands and the cotangents.
+Two rules. `_value_and_grad` is for losses whose rows a driver has whole: the forward pass computes
+the loss and, with the row at hand, its gradient for a cotangent of 1; the backward pass multiplies
+each row by its own cotangent, which XLA fuses into what follows. `_from_stats` is for everything
+else (the other outputs, a split vocabulary): the row statistics are saved, and the backward pass
+computes the gradient from them, the operands and the cotangents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from t5patches_kernels import sharding
 from t5patches_kernels.backends import tiling
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.operation import Driver, Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import Numbers
+from t5patches_kernels.core.statistics import Stats
 
 SECOND_ORDER = (
     "second derivatives of the fused losses are not implemented: the gradient is computed by a "
@@ -42,39 +42,39 @@ def _first_order_only(fn):
     return guarded
 
 
-def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) -> Numbers:
-    """The finished numbers of every row, merged over the shards of a split vocabulary."""
+def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) -> Stats:
+    """The finished statistics of every row, merged over the shards of a split vocabulary."""
     if op.vocab_axis is None:
-        return driver(op, Stage.NUMBERS, operands, tokens).numbers
-    numbers = sharding.merge(driver(op, Stage.FIRST, operands, tokens).numbers, op.vocab_axis)
-    numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
-    if not objectives.looks_twice(op.settings):
-        return numbers
-    more = driver(op, Stage.SECOND, operands, tokens, numbers).numbers
-    return numbers | sharding.add(more, op.vocab_axis)
+        return driver(op, Stage.STATISTICS, operands, tokens).stats
+    stats = sharding.merge(driver(op, Stage.FIRST_PASS, operands, tokens).stats, op.vocab_axis)
+    stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+    if not objectives.needs_second_pass(op.settings):
+        return stats
+    more = driver(op, Stage.SECOND_PASS, operands, tokens, stats).stats
+    return stats | sharding.add(more, op.vocab_axis)
 
 
-# --- The visit ------------------------------------------------------------------------------------
+# --- Value and gradient ---------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _visit(
+def _value_and_grad(
     driver: Driver, op: Operation, model: tuple, reference: tuple, tokens: Tokens
-) -> tuple[jax.Array, Numbers]:
-    numbers = _numbers(driver, op, Operands(model, reference), tokens)
-    return objectives.evaluate(numbers, op.settings, "loss"), numbers
+) -> tuple[jax.Array, Stats]:
+    stats = _numbers(driver, op, Operands(model, reference), tokens)
+    return objectives.evaluate(stats, op.settings, "loss"), stats
 
 
-def _visit_forward(driver, op, model, reference, tokens):
-    def visit(model, reference, tokens) -> Result:
-        return driver(op, Stage.VISIT, Operands(model, reference), tokens)
+def _value_and_grad_forward(driver, op, model, reference, tokens):
+    def value_and_grad(model, reference, tokens) -> Result:
+        return driver(op, Stage.VALUE_AND_GRAD, Operands(model, reference), tokens)
 
-    numbers, gradient = _first_order_only(visit)(model, reference, tokens)
-    again = None if op.head is None else (model, reference, tokens, numbers)
-    return (objectives.evaluate(numbers, op.settings, "loss"), numbers), (gradient, again)
+    stats, gradient = _first_order_only(value_and_grad)(model, reference, tokens)
+    again = None if op.head is None else (model, reference, tokens, stats)
+    return (objectives.evaluate(stats, op.settings, "loss"), stats), (gradient, again)
 
 
-def _visit_backward(driver, op, residuals, cotangents):
+def _value_and_grad_backward(driver, op, residuals, cotangents):
     (by_row, *by_kernel), again = residuals
     ct, _ = cotangents  # the numbers leave through stop_gradient
     if again is None:
@@ -83,8 +83,8 @@ def _visit_backward(driver, op, residuals, cotangents):
     return (_scaled(by_row, ct), of_kernel.astype(again[0][1].dtype)), None, None
 
 
-def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
-    return (x.astype(by.dtype) * by).astype(x.dtype)
+def _scaled(x: jax.Array, d_stats: jax.Array) -> jax.Array:
+    return (x.astype(d_stats.dtype) * d_stats).astype(x.dtype)
 
 
 def _kernel_gradient(driver, op, for_ones, again, ct):
@@ -99,53 +99,53 @@ def _kernel_gradient(driver, op, for_ones, again, ct):
     same = jnp.all((ct == common) | ~counts)
     common = jnp.where(jnp.any(counts), common, 0.0)
 
-    def anew(model, reference, tokens, numbers, ct) -> jax.Array:
-        by = objectives.derivatives(numbers, op.settings, {"loss": ct})
+    def anew(model, reference, tokens, stats, ct) -> jax.Array:
+        d_stats = objectives.derivatives(stats, op.settings, {"loss": ct})
         operands = Operands(model, reference)
-        return driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient[1]
+        return driver(op, Stage.GRADIENT, operands, tokens, stats, d_stats).gradient[1]
 
-    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def recompute(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         made = jnp.ones_like(carry[0]), _first_order_only(anew)(*again, ct)
         return tiling.vary_like(made, carry)
 
-    # A loop of one turn or none, and no `lax.cond`: what comes out of a loop takes the place of
-    # what went in, where a conditional holds both.
+    # A loop of one step or none, and no `lax.cond`: a loop writes its result over its carry, where
+    # a conditional holds both.
     _, gradient = jax.lax.while_loop(
-        lambda carry: jnp.logical_not(carry[0]), turn, (same, for_ones)
+        lambda carry: jnp.logical_not(carry[0]), recompute, (same, for_ones)
     )
     return _scaled(gradient, jnp.where(same, common, 1.0))
 
 
-_visit.defvjp(_visit_forward, _visit_backward)
+_value_and_grad.defvjp(_value_and_grad_forward, _value_and_grad_backward)
 
 
-# --- The reading ----------------------------------------------------------------------------------
+# --- From saved statistics ------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _read(
+def _from_stats(
     driver: Driver,
     op: Operation,
     outputs: tuple[str, ...],
     model: tuple,
     reference: tuple,
     tokens: Tokens,
-    numbers: Numbers,
+    stats: Stats,
 ) -> dict[str, jax.Array]:
-    return {name: objectives.evaluate(numbers, op.settings, name) for name in outputs}
+    return {name: objectives.evaluate(stats, op.settings, name) for name in outputs}
 
 
-def _read_forward(driver, op, outputs, *operands):
+def _from_stats_forward(driver, op, outputs, *operands):
     values = jax.tree.map(lambda x: x.value, operands)  # what symbolic_zeros wraps
-    return _read(driver, op, outputs, *values), values
+    return _from_stats(driver, op, outputs, *values), values
 
 
-def _read_backward(driver, op, outputs, residuals, cotangents):
-    def pull(model, reference, tokens, numbers, cts):
+def _from_stats_backward(driver, op, outputs, residuals, cotangents):
+    def pull(model, reference, tokens, stats, cts):
         cts = {k: sharding.cotangent(ct, model[-1], op.vocab_axis) for k, ct in cts.items()}
-        by = objectives.derivatives(numbers, op.settings, cts)
+        d_stats = objectives.derivatives(stats, op.settings, cts)
         operands = Operands(model, reference)
-        gradient = driver(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient
+        gradient = driver(op, Stage.GRADIENT, operands, tokens, stats, d_stats).gradient
         return tuple(g.astype(x.dtype) for g, x in zip(gradient, model, strict=True))
 
     # One gradient for all outputs that were used; none is computed for the others.
@@ -154,12 +154,12 @@ def _read_backward(driver, op, outputs, residuals, cotangents):
     return _first_order_only(pull)(*residuals, cts), None, None, None
 
 
-_read.defvjp(_read_forward, _read_backward, symbolic_zeros=True)
+_from_stats.defvjp(_from_stats_forward, _from_stats_backward, symbolic_zeros=True)
 
 
 def apply(
     driver: Driver, op: Operation, operands: Operands, tokens: Tokens
-) -> tuple[dict[str, jax.Array], Numbers]:
+) -> tuple[dict[str, jax.Array], Stats]:
     """Runs an operation on rows.
 
     Args:
@@ -169,7 +169,7 @@ def apply(
       tokens: what belongs to each row.
 
     Returns:
-      Every output of the operation ``[T]``, differentiable, and the rows' numbers ``[T, 1]``, not.
+      Every output of the operation ``[T]``, differentiable, and the row statistics ``[T, 1]``, not.
     """
     axes = tiling.all_axes((operands, tokens))
     operands = tiling.vary_over(operands, axes)
@@ -179,18 +179,18 @@ def apply(
     names = objectives.lines_of(op.settings)
     try:
         if "loss" in names and op.vocab_axis is None:
-            outputs["loss"], numbers = _visit(driver, op, operands.model, reference, tokens)
+            outputs["loss"], stats = _value_and_grad(driver, op, operands.model, reference, tokens)
         else:
             fixed = jax.lax.stop_gradient(operands.model)
-            numbers = _numbers(driver, op, Operands(fixed, reference), tokens)
-        numbers = jax.lax.stop_gradient(numbers)
+            stats = _numbers(driver, op, Operands(fixed, reference), tokens)
+        stats = jax.lax.stop_gradient(stats)
         rest = tuple(name for name in names if name not in outputs)
-        outputs |= _read(driver, op, rest, operands.model, reference, tokens, numbers)
+        outputs |= _from_stats(driver, op, rest, operands.model, reference, tokens, stats)
     except TypeError as error:
         if "forward-mode" in str(error):  # JAX's own words, without the remedy
             raise NotImplementedError(FORWARD_MODE) from error
         raise
-    return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, numbers
+    return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, stats
 
 
 @jax.custom_vjp

@@ -228,8 +228,8 @@ def _run_driver(
         None if e is None else jnp.maximum(jnp.log(e.factors), REMOVED),
     )
     driver = dispatch.driver(implementation, linear=op.head is not None)
-    outputs, numbers = autodiff.apply(driver, op, operands, flat)
-    return outputs, (numbers["zy"] >= 0)[:, 0] & ~numbers["bad"][:, 0]
+    outputs, stats = autodiff.apply(driver, op, operands, flat)
+    return outputs, (stats["zy"] >= 0)[:, 0] & ~stats["bad"][:, 0]
 
 
 def _is_intermediate(x: Array) -> bool:

@@ -34,7 +34,7 @@ from t5patches_kernels.core.operation import (
     Tokens,
     returned,
 )
-from t5patches_kernels.core.statistics import Array, Numbers
+from t5patches_kernels.core.statistics import Array, Stats
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
 # The best by platform, where it runs; elsewhere "xla".
@@ -85,8 +85,8 @@ def _run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of logits."""
     interpret = None
@@ -95,7 +95,7 @@ def _run(
         if reason:
             raise _cannot(implementation, reason)
         interpret = _kernel(implementation).INTERPRET
-    leaves, tree = jax.tree.flatten((operands, tokens, numbers, by))
+    leaves, tree = jax.tree.flatten((operands, tokens, stats, d_stats))
     found = _stage.bind(
         *leaves,
         implementation=implementation,
@@ -117,7 +117,7 @@ def _shapes(*inputs: Any, op: Operation, stage: Stage, tree: Any, **_: Any) -> l
         like(shape=(z.shape[0], 1), dtype=jnp.dtype(bool if name == "bad" else jnp.float32))
         for name in returned(op, stage)
     ]
-    return out + [like()] * (stage in (Stage.VISIT, Stage.GRADIENT))
+    return out + [like()] * (stage in (Stage.VALUE_AND_GRAD, Stage.GRADIENT))
 
 
 def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
@@ -176,7 +176,7 @@ def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **par
 
     def run(*inputs: Array) -> list[Array]:
         out = form(op, stage, *jax.tree.unflatten(params["tree"], inputs))
-        return [out.numbers[name] for name in returned(op, stage)] + list(out.gradient or ())
+        return [out.stats[name] for name in returned(op, stage)] + list(out.gradient or ())
 
     if platform == "cpu" and implementation in _KERNELS:
         # An interpreter's callbacks are ordered among themselves. The order begins and ends with
@@ -234,7 +234,7 @@ def choose(
     return streaming.form(target.platform)
 
 
-_WHOLE_ROWS = (Stage.NUMBERS, Stage.VISIT)
+_WHOLE_ROWS = (Stage.STATISTICS, Stage.VALUE_AND_GRAD)
 
 
 def _why_not(name: str, target: Target) -> str | None:

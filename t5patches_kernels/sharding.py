@@ -23,7 +23,7 @@ from jax.sharding import AxisType
 from t5patches_kernels.backends import tiling
 from t5patches_kernels.core import statistics
 from t5patches_kernels.core.operation import Operands, Operation, columns_of
-from t5patches_kernels.core.statistics import Array, Numbers
+from t5patches_kernels.core.statistics import Array, Stats
 
 # --- Inside a shard_map ---------------------------------------------------------------------------
 
@@ -33,19 +33,19 @@ def axis_size(vocab_axis: str | None) -> int:
     return 1 if vocab_axis is None else jax.lax.axis_size(vocab_axis)
 
 
-def merge(numbers: Numbers, vocab_axis: str | None) -> Numbers:
-    """The numbers of whole rows, from those of one shard's columns."""
+def merge(stats: Stats, vocab_axis: str | None) -> Stats:
+    """The statistics of whole rows, from those of one shard's columns."""
     if vocab_axis is None:
-        return numbers
-    maxima = {m: jax.lax.pmax(numbers[m], vocab_axis) for m in statistics.MAXIMA if m in numbers}
-    rebased = statistics.rebase(numbers, maxima)
+        return stats
+    maxima = {m: jax.lax.pmax(stats[m], vocab_axis) for m in statistics.MAXIMA if m in stats}
+    rebased = statistics.rebase(stats, maxima)
     sums = {name: x for name, x in rebased.items() if name not in maxima}
     return maxima | add(sums, vocab_axis)
 
 
-def add(numbers: Numbers, vocab_axis: str | None) -> Numbers:
+def add(stats: Stats, vocab_axis: str | None) -> Stats:
     """Sums over the shards."""
-    return numbers if vocab_axis is None else jax.lax.psum(numbers, vocab_axis)
+    return stats if vocab_axis is None else jax.lax.psum(stats, vocab_axis)
 
 
 def local_ids(ids: Array, columns: int, vocab_axis: str | None) -> Array:

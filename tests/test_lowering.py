@@ -195,7 +195,7 @@ def test_the_default(platform, device, columns, dtype, kernel):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         target = Target(platform, device)
-        form = dispatch.choose(None, target, Stage.VISIT, Operands((z,), (z,)), None)
+        form = dispatch.choose(None, target, Stage.VALUE_AND_GRAD, Operands((z,), (z,)), None)
     assert ("pallas" in getattr(form, "func", form).__module__) == kernel
     assert len(said) == (platform == "cuda" and not kernel)
 
@@ -214,4 +214,6 @@ def test_by_name_and_impossible(name, platform, device):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
     z = jax.ShapeDtypeStruct((2, V), jnp.float32)
     with pytest.raises(NotImplementedError, match=f'{name}.*needs.*implementation="xla"'):
-        dispatch.choose(name, Target(platform, device), Stage.VISIT, Operands((z,), (z,)), None)
+        dispatch.choose(
+            name, Target(platform, device), Stage.VALUE_AND_GRAD, Operands((z,), (z,)), None
+        )

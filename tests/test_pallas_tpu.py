@@ -150,7 +150,7 @@ def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.pla
      for dtype in (np.float32, jnp.bfloat16)],
 )  # fmt: skip
 def test_in_tiles(name, dtype):
-    assert _plan("tnrf", Stage.VISIT, 1000, (4, 4), plans.LEAST.vmem) is None
+    assert _plan("tnrf", Stage.VALUE_AND_GRAD, 1000, (4, 4), plans.LEAST.vmem) is None
     assert _plan("tnrf", Stage.GRADIENT, 1000, (2, 2), plans.LEAST.vmem).columns < 1000
     edits = 5 if name in TAKES_EDITS else 0
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits, dtype=dtype), dtype)
@@ -161,7 +161,7 @@ def _some_vmem(monkeypatch, _fresh_programs):
     """Room for a reference of 1000 entries and some of its model's logits."""
     some = plans.Chip("some", plans._RESERVED + 190 * 1024)
     monkeypatch.setattr(plans, "LEAST", some)
-    size = (Stage.VISIT, 1000, (4, 4), some.vmem)
+    size = (Stage.VALUE_AND_GRAD, 1000, (4, 4), some.vmem)
     assert _plan("tnrf", *size) is None
     streamed = _plan("tnrf", *size, of=plans.streamed)
     assert 0 < streamed.held < streamed.windows

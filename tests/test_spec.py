@@ -52,7 +52,7 @@ def assert_same(a, b):
 
 def tiled(z, r, cuts):
     tiles = zip(jnp.split(z, cuts, axis=-1), jnp.split(r, cuts, axis=-1), strict=True)
-    return [statistics.first_look(z, r, ALL) for z, r in tiles]
+    return [statistics.first_pass(z, r, ALL) for z, r in tiles]
 
 
 @settings(max_examples=5)
@@ -62,7 +62,7 @@ def test_tiles_of_any_size_merge_to_the_whole_row(seed, tile):
     first, *rest = tiled(z, r, [tile, 2 * tile, 3 * tile])
     for tile in rest:
         first = statistics.merge(first, tile)
-    assert_same(first, statistics.first_look(z, r, ALL))
+    assert_same(first, statistics.first_pass(z, r, ALL))
 
 
 def test_merging_is_associative_and_commutative():
@@ -76,13 +76,13 @@ def numbers_of(c, z, r, y, w):
     names = objectives.needs(c)
     of = objectives.reference_of(c)
     ref = None if of is None else jnp.where(z < z[:, :1], z, -jnp.inf) if of == "self" else r
-    numbers = statistics.first_look(z, ref, names)
-    numbers["zy"], numbers["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
-    numbers = objectives.finish(numbers, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
-    if objectives.looks_twice(c):
-        tile = Tile(z, ref, numbers, c.smoothing)
-        numbers = numbers | statistics.second_look(tile, names)
-    return numbers, ref
+    stats = statistics.first_pass(z, ref, names)
+    stats["zy"], stats["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
+    stats = objectives.finish(stats, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
+    if objectives.needs_second_pass(c):
+        tile = Tile(z, ref, stats, c.smoothing)
+        stats = stats | statistics.second_pass(tile, names)
+    return stats, ref
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -97,14 +97,14 @@ def test_derivative_table_is_the_derivative(name):
         def total(z, output=output):
             return jnp.sum(objectives.evaluate(numbers_of(c, z, r, y, w)[0], c, output))
 
-        numbers, ref = numbers_of(c, z, r, y, w)
-        by = objectives.derivatives(numbers, c, {output: jnp.ones_like(numbers["m"])})
+        stats, ref = numbers_of(c, z, r, y, w)
+        d_stats = objectives.derivatives(stats, c, {output: jnp.ones_like(stats["m"])})
         is_target = jnp.arange(130)[None, :] == y[:, None]
-        if not by:  # an output without a gradient: the reference's own
+        if not d_stats:  # an output without a gradient: the reference's own
             np.testing.assert_array_equal(jax.grad(total)(z), 0.0)
             continue
-        tile = Tile(z, ref, numbers, c.smoothing)
-        dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
+        tile = Tile(z, ref, stats, c.smoothing)
+        dz = statistics.gradient(tile, statistics.coefficients(stats, d_stats), is_target)
         np.testing.assert_allclose(dz, jax.grad(total)(z), rtol=1e-9, atol=1e-12)
 
 
@@ -113,18 +113,18 @@ def test_values_in_bits_give_the_same_numbers_and_gradients(name):
     c = SETTINGS[name]
     z, r = rows(3)
     y, w = jnp.arange(len(z)) % 130, jnp.where(jnp.arange(len(z)) % 2, 1.0, -1.0)
-    numbers, ref = numbers_of(c, z, r, y, w)
+    stats, ref = numbers_of(c, z, r, y, w)
     names = objectives.needs(c)
-    first = statistics.in_nats(statistics.first_look(z, ref, names, BITS), BITS)
-    tile = Tile(z, ref, numbers, c.smoothing, functions=BITS)
-    for name, x in (first | statistics.second_look(tile, names)).items():
+    first = statistics.in_nats(statistics.first_pass(z, ref, names, BITS), BITS)
+    tile = Tile(z, ref, stats, c.smoothing, functions=BITS)
+    for name, x in (first | statistics.second_pass(tile, names)).items():
         if name not in ("s", "rs"):  # finish() has replaced those of empty rows
-            np.testing.assert_allclose(x, numbers[name], rtol=1e-9, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(x, stats[name], rtol=1e-9, atol=1e-9, err_msg=name)
     output = next(iter(objectives.lines_of(c)))
-    by = objectives.derivatives(numbers, c, {output: jnp.ones_like(w)[:, None]})
-    dz = statistics.gradient(tile, statistics.coefficients(numbers, by, BITS), None)
-    plain = Tile(z, ref, numbers, c.smoothing)
-    expected = statistics.gradient(plain, statistics.coefficients(numbers, by), None)
+    d_stats = objectives.derivatives(stats, c, {output: jnp.ones_like(w)[:, None]})
+    dz = statistics.gradient(tile, statistics.coefficients(stats, d_stats, BITS), None)
+    plain = Tile(z, ref, stats, c.smoothing)
+    expected = statistics.gradient(plain, statistics.coefficients(stats, d_stats), None)
     np.testing.assert_allclose(dz, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -138,7 +138,7 @@ def test_an_objective_asks_for_no_more_than_it_needs():
     assert objectives.needs(Settings("ce", 10)) == {"s"}
     assert objectives.needs(Settings("tnff", 10)) == {"s", "rs", "qz"}
     assert objectives.needs(Settings("tnrr", 10, smoothing=1e-6)) == {"s", "rs", "rkl"}
-    assert not objectives.looks_twice(Settings("pair_statistics", 10))
+    assert not objectives.needs_second_pass(Settings("pair_statistics", 10))
 
 
 def test_one_name_everywhere():

@@ -88,7 +88,7 @@ def test_compiles_sets_of_edits_and_statistics(chip):
         out = tk.token_statistics(z, y, r, implementation=NAME)
         return (out.log_prob + out.entropy + out.kl).sum()
 
-    assert "tnrf_visit" in compile_for(chip, edited, z, r, y, w, ids, factors).as_text()
+    assert "tnrf_value_and_grad" in compile_for(chip, edited, z, r, y, w, ids, factors).as_text()
     assert "statistics_gradient" in compile_for(chip, jax.grad(statistics), z, r, y).as_text()
 
 
@@ -135,7 +135,7 @@ def test_passes_of_a_large_vocabulary(chip, name):
     assert passes(program, (2048, 250112)) == 3  # the kernel's operands and result, each once
     c = Settings(name, 250112, smoothing=1e-6)
     memory = plans.chip(device(chip).device_kind).vmem
-    size = (Operation(c), Stage.VISIT, 250112, (4, 4), True, memory)
+    size = (Operation(c), Stage.VALUE_AND_GRAD, 250112, (4, 4), True, memory)
     assert (plans.plan(*size) is None) == (chip == "v4")
     streamed = plans.streamed(*size)
     assert streamed.held / streamed.windows > 2 / 3  # 3.33 passes at most

@@ -58,16 +58,18 @@ def test_every_stage_is_that_of_the_other_form(name):
     op = Operation(c)
     rows, tokens = operands(c)
     of_cpus = streaming.form("cpu")
-    visit = of_cpus(op, Stage.VISIT, rows, tokens)
-    by = objectives.derivatives(visit.numbers, c, {"loss": jnp.ones_like(visit.numbers["m"])})
+    fused = of_cpus(op, Stage.VALUE_AND_GRAD, rows, tokens)
+    d_stats = objectives.derivatives(fused.stats, c, {"loss": jnp.ones_like(fused.stats["m"])})
     for stage in Stage:
-        if stage is Stage.SECOND and not objectives.looks_twice(c):
+        if stage is Stage.SECOND_PASS and not objectives.needs_second_pass(c):
             continue
-        given = (visit.numbers, by) if stage in (Stage.SECOND, Stage.GRADIENT) else (None, None)
+        given = (
+            (fused.stats, d_stats) if stage in (Stage.SECOND_PASS, Stage.GRADIENT) else (None, None)
+        )
         want, got = (run(op, stage, rows, tokens, *given) for run in (of_cpus, gpu_form.run))
-        assert set(want.numbers) <= set(got.numbers)
-        for key, x in want.numbers.items():
-            np.testing.assert_allclose(got.numbers[key], x, rtol=2e-5, atol=2e-5, err_msg=key)
+        assert set(want.stats) <= set(got.stats)
+        for key, x in want.stats.items():
+            np.testing.assert_allclose(got.stats[key], x, rtol=2e-5, atol=2e-5, err_msg=key)
         assert (want.gradient is None) == (got.gradient is None)
         if want.gradient is not None:
             np.testing.assert_allclose(got.gradient[0], want.gradient[0], rtol=2e-5, atol=2e-5)
@@ -83,7 +85,7 @@ def test_a_cpu_gets_the_form_for_cpus():
     c = Settings("tnff", 48)
     rows, tokens = operands(c)
     run = jax.jit(dispatch.driver(None, linear=False), static_argnums=(0, 1))
-    text = run.lower(Operation(c), Stage.VISIT, rows, tokens).as_text()
+    text = run.lower(Operation(c), Stage.VALUE_AND_GRAD, rows, tokens).as_text()
     assert "optimization_barrier" not in text
 
 

@@ -28,7 +28,7 @@ from t5patches_kernels.core.operation import (
     Tokens,
     columns_of,
 )
-from t5patches_kernels.core.statistics import Array, Numbers
+from t5patches_kernels.core.statistics import Array, Stats
 
 # A float32 chunk of one logits array: small enough for a CPU's caches; on a GPU large enough for
 # its matrix units, and for the kernel's float32 gradient to be read and written seldom.
@@ -80,12 +80,12 @@ def run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of operands that are hidden states and kernels."""
     chunked = partial(_chunked, driver, op, stage)
-    inputs = (operands, tokens, numbers, by)
+    inputs = (operands, tokens, stats, d_stats)
     return tiling.by_platform(
         inputs,
         gpu=partial(chunked, GPU_CHUNK_BYTES),
@@ -101,31 +101,31 @@ def _chunked(
     chunk_bytes: int,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None,
-    by: Numbers | None,
+    stats: Stats | None,
+    d_stats: Stats | None,
 ) -> Result:
     hidden, kernel = operands.model
     assert op.head is not None
     head = op.head
 
-    def body(block, spent, fresh):
-        hidden, ref_hidden, tokens, numbers, by = block
+    def body(block, donated, fresh):
+        hidden, ref_hidden, tokens, stats, d_stats = block
         reference = (
             [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
         )
         logits = Operands((logits_of(hidden, kernel, head),), tuple(reference))
-        out = driver(op, stage, logits, tokens, numbers, by)
+        out = driver(op, stage, logits, tokens, stats, d_stats)
         if out.gradient is None:
-            return out, spent, None
+            return out, donated, None
         once = jnp.where(fresh[:, None], hidden, jnp.zeros_like(hidden))
         dh, dw = _pull(out.gradient[0], once, kernel, head)
-        return Result(out.numbers, (dh,)), spent, dw
+        return Result(out.stats, (dh,)), donated, dw
 
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
-    inputs = (hidden, ref_hidden, tokens, numbers, by)
+    inputs = (hidden, ref_hidden, tokens, stats, d_stats)
     block = chunk_rows(rows, columns, chunk_bytes)
     out, _, dw = tiling.for_row_blocks(body, inputs, rows, block)
     if out.gradient is None:
         return out
-    return Result(out.numbers, (out.gradient[0].astype(hidden.dtype), dw))
+    return Result(out.stats, (out.gradient[0].astype(hidden.dtype), dw))

@@ -66,7 +66,7 @@ def for_row_blocks(
     inputs: Any,
     rows: int,
     block: int,
-    spent: Any = (),
+    donated: Any = (),
 ) -> tuple[Any, Any, Any]:
     """Runs `body` on blocks of rows and puts the blocks of its results together.
 
@@ -74,13 +74,13 @@ def for_row_blocks(
     block has the same shape: it overlaps the one before it.
 
     Args:
-      body: ``(block of inputs, block of spent, fresh) -> (rowwise, instead, summed)``. ``fresh``
+      body: ``(block of inputs, block of donated, fresh) -> (rowwise, instead, summed)``. ``fresh``
         ``[block]`` is false for the rows that an earlier block has had: they must not enter
-        `summed` again, and what stands for them in `spent` is a result already.
+        `summed` again, and what `donated` has for them is a result already.
       inputs: arrays whose first dimension is `rows`.
       rows: the number of rows.
       block: rows a block, at least 1.
-      spent: arrays like `inputs`, whose place `instead` takes, of the same shapes and dtypes.
+      donated: arrays like `inputs`, over which `instead` is written: of its shapes and dtypes.
         Where nobody else reads them, no memory is needed for the results. Whatever is computed
         from a block of them must show in `instead`: else XLA copies all of them for every block.
 
@@ -88,19 +88,19 @@ def for_row_blocks(
       `rowwise` and `instead` with `rows` rows, `summed` added over the blocks.
     """
     if rows <= block:
-        return body(inputs, spent, jnp.ones((rows,), jnp.bool_))
+        return body(inputs, donated, jnp.ones((rows,), jnp.bool_))
 
     count, ragged = -(-rows // block), rows % block > 0
 
     def cut(x, start):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), x)
 
-    def of_block(step, spent):
+    def of_block(step, donated):
         start = jnp.minimum(step * block, rows - block)
         fresh = start + jnp.arange(block) >= step * block
-        return start, fresh, body(cut(inputs, start), cut(spent, start), fresh)
+        return start, fresh, body(cut(inputs, start), cut(donated, start), fresh)
 
-    *_, (rowwise, _, summed) = jax.eval_shape(lambda: of_block(jnp.int32(0), spent))
+    *_, (rowwise, _, summed) = jax.eval_shape(lambda: of_block(jnp.int32(0), donated))
     whole = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), rowwise)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
     whole, zero = vary_like((whole, zero), (rowwise, summed))
@@ -117,5 +117,5 @@ def for_row_blocks(
 
         return jax.tree.map(put, done, tuple(made)), jax.tree.map(jnp.add, total, more)
 
-    done, total = jax.lax.fori_loop(0, count, step, ((whole, spent), zero))
+    done, total = jax.lax.fori_loop(0, count, step, ((whole, donated), zero))
     return *done, total

@@ -1,10 +1,10 @@
 r"""Every objective as one line over a row's statistics: only here is `tnrf` known from `tnff`.
 
-A *term* is a function ``(row, settings) -> [R, 1]`` of the numbers of a row (`statistics.py`); an
+A *term* is a function ``(row, settings) -> [R, 1]`` of a row's statistics (`statistics.py`); an
 objective says which term a kept token gets and which a pushed-down one. Nothing else is written
 per objective: which statistics it needs is read off by running its line once (`needs`), and its
-gradient follows from differentiating the line on per-row numbers (`derivatives`) and the derivative
-table of the statistics. To add an objective, add an entry to `OBJECTIVES`.
+gradient follows from differentiating the line by the statistics (`derivatives`) and from the
+statistics' own derivatives. To add an objective, add an entry to `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels.core import statistics
-from t5patches_kernels.core.statistics import FLOOR, NOTHING_LEFT, Array, Numbers
+from t5patches_kernels.core.statistics import FLOOR, NOTHING_LEFT, Array, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Settings:
 
 
 class Row:
-    """The numbers of a row by name, and what every term builds from them."""
+    """The statistics of a row by name, and what every term builds from them."""
 
-    def __init__(self, numbers: Mapping[str, Array]):
-        self._numbers = numbers
+    def __init__(self, stats: Mapping[str, Array]):
+        self._numbers = stats
 
     def __getattr__(self, name: str) -> Array:
         return self._numbers[name]
@@ -63,13 +63,13 @@ class Row:
 
 Term = Callable[[Row, Settings], Array]
 
-# The second row's numbers as a term reads them whose second row is the model's own logits without
-# the set N: by their name here, what they are called in a row's numbers.
+# The second row's statistics where that is the model's own logits without the set N: by the name
+# that a term reads, what they are called in a row's statistics.
 _REST = {"rest_m": "rm", "rest_s": "rs"}
 # The numbers that a term over the reference reads.
 _OF_REFERENCE = (
     {"rm", "ry"}
-    | statistics.SECOND_LOOK.keys()
+    | statistics.SECOND_PASS.keys()
     | {name for name, sum_ in statistics.SUMS.items() if {"r", "s", "ratio"} & set(sum_)}
 )
 
@@ -308,20 +308,20 @@ def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
 
 
 def reads(c: Settings) -> frozenset[str]:
-    """Every number that the lines of an operation read."""
+    """Every statistic that the lines of an operation read."""
     return _read_by(c, tuple(lines_of(c)))
 
 
 @functools.lru_cache(maxsize=1024)
 def needs(c: Settings) -> frozenset[str]:
     """The statistics that the lines of an operation read, with what those rely on."""
-    summed = frozenset(statistics.SUMS) | statistics.SECOND_LOOK.keys()
+    summed = frozenset(statistics.SUMS) | statistics.SECOND_PASS.keys()
     return statistics.with_normalisers(reads(c) & summed)
 
 
-def looks_twice(c: Settings) -> bool:
+def needs_second_pass(c: Settings) -> bool:
     """Whether an operation needs the row's normalisers before it can finish its sums."""
-    return bool(needs(c) & statistics.SECOND_LOOK.keys())
+    return bool(needs(c) & statistics.SECOND_PASS.keys())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -334,7 +334,7 @@ def needs_kept(c: Settings) -> frozenset[str]:
         _reads_of(lambda row: objective.pushed(row, c)),
         _reads_of(lambda row: objective.kept(row, c)),
     )
-    return needs(c) - ((pushed - kept) & statistics.SECOND_LOOK.keys())
+    return needs(c) - ((pushed - kept) & statistics.SECOND_PASS.keys())
 
 
 def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -347,7 +347,7 @@ def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(_read_by(c, outputs) & (of_model | own | {"zy", "rkl", "sqz", "sqr"})))
 
 
-def _unanswered(numbers: Numbers, c: Settings, output: str) -> Array:
+def _unanswered(stats: Stats, c: Settings, output: str) -> Array:
     """Where a token counts and an output has no answer for it ``[R, 1]``.
 
     An id that the output reads is out of range, or a row that it reads holds NaN or ``+inf`` or has
@@ -359,26 +359,26 @@ def _unanswered(numbers: Numbers, c: Settings, output: str) -> Array:
         return ~((maximum > FLOOR) & (maximum < math.inf) & (total < math.inf))
 
     read = _read_by(c, (output,))
-    out = broken(numbers["m"], numbers["s"])
+    out = broken(stats["m"], stats["s"])
     if reference_of(c) == "given" and read & _OF_REFERENCE:
-        out |= broken(numbers["rm"], numbers["rs"])
+        out |= broken(stats["rm"], stats["rs"])
     if "bad" in read:
-        out |= numbers["bad"]
-    return out & (numbers["w"] != 0)
+        out |= stats["bad"]
+    return out & (stats["w"] != 0)
 
 
-def evaluate(numbers: Numbers, c: Settings, output: str) -> Array:
-    """One output of an operation, from the finished numbers of its rows."""
-    rest = {name: numbers[of] for name, of in _REST.items() if of in numbers}
-    value = lines_of(c)[output](Row(numbers | rest), c)
-    return jnp.where(_unanswered(numbers, c, output), math.nan, value)
+def evaluate(stats: Stats, c: Settings, output: str) -> Array:
+    """One output of an operation, from the finished statistics of its rows."""
+    rest = {name: stats[of] for name, of in _REST.items() if of in stats}
+    value = lines_of(c)[output](Row(stats | rest), c)
+    return jnp.where(_unanswered(stats, c, output), math.nan, value)
 
 
-def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) -> Numbers:
-    """The derivative of the outputs, weighed by their cotangents, by each number they read.
+def derivatives(stats: Stats, c: Settings, cotangents: Mapping[str, Array]) -> Stats:
+    """The derivative of the outputs, weighed by their cotangents, by each statistic they read.
 
     Args:
-      numbers: the finished numbers of the rows.
+      numbers: the finished statistics of the rows.
       c: the settings.
       cotangents: by output, ``[R, 1]``; outputs left out have none.
 
@@ -386,32 +386,33 @@ def derivatives(numbers: Numbers, c: Settings, cotangents: Mapping[str, Array]) 
       By statistic, ``[R, 1]``: what `statistics.gradient` multiplies the columns by. Exactly 0 for
       a row that no cotangent asks about, whatever its logits hold; NaN where there is no answer.
     """
-    inside = {name: numbers[name] for name in differentiable(c, tuple(sorted(cotangents)))}
+    inside = {name: stats[name] for name in differentiable(c, tuple(sorted(cotangents)))}
 
-    def outputs(inside: Numbers) -> Numbers:
-        return {name: evaluate({**numbers, **inside}, c, name) for name in cotangents}
+    def outputs(inside: Stats) -> Stats:
+        return {name: evaluate({**stats, **inside}, c, name) for name in cotangents}
 
-    (by,) = jax.vjp(outputs, inside)[1](dict(cotangents))
+    (d_stats,) = jax.vjp(outputs, inside)[1](dict(cotangents))
     # A loss does not ask about an ignored row; the log-probability of one may be asked for.
-    asked = unanswered = jnp.zeros_like(numbers["bad"])
+    asked = unanswered = jnp.zeros_like(stats["bad"])
     for name, ct in cotangents.items():
         of_loss = name in ("loss", "z_loss")
-        asked |= (ct != 0) & (numbers["w"] != 0) if of_loss else ct != 0
-        unanswered |= (ct != 0) & _unanswered(numbers, c, name)
+        asked |= (ct != 0) & (stats["w"] != 0) if of_loss else ct != 0
+        unanswered |= (ct != 0) & _unanswered(stats, c, name)
     return {
-        name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0) for name, x in by.items()
+        name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0)
+        for name, x in d_stats.items()
     }
 
 
-# --- From a tile to finished numbers: what every driver calls -------------------------------------
+# --- From a tile to finished statistics: what every driver calls ----------------------------------
 
 
-def finish_reference(numbers: Numbers) -> Numbers:
+def finish_reference(stats: Stats) -> Stats:
     """The reference's own ``rm`` and ``rs``, from its sums over whole rows."""
-    return {"rm": numbers["rm"], "rs": jnp.where(numbers["rm"] <= FLOOR, 1.0, numbers["rs"])}
+    return {"rm": stats["rm"], "rs": jnp.where(stats["rm"] <= FLOOR, 1.0, stats["rs"])}
 
 
-def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
+def finish(stats: Stats, w: Array, bad: Array) -> Stats:
     """Joins the sums of whole rows with what belongs to their tokens.
 
     Args:
@@ -424,15 +425,15 @@ def finish(numbers: Numbers, w: Array, bad: Array) -> Numbers:
       The numbers that every line can be evaluated on. A row with nothing unmasked is bad; a
       reference with no mass left gets a harmless normaliser (`of_q` sees to its terms).
     """
-    empty = numbers["m"] <= FLOOR
-    out = dict(numbers) | {"w": w, "bad": bad | empty}
-    out["s"] = jnp.where(empty, 1.0, numbers["s"])
-    out["zy"] = jnp.maximum(numbers["zy"] - numbers["m"], FLOOR)
-    if "rm" in numbers:
-        out |= finish_reference(numbers)
-        if "ry" in numbers:
-            out["ry"] = jnp.maximum(numbers["ry"] - numbers["rm"], FLOOR)
-    made_from = {name: sum_ for name, sum_ in statistics.SECOND_LOOK.items() if sum_ in numbers}
+    empty = stats["m"] <= FLOOR
+    out = dict(stats) | {"w": w, "bad": bad | empty}
+    out["s"] = jnp.where(empty, 1.0, stats["s"])
+    out["zy"] = jnp.maximum(stats["zy"] - stats["m"], FLOOR)
+    if "rm" in stats:
+        out |= finish_reference(stats)
+        if "ry" in stats:
+            out["ry"] = jnp.maximum(stats["ry"] - stats["rm"], FLOOR)
+    made_from = {name: sum_ for name, sum_ in statistics.SECOND_PASS.items() if sum_ in stats}
     found = {name: out.pop(sum_) for name, sum_ in made_from.items()}
     out.pop("ss", None)  # it has served to move "sz" from maximum to maximum
-    return out | statistics.finish_second(found, out)
+    return out | statistics.finish_second_pass(found, out)

@@ -11,7 +11,7 @@ import jax
 
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
-from t5patches_kernels.core.statistics import Numbers
+from t5patches_kernels.core.statistics import Stats
 
 Array = jax.Array
 
@@ -31,7 +31,7 @@ class Operation:
     settings: Settings
     vocab_axis: str | None = None
     head: Head | None = None  # None: the operands are logits
-    spare: bool = False  # the gradient may take the place of the model's logits
+    donate: bool = False  # the gradient may be written over the model's logits
 
 
 class Tokens(NamedTuple):
@@ -58,17 +58,17 @@ class Operands(NamedTuple):
 class Stage(enum.Enum):
     """How far a driver takes the rows."""
 
-    FIRST = "first"  # the sums of the first look, of this shard's columns
-    SECOND = "second"  # the sums of the second look, given finished numbers
-    NUMBERS = "numbers"  # both, and finished
-    VISIT = "visit"  # NUMBERS, and the gradient of the loss in the same visit
-    GRADIENT = "gradient"  # the gradient, given finished numbers and the derivatives by them
+    FIRST_PASS = "first_pass"  # the sums of the first pass, of this shard's columns
+    SECOND_PASS = "second_pass"  # those of the second pass, given finished statistics
+    STATISTICS = "statistics"  # both, and finished
+    VALUE_AND_GRAD = "value_and_grad"  # STATISTICS, and the gradient of the loss in one kernel
+    GRADIENT = "gradient"  # the gradient, given finished statistics and the derivatives by them
 
 
 class Result(NamedTuple):
     """What a stage returns."""
 
-    numbers: Numbers  # [T, 1] each
+    stats: Stats  # [T, 1] each
     # One per model operand, in its dtype; for a head's kernel the sum in float32.
     gradient: tuple[Array, ...] | None = None
 
@@ -82,24 +82,24 @@ class Driver(Protocol):
         stage: Stage,
         operands: Operands,
         tokens: Tokens,
-        numbers: Numbers | None = None,
-        by: Numbers | None = None,
+        stats: Stats | None = None,
+        d_stats: Stats | None = None,
     ) -> Result:
         """Runs one stage over all rows."""
 
 
 @functools.lru_cache(maxsize=1024)
 def returned(op: Operation, stage: Stage) -> tuple[str, ...]:
-    """The names of the numbers that are asked of a stage, sorted; a driver may return more."""
+    """The names of the statistics that are asked of a stage, sorted; a driver may return more."""
     names = objectives.needs(op.settings)
-    second = names & statistics.SECOND_LOOK.keys()
+    second = names & statistics.SECOND_PASS.keys()
     if stage is Stage.GRADIENT:
         return ()
-    if stage is Stage.SECOND:
+    if stage is Stage.SECOND_PASS:
         return tuple(sorted(second))
     of_row = {"m", "zy"} | ({"ry"} & objectives.reads(op.settings))
     of_row |= {"rm"} if objectives.reference_of(op.settings) else set()
-    if stage is Stage.FIRST:
+    if stage is Stage.FIRST_PASS:
         return tuple(sorted(of_row | (names - second)))
     return tuple(sorted(of_row | names | {"w", "bad"}))
 

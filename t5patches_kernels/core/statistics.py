@@ -21,16 +21,16 @@ name      weight              value        reads as
 ``sr``    ``q + eps``         log ratio    its divergence from the model; all three times ``rs``
 ========= =================== ============ ==========================================
 
-That table is all there is to write: how a tile is summed (`first_look`), how two tiles merge
+That table is all there is to write: how a tile is summed (`first_pass`), how two tiles merge
 (`merge`) and the derivative by ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
 apart from their maxima because the pair is far more accurate than one log-sum-exp (60 times on rows
 whose target leads, `objectives.md`).
 
-Three need the row's normalisers first and so a second pass (`second_look`): ``rkl``, the
+Three need the row's normalisers first and so a second pass (`second_pass`): ``rkl``, the
 reverse divergence, whose smoothing sits inside a logarithm, and for the smoothed reference ``sqz``,
 its cross-entropy, and ``sqr``, its divergence. With the row in fast memory the second pass costs no
 traffic. Where it does, the first pass reads the reference alone: with ``rs`` known, ``s(q)`` is
-known at every entry, and the three follow from sums relative to the maxima (`SECOND_LOOK`,
+known at every entry, and the three follow from sums relative to the maxima (`SECOND_PASS`,
 `entries`).
 
 Two are one entry of the row: ``zy`` and ``ry``, the target's logits relative to ``m`` and ``rm``.
@@ -41,7 +41,7 @@ probability 0 and contributes 0 to every sum: values are clamped to `FLOOR`, so 
 divergence is infinite in exact arithmetic; here it is about ``1e30`` times that mass.
 
 Everything here is a pure function on values, float32 throughout (float64 for float64 input), and
-runs on a whole row, in a scan, or inside a Pallas kernel. Per-row numbers have shape ``[R, 1]``,
+runs on a whole row, in a scan, or inside a Pallas kernel. Per-row statistics have shape ``[R, 1]``,
 tiles ``[R, C]``.
 """
 
@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Numbers = dict[str, Array]  # name -> [R, 1]
+Stats = dict[str, Array]  # name -> [R, 1]
 
 # At or below this a logit is masked. Finite, so that a product with 0 is 0.
 FLOOR = -1e30
@@ -115,7 +115,7 @@ SUMS: Mapping[str, Sum] = {
 }
 # The numbers that need the row's normalisers, by the sum that they are made from, and by which
 # normaliser it is divided.
-SECOND_LOOK = {"rkl": "zs", "sqz": "sz", "sqr": "sr"}
+SECOND_PASS = {"rkl": "zs", "sqz": "sz", "sqr": "sr"}
 _PER = {"rkl": "s", "sqz": "rs", "sqr": "rs"}
 MAXIMA = ("m", "rm")
 MAXIMUM = {"z": "m", "r": "rm"}
@@ -128,7 +128,7 @@ _MOVES: Mapping[str | None, str] = {"z": "z", "r": "r", "ratio": "z"}
 def with_normalisers(names: frozenset[str]) -> frozenset[str]:
     """Adds the sums that merging or the second pass of `names` relies on."""
     needed = {_NORMALISER[SUMS[name].weight] for name in names if name in SUMS}
-    if names & SECOND_LOOK.keys():
+    if names & SECOND_PASS.keys():
         needed |= {"s", "rs"}
     return names | needed
 
@@ -246,34 +246,34 @@ def row_max(x: Array) -> Array:
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), FLOOR)
 
 
-def maxima(z: Array, r: Array | None) -> Numbers:
+def maxima(z: Array, r: Array | None) -> Stats:
     """The maxima of a tile."""
     return {"m": row_max(z)} | ({} if r is None else {"rm": row_max(r)})
 
 
-def row_sums(terms: Numbers) -> Numbers:
+def row_sums(terms: Stats) -> Stats:
     """The sums of terms over a row."""
     return {name: _row_sum(x) for name, x in terms.items()}
 
 
-def first_look(
+def first_pass(
     z: Array,
     r: Array | None,
     names: frozenset[str],
     functions: Functions = _XLAS,
     known: Mapping[str, Array] = types.MappingProxyType({}),
-) -> Numbers:
+) -> Stats:
     """The maxima of a tile and its sums among `names`. Maxima may be among what is `known`."""
     tops = {m: known.get(m, x) for m, x in maxima(z, r).items()}
     tile = Tile(z, r, tops, functions=functions)
-    if names & SECOND_LOOK.keys():
+    if names & SECOND_PASS.keys():
         tile.weight_of_ratio()  # as the second pass computes it: XLA then does it once
-    return tops | row_sums(terms(tile, names - SECOND_LOOK.keys()))
+    return tops | row_sums(terms(tile, names - SECOND_PASS.keys()))
 
 
 def terms(
     tile: Tile, names: frozenset[str], parts: Collection[tuple[str, str | None]] = ()
-) -> Numbers:
+) -> Stats:
     """What sums add up ``[R, C]``.
 
     Args:
@@ -287,7 +287,7 @@ def terms(
     return out
 
 
-def in_nats(sums: Numbers, functions: Functions) -> Numbers:
+def in_nats(sums: Stats, functions: Functions) -> Stats:
     """Sums of values in nats, as every line reads them."""
     return {
         name: functions.in_nats(x) if name in SUMS and SUMS[name].value else x
@@ -296,11 +296,11 @@ def in_nats(sums: Numbers, functions: Functions) -> Numbers:
 
 
 def rebase(
-    numbers: Numbers,
-    maxima: Numbers,
+    stats: Stats,
+    maxima: Stats,
     decay: Mapping[str, Array] | None = None,
     functions: Functions = _XLAS,
-) -> Numbers:
+) -> Stats:
     """The same sums relative to other maxima.
 
     Args:
@@ -310,24 +310,24 @@ def rebase(
       decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
       functions: what entries go through; sums of values are in its unit.
     """
-    shift = {of: numbers[m] - maxima[m] for of, m in MAXIMUM.items() if m in numbers}
-    out = dict(numbers) | maxima
+    shift = {of: stats[m] - maxima[m] for of, m in MAXIMUM.items() if m in stats}
+    out = dict(stats) | maxima
     for name, (weight, value) in SUMS.items():
-        if name not in numbers:
+        if name not in stats:
             continue
-        total = numbers[name]
+        total = stats[name]
         moved = _MOVES.get(value)
         if moved in shift:
-            total = total + numbers[_NORMALISER[weight]] * functions.scaled(shift[moved])
+            total = total + stats[_NORMALISER[weight]] * functions.scaled(shift[moved])
         if weight in shift:
-            by = jnp.exp(shift[weight]) if decay is None else decay[MAXIMUM[weight]]
-            total = total * by
+            d_stats = jnp.exp(shift[weight]) if decay is None else decay[MAXIMUM[weight]]
+            total = total * d_stats
         out[name] = total
     return out
 
 
-def merge(a: Numbers, b: Numbers) -> Numbers:
-    """The numbers of two tiles of a row taken together: associative and commutative."""
+def merge(a: Stats, b: Stats) -> Stats:
+    """The statistics of two tiles of a row taken together: associative and commutative."""
     maxima = {m: jnp.maximum(a[m], b[m]) for m in MAXIMA if m in a}
     # One of the two is relative to the new maximum already, so one exponential serves both.
     gap = {m: jnp.exp(jnp.minimum(a[m], b[m]) - maxima[m]) for m in maxima}
@@ -339,21 +339,23 @@ def merge(a: Numbers, b: Numbers) -> Numbers:
     return {name: a[name] if name in maxima else a[name] + b[name] for name in a}
 
 
-def second_terms(tile: Tile, names: frozenset[str]) -> Numbers:
-    """What the statistics among `SECOND_LOOK` in `names` sum ``[R, C]``, before `finish_second`."""
-    asked = names & SECOND_LOOK.keys()
-    found = terms(tile, frozenset(SECOND_LOOK[name] for name in asked))
-    return {name: found[SECOND_LOOK[name]] for name in asked}
+def second_terms(tile: Tile, names: frozenset[str]) -> Stats:
+    """What the statistics among `SECOND_PASS` in `names` sum ``[R, C]``: see `finish_second_pass`."""
+    asked = names & SECOND_PASS.keys()
+    found = terms(tile, frozenset(SECOND_PASS[name] for name in asked))
+    return {name: found[SECOND_PASS[name]] for name in asked}
 
 
-def finish_second(sums: Numbers, row: Mapping[str, Array], functions: Functions = _XLAS) -> Numbers:
+def finish_second_pass(
+    sums: Stats, row: Mapping[str, Array], functions: Functions = _XLAS
+) -> Stats:
     """The statistics of the second pass from sums over whole rows."""
     return {name: functions.in_nats(x) / row[_PER[name]] for name, x in sums.items()}
 
 
-def second_look(tile: Tile, names: frozenset[str]) -> Numbers:
-    """The statistics among `SECOND_LOOK` in `names`, of a tile of rows whose sums are known."""
-    return finish_second(row_sums(second_terms(tile, names)), tile.row, tile.functions)
+def second_pass(tile: Tile, names: frozenset[str]) -> Stats:
+    """The statistics among `SECOND_PASS` in `names`, of a tile of rows whose sums are known."""
+    return finish_second_pass(row_sums(second_terms(tile, names)), tile.row, tile.functions)
 
 
 class _Entries(Tile):
@@ -363,7 +365,7 @@ class _Entries(Tile):
         self,
         z: Array | None,
         r: Array | None,
-        reference: Numbers,
+        reference: Stats,
         smoothing: float,
     ):
         own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
@@ -399,15 +401,15 @@ def entries(
     z: Array | None,
     r: Array | None,
     names: frozenset[str],
-    reference: Numbers | None = None,
+    reference: Stats | None = None,
     smoothing: float = 0.0,
-) -> Numbers:
-    """The numbers of every entry by itself ``[R, C]``: what a reduction with `merge` starts from.
+) -> Stats:
+    """The statistics of each entry by itself ``[R, C]``: what a reduction by `merge` starts from.
 
     Args:
       z: model logits ``[R, C]``.
       r: reference logits ``[R, C]``, edited, or None.
-      names: the sums; with `reference` also those that `SECOND_LOOK` is made from.
+      names: the sums; with `reference` also those that `SECOND_PASS` is made from.
       reference: the finished ``rm`` and ``rs`` of the whole rows, where they are known.
       smoothing: of the reference distribution.
     """
@@ -418,11 +420,11 @@ def entries(
 
 def reads_logits(name: str) -> bool:
     """Whether a masked entry of the model would show in a number."""
-    made_from = SUMS.get(SECOND_LOOK.get(name, name))
+    made_from = SUMS.get(SECOND_PASS.get(name, name))
     return made_from is not None and made_from.value in ("z", "ratio")
 
 
-def stand(sums: Numbers) -> Array:
+def hold_unmasked(sums: Stats) -> Array:
     """Where sums taken as if nothing were masked are right: they show no masked entry and no NaN.
 
     Args:
@@ -441,14 +443,14 @@ Coefficients = dict[Sum | str, Array]
 
 def coefficients(
     row: Mapping[str, Array],
-    by: Mapping[str, Array],
+    d_stats: Mapping[str, Array],
     functions: Functions = _XLAS,
 ) -> Coefficients:
     """The gradient as a table: what multiplies each weight * value, by the product rule.
 
     Args:
-      row: the numbers of the whole row.
-      by: the derivative of the line by each number of the row it reads.
+      row: the statistics of the whole row.
+      by: the derivative of the line by each statistic of the row it reads.
       functions: what entries go through.
     """
     table: Coefficients = {}
@@ -458,7 +460,7 @@ def coefficients(
         factor = factor if value is None else functions.in_nats(factor)
         table[key] = table[key] + factor if key in table else factor
 
-    for name, factor in by.items():
+    for name, factor in d_stats.items():
         if name == "zy":
             table["zy"] = factor
         elif name == "rkl":
@@ -473,13 +475,13 @@ def coefficients(
                 add("z", value, factor)
             if value == "z" or (weight, value) == ("r", None):
                 add(weight, None, factor)
-    asked = _any_asked(by)  # a row of which nothing is asked may hold NaN, and 0 * NaN is not 0
+    asked = _any_asked(d_stats)  # other rows may hold NaN, and 0 * NaN is not 0
     return {key: jnp.where(asked, x, jnp.zeros_like(x)) for key, x in table.items()}
 
 
-def _any_asked(by: Mapping[Any, Array]) -> Array:
+def _any_asked(d_stats: Mapping[Any, Array]) -> Array:
     """The rows that have a cotangent ``[R, 1]``."""
-    return functools.reduce(jnp.logical_or, [factor != 0 for factor in by.values()])
+    return functools.reduce(jnp.logical_or, [factor != 0 for factor in d_stats.values()])
 
 
 def gradient(

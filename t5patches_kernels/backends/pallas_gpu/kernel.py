@@ -38,7 +38,7 @@ from t5patches_kernels.backends.pallas_gpu.plan import COPY_BYTES, OUT_SLOTS, TH
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Stats, Tile
 
 
 class _Row:
@@ -55,7 +55,7 @@ class _Row:
         self.edits = [
             (ids[self.index, 1 + k], scalars[self.index, 4 + k]) for k in range(call.edits)
         ]
-        self.sweeps = 0
+        self.loops_done = 0
         self.rings = [name for name in ("z", "r") if name in refs]
         for chunk in range(self.plan.slots):
             self.load(jnp.int32(chunk), jnp.int32(chunk))
@@ -81,12 +81,12 @@ class _Row:
         plgpu.commit_smem()  # what was read here was read before the copy writes
         self.load(chunk, slot)
 
-    def sweep(self, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
+    def column_loop(self, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
         """Calls ``body(step, chunk, slot, carry)`` on every chunk."""
         chunks, slots = self.plan.chunks, self.plan.slots
-        forward = self.forward = self.sweeps % 2 == 0
-        here = 0 if self.sweeps == 0 else slots  # what the loop before has left
-        self.sweeps += 1
+        forward = self.forward = self.loops_done % 2 == 0
+        here = 0 if self.loops_done == 0 else slots  # what the loop before has left
+        self.loops_done += 1
 
         def step(i: Array, carry: Any, *, wait: bool) -> Any:
             chunk = i if forward else chunks - 1 - i
@@ -163,49 +163,49 @@ class _Row:
 
     # --- Column loops ------------------------------------------------------------------------
 
-    def first_look(self) -> Numbers:
+    def first_pass(self) -> Stats:
         """The maxima and sums of the row."""
-        names = self.call.names - statistics.SECOND_LOOK.keys()
+        names = self.call.names - statistics.SECOND_PASS.keys()
         tops = {"m": FLOOR} | ({"rm": FLOOR} if self.call.reference else {})
 
-        def body(_, chunk: Array, slot: Array, numbers: Numbers) -> Numbers:
+        def body(_, chunk: Array, slot: Array, stats: Stats) -> Stats:
             pieces = self.pieces(chunk, slot, once=True)
             maxima = {
-                m: functools.reduce(jnp.maximum, (p[of] for p in pieces), numbers[m])
+                m: functools.reduce(jnp.maximum, (p[of] for p in pieces), stats[m])
                 for of, m in enumerate(tops)
             }
-            numbers = statistics.rebase(numbers, maxima)
+            stats = statistics.rebase(stats, maxima)
             for z, r in pieces:
                 for name, x in statistics.terms(Tile(z, r, maxima), names).items():
-                    numbers[name] = numbers[name] + x
-            return numbers
+                    stats[name] = stats[name] + x
+            return stats
 
         start = tops | dict.fromkeys(sorted(names), 0.0)
-        lanes = self.sweep(body, {name: self.each_lane(x) for name, x in start.items()})
+        lanes = self.column_loop(body, {name: self.each_lane(x) for name, x in start.items()})
         row = {m: jnp.max(lanes[m]) for m in tops}
         lanes = statistics.rebase(lanes, row)
         return row | {name: jnp.sum(lanes[name]) for name in sorted(names)}
 
-    def second_look(self, row: Numbers) -> Numbers:
+    def second_pass(self, row: Stats) -> Stats:
         """The sums that need the row's normalisers."""
         c = self.call.op.settings
-        names = self.call.names & statistics.SECOND_LOOK.keys()
+        names = self.call.names & statistics.SECOND_PASS.keys()
 
-        def body(_, chunk: Array, slot: Array, sums: Numbers) -> Numbers:
+        def body(_, chunk: Array, slot: Array, sums: Stats) -> Stats:
             for z, r in self.pieces(chunk, slot, once=True):
                 terms = statistics.second_terms(Tile(z, r, row, c.smoothing), names)
                 sums = {name: sums[name] + x for name, x in terms.items()}
             return sums
 
-        sums = self.sweep(body, {name: self.each_lane(0.0) for name in sorted(names)})
-        return statistics.finish_second({k: jnp.sum(x) for k, x in sums.items()}, row)
+        sums = self.column_loop(body, {name: self.each_lane(0.0) for name in sorted(names)})
+        return statistics.finish_second_pass({k: jnp.sum(x) for k, x in sums.items()}, row)
 
-    def gradient(self, row: Numbers) -> None:
+    def gradient(self, row: Stats) -> None:
         """Writes the gradient of the loss."""
         c = self.call.op.settings
         derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
-        by = _plainly(derivatives, row)
-        table = statistics.coefficients(row, by)
+        d_stats = _lowerable(derivatives, row)
+        table = statistics.coefficients(row, d_stats)
         own = table.pop("zy", None)
         out = self.refs["out"]
 
@@ -233,7 +233,7 @@ class _Row:
             plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.index, columns])
             return carry
 
-        self.sweep(body, jnp.int32(0))
+        self.column_loop(body, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -242,11 +242,11 @@ def _power(x: Array, y: int) -> Array:
     return product if y > 0 else 1 / product
 
 
-_PLAIN: dict[str, Callable[..., Array]] = {"add_any": jnp.add, "integer_pow": _power}
+_REPLACED: dict[str, Callable[..., Array]] = {"add_any": jnp.add, "integer_pow": _power}
 
 
-def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
-    """``f(x)`` by primitives that Mosaic GPU lowers: some of derivatives it does not (`_PLAIN`)."""
+def _lowerable(f: Callable[[Any], Any], x: Any) -> Any:
+    """``f(x)`` by primitives that Mosaic GPU lowers; others are replaced (`_REPLACED`)."""
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(x)
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
@@ -254,8 +254,8 @@ def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
         read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            if eqn.primitive.name in _PLAIN:
-                found = [_PLAIN[eqn.primitive.name](*inputs, **eqn.params)]
+            if eqn.primitive.name in _REPLACED:
+                found = [_REPLACED[eqn.primitive.name](*inputs, **eqn.params)]
             elif eqn.primitive.name in ("jit", "pjit"):
                 inner = eqn.params["jaxpr"]
                 found = evaluate(inner.jaxpr, inner.consts, inputs)
@@ -272,17 +272,17 @@ def _plainly(f: Callable[[Any], Any], x: Any) -> Any:
 def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One stage on one row."""
     row = _Row(call, interpret, dict(zip(names, refs, strict=True)))
-    numbers = row.first_look() | {"zy": row.zy}
+    stats = row.first_pass() | {"zy": row.zy}
     if call.reference:
-        numbers["ry"] = row.ry
-    numbers = objectives.finish(numbers, row.weight, row.bad)
-    if objectives.looks_twice(call.op.settings):
-        numbers = numbers | row.second_look(numbers)
-    if call.stage is Stage.VISIT:
-        row.gradient(numbers)
-    numbers["bad"] = jnp.where(numbers["bad"], 1.0, 0.0)
+        stats["ry"] = row.ry
+    stats = objectives.finish(stats, row.weight, row.bad)
+    if objectives.needs_second_pass(call.op.settings):
+        stats = stats | row.second_pass(stats)
+    if call.stage is Stage.VALUE_AND_GRAD:
+        row.gradient(stats)
+    stats["bad"] = jnp.where(stats["bad"], 1.0, 0.0)
     for k, name in enumerate(call.returned):
-        row.refs["numbers"][k, row.index] = numbers[name]
+        row.refs["stats"][k, row.index] = stats[name]
 
 
 # The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`), by name.
@@ -306,7 +306,7 @@ def _inputs(call: Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
     """What the kernel reads, by name: per row, then the logits."""
     (z,) = operands.model
     plain = (operands.reference or operands.model)[0]
-    own = [gpu_form.own_logit(x, tokens.targets) for x in (z, plain)]
+    own = [gpu_form.target_logit(x, tokens.targets) for x in (z, plain)]
     scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
     ids = [tokens.targets[:, None]]
     if tokens.edit_ids is not None and tokens.log_factors is not None:
@@ -325,14 +325,14 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     if interpret is not None and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
-    returned: dict[str, Any] = {"numbers": ((len(call.returned), rows), jnp.float32)}
+    returned: dict[str, Any] = {"stats": ((len(call.returned), rows), jnp.float32)}
     logits = [name for name in ("z", "r") if name in inputs]
     rings = {f"{name}_ring": inputs[name].dtype for name in logits}
     scratch: dict[str, Any] = {
         k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()
     }
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
-    if call.stage is Stage.VISIT:
+    if call.stage is Stage.VALUE_AND_GRAD:
         returned["dz"] = (z.shape, z.dtype)
         scratch["out"] = plgpu.SMEM((OUT_SLOTS, chunk), z.dtype)
     kernel = plgpu.kernel(
@@ -351,9 +351,9 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
         interpret=None if interpret is None else _interpreter(interpret),
     )
     found, *dz = kernel(*tiling.vary_over(tuple(inputs.values()), axes))
-    numbers = {name: found[k][:, None] for k, name in enumerate(call.returned)}
-    numbers |= {"w": tokens.weights[:, None], "bad": numbers["bad"] != 0.0}
-    return Result(numbers, tuple(dz) or None)
+    stats = {name: found[k][:, None] for k, name in enumerate(call.returned)}
+    stats |= {"w": tokens.weights[:, None], "bad": stats["bad"] != 0.0}
+    return Result(stats, tuple(dz) or None)
 
 
 def run(
@@ -362,15 +362,15 @@ def run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of rows that `plan.why_not` has no objection to."""
-    if stage not in (Stage.NUMBERS, Stage.VISIT) or operands.model[0].shape[0] == 0:
-        return gpu_form.run(op, stage, operands, tokens, numbers, by)
+    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) or operands.model[0].shape[0] == 0:
+        return gpu_form.run(op, stage, operands, tokens, stats, d_stats)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
-    op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
+    op = dataclasses.replace(op, head=None, donate=False)  # neither changes the kernel
     call = Call(op, stage, plans.plan(columns, itemsizes), columns, edits)
     return _run(call, interpret, operands, tokens)

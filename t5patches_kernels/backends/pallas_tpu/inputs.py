@@ -1,4 +1,4 @@
-"""What goes into the TPU kernel and comes out: scalars, per-row numbers, block specifications."""
+"""What goes into the TPU kernel and comes out: scalars, row statistics, block specifications."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from t5patches_kernels.backends.pallas_tpu.plan import LANES, Call
 from t5patches_kernels.core.operation import Tokens
-from t5patches_kernels.core.statistics import Array, Numbers
+from t5patches_kernels.core.statistics import Array, Stats
 
 NONE = 1 << 30  # no column: its group is the first, its lane in none
 
@@ -84,14 +84,14 @@ def scalars_of(call: Call, tokens: Tokens, blocks: int) -> list[Array]:
     return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
 
 
-def lanes_of(call: Call, tokens: Tokens, numbers: Numbers | None, by: Numbers | None) -> Array:
+def lanes_of(call: Call, tokens: Tokens, stats: Stats | None, d_stats: Stats | None) -> Array:
     """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
     inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
     target = jnp.where(inside, tokens.targets, -1)
     parts = divmod(target, LANES)  # float32 has not every whole number beyond 2^24
     columns = [x[:, None] for x in (tokens.weights, tokens.bad, *parts)]
-    columns += [(numbers or {})[name] for name in call.given]
-    columns += [(by or {})[name] for name in call.by]
+    columns += [(stats or {})[name] for name in call.given]
+    columns += [(d_stats or {})[name] for name in call.d_stats]
     lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
     return jnp.pad(lanes, ((0, 0), (0, LANES - lanes.shape[1])))
 
@@ -113,14 +113,14 @@ def specs(call: Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl
         reference = over(lambda p, j: jnp.where(p == 0, j, last))
         out = over(lambda p, j: jnp.where(p == 2, j, 0))
     lanes = pl.BlockSpec((rows, LANES), lambda i, p, j: (i, 0))
-    numbers = pl.BlockSpec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
+    stats = pl.BlockSpec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
 
     def entries(x: Array) -> pl.BlockSpec:
         at = lambda i, p, j: (i * tiles + j, 0, 0)  # noqa: E731
         return pl.BlockSpec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
 
     logits = [window] + [reference] * (call.reference == "given")
-    outputs = [numbers] * bool(call.returned) + [out] * call.makes_gradient
+    outputs = [stats] * bool(call.returned) + [out] * call.makes_gradient
     return [*map(entries, scalars), lanes, *logits], outputs
 
 
@@ -128,12 +128,12 @@ def cost(call: Call, operands: list[Array], rows: int) -> pl.CostEstimate:
     """What XLA's scheduler and profiles are told."""
     entries = rows * call.columns
     pair = 2 if call.reference else 1
-    passes = call.looks_first + call.looks_again + call.makes_gradient
+    passes = call.has_first_pass + call.has_second_pass + call.makes_gradient
     moved = sum(x.size * x.dtype.itemsize for x in operands)
     moved += entries * operands[-1].dtype.itemsize * call.makes_gradient
     moved += round(entries * call.again) * operands[-1].dtype.itemsize
     return pl.CostEstimate(
         flops=entries * 6 * pair * passes,
-        transcendentals=entries * (pair + call.looks_again),
+        transcendentals=entries * (pair + call.has_second_pass),
         bytes_accessed=moved,
     )

@@ -46,10 +46,17 @@ from t5patches_kernels.backends.pallas_tpu import inputs
 from t5patches_kernels.backends.pallas_tpu import plan as plans
 from t5patches_kernels.backends.pallas_tpu.inputs import NONE
 from t5patches_kernels.backends.pallas_tpu.math import FUNCTIONS
-from t5patches_kernels.backends.pallas_tpu.plan import CAREFUL_UNROLL, LANES, LATE, Call, Chip, Part
+from t5patches_kernels.backends.pallas_tpu.plan import (
+    FALLBACK_UNROLL,
+    LANES,
+    LATE,
+    Call,
+    Chip,
+    Part,
+)
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Driver, Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Numbers, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Stats, Tile
 
 # How kernels are interpreted. True has no side effects and so runs under every transformation;
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
@@ -83,20 +90,20 @@ def _kernel(call: Call, *refs: Any) -> None:
 def _whole_rows(block: _Block) -> None:
     """One stage on a block of rows of which the window holds all (or all that the stage needs)."""
     call, stage = block.call, block.call.stage
-    second_names = statistics.SECOND_LOOK.keys()
+    second_names = statistics.SECOND_PASS.keys()
 
     # Load. What comes in row by row crosses the lanes after the loop over the columns has begun.
     held: list[Part] = []  # of the row, in VMEM beside the windows
-    own: Numbers = {}
-    known: Numbers = {}
-    if call.looks_first or call.plan.private:
+    own: Stats = {}
+    known: Stats = {}
+    if call.has_first_pass or call.plan.private:
         top, held = block.load("zr" if call.reference else "z")
         block.read_rows()
         if call.plan.private:
             top["rm"] = block.edited(top["rm"])
         # After that branch: the targets' logits are read while the maxima cross the lanes.
         known = block.spread(statistics.maxima(top["m"], top.get("rm")))
-        own = block.own_logits() if call.looks_first else {}
+        own = block.target_logits() if call.has_first_pass else {}
     else:
         block.read_rows()
     known |= block.given
@@ -107,41 +114,41 @@ def _whole_rows(block: _Block) -> None:
         add_up = partial(block.add_up, unroll=unroll, masked=masked)
 
         # First column loop.
-        if call.looks_first:
+        if call.has_first_pass:
             names = call.names & statistics.SUMS.keys()
             parts = tuple(p for p in call.plan.kept if p not in LATE and p not in held)
             sums, held = add_up(partial(statistics.terms, parts=parts), row, names, held, parts)
             sums = statistics.in_nats(statistics.row_sums(sums | own), FUNCTIONS)
             row = row | block.spread(sums)
-            if stage is not Stage.FIRST:
+            if stage is not Stage.FIRST_PASS:
                 row = objectives.finish(row, block.w, block.bad)
 
         def rest(needed: frozenset[str]) -> Array:
             # Second column loop.
             stats, there = row, held
-            asked = needed & second_names if call.looks_again else frozenset()
+            asked = needed & second_names if call.has_second_pass else frozenset()
             if asked:
                 parts = tuple(part for part in call.plan.kept if part in LATE and "rkl" in asked)
                 sums, there = add_up(statistics.second_terms, row, asked, held, parts)
-                found = statistics.finish_second(statistics.row_sums(sums), row, FUNCTIONS)
+                found = statistics.finish_second_pass(statistics.row_sums(sums), row, FUNCTIONS)
                 stats = row | block.spread(found)
-            if call.looks_again:  # what no row of the block reads is 0
+            if call.has_second_pass:  # what no row of the block reads is 0
                 stats = dict.fromkeys(call.names & second_names, block.full(0.0)) | stats
 
             # Statistics.
             d_stats = block.d_stats
-            if stage is Stage.VISIT:
+            if stage is Stage.VALUE_AND_GRAD:
                 d_stats = objectives.derivatives(stats, call.op.settings, {"loss": block.full(1.0)})
                 unread = second_names - needed
                 d_stats = {name: x for name, x in d_stats.items() if name not in unread}
             if call.returned:
                 block.store_statistics(stats)
-            stands = jnp.min(jnp.where(statistics.stand(stats), 1.0, 0.0)) > 0
+            hold = jnp.min(jnp.where(statistics.hold_unmasked(stats), 1.0, 0.0)) > 0
 
             # Gradient.
             if call.makes_gradient:
                 block.store_gradient(stats, d_stats, there, unroll=unroll, masked=masked)
-            return stands
+            return hold
 
         if not call.branches or masked:
             return rest(call.names)
@@ -151,15 +158,15 @@ def _whole_rows(block: _Block) -> None:
         return jax.lax.cond(any_pushed, partial(rest, call.names), partial(rest, kept))
 
     # Without sums that show them, masked entries have to be expected from the start.
-    masked = not (call.looks_first and call.shows_masks)
-    stands = run(held, call.unroll, masked=masked)
+    masked = not (call.has_first_pass and call.shows_masks)
+    hold = run(held, call.unroll, masked=masked)
     if not masked:
 
-        @pl.when(~stands)
+        @pl.when(~hold)
         def _fallback() -> None:
             weights = tuple(part for part in call.plan.kept if part[0] == "weight")
             left = block.with_parts(held, weights)
-            run(left, min(call.unroll, CAREFUL_UNROLL), masked=True)
+            run(left, min(call.unroll, FALLBACK_UNROLL), masked=True)
 
 
 def _windows(block: _Block) -> None:
@@ -175,7 +182,7 @@ def _windows(block: _Block) -> None:
     last = window == call.tiles - 1
     state, settings = block.state, call.op.settings
 
-    def add(of: str, top: Array, row: Numbers, held: list[Part], parts: tuple[Part, ...]) -> None:
+    def add(of: str, top: Array, row: Stats, held: list[Part], parts: tuple[Part, ...]) -> None:
         """Adds the sums of a window to those of the windows before it."""
         before, m = state(of), statistics.MAXIMUM[of]
         now = {m: jnp.maximum(before[m], top)}
@@ -188,7 +195,7 @@ def _windows(block: _Block) -> None:
         )
         block.put(of, now | sums)
 
-    def whole_row(of: str) -> Numbers:
+    def whole_row(of: str) -> Stats:
         """The statistics of the rows, from those by lane."""
         lanes, m = state(of), statistics.MAXIMUM[of]
         row = {m: jnp.max(lanes[m], axis=-1, keepdims=True)}
@@ -261,20 +268,20 @@ class _Block:
     def full(self, x: float) -> Array:
         return jnp.full(self.shape, x, jnp.float32)
 
-    def spread(self, stats: Mapping[str, Array]) -> Numbers:
+    def spread(self, stats: Mapping[str, Array]) -> Stats:
         """Numbers of rows over the lanes."""
         return {name: jnp.broadcast_to(x, self.shape) for name, x in stats.items()}
 
     def read_rows(self) -> None:
         """Reads what comes in row by row; beside a column loop, as it crosses the lanes."""
         call, lanes = self.call, self.refs["lanes"][...]
-        columns = range(4 + len(call.given) + len(call.by))
+        columns = range(4 + len(call.given) + len(call.d_stats))
         self.w, bad, group, lane, *rest = (
             jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in columns
         )
         self.bad = bad != 0.0
         self.given = dict(zip(call.given, rest, strict=False))
-        self.d_stats = dict(zip(call.by, rest[len(call.given) :], strict=True))
+        self.d_stats = dict(zip(call.d_stats, rest[len(call.given) :], strict=True))
         group, lane = (x.astype(jnp.int32) for x in (group, lane))
         target = group * LANES + lane - (call.columns - self.columns)
         inside = (target >= 0) & (target < call.plan.columns)
@@ -310,23 +317,23 @@ class _Block:
     def column_loop(
         self,
         reads: list[Any],
-        body: Callable[[Group, bool], tuple[Numbers, Group]],
-        total: Numbers,
+        body: Callable[[Group, bool], tuple[Stats, Group]],
+        total: Stats,
         join: Callable[[Array, Array], Array] = jnp.add,
         *,
         unroll: int,
-    ) -> Numbers:
+    ) -> Stats:
         """Calls ``body(read, edge) -> (terms, written)`` on each group of 128 columns.
 
         At the `edge` there may be columns beyond the row among them, masked. Returns `total` with
         all terms joined to it, those of a step first: shorter sums round less.
         """
 
-        def joined(a: Numbers, b: Numbers) -> Numbers:
+        def joined(a: Stats, b: Stats) -> Stats:
             return a | {name: join(a[name], x) if name in a else x for name, x in b.items()}
 
-        def step(start: Any, groups: int, edge: int, total: Numbers) -> Numbers:
-            terms: Numbers = {}
+        def step(start: Any, groups: int, edge: int, total: Stats) -> Stats:
+            terms: Stats = {}
             wide = {name: self.read(name, start, groups, edge) for name in reads}
             written: dict[Any, list[Array]] = {}
 
@@ -352,7 +359,7 @@ class _Block:
         steps = (self.call.groups - edge) // unroll
         rest = self.call.groups - steps * unroll  # in one step with the edge: alone it would wait
 
-        def full_step(i: Array, total: Numbers) -> Numbers:
+        def full_step(i: Array, total: Stats) -> Stats:
             start = pl.multiple_of(i * (unroll * LANES), unroll * LANES)
             return step(start, unroll, 0, total)
 
@@ -360,7 +367,7 @@ class _Block:
             total = jax.lax.fori_loop(0, steps, full_step, total)
         return step(steps * unroll * LANES, rest, edge, total)
 
-    def load(self, rows: str) -> tuple[Numbers, list[Part]]:
+    def load(self, rows: str) -> tuple[Stats, list[Part]]:
         """Makes the copies there are to be of some windows.
 
         Returns the maxima by lane, and the copies.
@@ -369,7 +376,7 @@ class _Block:
         windows = {of: ("window", "z" if of_self else of) for of in rows}
         copied = [of for of in rows if ("copy", of) in self.call.plan.parts]
 
-        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+        def body(x: Group, edge: bool) -> tuple[Stats, Group]:
             found = {statistics.MAXIMUM[of]: x[windows[of]] for of in rows}
             return found, {("copy", of): x[windows[of]] for of in copied}
 
@@ -404,16 +411,16 @@ class _Block:
 
     def add_up(
         self,
-        terms: Callable[[Tile, frozenset[str]], Numbers],
-        row: Numbers,
+        terms: Callable[[Tile, frozenset[str]], Stats],
+        row: Stats,
         names: frozenset[str],
         held: list[Part],
         parts: tuple[Part, ...],
-        sums: Numbers | None = None,
+        sums: Stats | None = None,
         *,
         unroll: int,
         masked: bool,
-    ) -> tuple[Numbers, list[Part]]:
+    ) -> tuple[Stats, list[Part]]:
         """Adds up some terms of the rows by lane, and keeps the parts that later loops read.
 
         Args:
@@ -431,7 +438,7 @@ class _Block:
         """
         reads, split = self.reading(held)
 
-        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+        def body(x: Group, edge: bool) -> tuple[Stats, Group]:
             z, r, known = split(x)
             unmasked = not (masked or edge)
             tile = self.tile(z, r, row, known, unmasked)
@@ -445,7 +452,7 @@ class _Block:
         return sums, self.with_parts(held, parts)
 
     def tile(
-        self, z: Array, r: Array | None, row: Numbers, known: statistics.Parts, unmasked: bool
+        self, z: Array, r: Array | None, row: Stats, known: statistics.Parts, unmasked: bool
     ) -> Tile:
         smoothing = self.call.op.settings.smoothing
         return Tile(z, r, row, smoothing, known=known, unmasked=unmasked, functions=FUNCTIONS)
@@ -456,7 +463,7 @@ class _Block:
         """Where the group of a row's target starts; of the first where it is in none."""
         return pl.multiple_of(self.refs["ids"][0, 0, i], LANES)
 
-    def own_logits(self) -> Numbers:
+    def target_logits(self) -> Stats:
         """The targets' logits, each in its lane, and 0 in the others."""
         source = {"zy": "z", "ry": "z" if self.call.reference == "self" else "r"}
         return {name: self.own(source[name]) for name in self.call.own}
@@ -482,7 +489,7 @@ class _Block:
             self.edit(first)
             least = {"rm": self.full(FLOOR)}
 
-            def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+            def body(x: Group, edge: bool) -> tuple[Stats, Group]:
                 return {"rm": x[copy]}, {}
 
             found = self.column_loop([copy], body, least, jnp.maximum, unroll=self.call.unroll)
@@ -523,15 +530,15 @@ class _Block:
 
     # What goes out
 
-    def store_statistics(self, stats: Numbers) -> None:
+    def store_statistics(self, stats: Stats) -> None:
         """Writes the row statistics, one a lane."""
         out = self.full(0.0)
         for k, name in enumerate(self.call.returned):
             out = jnp.where(self.lane == k, stats[name].astype(jnp.float32), out)
-        self.refs["numbers"][0] = out
+        self.refs["stats"][0] = out
 
     def store_gradient(
-        self, stats: Numbers, d_stats: Numbers, held: list[Part], *, unroll: int, masked: bool
+        self, stats: Stats, d_stats: Stats, held: list[Part], *, unroll: int, masked: bool
     ) -> None:
         """Writes the gradient of the rows."""
         reads, split = self.reading(held)
@@ -545,7 +552,7 @@ class _Block:
             tile = self.tile(z, r, here, known, not (masked or edge))
             return statistics.gradient(tile, factors, is_target, finite=not masked)
 
-        def body(x: Group, edge: bool) -> tuple[Numbers, Group]:
+        def body(x: Group, edge: bool) -> tuple[Stats, Group]:
             return {}, {"dz": at(x, slice(None), None, edge)}
 
         self.column_loop(reads, body, {}, unroll=unroll)
@@ -560,10 +567,10 @@ class _Block:
 
     # What is kept from window to window
 
-    def state(self, of: str) -> Numbers:
+    def state(self, of: str) -> Stats:
         return {key[1]: self.refs[key][...] for key in self.call.plan.state if key[0] == of}
 
-    def put(self, of: str, stats: Numbers) -> None:
+    def put(self, of: str, stats: Stats) -> None:
         for name, x in stats.items():
             self.refs[of, name][...] = jnp.broadcast_to(x, self.shape).astype(jnp.float32)
 
@@ -584,15 +591,15 @@ def _run(
     interpret: Any,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None,
-    by: Numbers | None,
+    stats: Stats | None,
+    d_stats: Stats | None,
 ) -> Result:
     """Runs a kernel over all rows."""
     (z,) = operands.model
     rows = z.shape[0]
     blocks = pl.cdiv(rows, call.plan.rows)
     scalars = inputs.scalars_of(call, tokens, blocks)
-    given = [*scalars, inputs.lanes_of(call, tokens, numbers, by), z, *operands.reference]
+    given = [*scalars, inputs.lanes_of(call, tokens, stats, d_stats), z, *operands.reference]
     in_specs, out_specs = inputs.specs(call, scalars)
     axes = tiling.all_axes(given)
     if interpret and axes:
@@ -629,9 +636,9 @@ def _run(
     return Result(_together(call, tiles), (out[-1],) if call.makes_gradient else None)
 
 
-def _together(call: Call, tiles: list[Numbers]) -> Numbers:
-    """The numbers of rows, from those of their windows."""
-    if call.stage is Stage.SECOND:
+def _together(call: Call, tiles: list[Stats]) -> Stats:
+    """The statistics of rows, from those of their windows."""
+    if call.stage is Stage.SECOND_PASS:
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), *tiles)
     found = functools.reduce(statistics.merge, tiles)
     return found | ({"bad": found["bad"] != 0.0} if "bad" in found else {})
@@ -644,7 +651,7 @@ def call_of(
     operands: Operands,
     tokens: Tokens,
     given: tuple[str, ...] = (),
-    by: tuple[str, ...] = (),
+    d_stats: tuple[str, ...] = (),
 ) -> Call | None:
     """The kernel of a stage on a chip, or None where it would need rows that do not fit."""
     columns = operands.model[0].shape[1]
@@ -655,11 +662,11 @@ def call_of(
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
-    op = dataclasses.replace(op, head=None, spare=False)  # neither changes the kernel
+    op = dataclasses.replace(op, head=None, donate=False)  # neither changes the kernel
     if per_row > 1:
         per_row = plans.up(per_row, _EDITS_A_STEP)
     edits = plan.rows * per_row if plan.private else 0
-    return Call(op, stage, plan, columns, edits, given, by)
+    return Call(op, stage, plan, columns, edits, given, d_stats)
 
 
 def run(
@@ -669,29 +676,29 @@ def run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) for a chip; compiled where `interpret` is None."""
-    names = tuple(sorted(numbers or ())), tuple(sorted(by or ()))
+    names = tuple(sorted(stats or ())), tuple(sorted(d_stats or ()))
     call = call_of(op, stage, chip, operands, tokens, *names)
     if call is None:
         return _in_phases(partial(run, chip, interpret), op, stage, operands, tokens)
     # Those of a head are made for this. Where logits live on after all, XLA copies them first.
-    in_place = call.makes_gradient and (op.spare or op.head is not None)
-    return _run(call, in_place, interpret, operands, tokens, numbers, by)
+    in_place = call.makes_gradient and (op.donate or op.head is not None)
+    return _run(call, in_place, interpret, operands, tokens, stats, d_stats)
 
 
 def _in_phases(
     run: Driver, op: Operation, stage: Stage, operands: Operands, tokens: Tokens
 ) -> Result:
-    """NUMBERS or VISIT of rows that do not fit: the rows are read once more for every look."""
+    """STATISTICS or VALUE_AND_GRAD of rows that do not fit: every column loop reads them anew."""
     c = op.settings
-    numbers = run(op, Stage.FIRST, operands, tokens).numbers
-    numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
-    if objectives.looks_twice(c):
-        numbers = numbers | run(op, Stage.SECOND, operands, tokens, numbers).numbers
-    if stage is Stage.NUMBERS:
-        return Result(numbers)
-    by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
-    return Result(numbers, run(op, Stage.GRADIENT, operands, tokens, numbers, by).gradient)
+    stats = run(op, Stage.FIRST_PASS, operands, tokens).stats
+    stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+    if objectives.needs_second_pass(c):
+        stats = stats | run(op, Stage.SECOND_PASS, operands, tokens, stats).stats
+    if stage is Stage.STATISTICS:
+        return Result(stats)
+    d_stats = objectives.derivatives(stats, c, {"loss": jnp.ones_like(stats["m"])})
+    return Result(stats, run(op, Stage.GRADIENT, operands, tokens, stats, d_stats).gradient)

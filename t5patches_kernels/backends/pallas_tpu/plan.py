@@ -54,13 +54,13 @@ LEAST = _CHIPS[0]
 # Left to the compiler: registers that it spills, its own scratch and the small windows' padding.
 _RESERVED = 5 * _MIB // 4
 # Groups in a step of the fallback, which takes its time to compile like any other loop.
-CAREFUL_UNROLL = 8
+FALLBACK_UNROLL = 8
 # Groups of 128 columns in a step of a column loop, at most. v4's schedule of `tnfll` in bfloat16,
 # V = 32128 (static): 5299 cycles in four steps of 64 or less, 5277 in three of 84 or less, 5406 in
 # one of 251, in which more registers are spilled.
 _UNROLL = 96
 # Groups in a step where masked entries are expected in the first loop, which then spills more.
-_FIRST_WITH_CARE = 32
+_FIRST_UNROLL_MASKED = 32
 # Groups of a window of rows that do not fit: long copies, and few steps; and in a step of a tile of
 # such rows, which leaves less for spills: where T = 1, steps of 82 spill 4.6 MiB on v4 (static).
 _WINDOW = 64
@@ -176,7 +176,7 @@ def plan(
         out = _layout(stage, up(columns, LANES), itemsizes, private, vmem, parts, _UNROLL)
         if out.vmem + _RESERVED <= vmem:
             return out
-    if stage in (Stage.NUMBERS, Stage.VISIT):
+    if stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD):
         return None
     tiles = 2
     while True:
@@ -194,7 +194,7 @@ def streamed(
 
     Takes what `plan` takes; None where it does not fit, or where there is no such kernel.
     """
-    if stage not in (Stage.NUMBERS, Stage.VISIT) or not _streams(op.settings):
+    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) or not _streams(op.settings):
         return None
     parts = _streamed_parts(op.settings, stage)
     state = _state(op.settings, stage)
@@ -224,7 +224,7 @@ def _streams(c: Settings) -> bool:
 def _streamed_parts(c: Settings, stage: Stage) -> tuple[Part, ...]:
     """What is held of rows that go through in windows."""
     weight: list[Part] = [] if _of_reference(objectives.needs(c)) else [("weight", "r")]
-    model: list[Part] = [("copy", "z")] if stage is Stage.VISIT else []
+    model: list[Part] = [("copy", "z")] if stage is Stage.VALUE_AND_GRAD else []
     return (("copy", "r"), *weight, *model)
 
 
@@ -239,10 +239,10 @@ def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
     names = objectives.needs(c)
     alone = names & set(statistics.OF_REFERENCE)
     beside = statistics.with_normalisers(
-        frozenset(statistics.SECOND_LOOK.get(name, name) for name in names - alone)
+        frozenset(statistics.SECOND_PASS.get(name, name) for name in names - alone)
     )
     found = {"r": {"rm", *alone}, "z": {"m", *beside}, "own": {"zy"}, "row": {"rm", *alone}}
-    if stage is Stage.VISIT:
+    if stage is Stage.VALUE_AND_GRAD:
         found["row"] |= {"m", *names}
         found["by"] = set(objectives.differentiable(c, ("loss",)))
     return tuple((of, name) for of, some in found.items() for name in sorted(some))
@@ -263,9 +263,9 @@ def _layout(
         Buffer(f"window of {name}", rows, columns, size, copies=2)
         for name, size in zip(("z", "r"), itemsizes, strict=False)
     ]
-    if stage in (Stage.VISIT, Stage.GRADIENT):
+    if stage in (Stage.VALUE_AND_GRAD, Stage.GRADIENT):
         buffers.append(Buffer("window of dz", rows, columns, itemsizes[0], copies=2))
-    buffers.append(Buffer("per-row numbers, in and out", rows, 2 * LANES, 4, copies=2))
+    buffers.append(Buffer("per-row statistics, in and out", rows, 2 * LANES, 4, copies=2))
     if private and ("copy", "r") not in parts:
         parts = (("copy", "r"), *parts)
     held: dict[Part, list[str]] = {}
@@ -306,11 +306,11 @@ def _read_later(op: Operation, stage: Stage) -> set[Part]:
         return statistics.Tile(one, r, row, c.smoothing, known=known)
 
     def later_loops() -> None:
-        if objectives.looks_twice(c):
+        if objectives.needs_second_pass(c):
             statistics.second_terms(tile(second), names)
-        if stage is Stage.VISIT:
-            by = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
-            statistics.gradient(tile(third), statistics.coefficients(row, by), None)
+        if stage is Stage.VALUE_AND_GRAD:
+            d_stats = dict.fromkeys(objectives.differentiable(c, ("loss",)), one)
+            statistics.gradient(tile(third), statistics.coefficients(row, d_stats), None)
 
     jax.eval_shape(later_loops)
     return (second.read - set(LATE)) | third.read
@@ -320,7 +320,7 @@ def _wanted(
     op: Operation, stage: Stage, itemsizes: tuple[int, ...], private: bool
 ) -> list[tuple[Part, ...]]:
     """The parts worth holding from one column loop to a later one, the most worthwhile first."""
-    if stage not in (Stage.NUMBERS, Stage.VISIT):
+    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD):
         return []
     read = _read_later(op, stage)
     of_reference = _of_reference(objectives.needs(op.settings))
@@ -360,7 +360,7 @@ class Call:
     columns: int
     edits: int  # places for edits a block has, the same for each row; 0 without a changed reference
     given: tuple[str, ...]  # the numbers that come in, by lane
-    by: tuple[str, ...]  # the derivatives that come in, by lane after those
+    d_stats: tuple[str, ...]  # the derivatives that come in, by lane after those
 
     @property
     def names(self) -> frozenset[str]:
@@ -399,14 +399,14 @@ class Call:
     @property
     def unroll(self) -> int:
         """Groups of 128 columns in a step of a column loop; fewer where the first checks masks."""
-        with_care = self.looks_first and not self.shows_masks
-        return min(self.plan.unroll, _FIRST_WITH_CARE) if with_care else self.plan.unroll
+        checks_masks = self.has_first_pass and not self.shows_masks
+        return min(self.plan.unroll, _FIRST_UNROLL_MASKED) if checks_masks else self.plan.unroll
 
     @property
     def shows_masks(self) -> bool:
-        """Whether a masked entry shows in the sums (`statistics.stand`), or makes no difference."""
+        """Whether masked entries show in the sums (`statistics.hold_unmasked`), or do not matter."""
         names = objectives.needs(self.op.settings)
-        if self.stage is Stage.FIRST:
+        if self.stage is Stage.FIRST_PASS:
             names = names & statistics.SUMS.keys()
         return "n" not in names or any(statistics.reads_logits(name) for name in names)
 
@@ -427,37 +427,37 @@ class Call:
         return max(0.0, 1 - held * self.plan.columns / self.columns) * self.makes_gradient
 
     @property
-    def looks_first(self) -> bool:
+    def has_first_pass(self) -> bool:
         """Whether the first column loop is among the stage's."""
-        return self.stage in (Stage.FIRST, Stage.NUMBERS, Stage.VISIT)
+        return self.stage in (Stage.FIRST_PASS, Stage.STATISTICS, Stage.VALUE_AND_GRAD)
 
     @property
-    def looks_again(self) -> bool:
+    def has_second_pass(self) -> bool:
         """Whether the second column loop is among the stage's."""
-        return objectives.looks_twice(self.op.settings) and self.stage in (
-            Stage.SECOND,
-            Stage.NUMBERS,
-            Stage.VISIT,
+        return objectives.needs_second_pass(self.op.settings) and self.stage in (
+            Stage.SECOND_PASS,
+            Stage.STATISTICS,
+            Stage.VALUE_AND_GRAD,
         )
 
     @property
     def branches(self) -> bool:
         """Whether a block of kept tokens alone needs less than one with a pushed-down token."""
         c = self.op.settings
-        looks_at_all = self.stage in (Stage.NUMBERS, Stage.VISIT) and not self.plan.streamed
-        return looks_at_all and objectives.needs_kept(c) != objectives.needs(c)
+        whole = self.stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) and not self.plan.streamed
+        return whole and objectives.needs_kept(c) != objectives.needs(c)
 
     @property
     def makes_gradient(self) -> bool:
         """Whether the stage writes a gradient."""
-        return self.stage in (Stage.VISIT, Stage.GRADIENT)
+        return self.stage in (Stage.VALUE_AND_GRAD, Stage.GRADIENT)
 
     @property
     def refs(self) -> list[Any]:
         """What the kernel is given, in order: inputs, outputs, scratch."""
         inputs = ["ids", *["factors"] * bool(self.edits), "lanes", ("window", "z")]
         inputs += [("window", "r")] * (self.reference == "given")
-        outputs = ["numbers"] * bool(self.returned) + ["dz"] * self.makes_gradient
+        outputs = ["stats"] * bool(self.returned) + ["dz"] * self.makes_gradient
         return [*inputs, *outputs, *self.plan.places, *self.plan.state]
 
     @property

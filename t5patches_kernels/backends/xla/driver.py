@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from t5patches_kernels.backends import tiling
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import Array, Functions, Numbers, Tile
+from t5patches_kernels.core.statistics import Array, Functions, Stats, Tile
 
 # A float32 block of one logits array. Measured on a 2-core Zen 5 with 1 MiB of L2 a core
 # (`make bench`): 2 MiB are 4% faster than 1, as a block's dozen of forks and joins weighs less, and
@@ -29,7 +29,7 @@ def block_rows(columns: int) -> int:
     return max(_LEAST_ROWS, _BLOCK_BYTES // (4 * columns))
 
 
-def own_logit(x: Array, targets: Array) -> Array:
+def target_logit(x: Array, targets: Array) -> Array:
     """The target's logit ``[R, 1]`` in float32, 0 where the target is not among the columns."""
     columns = x.shape[-1]
     own = jnp.take_along_axis(x, jnp.minimum(targets, columns - 1)[:, None], axis=-1)
@@ -55,8 +55,8 @@ class _Rows(NamedTuple):
 
     logits: dict[str, Array]
     tokens: Tokens  # with the edits that are still to be made
-    numbers: Numbers  # what is known: finished, or maxima and targets' logits taken on whole arrays
-    by: Numbers | None
+    stats: Stats  # what is known: finished, or maxima and targets' logits taken on whole arrays
+    d_stats: Stats | None
 
 
 def _edited(reference: Array, tokens: Tokens) -> Array:
@@ -68,58 +68,58 @@ def _edited(reference: Array, tokens: Tokens) -> Array:
 
 def _rows(whole: bool, stage: Stage, rows: _Rows) -> tuple[_Rows, dict[str, Array]]:
     """What a stage reads, and of it the array that the gradient is written over."""
-    logits, tokens, numbers = dict(rows.logits), rows.tokens, dict(rows.numbers)
-    if stage not in (Stage.VISIT, Stage.GRADIENT):
+    logits, tokens, stats = dict(rows.logits), rows.tokens, dict(rows.stats)
+    if stage not in (Stage.VALUE_AND_GRAD, Stage.GRADIENT):
         return rows, {}
     name = "r" if "r" in logits and logits["r"].dtype == logits["z"].dtype else "z"
-    spent = {name: logits.pop(name)}
-    if whole and name == "r" and spent["r"].dtype == jnp.float32:  # which edits are
-        spent["r"] = _edited(spent["r"], tokens)
+    donated = {name: logits.pop(name)}
+    if whole and name == "r" and donated["r"].dtype == jnp.float32:  # which edits are
+        donated["r"] = _edited(donated["r"], tokens)
         tokens = tokens._replace(edit_ids=None, log_factors=None)
-    if whole and stage is Stage.VISIT:
-        for of, x in (logits | spent).items():
+    if whole and stage is Stage.VALUE_AND_GRAD:
+        for of, x in (logits | donated).items():
             if x.dtype == jnp.float32 and (of == "z" or tokens.edit_ids is None):
-                numbers[statistics.MAXIMUM[of]] = statistics.row_max(x)
-    return _Rows(logits, tokens, numbers, rows.by), spent
+                stats[statistics.MAXIMUM[of]] = statistics.row_max(x)
+    return _Rows(logits, tokens, stats, rows.d_stats), donated
 
 
 def _block(functions: Functions, op: Operation, stage: Stage, rows: _Rows) -> Result:
     """One stage on whole rows ``[R, V]``."""
     c = op.settings
-    tokens, numbers, by = rows.tokens, rows.numbers, rows.by
+    tokens, stats, d_stats = rows.tokens, rows.stats, rows.d_stats
     z = rows.logits["z"].astype(jnp.float32)
     r = _edited(rows.logits["r"].astype(jnp.float32), tokens) if "r" in rows.logits else None
     names = objectives.needs(c)
 
-    if "s" not in numbers:
-        numbers = numbers | statistics.first_look(z, r, names, functions, numbers)
-        if stage is Stage.FIRST:
-            return Result(numbers)
-        numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
+    if "s" not in stats:
+        stats = stats | statistics.first_pass(z, r, names, functions, stats)
+        if stage is Stage.FIRST_PASS:
+            return Result(stats)
+        stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
 
-    def tile(row: Numbers) -> Tile:
+    def tile(row: Stats) -> Tile:
         return Tile(z, r, row, c.smoothing, functions=functions)
 
-    if objectives.looks_twice(c) and stage is not Stage.GRADIENT:
-        more = statistics.second_look(tile(numbers), names)
-        if stage is Stage.SECOND:
+    if objectives.needs_second_pass(c) and stage is not Stage.GRADIENT:
+        more = statistics.second_pass(tile(stats), names)
+        if stage is Stage.SECOND_PASS:
             return Result(more)
-        numbers = numbers | more
-    if stage is Stage.NUMBERS:
-        return Result(numbers)
+        stats = stats | more
+    if stage is Stage.STATISTICS:
+        return Result(stats)
 
-    if by is None:
-        by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
+    if d_stats is None:
+        d_stats = objectives.derivatives(stats, c, {"loss": jnp.ones_like(stats["m"])})
         # Where the loss is no number, neither is the gradient. So this waits for every sum, and
         # XLA need not fear that one may read logits whose place the gradient has taken: it would
         # copy the whole array for every block.
-        loss = objectives.evaluate(numbers, c, "loss")
-        by = {name: jnp.where(jnp.isnan(loss), loss, x) for name, x in by.items()}
+        loss = objectives.evaluate(stats, c, "loss")
+        d_stats = {name: jnp.where(jnp.isnan(loss), loss, x) for name, x in d_stats.items()}
     is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
     dz = statistics.gradient(
-        tile(numbers), statistics.coefficients(numbers, by, functions), is_target
+        tile(stats), statistics.coefficients(stats, d_stats, functions), is_target
     )
-    return Result(numbers, (dz,))
+    return Result(stats, (dz,))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -129,8 +129,8 @@ def run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`), in the form of a platform."""
     (z,) = operands.model
@@ -138,17 +138,17 @@ def run(
     logits = {"z": z}
     if of is not None:
         logits["r"] = z if of == "self" else operands.reference[0]
-    if numbers is None:
+    if stats is None:
         own = {"z": "zy", "r": "ry"}
-        numbers = {own[name]: own_logit(x, tokens.targets) for name, x in logits.items()}
+        stats = {own[name]: target_logit(x, tokens.targets) for name, x in logits.items()}
 
-    def body(block: _Rows, spent, fresh):
+    def body(block: _Rows, donated, fresh):
         del fresh  # nothing is summed over rows
-        out = _block(form.functions, op, stage, block._replace(logits=block.logits | spent))
-        gradient = zip(spent.items(), out.gradient or (), strict=True)
-        return out.numbers, {name: dz.astype(x.dtype) for (name, x), dz in gradient}, None
+        out = _block(form.functions, op, stage, block._replace(logits=block.logits | donated))
+        gradient = zip(donated.items(), out.gradient or (), strict=True)
+        return out.stats, {name: dz.astype(x.dtype) for (name, x), dz in gradient}, None
 
     rows, columns = z.shape
-    inputs, spent = _rows(form.whole, stage, _Rows(logits, tokens, numbers, by))
-    out, dz, _ = tiling.for_row_blocks(body, inputs, rows, block_rows(columns), spent)
+    inputs, donated = _rows(form.whole, stage, _Rows(logits, tokens, stats, d_stats))
+    out, dz, _ = tiling.for_row_blocks(body, inputs, rows, block_rows(columns), donated)
     return Result(out, tuple(dz.values()) or None)

@@ -13,10 +13,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels.backends.xla.driver import own_logit
+from t5patches_kernels.backends.xla.driver import target_logit
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import Array, Numbers, Tile
+from t5patches_kernels.core.statistics import Array, Stats, Tile
 
 # The longest row that XLA reduces in one step. A longer one it cuts into many short parts, each of
 # which pays for merges between threads (seen in the optimised HLO; not yet timed on hardware).
@@ -41,8 +41,8 @@ def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Arr
     return z, r
 
 
-def _reduce(entries: Numbers) -> Numbers:
-    """The numbers of whole rows ``[T, 1]`` from those of their entries ``[T, V]``."""
+def _reduce(entries: Stats) -> Stats:
+    """The statistics of whole rows ``[T, 1]`` from those of their entries ``[T, V]``."""
     least = dict.fromkeys(statistics.MAXIMA, statistics.FLOOR)
     start = {name: jnp.asarray(least.get(name, 0.0), x.dtype) for name, x in entries.items()}
     rows, columns = next(iter(entries.values())).shape
@@ -60,19 +60,19 @@ def parts_of(columns: int) -> int:
     return next((n for n in range(least, 4 * least) if columns % n == 0), 1)
 
 
-def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Numbers:
+def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Stats:
     """The sums of whole rows, with those that the second pass's statistics are made from."""
     c = op.settings
     z, r = _read(op, operands, tokens)
     names = objectives.needs(c)
-    if stage is Stage.FIRST or not objectives.looks_twice(c):
-        return _reduce(statistics.entries(z, r, names - statistics.SECOND_LOOK.keys()))
+    if stage is Stage.FIRST_PASS or not objectives.needs_second_pass(c):
+        return _reduce(statistics.entries(z, r, names - statistics.SECOND_PASS.keys()))
     alone = names & frozenset(statistics.OF_REFERENCE)
     of_reference = _reduce(statistics.entries(None, r, alone))
     z, r, of_reference = _next_pass(op, operands, tokens, of_reference)
-    sums = {statistics.SECOND_LOOK.get(name, name) for name in names - alone}
+    sums = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
     known = objectives.finish_reference(of_reference)
-    entries: Numbers = {}
+    entries: Stats = {}
     for name in sorted(statistics.with_normalisers(frozenset(sums))):
         # What several sums have in common, XLA would store. Of copies of what is known it cannot
         # tell that they are equal, and computes each sum's entries afresh.
@@ -81,10 +81,10 @@ def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Nu
     return _reduce(entries) | of_reference
 
 
-def _next_pass(op, operands, tokens, numbers):
-    """The rows read anew once `numbers` are known: else XLA keeps what it computed from them."""
-    operands, tokens, numbers = jax.lax.optimization_barrier((operands, tokens, numbers))
-    return *_read(op, operands, tokens), numbers
+def _next_pass(op, operands, tokens, stats):
+    """The rows read anew once `stats` are known: else XLA keeps what it computed from them."""
+    operands, tokens, stats = jax.lax.optimization_barrier((operands, tokens, stats))
+    return *_read(op, operands, tokens), stats
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -93,30 +93,30 @@ def run(
     stage: Stage,
     operands: Operands,
     tokens: Tokens,
-    numbers: Numbers | None = None,
-    by: Numbers | None = None,
+    stats: Stats | None = None,
+    d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`)."""
     c = op.settings
-    if stage is Stage.SECOND and numbers is not None:
+    if stage is Stage.SECOND_PASS and stats is not None:
         z, r = _read(op, operands, tokens)
         names = objectives.needs(c)
-        return Result(statistics.second_look(Tile(z, r, numbers, c.smoothing), names))
+        return Result(statistics.second_pass(Tile(z, r, stats, c.smoothing), names))
 
     if stage is not Stage.GRADIENT:
-        numbers = _sums(op, operands, tokens, stage)
-        numbers["zy"] = own_logit(operands.model[0], tokens.targets)
-        if "rm" in numbers:
-            numbers["ry"] = own_logit((operands.reference or operands.model)[0], tokens.targets)
-        if stage is Stage.FIRST:
-            return Result(numbers)
-        numbers = objectives.finish(numbers, tokens.weights[:, None], tokens.bad[:, None])
-        if stage is Stage.NUMBERS:
-            return Result(numbers)
-        by = objectives.derivatives(numbers, c, {"loss": jnp.ones_like(numbers["m"])})
+        stats = _sums(op, operands, tokens, stage)
+        stats["zy"] = target_logit(operands.model[0], tokens.targets)
+        if "rm" in stats:
+            stats["ry"] = target_logit((operands.reference or operands.model)[0], tokens.targets)
+        if stage is Stage.FIRST_PASS:
+            return Result(stats)
+        stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+        if stage is Stage.STATISTICS:
+            return Result(stats)
+        d_stats = objectives.derivatives(stats, c, {"loss": jnp.ones_like(stats["m"])})
 
-    z, r, (numbers, by) = _next_pass(op, operands, tokens, (numbers, by))
+    z, r, (stats, d_stats) = _next_pass(op, operands, tokens, (stats, d_stats))
     is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == tokens.targets[:, None]
-    tile = Tile(z, r, numbers, c.smoothing)
-    dz = statistics.gradient(tile, statistics.coefficients(numbers, by), is_target)
-    return Result(numbers, (dz.astype(operands.model[0].dtype),))
+    tile = Tile(z, r, stats, c.smoothing)
+    dz = statistics.gradient(tile, statistics.coefficients(stats, d_stats), is_target)
+    return Result(stats, (dz.astype(operands.model[0].dtype),))
