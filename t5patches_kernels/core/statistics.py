@@ -340,7 +340,7 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def second_terms(tile: Tile, names: frozenset[str]) -> Stats:
-    """What the statistics among `SECOND_PASS` in `names` sum ``[R, C]``: see `finish_second_pass`."""
+    """What the statistics of the second pass in `names` add up ``[R, C]``."""
     asked = names & SECOND_PASS.keys()
     found = terms(tile, frozenset(SECOND_PASS[name] for name in asked))
     return {name: found[SECOND_PASS[name]] for name in asked}

@@ -404,7 +404,7 @@ class Call:
 
     @property
     def shows_masks(self) -> bool:
-        """Whether masked entries show in the sums (`statistics.hold_unmasked`), or do not matter."""
+        """Whether masked entries show in sums (`statistics.hold_unmasked`), or do not matter."""
         names = objectives.needs(self.op.settings)
         if self.stage is Stage.FIRST_PASS:
             names = names & statistics.SUMS.keys()
