@@ -321,7 +321,7 @@ def stored(name: str) -> list[dict]:
 
 
 def add(name: str, rows: list[dict], key: Callable, **about: object) -> pathlib.Path:
-    """Writes rows beside those that are stored, in the place of those with the same key.
+    """Writes rows beside those that are stored, instead of those with the same key.
 
     Each says when and of which commit it is: those beside it may be older.
     """

@@ -210,7 +210,7 @@ def static(chip: str, objective: str, variant: str, rows: int) -> dict[str, Any]
 
 
 def _store(name: str, row: dict[str, Any]) -> pathlib.Path:
-    """Writes a row, in the place of the one that was there for the same program."""
+    """Writes a row, instead of an earlier one of the same program."""
 
     def key(row: dict[str, Any]) -> tuple:
         return row["objective"], row.get("variant"), row.get("chip")

@@ -12,29 +12,23 @@ How the schedule is read: `*-packed-bundles-post-ra.txt` has the bundles in orde
 backward branch to a bundle's number, and the widest loop is the grid's. What a block of rows goes
 through follows from its forward branches: they skip what only some blocks need (edits, masks), but
 for pairs, of which the first skips to the second: of the two ways between them a block takes one,
-and the figures are those of the first. Every loop that is left is a sweep and has its number of
-steps. The `final_*` files do not serve: idle bundles have been taken out of them.
+and the figures are those of the first. Every loop that is left is a column loop and has its number
+of steps. The `final_*` files do not serve: idle bundles have been taken out of them.
 
-The columns "least" are a floor: the cycles of that path if in each sweep the busiest unit is never
-idle, and those over the copies. The units are vector arithmetic, loads, stores, exponentials and
-logarithms; and on v4, whose two slots for arithmetic are one that adds and one that multiplies (an
-exponential or logarithm takes either), each of the two. What a ratio is above its floor is order
-and latency; where the floor itself is above 1, only fewer or other instructions would help. "a
-register" is what it consists of: arithmetic for each register of 8 x 128 entries of a row, over all
-looks. For `tnrf` in bfloat16 on v4 those are 4 for two conversions and two maxima; 8 for the first
-sums (3 for each exponential, with its difference and its scaling to base 2, and a sum); 8 for the
-second (smoothing, logarithm, whether the row asks for it, ratio, the row's weight, product, sum,
-and what the gradient needs of it); 3.5 for the gradient and its rounding: 23.5 where it was 27.5
-with a sum for what kept tokens need and one for the others. The matrix unit, which could convert,
-wants the rows in another order: to change it takes as many instructions. (To sum the reference
-before the model, which takes the logarithm out of a look of its own, was 13% faster for `tnrll` on
-v5e, 9% slower on v6e and 2% on v4.)
+The columns "least" are a floor: the cycles of that path if in each column loop the busiest unit is
+never idle, and those over the copies. The units are vector arithmetic, loads, stores, exponentials
+and logarithms; and on v4, whose two slots for arithmetic are one that adds and one that multiplies
+(an exponential or logarithm takes either), each of the two. What a ratio is above its floor is
+order and latency; where the floor itself is above 1, only fewer or other instructions would help.
+"a register" is what it consists of: arithmetic for each register of 8 x 128 entries of a row, over
+all column loops.
 
 "kept" is what a block of kept tokens only takes, over one in which a token is pushed down: of
-`tnrf` and `tnrll` the former has no use for the logarithm, and goes another way.
+`tnrf` and `tnrll` the former leaves out what only a pushed-down token's term reads, the logarithm
+above all.
 
-"masked" is what a block takes that is done again with care over what it takes, for blocks with
-masked entries elsewhere than in the last 128 columns of the row.
+"masked" is what a block takes that goes through the fallback too, over what it takes without: one
+with masked entries elsewhere than in the last 128 columns of the row.
 
 The last column is what 32 edits on 4% of the tokens take over one edit on each of those, of the
 cycles (not of the time, where copies take longer).
@@ -149,7 +143,7 @@ def _number(line: str) -> int:
 
 
 def least_cycles(found: Schedule, path: collections.Counter[int]) -> float:
-    """The cycles that a path takes if its busiest unit is never idle, sweep by sweep."""
+    """The cycles that a path takes if its busiest unit is never idle, loop by loop."""
     total, at = 0.0, sorted(path)
     ends = [
         i for i in range(1, len(at)) if at[i] != at[i - 1] + 1 or path[at[i]] != path[at[i - 1]]
@@ -166,7 +160,7 @@ def path_of(found: Schedule, steps: int, phases: int) -> collections.Counter[int
 
     Args:
       found: the kernel's branches.
-      steps: the steps of a sweep.
+      steps: the steps of a column loop.
       phases: how often the kernel goes over the windows. The widest branches skip a phase each.
     """
     if phases == 1:
@@ -200,7 +194,7 @@ def _walk(
 
 
 def again_cycles(found: Schedule, steps: int) -> int:
-    """The bundles more that a block takes which is done again with care.
+    """The bundles more that a block takes which goes through the fallback.
 
     The branch before those is the last that skips a loop.
     """
@@ -213,7 +207,7 @@ def again_cycles(found: Schedule, steps: int) -> int:
 def edits_cycles(found: Schedule, rows: int, each: int, share: float = PUSHED) -> float:
     """The bundles that the lists of edits take in a block, where a share of tokens has any.
 
-    The first branch after the first sweep skips the edits and the maxima of what they have changed.
+    The first branch after the first column loop skips the edits and the maxima of what they have changed.
     Two loops there are one in the other: over lists with an edit (one for each token, or with an
     edit a token one for all of them), and over the steps of a list.
     """

@@ -8,7 +8,7 @@ import tempfile
 # Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM's optimisation of code for CPUs takes longer than it saves: `harness.AS_USERS` asks for it
-# where numbers or programs are looked at that depend on it.
+# where a test's numbers or programs depend on it.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     + "--xla_backend_optimization_level=0 " * (os.environ["JAX_PLATFORMS"] == "cpu")

@@ -273,7 +273,7 @@ def test_float32_attention_logits_are_finer_than_bfloat16_ones():
 
 
 def test_a_vocabulary_split_over_devices_is_not_gathered():
-    """Why `Transformer` may look ids up plainly: forward and gradient stay on their shards."""
+    """Why `Transformer` may look ids up by indexing: forward and gradient stay on their shards."""
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))

@@ -73,7 +73,7 @@ def test_sets_of_edits(name, seed):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["tnrf", "tnrf-divergence", "tnrll"])
 def test_blocks_of_kept_tokens(name, dtype):
-    """They have a look of their own, beside blocks that have not."""
+    """They take a branch of their own, beside blocks that do not."""
     b = batch(6, 257, dtype=dtype)
     kept = np.arange(len(b.weights)) >= 16
     b = b._replace(weights=np.where(kept, np.abs(b.weights), b.weights))

@@ -141,7 +141,7 @@ def _card_of_another(like: str, params: Any) -> tuple[dict[str, str | bytes], tu
     """What a folder says of the edits that made its weights, taken out for other weights.
 
     Returns:
-        Files to write in the place of the folder's, and names of files to leave out.
+        Files to write instead of the folder's, and names of files to leave out.
     """
     from t5patches.editing.edit import CARD, RECORD, card_before_edits
     from t5patches.model.huggingface import load_checkpoint

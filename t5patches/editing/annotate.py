@@ -115,7 +115,7 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
     a named-entity recogniser as the rule.
 
     Args:
-        inputs: not looked at.
+        inputs: not used.
         output: the text to search.
 
     Returns:

@@ -197,7 +197,7 @@ class _Stage:
         return [pair.news for pair in make_pairs(count, seed=100 * self.seed + use)]
 
     def tell(self, name: str, measures: Mapping[str, Measure]) -> None:
-        """Puts a line in the place of the bars of what is done."""
+        """Replaces the bars of what is done by a line."""
         for task in self.progress.tasks:
             self.progress.update(task.id, visible=not task.finished)
         kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""

@@ -114,7 +114,7 @@ def save_checkpoint(
       like: the folder the model came from: its config, shards, names and types of the tensors are
         kept, and its other files (tokenizer, generation settings) are copied; weights in other
         formats are not. Without it the folder holds a config and one float32 file.
-      files: more files for the folder, in the place of those copied.
+      files: more files for the folder, instead of those copied.
       without: names of files of `like` that are not copied.
 
     Raises:

@@ -202,10 +202,10 @@ class Parts:
 
 
 def make_part(name: str, make: Callable[[], Any]) -> Any:
-    """In the place of `Parts.get` where nothing is kept.
+    """Instead of `Parts.get` where nothing is kept.
 
     Args:
-        name: not looked at.
+        name: not used.
         make: makes the part.
 
     Returns:

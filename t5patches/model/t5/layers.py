@@ -38,7 +38,7 @@ Initializer = Callable[..., Array]
 
 default_embed_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
-# Added to the attention logits where the mask forbids. Finite, so that a query that may look at
+# Added to the attention logits where the mask forbids. Finite, so that a query that may attend to
 # nothing (padding) averages everything instead of becoming NaN.
 _FORBIDDEN = -1e10
 
@@ -166,7 +166,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
         Args:
           inputs_q: what asks.
-          inputs_kv: what is looked at.
+          inputs_kv: what is attended to.
           mask: `[batch, heads or 1, queries, keys]`, greater than 0 where allowed.
           bias: added to the attention logits, same shape up to broadcasting. When decoding step by
             step, the whole `[1, heads, length, length]` table: the step's row is taken from it.
@@ -244,7 +244,7 @@ class MultiHeadDotProductAttention(nn.Module):
     def _cached_step(
         self, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
     ) -> tuple[Array, Array, Array, Array, Array | None]:
-        """Writes one position a row; returns the query a row and all that it may look at."""
+        """Writes one position a row; returns the query a row and all that it may attend to."""
         old_key: Array = self.get_variable("cache", "cached_key")
         rows, heads, depth, length = old_key.shape
         index = jnp.asarray(self.get_variable("cache", "cache_index"))
