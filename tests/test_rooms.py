@@ -28,12 +28,6 @@ KERNELS = (
     {"core"},
     {"dense"},
 )
-# T5X's half still takes the name of a feature, and the cache the type of a batch, from there.
-EXCEPTIONS = {
-    ("t5patches.model.teacher_cache", "t5patches.editing.data"),
-    ("t5patches.t5x.models", "t5patches.editing.data"),
-    ("t5patches.t5x.trainer", "t5patches.editing.data"),
-}
 
 
 def modules():
@@ -76,7 +70,7 @@ def line(name):
 
 
 def allowed(name, other):
-    if (name, other) in EXCEPTIONS or name == other:
+    if name == other:
         return True
     here, there = room(name), room(other)
     if here == there == "t5patches_kernels":
