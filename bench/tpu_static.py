@@ -207,7 +207,7 @@ def again_cycles(found: Schedule, steps: int) -> int:
 def edits_cycles(found: Schedule, rows: int, each: int, share: float = PUSHED) -> float:
     """The bundles that the lists of edits take in a block, where a share of tokens has any.
 
-    The first branch after the first column loop skips the edits and the maxima of what they have changed.
+    The first branch after the first column loop skips the edits and the maxima that they change.
     Two loops there are one in the other: over lists with an edit (one for each token, or with an
     edit a token one for all of them), and over the steps of a list.
     """
