@@ -145,7 +145,7 @@ NO_ANSWER = {
     "+inf at the target": lambda x: x.at[:, 0].set(jnp.inf),
     "nothing unmasked": lambda x: x.at[:].set(-jnp.inf),
 }
-WITH_REFERENCE = ("tnff", "tnrr", "tnrf", "tnfll", "tnrll", "kl_forward", "kl_reverse")
+WITH_REFERENCE = (*tk.TARGETED_NEGATIVE, "kl_forward", "kl_reverse")
 ON_BACKENDS = [
     *((name, i) for name in (*MAIN, "kl_forward", "kl_reverse") for i in IMPLEMENTATIONS),
     *((name, GPU_FORM) for name in ("tnff", "tnrf", "ul")),

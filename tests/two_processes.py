@@ -10,11 +10,14 @@ import pytest
 
 _TESTS = os.fspath(pathlib.Path(__file__).parent)
 
-# Four devices each; what comes after it sees all eight.
+# Four devices each; what comes after it sees all eight. The other flags are the test's own, so that
+# both compute the same initial values.
 _BEGIN = """
 import os, sys
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
