@@ -167,7 +167,7 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
         return _Tokens(y, w, bad, None)
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
     if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
-        factors = jnp.where(factors == 0, 0.0, 1.0)
+        factors = (factors != 0).astype(factors.dtype)
     return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
 
 

@@ -81,7 +81,7 @@ def test_control_a_phantom_column_is_seen(name, monkeypatch):
         pad = ((0, 0), (0, 1))
         return honest(jnp.pad(z, pad), None if r is None else jnp.pad(r, pad), *rest)
 
-    monkeypatch.setattr(statistics, "first_look", padded)
+    monkeypatch.setattr(statistics, "first_pass", padded)
     with pytest.raises(AssertionError, match="constant"):
         assert_as_good_as_dense(name, "xla", batch(0, 257))
 
