@@ -273,9 +273,22 @@ def call(
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)
+    if sharding.is_eager(operands.model[0]):
+        run = partial(_program, implementation)
     # A kernel may be interpreted where it is asked for, which cannot be done under check_vma.
     check_vma = implementation in (None, "xla")
     return sharding.over_mesh(run, op, operands, tokens, check_vma=check_vma)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _program(
+    implementation: str | None, op: Operation, operands: Operands, tokens: _PerToken
+) -> tuple[dict[str, Array], Array]:
+    """`_on_rows` in a `jax.shard_map` that is run step by step, as one step.
+
+    Else JAX meets a custom derivative with symbolic zeros there, which it refuses.
+    """
+    return _on_rows(implementation, op, operands, tokens)
 
 
 def _on_rows(

@@ -160,15 +160,85 @@ def test_both_generations_of_config_files_are_understood(folder, name, changes, 
     assert load_checkpoint(source)[0].config.logits_via_embedding is tied
 
 
+# As the library's version 5 makes them from a config: both flags, and no matrix for the logits.
+FROM_A_CONFIG = {
+    "t5_1_1": {"tie_word_embeddings": True, "scale_decoder_outputs": False},
+    "mt5": {"model_type": "mt5", "tie_word_embeddings": True},
+}
+
+
+def from_a_config(source, name, **changes):
+    edit_config(source, **FROM_A_CONFIG[name], **changes)
+    edit_tensors(source, **{"lm_head.weight": None})
+    return source
+
+
+@pytest.mark.parametrize("name", FROM_A_CONFIG)
+def test_the_embedding_may_make_logits_without_a_scale(name, folder, tmp_path):
+    source = from_a_config(folder("t5_1_1"), name)
+    model, params = load_checkpoint(source)
+    assert model == T5(CONFIGS["t5_1_1"]).replace(
+        logits_via_embedding=True, scale_embedding_logits=False
+    )
+    assert model.head(params).logit_scale == 1
+    save_checkpoint(tmp_path / "like", model, moved(params), like=source)
+    save_checkpoint(tmp_path / "new", model, moved(params))
+    said = (source / "config.json").read_bytes()
+    assert (tmp_path / "like" / "config.json").read_bytes() == said
+    for out in ("like", "new"):
+        got, found = load_checkpoint(tmp_path / out)
+        assert got == model
+        jax.tree.map(np.testing.assert_array_equal, found, moved(params))
+        assert "lm_head.weight" not in tensors(tmp_path / out)
+
+
+def test_a_matrix_of_its_own_is_missed_where_the_config_says_there_is_one(folder):
+    source = folder("t5_1_1")
+    edit_tensors(source, **{"lm_head.weight": None})
+    with pytest.raises(ValueError, match=r"lm_head.weight is missing"):
+        load_checkpoint(source)
+
+
+OTHER_SETTINGS = {
+    # in config.json: in T5Config
+    "an exact gelu": ({"feed_forward_proj": "gelu", "dense_act_fn": "gelu"}, ("gelu_exact",)),
+    "T5X's gelu, no gate": ({"feed_forward_proj": "gelu_new", "dense_act_fn": None}, ("gelu",)),
+    "an epsilon": ({"layer_norm_epsilon": 1e-5}, 1e-5),
+    "a distance": ({"relative_attention_max_distance": 77}, 77),
+    "buckets": ({"relative_attention_num_buckets": 8}, 8),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SETTINGS)
+def test_settings_are_read_and_written_back(case, folder, tmp_path):
+    said, value = OTHER_SETTINGS[case]
+    source = folder("t5_1_0")
+    edit_config(source, **said)
+    name = "feed_forward_proj" if "feed_forward_proj" in said else next(iter(said))
+    field = {"feed_forward_proj": "mlp_activations"}.get(name, name)
+    if case == "buckets":
+        for side in ("encoder", "decoder"):
+            table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            edit_tensors(source, **{table: np.ones((8, 3), np.float32)})
+    model, params = load_checkpoint(source)
+    assert model == T5(CONFIGS["t5_1_0"]).replace(**{field: value})
+    for out, like in (("like", source), ("new", None)):
+        save_checkpoint(tmp_path / out, model, params, like=like)
+        assert json.loads((tmp_path / out / "config.json").read_text())[name] == said[name]
+        assert load_checkpoint(tmp_path / out)[0] == model
+
+
 def test_config_values_are_all_judged_at_once(folder):
     source = folder("t5_1_1")
     edit_config(
         source,
         feed_forward_proj="gated-swish",
+        dense_act_fn=None,
         d_ff=0,
         d_kv="6",
-        relative_attention_num_buckets=64,
-        layer_norm_epsilon=1e-5,
+        relative_attention_num_buckets=3,
+        relative_attention_max_distance="128",
+        layer_norm_epsilon=0,
         pad_token_id=3,
         dropout_rate=1,
         quantization_config={"bits": 4},
@@ -178,8 +248,9 @@ def test_config_values_are_all_judged_at_once(folder):
     for part in (
         "d_ff is 0; a positive whole number is needed",
         "d_kv is '6'",
-        "relative_attention_num_buckets is 64; only 32 is known",
-        "layer_norm_epsilon is 1e-05",
+        "relative_attention_num_buckets is 3; a whole number of at least 4 is needed",
+        "relative_attention_max_distance is '128'; a positive whole number",
+        "layer_norm_epsilon is 0; a positive number is needed",
         "pad_token_id is 3; only 0",
         "quantization_config",
         "feed_forward_proj is 'gated-swish'; known are ['gated-gelu', 'gated-relu',",
@@ -448,6 +519,17 @@ CONFIGS_SPOILT = {
         r"feed_forward_proj is \['relu'\]",
     ),
     "an activation in an object": ({"feed_forward_proj": {}}, "feed_forward_proj is {}"),
+    "two activations": ({"dense_act_fn": "silu"}, "is 'relu with dense_act_fn silu'; known"),
+    "buckets beyond the furthest": (
+        {"relative_attention_max_distance": 16},
+        "config.json describes .* relative_attention_max_distance is 16, and 32 buckets need",
+    ),
+    "a distance beyond all": (
+        {"relative_attention_max_distance": 10**400},
+        "relative_attention_max_distance is 1000",
+    ),
+    "an epsilon beyond all": ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon is 1000"),
+    "an epsilon that is none": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
     "no activation": ({"feed_forward_proj": None}, "feed_forward_proj is None"),
     "layers without end": ({"num_layers": 10**7}, "speaks of 10000003 layers, and the weights"),
     "a kind in a list": ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),

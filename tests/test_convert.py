@@ -10,7 +10,7 @@ import pytest
 import t5_folders
 import tensorstore
 from flax import serialization, traverse_util
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from t5patches import cli
 from t5patches.model.folder import load_model
@@ -57,7 +57,8 @@ def with_gates(folder, gates):
     """A copy of a folder with a tokenizer, and other gates."""
     shutil.copytree(t5_folders.DATA / "t5_1_1", folder)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"feed_forward_proj": gates}))
+    said = json.loads(path.read_text()) | {"feed_forward_proj": gates, "dense_act_fn": None}
+    path.write_text(json.dumps(said))
     (folder / "spiece.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
     return folder
 
@@ -80,6 +81,26 @@ def test_gates_come_back_as_they_were_and_are_not_guessed(tmp_path, capsys):
     assert run("--model", t5x, "--output", back, *tokenizer) == 2
     assert "the model has gates, and its parameters do not show" in capsys.readouterr().err
     assert not back.exists()
+
+
+def test_what_t5xs_config_cannot_say_comes_back(tmp_path):
+    """As the library's version 5 writes a T5 1.1 from a config, with other settings."""
+    folder, t5x = with_gates(tmp_path / "there", "gated-gelu"), tmp_path / "t5x"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    config |= {"layer_norm_epsilon": 1e-5, "relative_attention_max_distance": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    tied = {name: x for name, x in weights.items() if name != "lm_head.weight"}
+    for step, tensors in enumerate((weights, tied)):
+        save_file(tensors, folder / "model.safetensors")
+        model, params = load_checkpoint(folder)
+        assert model.config.logits_via_embedding is (tensors is tied)
+        assert run("--model", folder, "--output", t5x / str(step), "--quiet") == 0
+        back, tokenizer = tmp_path / f"back-{step}", ("--tokenizer", folder / "spiece.model")
+        assert run("--model", t5x / str(step), "--output", back, *tokenizer, "--quiet") == 0
+        assert load_checkpoint(back)[0] == model
+        equal(load_checkpoint(back)[1], params)
 
 
 def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):

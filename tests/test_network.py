@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import flax
 import jax
@@ -71,9 +72,14 @@ def t5x_network():
         yield pytest.importorskip("t5x.examples.t5.network", reason=reason)
 
 
+def t5xs(config, theirs):
+    """The fields that T5X's class has; it computes with the defaults of the others."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(theirs)}
+
+
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 def test_t5x_has_the_same_tree_values_and_axes(t5x_network, config):
-    theirs = t5x_network.Transformer(t5x_network.T5Config(**dataclasses.asdict(config)))
+    theirs = t5x_network.Transformer(t5x_network.T5Config(**t5xs(config, t5x_network.T5Config)))
     expected = jax.jit(functools.partial(init, theirs))(RNG)
     got = jax.jit(functools.partial(init, Transformer(config)))(RNG)
     jax.tree.map(np.testing.assert_array_equal, got, flax.core.unfreeze(expected))
@@ -84,7 +90,7 @@ def test_t5x_has_the_same_tree_values_and_axes(t5x_network, config):
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 def test_t5x_gives_the_same_logits(t5x_network, config, dtype, dropout):
     config = dataclasses.replace(config, dtype=dtype)
-    theirs = t5x_network.Transformer(t5x_network.T5Config(**dataclasses.asdict(config)))
+    theirs = t5x_network.Transformer(t5x_network.T5Config(**t5xs(config, t5x_network.T5Config)))
     call = [{"params": lively(config)}, INPUTS, t5_folders.shift_right(TARGETS), TARGETS]
     options = {"enable_dropout": dropout, "rngs": {"dropout": RNG}}
     got = Transformer(config).apply(*call, **options)
@@ -370,6 +376,69 @@ def test_buckets_of_distances_are_exact(bidirectional):
     for distance, found in zip(distances.tolist(), got.tolist(), strict=True):
         past = abs(distance) if bidirectional else max(0, -distance)
         assert found == bucket(past) + (16 if bidirectional and distance > 0 else 0)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(64, 256), (10, 20), (33, 128), (4, 3)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_other_buckets_are_the_original_librarys(buckets, furthest, bidirectional):
+    """Its formula, in float32 as it computes it."""
+    distances = np.arange(-300, 301)
+    got = layers.RelativePositionBiases._relative_position_bucket(
+        distances, bidirectional, buckets, furthest
+    )
+    each = buckets // 2 if bidirectional else buckets
+    exact = each // 2
+    past = np.abs(distances) if bidirectional else np.maximum(-distances, 0)
+    ratio = np.log(np.maximum(past, 1).astype(np.float32) / np.float32(exact))
+    far = exact + (ratio / np.float32(np.log(furthest / exact)) * np.float32(each - exact)).astype(
+        int
+    )
+    expected = np.where(past < exact, past, np.minimum(far, each - 1))
+    expected += each * (bidirectional & (distances > 0))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_settings_of_the_network_reach_its_layers():
+    """T5X has one value of each; `test_original_library.py` has the numbers of others."""
+    params, inputs = lively(TIED), np.tile(INPUTS[:1, :3], (1, 8))  # beyond the exact distances
+
+    def logits(**changes):
+        config = dataclasses.replace(TIED, **changes)
+        return t5_folders.logits(config, params, inputs, TARGETS[:1])
+
+    np.testing.assert_allclose(logits(scale_embedding_logits=False), logits() * 8**0.5, rtol=1e-5)
+    for changes in ({"layer_norm_epsilon": 0.5}, {"relative_attention_max_distance": 20}):
+        assert np.abs(logits(**changes) - logits()).max() > 1e-3, changes
+    few = dataclasses.replace(TIED, relative_attention_num_buckets=8)
+    shapes = jax.eval_shape(functools.partial(init, Transformer(few)), RNG)["params"]
+    assert shapes["encoder"]["relpos_bias"]["rel_embedding"].shape == (2, 8)
+
+
+def test_t5xs_own_config_may_stand_in_its_place():
+    """As gin files have it: it lacks what T5X has one value of."""
+    added = ("scale_", "layer_norm_", "relative_")
+    theirs = {k: v for k, v in vars(TIED).items() if not k.startswith(added)}
+    config = dataclasses.make_dataclass("T5XConfig", theirs, frozen=True)(**theirs)
+    got, expected = (
+        jax.eval_shape(functools.partial(init, Transformer(c)), RNG) for c in (config, TIED)
+    )
+    assert got == expected
+    params = {"token_embedder": {"embedding": np.ones((12, 8))}}
+    assert output_head(config, params).logit_scale == 8**-0.5
+
+
+def test_the_norms_epsilon_is_added_to_the_mean_square():
+    x = np.array([[[0.01, -0.02, 0.03]]], np.float32)
+    norm = layers.LayerNorm(epsilon=1e-3)
+    got = norm.apply({"params": {"scale": jnp.ones(3)}}, x)
+    np.testing.assert_allclose(got, x / np.sqrt((x**2).mean() + 1e-3), rtol=1e-5)
+
+
+def test_the_exact_gelu_is_not_t5xs():
+    x = np.linspace(-3, 3, 13, dtype=np.float32)
+    want = [0.5 * v * (1 + math.erf(v / 2**0.5)) for v in x.tolist()]
+    np.testing.assert_allclose(layers._activation("gelu_exact")(x), want, atol=1e-6)
+    assert np.abs(layers._activation("gelu")(x) - np.array(want)).max() > 1e-4
 
 
 def test_the_cache_holds_each_position_at_its_place():

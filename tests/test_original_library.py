@@ -48,6 +48,47 @@ def same_logits_and_outputs(folder, name):
     np.testing.assert_array_equal(generate(model, params, inputs, max_length=12), said)
 
 
+FROM_A_CONFIG = {
+    # what the config says; as the library then writes and reads it
+    "t5 1.1, tied": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5, tied": {"feed_forward_proj": "gated-gelu"},
+    "gelu": {"feed_forward_proj": "gelu"},
+    "gelu_new": {"feed_forward_proj": "gelu_new"},
+    "silu": {"feed_forward_proj": "silu"},
+    "epsilon": {"layer_norm_epsilon": 1e-2},
+    "buckets": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 40},
+    "more buckets": {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 100},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", FROM_A_CONFIG)
+def test_a_model_made_from_a_config_is_read(case, tmp_path):
+    """And written again, like it and anew, it is what it was in both libraries."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 6, "num_heads": 3, "d_ff": 24}
+    sizes |= {"num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+    family = "MT5" if case.startswith("mt5") else "T5"
+    config = getattr(transformers, f"{family}Config")(**sizes, **FROM_A_CONFIG[case])
+    theirs = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    for name, parameter in theirs.named_parameters():
+        bias = "relative_attention_bias" in name or "layer_norm" in name
+        torch.nn.init.normal_(parameter, std=0.5 if bias else parameter.shape[-1] ** -0.5)
+    theirs.eval().save_pretrained(tmp_path / "made")
+    model, params = load_checkpoint(tmp_path / "made")
+    save_checkpoint(tmp_path / "like", model, params, like=tmp_path / "made")
+    save_checkpoint(tmp_path / "new", model, params)
+    expected = t5_folders.load("t5_1_1")[2]
+    inputs, targets = (expected[f"long_{k}"].astype(int) for k in ("inputs", "targets"))
+    ours = t5_folders.logits(model.config, params, inputs, targets)
+    for folder in ("made", "like", "new"):
+        got = original(tmp_path / folder)(
+            input_ids=torch.from_numpy(inputs),
+            decoder_input_ids=torch.from_numpy(t5_folders.shift_right(targets)),
+        ).logits.numpy()
+        np.testing.assert_allclose(got, ours, rtol=0, atol=1e-4, err_msg=folder)
+
+
 @pytest.mark.parametrize("like", [True, False], ids=["like", "new"])
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_what_is_written_is_read(name, like, tmp_path):

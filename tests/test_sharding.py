@@ -109,6 +109,33 @@ def test_tokens_split_with_another_factor_on_each_device(check_vma):
     close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "vocab"),
+    [(None, None), (None, "model"), ("pallas_tpu", None), ("pallas_tpu", "model"),
+     ("pallas_gpu", "model")],
+)  # fmt: skip
+def test_outside_of_jit(implementation, vocab):
+    """`jax.shard_map` as it stands: JAX runs it step by step, and the loss as one of them."""
+    z = jax.random.normal(jax.random.key(5), (2, 512), jnp.float32)
+    y = jnp.array([3, 300])
+    mesh, logits = mesh_of((1, 2)), P("data", vocab)
+    call = jax.shard_map(
+        lambda z: tk.cross_entropy_loss(
+            z, y, z_loss=0.1, vocab_axis=vocab, implementation=implementation
+        ).loss,
+        mesh=mesh, in_specs=logits, out_specs=P("data"), check_vma=implementation is None,
+    )  # fmt: skip
+    want, back = jax.vjp(
+        lambda z: tk.cross_entropy_loss(z, y, z_loss=0.1, implementation="reference").loss, z
+    )
+    if implementation is None:  # the gradient runs the forward pass too
+        got, pull = jax.vjp(call, z)
+        close(pull(jnp.ones(2)), back(jnp.ones(2)))
+    else:
+        got = call(z)
+    close(got, want)
+
+
 def test_edits_and_targets_are_global_ids():
     mesh, logits = mesh_of((1, 8)), P(None, None, "model")
     ids = jax.random.randint(jax.random.key(9), (*Y.shape, 3), -1, V)

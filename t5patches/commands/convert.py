@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
-    from t5patches.model.huggingface import load_checkpoint, read_config
+    from t5patches.model.huggingface import config_file, load_checkpoint, read_config
     from t5patches.model.t5x_format import save_t5x
     from t5patches.runs.files import write_file
 
@@ -86,7 +86,8 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
         )
     output = save_t5x(options.output, params, options.step or 0)
     record.mkdir(exist_ok=True)
-    write_file(record / "config.json", (Path(options.model) / "config.json").read_bytes())
+    # Not the folder's own: part of what that says, only the names of the folder's tensors show.
+    write_file(record / "config.json", config_file(model))
     return _result(output, model, params, options.step or 0)
 
 

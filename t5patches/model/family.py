@@ -8,7 +8,7 @@ folders by them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -46,13 +46,26 @@ class Setting(NamedTuple):
     default: Any = None
 
 
-def size(field: str) -> Setting:
-    """A setting that is a positive whole number."""
+def size(field: str, default: int | None = None, *, least: int = 1) -> Setting:
+    """A setting that is a whole number, of 1 or more, as JAX can hold it."""
     return Setting(
         field,
-        lambda value: value if type(value) is int and value >= 1 else None,
+        lambda value: value if type(value) is int and least <= value < 2**31 else None,
         lambda value: value,
-        "a positive whole number is needed",
+        f"a {'positive whole number' if least == 1 else f'whole number of at least {least}'} "
+        "is needed",
+        default,
+    )
+
+
+def positive(field: str, default: float) -> Setting:
+    """A setting that is a positive number, as float32 can hold it."""
+    return Setting(
+        field,
+        lambda value: float(value) if type(value) in (int, float) and 0 < value < 1e38 else None,
+        lambda value: value,
+        "a positive number is needed",
+        default,
     )
 
 
@@ -103,6 +116,8 @@ class Family:
         layers: how many a config speaks of; each has a tensor at least.
         constants: what the `config.json` of a new folder says besides its settings.
         complete: fills in what a `config.json` leaves to be understood from its other keys.
+        written: the inverse of `complete`, for a new folder.
+        shown: fields of the config, by name, that only the names of a folder's tensors tell.
         unused: tensors that a folder may have and the network does not.
     """
 
@@ -114,4 +129,6 @@ class Family:
     layers: Callable[[Any], int]
     constants: Mapping[str, Any]
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: settings
+    shown: Callable[[Any, Collection[str]], Mapping[str, Any]] = lambda config, names: {}
     unused: Sequence[str] = ()

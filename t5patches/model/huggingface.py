@@ -169,6 +169,7 @@ def _inspect(folder: Path) -> tuple[LanguageModel, dict[str, _Stored]]:
             f"{folder / 'config.json'} speaks of {layers} layers, and the weights have no more "
             f"than {len(stored)} tensors: it is of another model."
         )
+    model = model.replace(**model.family.shown(model.config, stored))
     _check_headers(folder, _tensors(model), model.family.unused, stored)
     return model, stored
 
@@ -198,7 +199,7 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
       folder: it lies in.
 
     Returns:
-      The model.
+      The model; of what the config leaves to the names of the tensors, all that it says itself.
 
     Raises:
       ValueError: naming everything in it that no network here can express.
@@ -222,9 +223,36 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
                 fields[setting.field] = field
     if found.get("quantization_config"):
         wrong.append("quantization_config is set; only plain weights are known")
-    if family is None or wrong:
-        raise ValueError(f"{path} describes a model that cannot be read: " + "; ".join(wrong) + ".")
-    return family.model(**fields)
+    if family is not None and not wrong:
+        try:
+            return family.model(**fields)
+        except ValueError as error:  # two settings that do not go together
+            wrong.append(str(error))
+    raise ValueError(f"{path} describes a model that cannot be read: " + "; ".join(wrong) + ".")
+
+
+def config_file(model: LanguageModel) -> str:
+    """A `config.json` of its own for a model, which says all of its config.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The file, which `read_config` makes the same model of.
+
+    Raises:
+      ValueError: something in the model's config has no name in this format.
+    """
+    settings = {}
+    for name, setting in model.family.settings.items():
+        value = None if setting.field is None else getattr(model.config, setting.field)
+        settings[name] = setting.write(value)
+        if settings[name] is None:
+            raise ValueError(
+                f"{setting.field} {value} has no name in this format: for {name} {setting.needed}."
+            )
+    description = {**model.family.constants, **model.family.written(settings)}
+    return json.dumps(description, indent=2, sort_keys=True) + "\n"
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -374,15 +402,7 @@ def _stored_as(name: str, value: Any, dtype: str) -> np.ndarray:
 
 
 def _write_new(folder: Path, model: LanguageModel, values: Mapping[str, Any]) -> None:
-    description = dict(model.family.constants)
-    for name, setting in model.family.settings.items():
-        value = None if setting.field is None else getattr(model.config, setting.field)
-        description[name] = setting.write(value)
-        if description[name] is None:
-            raise ValueError(
-                f"{setting.field} {value} has no name in this format: for {name} {setting.needed}."
-            )
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(config_file(model))
     tensors = {name: _stored_as(name, value, "F32") for name, value in values.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 

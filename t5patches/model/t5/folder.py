@@ -5,16 +5,21 @@ weights beside it:
 
 * `tie_word_embeddings` false means for T5 that the logits have their own matrix and no scale. The
   library's version 5 writes it as true for every model and puts `scale_decoder_outputs` beside it,
-  which is what counts where it is present.
-* mT5 always has its own matrix, whatever the config says.
+  which says whether there is a scale. Without one, the logits have their own matrix if the folder
+  has it, as all that were published do; a model that the library made from a config has none, and
+  its embedding makes the logits.
+* mT5 has no scale, whatever the config says.
+
+`feed_forward_proj` is the name of an activation, after `gated-` or alone. `gelu` alone is the exact
+one; `gated-gelu`, the one of T5 1.1, stands for the approximation that is else called `gelu_new`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from t5patches.model.family import Setting, Tensor, choice, only, rate, size
+from t5patches.model.family import Setting, Tensor, choice, only, positive, rate, size
 from t5patches.model.t5.network import T5Config
 
 MODEL_TYPES = ("t5", "mt5")
@@ -30,6 +35,9 @@ SETTINGS: Mapping[str, Setting] = {
         "mlp_activations",
         {
             "relu": ("relu",),
+            "silu": ("silu",),
+            "gelu": ("gelu_exact",),
+            "gelu_new": ("gelu",),
             "gated-gelu": ("gelu", "linear"),
             "gated-silu": ("silu", "linear"),
             "gated-relu": ("relu", "linear"),
@@ -37,11 +45,13 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "dropout_rate": rate("dropout_rate", 0.1),
     "tie_word_embeddings": choice("logits_via_embedding", {True: True, False: False}),
+    "scale_decoder_outputs": choice("scale_embedding_logits", {True: True, False: False}),
+    "layer_norm_epsilon": positive("layer_norm_epsilon", 1e-6),
+    # Half of them for each direction, and half of those for exact distances.
+    "relative_attention_num_buckets": size("relative_attention_num_buckets", 32, least=4),
+    "relative_attention_max_distance": size("relative_attention_max_distance", 128),
     # What `t5patches.network` computes and no field of T5Config changes.
     "is_encoder_decoder": only(True),
-    "relative_attention_num_buckets": only(32),
-    "relative_attention_max_distance": only(128),
-    "layer_norm_epsilon": only(1e-6),
     "pad_token_id": only(0),
     "decoder_start_token_id": only(0),
 }
@@ -61,15 +71,54 @@ def complete(found: Mapping[str, Any]) -> dict[str, Any]:
         found: what it says.
 
     Returns:
-        The same with the decoder's depth, the activation, and whether the logits use the embedding.
+        The same with the decoder's depth, the activation, whether the logits use the embedding and
+        whether that is then scaled.
     """
     multilingual = found["model_type"] == "mt5"
     out = {"feed_forward_proj": "gated-gelu" if multilingual else "relu", **found}
     if out.get("num_decoder_layers") is None:
         out["num_decoder_layers"] = out.get("num_layers")
-    tied = out.get("scale_decoder_outputs", out.get("tie_word_embeddings", True))
-    out["tie_word_embeddings"] = bool(tied) and not multilingual
+    activation, used = out["feed_forward_proj"], out.get("dense_act_fn")
+    if isinstance(activation, str) and used is not None:
+        # The library derives it, unless the file says it: then that is what it computes with.
+        derived = "gelu_new" if activation == "gated-gelu" else activation.removeprefix("gated-")
+        if used != derived:
+            out["feed_forward_proj"] = f"{activation} with dense_act_fn {used}"
+    tied = True if out.get("tie_word_embeddings") is None else bool(out["tie_word_embeddings"])
+    scaled = out.get("scale_decoder_outputs")
+    scaled = (tied if scaled is None else bool(scaled)) and not multilingual
+    # A matrix of its own is never scaled: it leaves the setting at its default.
+    out |= {"tie_word_embeddings": tied or scaled, "scale_decoder_outputs": scaled or not tied}
     return out
+
+
+def shown(config: T5Config, names: Collection[str]) -> dict[str, Any]:
+    """What the names of the tensors tell of the config.
+
+    Args:
+        config: as `config.json` says it.
+        names: of the folder's tensors.
+
+    Returns:
+        That the logits have their own matrix, where the config leaves it open and there is one.
+    """
+    unscaled = config.logits_via_embedding and not config.scale_embedding_logits
+    if unscaled and "lm_head.weight" in names:
+        return {"logits_via_embedding": False, "scale_embedding_logits": True}
+    return {}
+
+
+def written(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the library reads as these settings: the inverse of `complete`.
+
+    Args:
+        settings: a value for each key of `SETTINGS`.
+
+    Returns:
+        The same, but that only an embedding is scaled.
+    """
+    scaled = settings["tie_word_embeddings"] and settings["scale_decoder_outputs"]
+    return {**settings, "scale_decoder_outputs": scaled}
 
 
 def tensors(config: T5Config) -> dict[str, Tensor]:
@@ -118,7 +167,9 @@ def tensors(config: T5Config) -> dict[str, Tensor]:
         norm(f"{side}.final_layer_norm", side, f"{side}_norm")
         positions = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         biases = (side, "relpos_bias", "rel_embedding")
-        out[positions] = Tensor(biases, (32, config.num_heads), transposed=True)
+        out[positions] = Tensor(
+            biases, (config.relative_attention_num_buckets, config.num_heads), transposed=True
+        )
     return out
 
 

@@ -315,11 +315,13 @@ def _activation(name: str | Activation) -> Activation:
         return name
     if name == "linear":
         return lambda x: x
+    if name == "gelu_exact":
+        return functools.partial(nn.gelu, approximate=False)
     found = getattr(nn, name, None) if isinstance(name, str) else None
     if found is None:
         raise ValueError(
-            f"Unknown activation {name!r}: give 'linear', the name of a function in flax.linen "
-            "such as 'relu', 'gelu' or 'silu', or a function."
+            f"Unknown activation {name!r}: give 'linear', 'gelu_exact', the name of a function in "
+            "flax.linen such as 'relu', 'gelu' (approximate) or 'silu', or a function."
         )
     return found
 
@@ -332,7 +334,8 @@ class MlpBlock(nn.Module):
 
     Attributes:
       intermediate_dim: width of each `W_i`.
-      activations: one per input matrix: `'linear'`, a name in `flax.linen`, or a function.
+      activations: one per input matrix: `'linear'`, `'gelu_exact'`, a name in `flax.linen` (whose
+        `'gelu'` is the approximation by tanh), or a function.
       kernel_init: initialiser of all kernels.
       intermediate_dropout_rate: dropout before `W_o`.
       dtype: of the computation.

@@ -59,6 +59,13 @@ class T5:
         """A list of activations, as a config file may give it, has no hash."""
         activations = tuple(self.config.mlp_activations)
         config = dataclasses.replace(self.config, mlp_activations=activations)
+        buckets = config.relative_attention_num_buckets
+        furthest = config.relative_attention_max_distance
+        if buckets < 4 or furthest <= buckets // 2:
+            raise ValueError(
+                f"relative_attention_max_distance is {furthest}, and {buckets} buckets need more "
+                "than half of their number, and to be 4 at least: near distances have a bucket each"
+            )
         object.__setattr__(self, "config", config)
 
     def replace(self, **changes: Any) -> Self:
@@ -222,5 +229,7 @@ T5.family = Family(
     layers=lambda config: config.num_encoder_layers + config.num_decoder_layers,
     constants=folder.CONSTANTS,
     complete=folder.complete,
+    written=folder.written,
+    shown=folder.shown,
     unused=folder.UNUSED,
 )

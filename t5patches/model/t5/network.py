@@ -27,7 +27,10 @@ from t5patches.model.t5.layers import Array
 
 @struct.dataclass
 class T5Config:
-    """The sizes and switches of a T5, with the fields of T5X's class of this name.
+    """The sizes and switches of a T5: the fields of T5X's class of this name, and some more.
+
+    T5X's own may stand in its place, as gin files have it: it has the defaults of the fields that
+    it lacks.
 
     Attributes:
       vocab_size: number of ids, rows of the embedding.
@@ -42,6 +45,11 @@ class T5Config:
       dropout_rate: everywhere where T5 drops.
       logits_via_embedding: the logits use the embedding, divided by `sqrt(emb_dim)` (T5 1.0).
       float32_attention_logits: attention logits in float32 whatever `dtype` is.
+      scale_embedding_logits: that division; without it, as Hugging Face's library makes T5 1.1 and
+        mT5 from a config. T5X always divides.
+      layer_norm_epsilon: added to the mean square; T5X's is 1e-6, as for all that follow.
+      relative_attention_num_buckets: of relative positions, see `layers.RelativePositionBiases`.
+      relative_attention_max_distance: from which on they share a bucket.
     """
 
     vocab_size: int
@@ -56,6 +64,10 @@ class T5Config:
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
+    scale_embedding_logits: bool = True
+    layer_norm_epsilon: float = 1e-6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
 
     @property
     def pad_id(self) -> int:
@@ -110,7 +122,8 @@ def output_head(config: T5Config, params: Mapping[str, Any]) -> OutputHead:
                 f"{sorted(node)}. Pass the tree under 'params' and the config it was made with."
             )
         node = node[name]
-    return OutputHead(node, tied, config.emb_dim**-0.5 if tied else 1.0)
+    scaled = tied and _field(config, "scale_embedding_logits")
+    return OutputHead(node, tied, config.emb_dim**-0.5 if scaled else 1.0)
 
 
 def head_params(config: T5Config, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +148,11 @@ def _head_path(config: T5Config) -> tuple[str, ...]:
     return ("token_embedder", "embedding") if tied else ("decoder", "logits_dense", "kernel")
 
 
+def _field(config: T5Config, name: str) -> Any:
+    """A field that T5X's class lacks."""
+    return getattr(config, name, getattr(T5Config, name))
+
+
 def _attention(config: T5Config, name: str) -> layers.MultiHeadDotProductAttention:
     return layers.MultiHeadDotProductAttention(
         num_heads=config.num_heads,
@@ -157,7 +175,8 @@ def _mlp(config: T5Config) -> layers.MlpBlock:
 
 
 def _norm(config: T5Config, name: str) -> layers.LayerNorm:
-    return layers.LayerNorm(dtype=config.dtype, name=name)
+    epsilon = _field(config, "layer_norm_epsilon")
+    return layers.LayerNorm(epsilon=epsilon, dtype=config.dtype, name=name)
 
 
 def _dropout(config: T5Config) -> nn.Dropout:
@@ -167,8 +186,8 @@ def _dropout(config: T5Config) -> nn.Dropout:
 
 def _relative_positions(config: T5Config) -> layers.RelativePositionBiases:
     return layers.RelativePositionBiases(
-        num_buckets=32,
-        max_distance=128,
+        num_buckets=_field(config, "relative_attention_num_buckets"),
+        max_distance=_field(config, "relative_attention_max_distance"),
         num_heads=config.num_heads,
         dtype=config.dtype,
         embedding_init=nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
@@ -325,7 +344,9 @@ class Decoder(nn.Module):
         if return_hidden:
             return y
         if cfg.logits_via_embedding:
-            return self.shared_embedding.attend(y) / jnp.sqrt(jnp.float32(cfg.emb_dim))
+            logits = self.shared_embedding.attend(y)
+            scaled = _field(cfg, "scale_embedding_logits")
+            return logits / jnp.sqrt(jnp.float32(cfg.emb_dim)) if scaled else logits
         return layers.DenseGeneral(
             cfg.vocab_size,
             dtype=jnp.float32,
