@@ -130,6 +130,7 @@ def _add_data(group: Any) -> None:
             type=common.positive,
             help=f"refuse {side}s of more tokens, each by its line (default: take all)",
         )
+    common.add_length_options(group)
     group.add_argument(
         "--templates",
         metavar="FILE",
@@ -207,8 +208,9 @@ def run(options: argparse.Namespace) -> int:
 
     job = _job(options)
     if options.plan:
-        plan = check(job).plan
-        common.print_result(options, vars(plan), plan.text())
+        checked = check(job)
+        text = "\n".join([*checked.notes, checked.plan.text()])
+        common.print_result(options, vars(checked.plan), text)
         return 0
     record = edit(job, resume=options.resume, console=common.progress_console(options))
     loss = record["history"]["loss"]

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.report:
         _check_report(Path(options.report), options.force)
-    sources = read_sources(options)
+    sources = read_sources(options, options.before)
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,
