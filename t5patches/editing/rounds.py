@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from t5patches.editing.annotate import Keep
+from t5patches.editing.annotate import Keep, require_room_to_speak
 from t5patches.editing.collect import asked
 from t5patches.editing.edit import read_rounds
 from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
@@ -46,9 +46,18 @@ def compare(
 
     Raises:
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
-            differ; or `work` is of another comparison.
+            differ; `work` is of another comparison; or a batch does not fit into memory.
     """
     original, meter = load_model(before), measuring.meter
+    require_room_to_speak(
+        original.model,
+        inputs,
+        original.tokenizer,
+        max_length=measuring.max_length,
+        batch_size=measuring.batch_size,
+        # Of the edits, one at a time.
+        beside=sum(x.nbytes for x in jax.tree.leaves(original.params)),
+    )
     keep = _keep(work, "before", original, inputs, measuring)
     original = _on_device(original)
     with training_progress(console) as progress:
