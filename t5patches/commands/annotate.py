@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from t5patches.editing.rules import Rules
 
 
+LESS_MEMORY = (
+    "remove OUTPUT.work and try a smaller --batch-size, or --truncate-inputs, --skip-longer, or a "
+    "smaller --max-length or --expand"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches annotate`.
 

@@ -27,6 +27,10 @@ from typing import Any
 
 from t5patches.commands import common
 
+LESS_MEMORY = (
+    "remove OUTPUT.unfinished and try a smaller --batch-size, or --truncate-inputs, --skip-longer, "
+    "--dtype bfloat16, --optimizer adafactor"
+)
 AGAIN = "repeat the command with --resume to go on"
 
 
@@ -51,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the first model, with the data of all rounds: what is not marked comes back",
     )
     files.add_argument(
-        "--resume", action="store_true", help="go on with this edit where it was killed"
+        "--resume",
+        action="store_true",
+        help="go on with this edit where it was killed; --steps may be more by then, and "
+        "--checkpoint-every another",
     )
     files.add_argument(
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"

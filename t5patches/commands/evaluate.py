@@ -32,6 +32,11 @@ from typing import Any
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
 
+LESS_MEMORY = (
+    "remove REPORT.work, where there is one, and try a smaller --batch-size, or --truncate-inputs, "
+    "--skip-longer, or a smaller --max-length"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches evaluate`.

@@ -35,6 +35,7 @@ from t5patches.editing.mixing import mixing_rates, mixture_order
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.train import (
+    MAY_DIFFER,
     Params,
     Step,
     Trained,
@@ -47,7 +48,7 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel
+from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
@@ -144,7 +145,8 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
 
     Args:
         job: what to do.
-        resume: go on with the same job where it was killed, or begin it.
+        resume: go on with the same job where it was killed, or begin it. More steps than then,
+            and checkpoints at other steps, are no other job.
         console: where progress is shown; None shows nothing.
 
     Returns:
@@ -162,6 +164,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     if done is not None:
         return done
     if work.exists() and not resume:
+        hold(work)  # or else another process is at work in it, and it is not to be removed
         raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
     checked = check(job)
     for line in (*checked.notes, checked.plan.text()):
@@ -169,11 +172,19 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     _require_space(job, checked)
     described = _described(job)
     hold(work)
-    claim(work, described)
+    claim(work, described, may_differ=MAY_DIFFER)
     edited = work / "edited"
+    if edited.exists() and read_rounds(edited)[-1]["job"] != described:
+        remove(edited)  # of fewer steps than are asked for now
     if not edited.exists():
         began = time.monotonic()
-        trained = _trained(job, checked, work / "run", console)
+        try:
+            trained = _trained(job, checked, work / "run", console)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
+                "which holds this edit, or give another --output"
+            ) from error
         record = _record(described, checked, work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
@@ -311,10 +322,11 @@ def _check_original(job: Job) -> None:
     if job.original is None:
         return
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
-    if there.replace(dropout_rate=here.config.dropout_rate) != here:
+    there = there.replace(dropout_rate=here.config.dropout_rate)
+    if there != here:
         raise ValueError(
-            f"the original in {job.original} is {there.config} and the model in {job.model} "
-            f"{here.config}: the original must be of the same sizes"
+            f"the original in {job.original} and the model in {job.model} must be of the same "
+            f"sizes, and differ in {', '.join(differing(there.config, here.config)) or 'family'}"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
@@ -428,7 +440,10 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             placed = _placed(checked, params)
             original = placed if original is params else _placed(checked, original)
             params = placed
-        return finished_run(directory, params) or train(
+        finished = finished_run(directory, params)
+        if finished is not None and len(finished.history["loss"]) == checked.settings.steps:
+            return finished
+        return train(
             checked.model,
             params,
             checked.arrays,
@@ -473,6 +488,8 @@ def _cached(
 
 def _described(job: Job) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
+    settings = dataclasses.asdict(job.settings)
+    del settings["checkpoint_every"]  # which changes nothing in what is made
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
@@ -486,7 +503,7 @@ def _described(job: Job) -> dict[str, Any]:
         "dropout": job.dropout,
         "dtype": job.dtype,
         "cached teacher": job.cache_teacher is not None,
-        "settings": dataclasses.asdict(job.settings),
+        "settings": settings,
     }
 
 
