@@ -193,7 +193,7 @@ def train(
     directory = Path(directory).absolute()
     original = params if original is None else original
     described = _describe(model, params, original, arrays, settings, order, cached)
-    claim(directory, described, may_differ=MAY_DIFFER | _longer(directory, order, settings))
+    claim(directory, described, may_differ={**MAY_DIFFER, **_longer(directory, order, settings)})
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:

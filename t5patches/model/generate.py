@@ -155,7 +155,7 @@ def working_memory(
     )
     plan, params = _Plan(model, max_length, sample), model.param_shapes()
     program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     given = max(0, memory.argument_size_in_bytes - held)
     return memory.temp_size_in_bytes + memory.output_size_in_bytes + given
