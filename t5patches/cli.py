@@ -8,11 +8,14 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import logging
+import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from t5patches import commands
 from t5patches.commands import common
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A file's name need not be UTF-8.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _terminated_as_by_exit():
+        with _terminated_as_by_exit(), _silenced(options.quiet):
             return options.module.run(options)
     except KeyboardInterrupt:
         again = getattr(options.module, "AGAIN", "repeat the command to go on")
@@ -48,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"t5patches {options.command}: {_in_words(error)}", file=sys.stderr)
+        said = _in_words(error)
+        if _is_out_of_memory(error):
+            less = getattr(options.module, "LESS_MEMORY", "end what else runs on this machine")
+            said = f"out of memory ({said.splitlines()[0][:200]}): {less}"
+        print(f"t5patches {options.command}: {said}", file=sys.stderr)
         return code
 
 
@@ -63,6 +70,33 @@ def _terminated_as_by_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _silenced(quiet: bool) -> Iterator[None]:
+    """With `--quiet`, what libraries log and warn of is not shown; what they raise is told."""
+    if not quiet:
+        yield
+        return
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):  # read as XLA is loaded
+        os.environ.setdefault(name, "3")
+    # What comes as Python ends: Orbax's event loops are closed before what waits in them.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable_but_closed_loops
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _unraisable_but_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,9 +153,15 @@ def _exit_code(error: Exception) -> int | None:
     """2 for what the user gave, 1 for what the machine lacks, None for an error of ours."""
     if isinstance(error, _NOT_AS_NEEDED):
         return 2
-    # JAX says that a device's memory is full with a RuntimeError of this text.
-    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    return 1 if full or isinstance(error, OSError | MemoryError | FloatingPointError) else None
+    stopped = isinstance(error, OSError | FloatingPointError) or _is_out_of_memory(error)
+    return 1 if stopped else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """JAX says that a device's memory is full with a `RuntimeError` of one of these texts."""
+    texts = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+    full = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return full or isinstance(error, MemoryError)
 
 
 def _in_words(error: Exception) -> str:

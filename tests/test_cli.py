@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -254,14 +255,21 @@ def test_broken_summaries_are_not_well_formed():
         assert not well_formed(bad)
 
 
+LESS = "a smaller batch"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (OSError("in words"), 1, "in words"),
         (FileNotFoundError(2, "No such file", "x"), 2, "x: No such file"),
-        (MemoryError(), 1, "MemoryError, with no more said"),
-        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "RESOURCE_EXHAUSTED: 3 GB"),
+        (MemoryError(), 1, f"out of memory (MemoryError, with no more said): {LESS}"),
+        (MemoryError("116. TiB"), 1, f"out of memory (116. TiB): {LESS}"),
+        *(
+            (RuntimeError(f"{said}\nand so on"), 1, f"out of memory ({said}): {LESS}")
+            for said in ("RESOURCE_EXHAUSTED: 3 GB", "INTERNAL: Out of memory allocating 7 bytes")
+        ),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
         (NotImplementedError("no sets"), 2, "no sets"),
     ],
@@ -271,6 +279,7 @@ def test_errors_are_told_and_not_traced(monkeypatch, capsys, error, code, said):
         raise error
 
     monkeypatch.setattr(demo_command, "run", fail)
+    monkeypatch.setattr(demo_command, "LESS_MEMORY", LESS, raising=False)
     assert run("demo") == code
     assert capsys.readouterr().err == f"t5patches demo: {said}\n"
 
@@ -299,6 +308,43 @@ def test_terminated_it_cleans_up_behind_itself(monkeypatch, tmp_path):
     assert run("demo") == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", ["annotate", "edit", "evaluate"])
+def test_what_takes_less_memory_are_options_of_the_command(name, capsys):
+    less = importlib.import_module(f"t5patches.commands.{name}").LESS_MEMORY
+    assert run(name, "--help") == 0
+    known = capsys.readouterr().out
+    assert "--batch-size" in less
+    assert all(option in known for option in re.findall(r"--[a-z-]+", less))
+
+
+NOISE = {
+    "logged": "logging.getLogger('absl').error('noise')",
+    "warned": "warnings.warn('noise')",
+    "unraisable": "Loop()",
+    "asyncio": "logging.getLogger('asyncio').error('noise: Event loop is closed')",
+}
+
+
+def test_quiet_is_quiet():
+    code = (
+        "import logging, sys, warnings; from t5patches import cli; from t5patches.commands "
+        "import demo\n"
+        "class Loop:\n"
+        "  def __del__(self): raise RuntimeError('Event loop is closed')\n"
+        "def run(options):\n  " + "; ".join(NOISE.values()) + "\n  return 0\n"
+        "demo.run = run\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "demo"]
+    loud, quiet = (
+        subprocess.run(command + more, capture_output=True, text=True, check=True).stderr
+        for more in ([], ["--quiet"])
+    )
+    assert loud.count("noise") >= 3
+    assert "Event loop is closed" in loud
+    assert quiet == ""
 
 
 def test_a_name_that_is_no_utf8_is_told_all_the_same():

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 from editing_samples import model_folder, tokenizer
@@ -109,6 +111,37 @@ def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     output.write_text("x")
     with pytest.raises(ValueError, match="exists: nothing is overwritten"):
         collect(*given, output, SETTINGS)
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_runs(folder, tmp_path, capsys, monkeypatch):
+    room = [2**20]
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: room[0])
+    monkeypatch.setattr(annotate_module, "generate", None)
+    monkeypatch.setattr(annotate_module, "working_memory", lambda model, **sizes: 100_000)
+    output = tmp_path / "edits.jsonl"
+    for room[0], fits in (
+        (80_000, r"a batch size of 3 should fit \(--batch-size\); "),
+        (9, ""),
+    ):
+        assert cli.main(arguments(folder, output)) == 2
+        said = capsys.readouterr().err
+        assert re.search(
+            rf"annotate: 4 outputs at a time, to inputs of \d+ tokens take .* KiB, of .* KiB: that "
+            rf"does not fit. {fits}shorter inputs .*--truncate-inputs",
+            said,
+        )
+        assert not list(tmp_path.iterdir())  # nothing that a smaller batch would not fit to
+
+
+def test_the_plan_is_of_the_program_that_runs(given, tmp_path, caplog, monkeypatch):
+    planned = []
+    monkeypatch.setattr(annotate_module, "require_room", lambda *plan: planned.append(plan))
+    with jax.log_compiles():
+        collect(*given, tmp_path / "edits.jsonl", CollectSettings(max_length=7, batch_size=4))
+    assert caplog.text.count("Compiling jit(_decode)") == 1
+    ((_, working, beside, rows),) = planned
+    assert working > 4 * rows * tokenizer().vocab_size  # logits at least
+    assert (beside, rows) == (0, 4)
 
 
 def test_several_samples_do_not_depend_on_the_batches(given):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from t5patches.editing import data
 from t5patches.editing.data import (
+    MOST_CHARACTERS,
     Example,
+    Limits,
     Source,
     batch_indices,
     corrected_examples,
@@ -22,6 +24,7 @@ from t5patches.editing.data import (
     to_arrays,
     token_mask,
     with_end,
+    within,
     write_examples,
 )
 from t5patches.editing.templates import read_templates
@@ -265,6 +268,58 @@ def test_long_texts_and_empty_files_are_refused(tmp_path):
         read_examples(path, tokenizer(), max_input_length=1)
     with pytest.raises(ValueError, match="has no examples"):
         read_examples(write_lines(tmp_path / "y", ""), tokenizer())
+
+
+LONG = "a fire closed the library in Paris"
+LIMITS = {
+    # What limits leave of inputs of 18 and 5 tokens: their lengths, and what is told.
+    (None, None): ([18, 5], "nothing is longer"),
+    (18, 18): ([18, 5], "nothing is longer"),
+    (9, None): ([9, 5], "1 inputs truncated to 9 tokens"),
+    (None, 17): ([5], "1 of more than 17 tokens left out"),
+    (4, 17): ([4], "1 inputs truncated to 4 tokens, 1 of more than 17 tokens left out"),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_what_is_too_long_is_cut_or_left_out(limits):
+    (lengths, said), limits = LIMITS[limits], Limits(*limits)
+    texts = [LONG, "a fire"]
+    sources = within([Source(text, ("x",)) for text in texts], limits, tokenizer())
+    examples = within([example(text, "in Paris", "Paris") for text in texts], limits, tokenizer())
+    assert [len(e.input_ids) for e in examples.kept] == lengths
+    for source, e in zip(sources.kept, examples.kept, strict=True):
+        assert source == Source(e.inputs, ("x",))
+        assert e.input_ids == (*tokenizer().encode(e.inputs).ids, tokenizer().eos_id)
+        assert any(text.startswith(e.inputs) for text in texts)
+        assert any(e.marked)
+    assert said in sources.text(limits) == examples.text(limits)
+
+
+def test_long_outputs_are_left_out_too_and_something_is_left():
+    both = [example("a fire", LONG), example("a fire", "in Paris")]
+    assert within(both, Limits(skip_longer=17), tokenizer()).kept == both[1:]
+    with pytest.raises(ValueError, match="all of 2 are longer than 2 tokens"):
+        within(both, Limits(skip_longer=2), tokenizer())
+    with pytest.raises(ValueError, match="truncate_inputs is 1: at least 2 is needed"):
+        Limits(truncate_inputs=1)
+    with pytest.raises(ValueError, match="has no beginning of 1 tokens"):  # of three bytes
+        within([Source("\u20ac" * 9)], Limits(truncate_inputs=2), tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "read"),
+    [
+        ("x.txt", "a", lambda path: read_inputs(path)),
+        ("x.jsonl", json.dumps({"inputs": "a"}), lambda path: read_inputs(path)),
+        ("x.jsonl", json.dumps(GOOD), lambda path: read_examples(path, None)),
+        ("x.txt", "{inputs} a", read_templates),
+    ],
+)
+def test_a_line_without_end_is_refused_before_it_is_tokenised(tmp_path, name, line, read):
+    (tmp_path / name).write_text(line.replace("a", "a" * (MOST_CHARACTERS + 1), 1) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}: 1 bad line\n  line 1: it has 1000\d\d\d char"):
+        read(tmp_path / name)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):

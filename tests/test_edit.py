@@ -189,6 +189,74 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
     assert run(place, "--resume", "--seed", "1") == 2
 
 
+RESUMED = {
+    # What a killed edit of 4 steps is resumed with: the exit code and what is said.
+    "as it was": ([], 0, ""),
+    "other checkpoints": (["--checkpoint-every", "3"], 0, ""),
+    "more steps": (["--steps", "6"], 0, ""),
+    "fewer steps": (["--steps", "3"], 2, "differs in steps (4 there, 3 asked for)"),
+    "another rate": (["--learning-rate", "0.1"], 2, "choose another directory, remove this one"),
+    "cut inputs": (["--truncate-inputs", "3"], 2, "truncate_inputs (None there, 3 asked for)"),
+    "fewer inputs": (["--skip-longer", "5"], 2, "skip_longer (None there, 5 asked for)"),
+}
+
+
+def test_a_killed_edit_is_resumed_by_what_is_the_same(place, monkeypatch, capsys):
+    place = place()
+    with monkeypatch.context() as patched:
+        patched.setattr(edit_module, "remove", None)
+        patched.setattr(edit_module.Path, "rename", None)  # written, not renamed
+        with pytest.raises(TypeError):
+            run(place, output="killed")
+    for name, (more, code, said) in RESUMED.items():
+        shutil.copytree(unfinished(place / "killed"), unfinished(place / name))
+        assert run(place, "--resume", *more, output=name) == code, name
+        assert said in capsys.readouterr().err
+    assert len(read_rounds(place / "more steps")[0]["history"]["loss"]) == 6
+    assert run(place, "--steps", "6", output="unbroken") == 0
+    for name, x in tensors(place / "unbroken").items():
+        np.testing.assert_array_equal(tensors(place / "more steps")[name], x)
+    # An edit that is finished, resumed.
+    assert run(place, "--resume", "--checkpoint-every", "3", output="as it was") == 0
+
+
+def test_after_a_loss_that_is_no_number_what_to_remove_is_named(place, monkeypatch, capsys):
+    place = place()
+    with monkeypatch.context() as patched:
+        update = train_module.Step.__call__
+
+        def broken(*arguments):
+            state, metrics = update(*arguments)
+            return state, metrics | {"loss": np.nan}
+
+        patched.setattr(train_module.Step, "__call__", broken)
+        assert run(place) == 1
+    said = capsys.readouterr().err
+    assert f"a lower --learning-rate, remove {unfinished(place / 'edited')}" in said
+    shutil.rmtree(unfinished(place / "edited"))
+    assert run(place, "--learning-rate", "1e-4") == 0
+
+
+def test_an_edit_at_work_is_not_called_unfinished(place, monkeypatch, capsys):
+    place = place()
+    unfinished(place / "edited").mkdir()
+
+    def held(_):
+        raise ValueError("another process is at work")
+
+    monkeypatch.setattr(edit_module, "hold", held)
+    assert run(place) == 2
+    assert "another process is at work" in capsys.readouterr().err
+
+
+def test_what_is_cut_or_left_out_is_told_once(place, capsys):
+    place = place()
+    more = ("--truncate-inputs", "3", "--skip-longer", "7", "--plan")
+    assert run(place, *more) == 0
+    said = capsys.readouterr().out
+    assert said.count("edits.jsonl: ") == said.count("inputs truncated to 3 tokens") == 1
+
+
 @pytest.mark.slow
 def test_a_process_killed_again_and_again_ends_where_an_unbroken_one_does(place):
     place = place()
@@ -276,7 +344,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "holds neither spiece.model nor tokenizer.json" in refused()
     (place / "tiny" / "spiece.model").write_bytes(tokenizer)
     shutil.copytree(t5_folders.DATA / "t5_1_0", place / "t5_1_0")
-    assert "must be of the same sizes" in refused("--original", place / "t5_1_0")
+    message = refused("--original", place / "t5_1_0")
+    assert "must be of the same sizes, and differ in " in message
+    assert "Config(" not in message
 
 
 def test_memory_is_planned_before_weights_are_read(place, monkeypatch, capsys):

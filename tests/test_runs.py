@@ -127,6 +127,18 @@ def test_folders_appear_whole_with_the_users_permissions(tmp_path):
         whole_folder(tmp_path / "out").__enter__()
 
 
+def test_a_folder_that_another_process_has_made_meanwhile_is_kept(tmp_path):
+    def make(name):
+        with whole_folder(tmp_path / "out") as partial:
+            (partial / name).touch()
+            if name == "first":
+                make("second")
+
+    with pytest.raises(ValueError, match=r"out exists now: another process has made it"):
+        make("first")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
+
+
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
 def test_folders_that_are_not_finished_leave_nothing(tmp_path, error):
     def fill():

@@ -201,6 +201,25 @@ def test_a_run_that_was_killed_ends_where_an_unbroken_one_does(unbroken, tmp_pat
     assert resumed.history == unbroken[1].history
 
 
+def test_a_run_gets_more_steps_and_ends_where_a_longer_one_does(unbroken, tmp_path):
+    order = np.arange(18) % 4
+    ordered = again(tmp_path / "ordered", order=order)
+    for name, more, whole in (("a", {}, unbroken[1]), ("b", {"order": order}, ordered)):
+        first = {key: x[:12] for key, x in more.items()}
+        shorter = dataclasses.replace(SETTINGS, steps=4, checkpoint_every=3)
+        again(tmp_path / name, settings=shorter, **first)
+        if more:
+            with pytest.raises(ValueError, match=r"differs in order"):
+                again(tmp_path / name, order=order[::-1])
+        longer = again(tmp_path / name, **more)
+        assert equal(longer.params, whole.params)
+        assert longer.history == whole.history
+        with pytest.raises(ValueError, match=r"differs in steps \(6 there, 4 asked for\)"):
+            again(tmp_path / name, settings=shorter, **first)
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert TrainSettings(**run["settings"]) == SETTINGS
+
+
 CHILD = """
 import sys
 sys.path.insert(0, "tests")
@@ -257,7 +276,7 @@ def test_another_run_is_refused(unbroken, changes, named):
 
 def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
     described = []
-    monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
+    monkeypatch.setattr(train_module, "claim", lambda _, run, **__: described.append(run))
     monkeypatch.setattr(train_module, "_checkpoints", None)
     for original in (None, tiny_params(0)):
         with pytest.raises(TypeError, match="'NoneType' object"):
@@ -298,7 +317,7 @@ def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"order has \d+ places from row .*needed are 18"):
             again(tmp_path, order=wrong)
     described = []
-    monkeypatch.setattr(train_module, "claim", lambda _, run: described.append(run))
+    monkeypatch.setattr(train_module, "claim", lambda _, run, **__: described.append(run))
     monkeypatch.setattr(train_module, "_checkpoints", None)
     for given in (None, order, order[::-1]):
         with pytest.raises(TypeError, match="'NoneType' object"):

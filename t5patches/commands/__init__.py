@@ -9,7 +9,8 @@ A module `t5patches/commands/NAME.py` has
   that `--help` and wrong arguments do not wait for it. What is wrong with files or data is raised
   as `ValueError` or `NotImplementedError`; `t5patches.cli` says it and exits with 2.
 
-It may have `AGAIN`, which says how to go on after an interruption (default: repeat the command).
+It may have `AGAIN`, which says how to go on after an interruption (default: repeat the command),
+and `LESS_MEMORY`, which says what to change where memory runs out.
 
 `--quiet` and `--json` are added to every command; `common` has what they mean.
 """

@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from t5patches.editing.rules import Rules
 
 
+LESS_MEMORY = (
+    "remove OUTPUT.work and try a smaller --batch-size, or --truncate-inputs, --skip-longer, or a "
+    "smaller --max-length or --expand"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches annotate`.
 
@@ -99,6 +105,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="instructions, one a line with {inputs} in it: one is drawn for each input",
     )
+    common.add_length_options(parser)
     parser.add_argument(
         "--max-length",
         metavar="N",
@@ -122,19 +129,26 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_sources(options: argparse.Namespace) -> list[Source]:
+def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
     """Reads what `add_input_arguments` asks for.
 
     Args:
         options: parsed arguments.
+        folder: of the model, whose tokens are counted.
 
     Returns:
-        The inputs, in their templates.
+        The inputs, within their limits and in their templates.
     """
-    from t5patches.editing.data import read_inputs
+    from t5patches.editing.data import Limits, read_inputs, within
     from t5patches.editing.templates import read_templates, with_templates
+    from t5patches.model.tokenizer_files import load_tokenizer
 
     sources = read_inputs(options.inputs)
+    limits = Limits(options.truncate_inputs, options.skip_longer)
+    if limits != Limits():
+        left = within(sources, limits, load_tokenizer(folder))
+        common.progress_console(options).print(left.text(limits), soft_wrap=True)
+        sources = left.kept
     if not options.templates:
         return sources
     texts = [source.inputs for source in sources]
@@ -165,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rules = read_rules(options.rules)
-    inputs = [source.inputs for source in read_sources(options)]
+    inputs = [source.inputs for source in read_sources(options, options.model)]
     model = load_model(options.model)
     with training_progress(common.progress_console(options)) as progress:
         examples = collect(model, inputs, rules, options.output, settings, progress)

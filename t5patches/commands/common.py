@@ -36,6 +36,28 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_length_options(container: Any) -> None:
+    """Adds what becomes of texts that are too long, for `Limits` of `t5patches.editing.data`.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--truncate-inputs",
+        metavar="N",
+        type=positive,
+        help="cut longer inputs to N tokens, the end token counted and a template not (default: "
+        "take all)",
+    )
+    container.add_argument(
+        "--skip-longer",
+        metavar="N",
+        type=positive,
+        help="leave out what has an input, or a given output, of more than N tokens, counted "
+        "before inputs are cut (default: leave out none). How many were cut or left out is told",
+    )
+
+
 def progress_console(options: argparse.Namespace) -> Console:
     """Where progress is shown.
 

@@ -27,6 +27,10 @@ from typing import Any
 
 from t5patches.commands import common
 
+LESS_MEMORY = (
+    "remove OUTPUT.unfinished and try a smaller --batch-size, or --truncate-inputs, --skip-longer, "
+    "--dtype bfloat16, --optimizer adafactor"
+)
 AGAIN = "repeat the command with --resume to go on"
 
 
@@ -51,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the first model, with the data of all rounds: what is not marked comes back",
     )
     files.add_argument(
-        "--resume", action="store_true", help="go on with this edit where it was killed"
+        "--resume",
+        action="store_true",
+        help="go on with this edit where it was killed; --steps may be more by then, and "
+        "--checkpoint-every another",
     )
     files.add_argument(
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"
@@ -130,6 +137,7 @@ def _add_data(group: Any) -> None:
             type=common.positive,
             help=f"refuse {side}s of more tokens, each by its line (default: take all)",
         )
+    common.add_length_options(group)
     group.add_argument(
         "--templates",
         metavar="FILE",
@@ -207,8 +215,9 @@ def run(options: argparse.Namespace) -> int:
 
     job = _job(options)
     if options.plan:
-        plan = check(job).plan
-        common.print_result(options, vars(plan), plan.text())
+        checked = check(job)
+        text = "\n".join([*checked.notes, checked.plan.text()])
+        common.print_result(options, vars(checked.plan), text)
         return 0
     record = edit(job, resume=options.resume, console=common.progress_console(options))
     loss = record["history"]["loss"]

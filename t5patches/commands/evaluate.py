@@ -32,6 +32,11 @@ from typing import Any
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
 
+LESS_MEMORY = (
+    "remove REPORT.work, where there is one, and try a smaller --batch-size, or --truncate-inputs, "
+    "--skip-longer, or a smaller --max-length"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches evaluate`.
@@ -90,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.report:
         _check_report(Path(options.report), options.force)
-    sources = read_sources(options)
+    sources = read_sources(options, options.before)
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,

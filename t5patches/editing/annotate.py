@@ -21,8 +21,9 @@ from rich.progress import Progress
 
 from t5patches.editing.batches import example_batches
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
-from t5patches.model.batches import by_length
-from t5patches.model.generate import generate
+from t5patches.editing.plan import require_room
+from t5patches.model.batches import Group, by_length
+from t5patches.model.generate import generate, working_memory
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Span, Tokenizer
 from t5patches.runs.claims import make_part
@@ -270,6 +271,57 @@ def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
     return outputs
 
 
+def require_room_to_speak(
+    model: LanguageModel,
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    temperature: float = 0.0,
+    samples: int = 1,
+    batch_size: int = 256,
+    beside: int = 0,
+) -> None:
+    """Refuses what `speak` would run out of memory with, before it begins.
+
+    Args:
+        model: the network.
+        inputs: as for `speak`, and so are the other arguments.
+        tokenizer: the model's.
+        max_length: tokens that an output may have.
+        temperature: 0 for greedy decoding.
+        samples: outputs to each input.
+        batch_size: outputs made at a time.
+        beside: bytes that are yet to be read, parameters for one.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    _, groups = _by_length(inputs, tokenizer, batch_size, samples)
+    # Attention within the inputs grows with the square of their length.
+    largest = max(groups, key=lambda group: len(group.filled) * group.length**2)
+    working = working_memory(
+        model,
+        rows=len(largest.filled),
+        input_length=largest.length,
+        max_length=max_length,
+        streams=samples,
+        sample=temperature > 0,
+    )
+    what = (
+        f"{len(largest.filled) * samples} outputs at a time, to inputs of {largest.length} tokens"
+    )
+    require_room(what, working, beside, len(largest.filled) * samples)
+
+
+def _by_length(
+    inputs: Sequence[str], tokenizer: Tokenizer, batch_size: int, samples: int
+) -> tuple[list[tuple[int, ...]], list[Group]]:
+    """The tokens of the inputs, and which of them are answered at a time."""
+    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
+    return ids, by_length([len(row) for row in ids], max(1, batch_size // samples))
+
+
 def speak(
     model: LanguageModel,
     params: Params,
@@ -305,10 +357,9 @@ def speak(
     Returns:
         `samples` examples for each input, one after the other.
     """
-    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
+    ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
     tokens = pad_rows(ids, model.config.pad_id)
     params = jax.tree.map(jnp.asarray, params)
-    size = max(1, batch_size // samples)
 
     def say(rows: np.ndarray) -> list[list[list[int]]]:
         said = generate(
@@ -327,7 +378,7 @@ def speak(
     name = "sampled outputs" if temperature else "outputs"
     task = progress.add_task(name, total=len(inputs) * samples, note="") if progress else None
     outputs: list[list[list[int]]] = [[] for _ in inputs]
-    for number, group in enumerate(by_length([len(row) for row in ids], size)):
+    for number, group in enumerate(groups):
         made = keep(f"outputs-by-length-{number}", functools.partial(say, group.rows))
         for row, said in zip(group.rows, made, strict=True):
             outputs[row] = said

@@ -13,7 +13,12 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from t5patches.editing.annotate import check_count, expand_negatives, speak
+from t5patches.editing.annotate import (
+    check_count,
+    expand_negatives,
+    require_room_to_speak,
+    speak,
+)
 from t5patches.editing.data import Example, write_examples
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
@@ -81,14 +86,23 @@ def collect(
         The examples that the file holds.
 
     Raises:
-        ValueError: the file exists, `OUTPUT.work` is of another run, or a setting does not fit the
-            model.
+        ValueError: the file exists, `OUTPUT.work` is of another run, a setting does not fit the
+            model, or a batch does not fit into memory.
     """
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
+    require_room_to_speak(
+        model.model,
+        inputs,
+        model.tokenizer,
+        max_length=settings.max_length,
+        temperature=settings.temperature,
+        samples=settings.samples,
+        batch_size=settings.batch_size,
+    )
     parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
     examples = speak(
         model.model,

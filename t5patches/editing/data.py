@@ -230,6 +230,11 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
         for number, line in enumerate(file, start=1):
             try:
                 text = _decoded(line)
+                if len(text) > MOST_CHARACTERS:
+                    raise ValueError(
+                        f"it has {len(text)} characters and a line may have {MOST_CHARACTERS}: "
+                        "no model takes so long a text; shorten or split it"
+                    )
                 if text:
                     found.append(parse(text))
             except ValueError as error:
@@ -239,6 +244,114 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
     if not found:
         raise ValueError(f"{path} has no {nothing}")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What becomes of texts that are too long, instead of a refusal.
+
+    Tokens are counted with the end token, and before a template is put around an input.
+
+    Attributes:
+        truncate_inputs: longer inputs are cut to so many tokens; None cuts none.
+        skip_longer: what has an input, or an output, of more tokens is left out; None leaves out
+            none. It goes by the length before the cut.
+    """
+
+    truncate_inputs: int | None = None
+    skip_longer: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses limits that leave no text."""
+        for name, limit in vars(self).items():
+            if limit is not None and limit < 2:
+                raise ValueError(
+                    f"{name} is {limit}: at least 2 is needed, a token and the end token"
+                )
+
+
+class Within(NamedTuple):
+    """What limits have left.
+
+    Attributes:
+        kept: sources or examples, in their order.
+        truncated: how many of them have a shorter input than before.
+        skipped: how many are left out.
+    """
+
+    kept: list[Any]
+    truncated: int
+    skipped: int
+
+    def text(self, limits: Limits) -> str:
+        """What was done, in a line.
+
+        Args:
+            limits: that were kept to.
+
+        Returns:
+            The line.
+        """
+        if not (self.truncated or self.skipped):
+            return "nothing is longer than the limits"
+        parts = []
+        if self.truncated:
+            parts.append(f"{self.truncated} inputs truncated to {limits.truncate_inputs} tokens")
+        if self.skipped:
+            parts.append(f"{self.skipped} of more than {limits.skip_longer} tokens left out")
+        return ", ".join(parts)
+
+
+def within(items: Sequence[Source | Example], limits: Limits, tokenizer: Tokenizer) -> Within:
+    """Cuts inputs that are too long, and leaves out what is longer still.
+
+    Args:
+        items: sources, or examples, whose outputs count for `skip_longer` too.
+        limits: how long they may be.
+        tokenizer: the model's.
+
+    Returns:
+        What is left, and what was done.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    kept: list[Any] = []
+    truncated = 0
+    for item in items:
+        if isinstance(item, Example):
+            length, longest = len(item.input_ids), max(len(item.input_ids), len(item.output_ids))
+        else:
+            length = longest = len(tokenizer.encode(item.inputs).ids) + 1
+        if limits.skip_longer is not None and longest > limits.skip_longer:
+            continue
+        if limits.truncate_inputs is None or length <= limits.truncate_inputs:
+            kept.append(item)
+            continue
+        truncated += 1
+        text, ids, _ = _truncated(item.inputs, limits.truncate_inputs - 1, tokenizer)
+        if isinstance(item, Example):
+            ids = (*ids, tokenizer.eos_id)
+            kept.append(dataclasses.replace(item, inputs=text, input_ids=ids))
+        else:
+            kept.append(item._replace(inputs=text))
+    if not kept:
+        raise ValueError(
+            f"all of {len(items)} are longer than {limits.skip_longer} tokens and nothing is left: "
+            "raise --skip-longer"
+        )
+    return Within(kept, truncated, len(items) - len(kept))
+
+
+def _truncated(text: str, most: int, tokenizer: Tokenizer) -> TokenizedText:
+    """The longest beginning of a text, cut between two tokens, that has `most` tokens or fewer."""
+    tokenized = tokenizer.encode(text)
+    # A beginning may split otherwise, and so into more tokens, than in the whole text.
+    for count in range(most, 0, -1):
+        cut = tokenizer.encode(text[: tokenized.spans[count - 1][1]].rstrip())
+        if 0 < len(cut.ids) <= most:
+            return cut
+    raise ValueError(f"{text[:20]!r}... has no beginning of {most} tokens: raise --truncate-inputs")
 
 
 def told(what: str, problems: Sequence[str], thing: str) -> str:
@@ -266,6 +379,9 @@ def told(what: str, problems: Sequence[str], thing: str) -> str:
 
 
 _TOLD = 20
+
+MOST_CHARACTERS = 1_000_000
+"""In a line of a data file: attention over the tokens of more has no room in any machine."""
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:

@@ -45,6 +45,7 @@ from t5patches.model.huggingface import save_checkpoint
 from t5patches.model.protocol import LanguageModel
 from t5patches.model.t5.model import small_t5
 from t5patches.model.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from t5patches.runs.claims import hold
 from t5patches.runs.files import write_file
 
 
@@ -223,10 +224,10 @@ def _claim(output: Path, config: DemoConfig) -> None:
             f"{output} holds a finished demo: see {output / 'report.html'}, or give "
             "another --output"
         )
+    hold(output / "work")
     path = output / "work" / "config.json"
     asked = json.dumps(dataclasses.asdict(config), indent=1)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, asked)
     elif path.read_text() != asked:
         raise ValueError(

@@ -25,14 +25,17 @@ from rich.progress import Progress
 from t5patches.editing.data import (
     Batch,
     Example,
+    Limits,
     corrected_examples,
     read_examples,
     to_arrays,
+    within,
 )
 from t5patches.editing.mixing import mixing_rates, mixture_order
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.train import (
+    MAY_DIFFER,
     Params,
     Step,
     Trained,
@@ -45,7 +48,7 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel
+from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
@@ -75,6 +78,8 @@ class Job:
             is all that the data names, or 0 for objectives that take no sets.
         max_input_length: a longer input is an error; None lets all pass.
         max_output_length: the same for outputs.
+        truncate_inputs: inputs are cut to so many tokens; None cuts none.
+        skip_longer: examples with more tokens on either side are left out; None leaves out none.
         rates: how often each data file is drawn from; None goes by size.
         cap: a larger file counts as this many examples.
         temperature: evens the rates out, see `t5patches.editing.mixing.mixing_rates`.
@@ -95,6 +100,8 @@ class Job:
     negatives: int | None = None
     max_input_length: int | None = None
     max_output_length: int | None = None
+    truncate_inputs: int | None = None
+    skip_longer: int | None = None
     rates: Sequence[float] | None = None
     cap: int | None = None
     temperature: float = 1.0
@@ -119,6 +126,7 @@ class Checked:
         step: the compiled update.
         plan: the memory.
         counts: examples, tokens that count, and marked ones.
+        notes: for each data file, what was cut or left out of it.
     """
 
     model: LanguageModel
@@ -129,6 +137,7 @@ class Checked:
     step: Step
     plan: MemoryPlan
     counts: Mapping[str, int]
+    notes: Sequence[str] = ()
 
 
 def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -136,7 +145,8 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
 
     Args:
         job: what to do.
-        resume: go on with the same job where it was killed, or begin it.
+        resume: go on with the same job where it was killed, or begin it. More steps than then,
+            and checkpoints at other steps, are no other job.
         console: where progress is shown; None shows nothing.
 
     Returns:
@@ -154,17 +164,27 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     if done is not None:
         return done
     if work.exists() and not resume:
+        hold(work)  # or else another process is at work in it, and it is not to be removed
         raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
     checked = check(job)
-    console.print(checked.plan.text(), highlight=False, soft_wrap=True)
+    for line in (*checked.notes, checked.plan.text()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     _require_space(job, checked)
     described = _described(job)
     hold(work)
-    claim(work, described)
+    claim(work, described, may_differ=MAY_DIFFER)
     edited = work / "edited"
+    if edited.exists() and read_rounds(edited)[-1]["job"] != described:
+        remove(edited)  # of fewer steps than are asked for now
     if not edited.exists():
         began = time.monotonic()
-        trained = _trained(job, checked, work / "run", console)
+        try:
+            trained = _trained(job, checked, work / "run", console)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
+                "which holds this edit, or give another --output"
+            ) from error
         record = _record(described, checked, work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
@@ -198,7 +218,7 @@ def check(job: Job) -> Checked:
     # Both are read again at the end, when it would be late.
     read_rounds(job.model)
     card_before_edits(job.model)
-    sets = _read_all(job, tokenizer, model.config.vocab_size)
+    sets, notes = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
@@ -215,7 +235,7 @@ def check(job: Job) -> Checked:
     step = Step(model, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
-    return Checked(model, arrays, order, settings, mesh, step, plan, counts)
+    return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -302,10 +322,11 @@ def _check_original(job: Job) -> None:
     if job.original is None:
         return
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
-    if there.replace(dropout_rate=here.config.dropout_rate) != here:
+    there = there.replace(dropout_rate=here.config.dropout_rate)
+    if there != here:
         raise ValueError(
-            f"the original in {job.original} is {there.config} and the model in {job.model} "
-            f"{here.config}: the original must be of the same sizes"
+            f"the original in {job.original} and the model in {job.model} must be of the same "
+            f"sizes, and differ in {', '.join(differing(there.config, here.config)) or 'family'}"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
@@ -322,17 +343,30 @@ def _check_original(job: Job) -> None:
         )
 
 
-def _read_all(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[list[Example]]:
-    """The examples of each data file; what is wrong with any is told of all."""
-    sets, problems = [], []
+def _read_all(
+    job: Job, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[list[list[Example]], list[str]]:
+    """The examples of each data file, and what was cut or left out of it.
+
+    What is wrong with any of the files is told of all.
+    """
+    limits = Limits(job.truncate_inputs, job.skip_longer)
+    sets, notes, problems = [], [], []
     for file in job.data:
         try:
-            sets.append(_read(job, file, tokenizer, vocab_size))
+            left = within(_read(job, file, tokenizer, vocab_size), limits, tokenizer)
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if limits != Limits():
+            notes.append(f"{os.fspath(file)}: {left.text(limits)}")
+        sets.append(left.kept)
     if problems:
         raise ValueError("\n".join(problems))
-    return sets
+    if job.templates is None:
+        return sets, notes
+    templates, seed = read_templates(job.templates), job.settings.seed
+    return [template_examples(part, templates, tokenizer, seed) for part in sets], notes
 
 
 def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
@@ -348,9 +382,7 @@ def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> li
                 f"{file}: example {number} has the token {max(example.output_ids)} and the model "
                 f"{vocab_size} ids: was the file made with another model?"
             )
-    if job.templates is None:
-        return examples
-    return template_examples(examples, read_templates(job.templates), tokenizer, job.settings.seed)
+    return examples
 
 
 def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
@@ -408,7 +440,10 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             placed = _placed(checked, params)
             original = placed if original is params else _placed(checked, original)
             params = placed
-        return finished_run(directory, params) or train(
+        finished = finished_run(directory, params)
+        if finished is not None and len(finished.history["loss"]) == checked.settings.steps:
+            return finished
+        return train(
             checked.model,
             params,
             checked.arrays,
@@ -453,10 +488,13 @@ def _cached(
 
 def _described(job: Job) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
+    settings = dataclasses.asdict(job.settings)
+    del settings["checkpoint_every"]  # which changes nothing in what is made
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
         "data": _named(job.data),
+        "limits": {"truncate_inputs": job.truncate_inputs, "skip_longer": job.skip_longer},
         "templates": None if job.templates is None else file_fingerprint(job.templates),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
@@ -465,7 +503,7 @@ def _described(job: Job) -> dict[str, Any]:
         "dropout": job.dropout,
         "dtype": job.dtype,
         "cached teacher": job.cache_teacher is not None,
-        "settings": dataclasses.asdict(job.settings),
+        "settings": settings,
     }
 
 

@@ -1,7 +1,7 @@
-"""What an edit will hold in memory, known before any of it is made.
+"""What will be held in memory, known before any of it is made.
 
-Parameters, optimizer and frozen model are counted from their shapes; what the update holds beside
-them (gradients, activations) is what the compiler has planned for the compiled update.
+Parameters, optimizer and frozen model are counted from their shapes; what an update or a batch of
+outputs holds beside them is what the compiler has planned for the compiled program.
 """
 
 from __future__ import annotations
@@ -104,6 +104,30 @@ def require_memory(
     raise ValueError(f"{plan.text()}: that does not fit. {advice}")
 
 
+def require_room(what: str, working: int, beside: int, batch_size: int) -> None:
+    """Refuses to let a model speak where a batch does not fit, and says what would.
+
+    Args:
+        what: is made at a time.
+        working: bytes for it, beside what is held now.
+        beside: bytes that are yet to be read.
+        batch_size: outputs at a time.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    available = _available(jax.devices()[0], 1)
+    if available is None or working + beside <= available:
+        return
+    fitting = min(batch_size - 1, math.floor((available - beside) * batch_size / max(1, working)))
+    smaller = f"a batch size of {fitting} should fit (--batch-size); " if fitting >= 1 else ""
+    yet = f" and {_size(beside)} of parameters" if beside else ""
+    raise ValueError(
+        f"{what} take {_size(working)}{yet}, of {_size(available)}: that does not fit. {smaller}"
+        "shorter inputs and outputs take less (--truncate-inputs, --skip-longer, --max-length)"
+    )
+
+
 def _advice(
     plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None, bfloat16: bool
 ) -> list[str]:
@@ -120,7 +144,10 @@ def _advice(
         out.append(f"Adafactor keeps {_size(plan.optimizer)} less (--optimizer adafactor)")
     if not bfloat16:
         out.append("activations in bfloat16 are half as large (--dtype bfloat16)")
-    out.append("shorter inputs and outputs cost less (--max-input-length names the long ones)")
+    out.append(
+        "shorter inputs and outputs cost less (--max-input-length names the long ones, "
+        "--truncate-inputs and --skip-longer do without them)"
+    )
     if plan.count > 1 and plan.device != "cpu":
         out.append("a model split over more devices leaves more on each (--model-parallel)")
     return out

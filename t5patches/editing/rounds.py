@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from t5patches.editing.annotate import Keep
+from t5patches.editing.annotate import Keep, require_room_to_speak
 from t5patches.editing.collect import asked
 from t5patches.editing.edit import read_rounds
 from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, load_model
-from t5patches.runs.claims import Parts, make_part
+from t5patches.model.protocol import differing
+from t5patches.runs.claims import Parts, hold, make_part
 
 
 def compare(
@@ -46,9 +46,20 @@ def compare(
 
     Raises:
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
-            differ; or `work` is of another comparison.
+            differ; `work` is of another comparison; or a batch does not fit into memory.
     """
     original, meter = load_model(before), measuring.meter
+    require_room_to_speak(
+        original.model,
+        inputs,
+        original.tokenizer,
+        max_length=measuring.max_length,
+        batch_size=measuring.batch_size,
+        # Of the edits, one at a time.
+        beside=sum(x.nbytes for x in jax.tree.leaves(original.params)),
+    )
+    if work is not None:
+        hold(work)
     keep = _keep(work, "before", original, inputs, measuring)
     original = _on_device(original)
     with training_progress(console) as progress:
@@ -126,15 +137,10 @@ def _check_alike(
     original: LoadedModel,
     inputs: Sequence[str],
 ) -> None:
-    config = edited.model.config
-    there = dataclasses.asdict(original.model.config) | {"dropout_rate": config.dropout_rate}
-    differing = [
-        f"{name} is {value} and the original's {there.get(name)}"
-        for name, value in dataclasses.asdict(config).items()
-        if value != there.get(name)
-    ]
-    if differing:
-        raise ValueError(f"{folder} is no edit of the original: {'; '.join(differing)}")
+    rate = original.model.config.dropout_rate
+    found = differing(edited.model.replace(dropout_rate=rate).config, original.model.config)
+    if found:
+        raise ValueError(f"{folder} is no edit of the original: they differ in {', '.join(found)}")
     for number, text in enumerate(inputs, start=1):
         if edited.tokenizer.encode(text) != original.tokenizer.encode(text):
             raise ValueError(

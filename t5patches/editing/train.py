@@ -2,7 +2,8 @@
 
 A run lives in a directory: `run.json` says what it is (settings, and fingerprints of the data, the
 starting parameters and the frozen original), `checkpoints/` holds the latest state. Training into
-a directory that holds the same run, unfinished, goes on from there; anything else is refused.
+a directory that holds the same run, unfinished or of fewer steps than are asked for, goes on from
+there; anything else is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -116,6 +118,13 @@ _LEAST = {
 }
 
 
+MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = {
+    "steps": operator.le,
+    "checkpoint_every": lambda there, asked: True,
+}
+"""Settings in which a run that goes on may differ from what it was: it may get more steps."""
+
+
 class Trained(NamedTuple):
     """What training made.
 
@@ -183,7 +192,8 @@ def train(
         teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    claim(directory, _describe(model, params, original, arrays, settings, order, cached))
+    described = _describe(model, params, original, arrays, settings, order, cached)
+    claim(directory, described, may_differ={**MAY_DIFFER, **_longer(directory, order, settings)})
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:
@@ -651,6 +661,17 @@ def _describe(
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
+
+
+def _longer(
+    directory: Path, order: np.ndarray | None, settings: TrainSettings
+) -> dict[str, Callable[[Any, Any], bool]]:
+    """The order of more steps may differ from the one there behind what that one has."""
+    run = directory / "run.json"
+    if order is None or not run.exists():
+        return {}
+    before = order[: json.loads(run.read_text())["settings"]["steps"] * settings.batch_size]
+    return {"order": lambda there, asked: there == fingerprint(before)}
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:

@@ -118,6 +118,49 @@ class _Batch(NamedTuple):
     numbers: Any  # [rows]: the prompt's number, which seeds its draws
 
 
+def working_memory(
+    model: LanguageModel,
+    *,
+    rows: int,
+    input_length: int,
+    max_length: int,
+    streams: int = 1,
+    sample: bool = False,
+) -> int:
+    """What a batch of `generate` holds beside the parameters, as the compiler has planned it.
+
+    The program is the one that `generate` then runs: it is compiled once.
+
+    Args:
+      model: the network.
+      rows: prompts in the batch.
+      input_length: of the prompts.
+      max_length: see `generate`.
+      streams: outputs to each prompt, none of which is forced to begin with anything.
+      sample: whether there is a temperature.
+
+    Returns:
+      Bytes.
+    """
+
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    batch = _Batch(
+        ids(rows, input_length),
+        ids(rows, streams, 0),
+        jax.ShapeDtypeStruct((rows, streams), np.int32),
+        np.int32(0),
+        jax.ShapeDtypeStruct((rows,), jax.dtypes.canonicalize_dtype(np.int64)),
+    )
+    plan, params = _Plan(model, max_length, sample), model.param_shapes()
+    program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
+    memory: Any = program.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    given = max(0, memory.argument_size_in_bytes - held)
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes + given
+
+
 def _check_tokens(name: str, tokens: Any, rank: int, config: ModelConfig) -> np.ndarray:
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):

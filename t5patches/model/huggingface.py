@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t5patches.model.family import Family, Tensor
-from t5patches.model.protocol import LanguageModel
+from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.t5.model import T5
 from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
 
@@ -420,7 +420,10 @@ def _write_like(
     if original.family is not model.family or any(
         getattr(original.config, field) != getattr(model.config, field) for field in said
     ):
-        raise ValueError(f"The model is {model.config}; the folder {like} is of {original.config}.")
+        raise ValueError(
+            f"The model is not of the sizes of the folder {like}: they differ in "
+            f"{', '.join(differing(model.config, original.config)) or 'their family'}."
+        )
     copies = {n: values[name] for name, tensor in _tensors(model).items() for n in tensor.copies}
     values = copies | dict(values)
     shards = _shards(like)

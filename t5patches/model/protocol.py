@@ -112,6 +112,22 @@ class ModelConfig(Protocol):
         """See the class."""
 
 
+def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """What two configs differ in, for messages.
+
+    Args:
+      config: the first.
+      other: the second, of any family.
+
+    Returns:
+      `"emb_dim (16 and 32)"` for each field; nothing for equal configs.
+    """
+    one, two = dataclasses.asdict(config), dataclasses.asdict(other)
+    names = [*one, *(name for name in two if name not in one)]
+    pairs = ((name, one.get(name), two.get(name)) for name in names)
+    return [f"{name} ({a} and {b})" for name, a, b in pairs if a != b]
+
+
 class LanguageModel(Protocol):
     """A network without its parameters. Equal ones compute the same; they are hashable.
 

@@ -22,12 +22,19 @@ from t5patches.runs.fingerprints import json_fingerprint
 _RUN = "run.json"
 
 
-def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+def claim(
+    directory: str | os.PathLike[str],
+    run: Mapping[str, Any],
+    *,
+    may_differ: Mapping[str, Callable[[Any, Any], bool]] | None = None,
+) -> None:
     """Writes what the run is, or checks that the run already there is the same one.
 
     Args:
         directory: of the run; made if absent.
         run: settings and fingerprints, as JSON has them.
+        may_differ: for the names that the same run may have with another value, whether the value
+            there may become the one asked for. It is then written.
 
     Raises:
         ValueError: the directory holds another run; all that differs is named.
@@ -37,12 +44,15 @@ def claim(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(run, indent=1))
         return
-    differences = list(_differences(json.loads(path.read_text()), run))
+    there = json.loads(path.read_text())
+    differences = list(_differences(there, run, may_differ or {}))
     if differences:
         raise ValueError(
             f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
-            "another directory, or repeat that run to finish it"
+            "another directory, remove this one, or repeat that run to finish it"
         )
+    if may_differ:
+        write_file(path, json.dumps(run, indent=1))
 
 
 def hold(directory: str | os.PathLike[str]) -> None:
@@ -94,12 +104,16 @@ def remove(directory: str | os.PathLike[str]) -> None:
         os.close(_HELD.pop(directory))
 
 
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+def _differences(
+    there: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    may_differ: Mapping[str, Callable[[Any, Any], bool]],
+) -> Iterator[str]:
     for name, value in asked.items():
         old = there.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
-            yield from _differences(old, value)
-        elif old != value:
+            yield from _differences(old, value, may_differ)
+        elif old != value and not (name in may_differ and may_differ[name](old, value)):
             yield f"{name} ({old} there, {value} asked for)"
 
 

@@ -119,7 +119,15 @@ def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         for folder, _, names in os.walk(partial):
             for path in (*(Path(folder, name) for name in names), Path(folder)):
                 _flush(path)
-        partial.rename(output)
+        try:
+            partial.rename(output)
+        except OSError as error:
+            if not output.exists():
+                raise
+            raise ValueError(
+                f"{output} exists now: another process has made it in the meantime, and nothing "
+                "is overwritten"
+            ) from error
         _flush(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
