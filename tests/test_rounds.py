@@ -100,7 +100,7 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
     (other / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 60))
     inputs = ("--inputs", "inputs.txt")
     for arguments, message in [
-        (("--after", str(tmp_path / "wide"), *inputs), "mlp_dim is 8 and the original's 16"),
+        (("--after", str(tmp_path / "wide"), *inputs), "they differ in mlp_dim (8 and 16)"),
         (("--after", str(other), *inputs), "its tokenizer splits input 1 otherwise"),
         (("--after", "absent", *inputs), "absent"),
         (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
