@@ -114,8 +114,10 @@ def test_three_passes(chip, name, dtype):
     """Both logits are read once, the gradient is written once."""
     program = compiled(chip, name, dtype, "gradient", 32128, 2048)
     assert passes(program, (2048, 32128)) == 3
-    # Registers that are spilled, at most: 1.1% on v5p for `tnrf`.
-    assert program.memory_analysis().temp_size_in_bytes < 0.02 * 2048 * 32128 * dtype.dtype.itemsize
+    most = 0.01 * 2048 * 32128 * dtype.dtype.itemsize
+    if chip == "v5p" and name in ("tnrf", "tnrll"):  # kept tokens have loops of their own: spills
+        most = 2_900_000
+    assert program.memory_analysis().temp_size_in_bytes < most
 
 
 @pytest.mark.parametrize("name", MAIN)
