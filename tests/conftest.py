@@ -1,5 +1,6 @@
 """What every test runs under: 8 CPU devices, a cache of programs, strict promotion, a pace."""
 
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -7,11 +8,14 @@ import tempfile
 
 # Before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisation of code for CPUs takes longer than it saves: `harness.AS_USERS` asks for it
-# where a test's numbers or programs depend on it.
+# To optimise code for CPUs takes longer than it saves: `harness.AS_USERS` asks for it where a
+# test's numbers or programs depend on it. So do the fusion emitters, three quarters of XLA's time
+# for an interpreted kernel; jaxlib 0.11 cannot do without.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     + "--xla_backend_optimization_level=0 " * (os.environ["JAX_PLATFORMS"] == "cpu")
+    + "--xla_cpu_use_fusion_emitters=false "
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
     + os.environ.get("XLA_FLAGS", "")
 ).strip()
 

@@ -6,6 +6,7 @@ Every implementation is held to it on the same batches: each row of a batch is o
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,9 @@ EPS32 = float(np.finfo(np.float32).eps)
 ALPHA = 100.0
 VOCABULARIES = (1, 7, 130, 257, 1000, 2049)
 # Compiled as everywhere: the tests' default is to make code quickly (conftest.py).
-AS_USERS = {"xla_backend_optimization_level": 3}
+AS_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 MAIN = tk.TRAINING_OBJECTIVES
 
 

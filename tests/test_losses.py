@@ -21,7 +21,7 @@ from t5patches_kernels.core import statistics
 SEEDS = st.integers(0, 2**32 - 1)
 # Sizes other than 257 take turns over the objectives; what is left of them is slow.
 SWEEP = [
-    slow_unless(size == 257 or (i + j) % 2 == 0, name, size)
+    slow_unless(size == 257 or (i + j) % 3 == 0, name, size)
     for i, name in enumerate(CASES)
     for j, size in enumerate(VOCABULARIES if name in MAIN else (257,))
 ]
