@@ -38,6 +38,8 @@ class TotalConfig:
     pad_id: int = 31
     begin_id: int = 30
     end_id: int = 29
+    end_ids: tuple = (29,)
+    max_positions: None = None
 
 
 @dataclasses.dataclass(frozen=True)
