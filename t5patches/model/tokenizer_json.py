@@ -46,25 +46,25 @@ class JsonTokenizer:
         controls: the special tokens' ids, for `encode_template`.
     """
 
-    def __init__(self, content: bytes, ends: Sequence[int], before: Sequence[int] | None = None):
+    def __init__(self, content: bytes, ends: Sequence[int], before: str | None = None):
         """Reads a tokenizer.
 
         Args:
             content: of the file.
             ends: the ids that end an output, the one that is put behind a text first.
-            before: the ids in front of a prompt; default, those of the file's post-processor.
+            before: the token in front of a prompt, nothing for none; default, what the file's
+                post-processor puts there.
 
         Raises:
-            ValueError: the library cannot read it, an end id is none of its special tokens, or it
-                does not get through a line of text in time.
+            ValueError: the library cannot read it, it lacks that token, or it does not get through
+                a line of text in time.
         """
         with _panics_are_errors():
             tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
             # What is cut off or filled up is decided elsewhere.
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            if before is None:
-                before = _before(tokenizer)
+            first = _put_before(tokenizer, before)
             # A post-processor may take the spaces at a token's ends off its characters.
             tokenizer.post_processor = None
             tokenizer.encode_special_tokens = True
@@ -74,13 +74,13 @@ class JsonTokenizer:
         self.controls: Mapping[str, int] = {
             token.content: i for i, token in added.items() if token.special and token.content
         }
-        self.special = SpecialIds(-1, tuple(ends), tuple(before))
+        self.special = SpecialIds(-1, tuple(ends), first)
         self.chat: bool | None = None
         self.pad_id, self.end_ids, self.eos_id = -1, tuple(ends), ends[0]
         self._silent = frozenset(self.controls.values()) | frozenset(ends)
         # Some hold special tokens beyond the model's embedding: for images, say.
         spelled = (i for i in vocabulary.values() if i not in self._silent)
-        self.vocab_size: int = 1 + max((*spelled, *ends, *before), default=-1)
+        self.vocab_size: int = 1 + max((*spelled, *ends, *first), default=-1)
         if self.vocab_size > _MOST_IDS:
             raise ValueError(f"it has an id {self.vocab_size - 1}: no model has so many")
         decoder = tokenizer.decoder
@@ -269,12 +269,16 @@ def _panics_are_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizers library says: {error}".splitlines()[0]) from error
 
 
-def _before(tokenizer: Any) -> tuple[int, ...]:
-    """What the post-processor puts in front of a text."""
-    found = tokenizer.encode("a")
-    added = found.special_tokens_mask
-    count = next((n for n, special in enumerate(added) if not special), 0)
-    return tuple(found.ids[:count])
+def _put_before(tokenizer: Any, before: str | None) -> tuple[int, ...]:
+    """What stands in front of a prompt."""
+    if before is None:
+        found = tokenizer.encode("a")
+        added = found.special_tokens_mask
+        count = next((n for n, special in enumerate(added) if not special), 0)
+        return tuple(found.ids[:count])
+    if before and tokenizer.token_to_id(before) is None:
+        raise ValueError(f"it lacks {before!r}, which is to stand in front of a prompt")
+    return (tokenizer.token_to_id(before),) if before else ()
 
 
 def _steps(decoder: Any) -> frozenset[str]:
