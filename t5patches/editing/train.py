@@ -560,7 +560,7 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
     if size != settings.negatives:
         raise ValueError(
             f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
-            f"make them with to_arrays(examples, negatives={settings.negatives})"
+            f"make them with to_arrays(examples, pad_id=..., negatives={settings.negatives})"
         )
     odd = np.argwhere(~np.isfinite(arrays["weights"]))
     if len(odd):
