@@ -25,13 +25,12 @@ from t5patches.editing.data import (
     Example,
     make_example,
     pad_rows,
-    require_positions,
     token_mask,
 )
 from t5patches.editing.plan import require_room
 from t5patches.model.batches import Group, by_length
 from t5patches.model.generate import generate, working_memory
-from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer, input_text
 from t5patches.runs.claims import make_part
 
@@ -313,8 +312,7 @@ def require_room_to_speak(
         ValueError: naming what to change.
     """
     ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
-    lengths = [len(row) for row in ids]
-    require_positions(model.config, lengths, [max_length] * len(lengths), "input")
+    require_positions(model.config, np.array([len(row) for row in ids]), max_length)
     # Attention within the inputs grows with the square of their length.
     largest = max(groups, key=lambda group: len(group.filled) * group.length**2)
     working = working_memory(

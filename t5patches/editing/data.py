@@ -34,7 +34,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from t5patches.model.protocol import ModelConfig
 from t5patches.model.tokenizer import Inputs, Message, Span, TokenizedText, Tokenizer
 from t5patches.runs.files import write_file
 
@@ -415,37 +414,6 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
         examples: what to write.
     """
     write_file(path, "".join(_line(example) + "\n" for example in examples))
-
-
-def require_positions(
-    config: ModelConfig, prompts: Sequence[int], outputs: Sequence[int], thing: str
-) -> None:
-    """Refuses texts that are longer than the model has positions for.
-
-    Args:
-        config: of the model.
-        prompts: tokens of each prompt.
-        outputs: tokens of the output to each.
-        thing: what to call one of them.
-
-    Raises:
-        ValueError: naming the first that is too long.
-    """
-    most = getattr(config, "max_length", None)
-    # The last token of an output is predicted and not read.
-    longer = [
-        n
-        for n, pair in enumerate(zip(prompts, outputs, strict=True))
-        if most and sum(pair) - 1 > most
-    ]
-    if longer:
-        n = longer[0]
-        raise ValueError(
-            f"{len(longer)} of {len(prompts)} {thing}s are longer than the model's {most} "
-            f"positions: number {n + 1} has {prompts[n]} tokens, and its output {outputs[n]}. "
-            "Shorten them (--truncate-inputs), leave them out (--skip-longer), or ask for shorter "
-            "outputs"
-        )
 
 
 def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:

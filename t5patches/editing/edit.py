@@ -28,7 +28,6 @@ from t5patches.editing.data import (
     Limits,
     corrected_examples,
     read_examples,
-    require_positions,
     to_arrays,
     within,
 )
@@ -49,7 +48,7 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel, differing
+from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
@@ -225,9 +224,8 @@ def check(job: Job) -> Checked:
     check_chat(job.model, job.chat)
     sets, notes = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
-    prompts = [len(example.input_ids) for example in examples]
-    outputs = [len(example.output_ids) for example in examples]
-    require_positions(model.config, prompts, outputs, "example")
+    lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
+    require_positions(model.config, *lengths.T)
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
