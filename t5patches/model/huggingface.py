@@ -227,11 +227,11 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
     """
     path = Path(folder) / "config.json"
     found: Mapping[str, Any] = _read_json(path)
-    kind, known = found.get("model_type"), [t for f in FAMILIES for t in f.model_types]
+    kind = found.get("model_type")
     family = next((f for f in FAMILIES if kind in f.model_types), None)
     wrong, fields = [], {}
     if family is None:
-        types = " and ".join(json.dumps(name) for name in known)
+        types = ", ".join(json.dumps(name) for f in FAMILIES for name in f.model_types)
         wrong.append(f"model_type is {kind!r}; known are {types}")
     else:
         generation = path.with_name("generation_config.json")
@@ -243,9 +243,9 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
                 wrong.append(f"{name} is {value!r}; {setting.needed}")
             elif setting.field is not None:
                 fields[setting.field] = field
-    wrong += [
-        f"{name} is set; only {x} are known" for name, x in _REFUSED.items() if found.get(name)
-    ]
+    for name, these in _REFUSED.items():
+        if found.get(name):
+            wrong.append(f"{name} is set; only {these} are known")
     if family is not None and not wrong:
         try:
             return family.model(**fields)

@@ -81,10 +81,10 @@ def _read_rotary(said: Any) -> Rotary | None:
         names["original_max_position_embeddings"] = "positions"
     elif scaling not in ("default", "linear"):
         return None
-    numbers = {field: said.get(name) for name, field in names.items()}
+    numbers: dict[str, Any] = {field: said.get(name) for name, field in names.items()}
     if not all(type(x) in (int, float) and 0 < x < 1e18 for x in numbers.values()):
         return None
-    rotary = Rotary(**numbers, scaling=scaling)
+    rotary = Rotary(**{field: float(x) for field, x in numbers.items()}, scaling=scaling)
     return None if scaling == "llama3" and rotary.low >= rotary.high else rotary
 
 
@@ -402,7 +402,7 @@ def _complete_gemma_3(found: Settings, generation: Settings) -> dict[str, Any]:
             _sliding(out, lambda i: (i + 1) % pattern > 0)
         else:
             out["layer_types"] = f"by sliding_window_pattern {pattern!r}"
-    said = found.get("rope_parameters")
+    said: Any = found.get("rope_parameters")
     both = isinstance(said, Mapping) and said.keys() & {FULL, SLIDING}
     bases = {FULL: ("rope_theta", 1_000_000.0), SLIDING: ("rope_local_base_freq", 10_000.0)}
     rotaries = {}

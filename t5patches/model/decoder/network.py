@@ -1,4 +1,4 @@
-r"""A decoder-only network as functions on a nested dict of parameters, configurable to ten families.
+r"""A decoder-only network of many switches, as functions on a nested dict of parameters.
 
 A layer adds attention and a feed-forward block to the residual stream:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Rotary(NamedTuple):
       factor: see `scaling`.
       low: see `scaling`.
       high: see `scaling`.
-      positions: length of the texts that a model was trained on before it was scaled.
+      positions: the number of them in the texts that a model was trained on before it was scaled.
     """
 
     base: float = 10_000.0
@@ -56,7 +57,7 @@ class Rotary(NamedTuple):
     factor: float = 1.0
     low: float = 1.0
     high: float = 1.0
-    positions: int = 0
+    positions: float = 0.0
 
     def turns(self, head_dim: int) -> np.ndarray:
         """The frequencies f, float32 `[R / 2]`."""
@@ -247,14 +248,8 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
         if config.qk_norm:
             norm(config.head_dim, "head_dim", at, "attention", "query_norm")
             norm(config.head_dim, "head_dim", at, "attention", "key_norm")
-        linear(
-            (joined, width),
-            ("heads", "embed"),
-            config.attention_bias == "all",
-            at,
-            "attention",
-            "out",
-        )
+        of_out = config.attention_bias == "all"
+        linear((joined, width), ("heads", "embed"), of_out, at, "attention", "out")
         for part in ("gate", "up") if config.gated else ("up",):
             linear((width, inner), ("embed", "mlp"), config.mlp_bias, at, "mlp", part)
         linear((inner, width), ("mlp", "embed"), config.mlp_bias, at, "mlp", "down")
@@ -499,14 +494,13 @@ def run(
         window: causal & (distance < window) if window else causal
         for window in {config.window(i) for i in range(config.num_layers)}
     }
-    keys = iter(
-        [] if dropout_key is None else jax.random.split(dropout_key, 2 * config.num_layers + 1)
-    )
+    dropped = itertools.count()
 
     def drop(x: Array) -> Array:
         if dropout_key is None or not config.dropout_rate:
             return x
-        kept = jax.random.bernoulli(next(keys), 1 - config.dropout_rate, x.shape)
+        key = jax.random.fold_in(dropout_key, next(dropped))
+        kept = jax.random.bernoulli(key, 1 - config.dropout_rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - config.dropout_rate, x.dtype), 0)
 
     x = drop(embed(config, params, tokens, positions))
