@@ -1,7 +1,7 @@
 """Makes the small Hugging Face folders of decoder-only models that the tests read.
 
     python3 -m venv /tmp/hf
-    /tmp/hf/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors
+    /tmp/hf/bin/pip install torch==2.14.1 transformers==5.24.0 safetensors
     /tmp/hf/bin/python tests/data/make_hf_decoders.py
 
 Random weights, so that nothing is downloaded; every kind of parameter is far from its initial
@@ -93,7 +93,7 @@ CASES = {
     ),
     "gpt_neox_sequential": (
         "GPTNeoX",
-        {**SIZES, "intermediate_size": 24, "use_parallel_residual": False}
+        {**SIZES, "intermediate_size": 24, "use_parallel_residual": False, "hidden_size": 32}
         | {"attention_bias": False, "tie_word_embeddings": True},
         {},
     ),
@@ -114,6 +114,7 @@ CASES = {
 
 def main():
     """Writes the folders."""
+    transformers.utils.logging.disable_progress_bar()
     for name in CASES:
         folder = HERE / "decoders" / name
         theirs = make(name, folder)
@@ -121,7 +122,7 @@ def main():
 
 
 def make(name, folder):
-    """Saves a model with random weights; returns it in float32."""
+    """Saves a model with random weights; returns it as it is read, in float32."""
     kind, config, how = CASES[name]
     torch.manual_seed(list(CASES).index(name))
     model_class = transformers.AutoModelForCausalLM
@@ -146,7 +147,8 @@ def make(name, folder):
             tensors[f"h.{i}.attn.bias"] = torch.tril(torch.ones(64, 64, dtype=torch.uint8))[None]
             tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return model.float().eval()
+    # Read again, as numbers that are no parameters were rounded too.
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def is_norm(name):

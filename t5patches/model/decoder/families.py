@@ -161,6 +161,7 @@ _GEMMA: Mapping[str, Setting] = {
     **{name: setting for name, setting in _GATED.items() if name != "hidden_act"},
     "hidden_activation": choice("activation", _ACTIVATIONS, "gelu_pytorch_tanh"),
     "attention_bias": _ATTENTION_BIAS,
+    "use_bidirectional_attention": only(False),
 }
 _GEMMA_2: Mapping[str, Setting] = {
     **_GEMMA,
@@ -609,7 +610,7 @@ KINDS: Mapping[str, _Kind] = {
     ),
     "gemma3_text": _Kind(
         "Gemma3ForCausalLM",
-        {**_GEMMA_2, "use_bidirectional_attention": only(False)},
+        _GEMMA_2,
         {**_GEMMA_FIELDS, "norms": "both", "qk_norm": True},
         _complete_gemma_3,
         _written_gemma_3,
