@@ -148,6 +148,11 @@ def make(name, folder):
             tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # Read again, as numbers that are no parameters were rounded too.
+    return read(folder)
+
+
+def read(folder):
+    """A folder's model, as the library reads it."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -165,7 +165,10 @@ _GEMMA: Mapping[str, Setting] = {
 }
 _GEMMA_2: Mapping[str, Setting] = {
     **_GEMMA,
-    "query_pre_attn_scalar": positive("query_scalar", 256.0),
+    # The library takes no 256.0.
+    "query_pre_attn_scalar": positive("query_scalar", 256.0)._replace(
+        write=lambda value: int(value) if value == int(value) else value
+    ),
     "attn_logit_softcapping": _bound("attention_softcap"),
     "final_logit_softcapping": _bound("logit_softcap"),
     "sliding_window": _WINDOW,
