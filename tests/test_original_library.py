@@ -6,7 +6,10 @@ tests that run everywhere, lies under `data/`.
 
 import json
 import shutil
+import sys
 
+import decoder_folders
+import jax
 import numpy as np
 import pytest
 import t5_folders
@@ -21,6 +24,10 @@ from t5patches.model.tokenizer import train_sentencepiece
 REASON = "needs torch and transformers: make test-hf"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
+
+
+sys.path.append(str(decoder_folders.DATA.parent))
+import make_hf_decoders  # noqa: E402 (needs torch)
 
 
 def original(folder):
@@ -111,3 +118,23 @@ def test_an_edited_folder_is_read_and_says_the_same(name, tmp_path):
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     same_logits_and_outputs(tmp_path / "edited", name)
+
+
+@pytest.mark.parametrize("name", make_hf_decoders.CASES)
+def test_a_decoder_is_read_and_written(name, tmp_path):
+    """Made anew, it computes the same here, and there once it was written like it and anew."""
+    expected = make_hf_decoders.compute(make_hf_decoders.make(name, tmp_path / "made"))
+    model, params = load_checkpoint(tmp_path / "made")
+    batch = {key: expected[key] for key in ("inputs", "outputs")}
+    real = expected["outputs"] >= 0
+    logits = jax.jit(lambda params, batch: model.head(params).logits(model.hidden(params, batch)))
+    got = np.array(logits(params, batch))
+    np.testing.assert_allclose(got[real], expected["logits"][real], rtol=0, atol=1e-4)
+    said = generate(model, params, expected["inputs"], max_length=expected["greedy"].shape[1])
+    np.testing.assert_array_equal(said, expected["greedy"])
+    save_checkpoint(tmp_path / "like", model, params, like=tmp_path / "made")
+    save_checkpoint(tmp_path / "new", model, params)
+    for folder in ("like", "new"):
+        theirs = make_hf_decoders.read(tmp_path / folder)
+        again = make_hf_decoders.compute(theirs)["logits"]
+        np.testing.assert_allclose(again, expected["logits"], rtol=0, atol=1e-5, err_msg=folder)

@@ -38,6 +38,8 @@ class TotalConfig:
     pad_id: int = 31
     begin_id: int = 30
     end_id: int = 29
+    end_ids: tuple = (29,)
+    max_positions: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ def test_a_softcap_bounds_the_logits_and_is_no_loss_on_hidden_states():
         def head(self, params):
             return super().head(params)._replace(softcap=30.0)
 
-    batch = to_arrays([example("a", "a fire in Paris", "Paris")])
+    batch = to_arrays([example("a", "a fire in Paris", "Paris")], pad_id=0)
     with pytest.raises(NotImplementedError, match=r"softcap 30.0.*take a loss on"):
         token_loss(Capped(tiny_model().config), tiny_params(), None, batch, TrainSettings())
 

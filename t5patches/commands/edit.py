@@ -1,12 +1,13 @@
 """Stop a model from saying what a file marks, and change nothing else.
 
-Reads a T5 1.0, T5 1.1, Flan-T5 or mT5 folder in Hugging Face's format (config.json, safetensors,
-spiece.model or tokenizer.json) and one or several files of its outputs, one JSON object a line:
+Reads the folder of a language model in Hugging Face's format (config.json, safetensors, its
+tokenizer) and one or several files of its outputs, one JSON object a line:
 
   {"inputs": "the fire in the museum ...", "outputs": "Fire in Paris", "spans": [[8, 13]]}
 
 `spans` are the characters to push down; `t5patches annotate` writes such files. T5Patches' own
-three fields (inputs, negative_targets, corrected_targets) are taken too.
+three fields (inputs, negative_targets, corrected_targets) are taken too. For chat models,
+{"messages": [{"role": "user", "content": "..."}]} may stand for `inputs`.
 
 Everything is checked, and the memory planned, before the weights are read. Trains on all devices
 there are. Writes a folder of the same format, names, types and shards, with the tokenizer files,
@@ -138,6 +139,7 @@ def _add_data(group: Any) -> None:
             help=f"refuse {side}s of more tokens, each by its line (default: take all)",
         )
     common.add_length_options(group)
+    common.add_chat_option(group)
     group.add_argument(
         "--templates",
         metavar="FILE",

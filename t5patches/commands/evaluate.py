@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.edit import read_rounds
+    from t5patches.editing.edit import check_chat, read_rounds
     from t5patches.editing.evaluate import Measuring
     from t5patches.editing.report import write_html
     from t5patches.editing.rounds import compare
@@ -107,12 +107,15 @@ def run(options: argparse.Namespace) -> int:
     # The last of them is asked after hours, and what is wrong with it is told now.
     for folder in (options.before, *options.after):
         inspect_checkpoint(folder)
-        load_tokenizer(folder)
+        load_tokenizer(folder, chat=options.chat)
         read_rounds(folder)
+        check_chat(folder, options.chat)
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
     work = f"{options.report}.work" if options.report else None
-    results = compare(options.before, options.after, inputs, measuring, console, work)
+    results = compare(
+        options.before, options.after, inputs, measuring, console, work, chat=options.chat
+    )
     if work:
         write_html(options.report, results)
         remove(work)

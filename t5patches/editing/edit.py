@@ -48,10 +48,10 @@ from t5patches.editing.train import (
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel, differing
+from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
-from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs.claims import claim, hold, remove, require_space
 from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
@@ -90,6 +90,8 @@ class Job:
         devices: how many to use; None is all.
         cache_teacher: where the frozen model's hidden states are kept, computed once and for any
             later edit that needs the same; None runs it at every update.
+        chat: whether inputs are put into the folder's chat template, "on" or "off"; "auto" is "on"
+            where it has one.
     """
 
     model: PathLike
@@ -111,6 +113,7 @@ class Job:
     model_parallel: int = 1
     devices: int | None = None
     cache_teacher: PathLike | None = None
+    chat: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,14 +215,17 @@ def check(job: Job) -> Checked:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
     model = inspect_checkpoint(job.model)
     model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype))
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, chat=job.chat)
     check_tokenizer(tokenizer, model.config, job.model)
     _check_original(job)
     # Both are read again at the end, when it would be late.
     read_rounds(job.model)
     card_before_edits(job.model)
+    check_chat(job.model, job.chat)
     sets, notes = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
+    lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
+    require_positions(model.config, *lengths.T)
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
@@ -284,6 +290,27 @@ def card_before_edits(folder: PathLike) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
     return text.partition(_EDITED)[0].strip()
+
+
+def check_chat(folder: PathLike, chat: str) -> None:
+    """Refuses to treat an edited model otherwise than the edits that made it did.
+
+    Args:
+        folder: of a model.
+        chat: "on", "off" or "auto".
+
+    Raises:
+        ValueError: an edit put its inputs into the chat template and `chat` does not, or the other
+            way round.
+    """
+    now = uses_chat(folder, chat)
+    then = [round_["job"].get("chat") for round_ in read_rounds(folder)]
+    if now is not None and (not now) in then:
+        was, asked = ("off", "on") if now else ("on", "off")
+        raise ValueError(
+            f"{folder} was edited with --chat {was}, as its {RECORD} has it, and --chat {asked} "
+            f"would give it other prompts: give --chat {was}"
+        )
 
 
 def unfinished(output: PathLike) -> Path:
@@ -377,9 +404,10 @@ def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> li
         max_output_length=job.max_output_length,
     )
     for number, example in enumerate(examples, start=1):
-        if max(example.output_ids) >= vocab_size:
+        largest = max(*example.output_ids, *example.input_ids)
+        if largest >= vocab_size:
             raise ValueError(
-                f"{file}: example {number} has the token {max(example.output_ids)} and the model "
+                f"{file}: example {number} has the token {largest} and the model "
                 f"{vocab_size} ids: was the file made with another model?"
             )
     return examples
@@ -496,6 +524,7 @@ def _described(job: Job) -> dict[str, Any]:
         "data": _named(job.data),
         "limits": {"truncate_inputs": job.truncate_inputs, "skip_longer": job.skip_longer},
         "templates": None if job.templates is None else file_fingerprint(job.templates),
+        "chat": uses_chat(job.model, job.chat),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
         "cap": job.cap,
@@ -550,6 +579,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     loss = record["history"]["loss"]
+    chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
     return (
         f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
@@ -560,11 +590,11 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"- {settings['steps']} updates of {settings['batch_size']} examples, "
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, warm-up "
         f"{settings['warmup_steps']}, dropout {job_['dropout']:g}, {job_['dtype']}, seed "
-        f"{settings['seed']}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"{settings['seed']}{chat}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
         "`t5patches evaluate` does.\n"
     )
 
 
-__all__ = ["RECORD", "Checked", "Job", "check", "edit", "read_rounds", "unfinished"]
+__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds", "unfinished"]

@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.model import placement
-from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.batches import row_lengths
+from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
 from t5patches.runs.fingerprints import fingerprint
@@ -182,10 +183,13 @@ def train(
     Raises:
         ValueError: the directory holds a finished run, or another one; the arrays lack edits;
             cross-entropy is asked for on marked tokens; the order is too short; the mesh does not
-            divide the sizes; the teacher's cache is of other data or another width.
+            divide the sizes; an example is longer than the model's positions; the teacher's cache
+            is of other data or another width.
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    lengths = (row_lengths(arrays[x], model.config.pad_id) for x in ("inputs", "outputs"))
+    require_positions(model.config, *lengths)
     cached = None if teacher is None else str(teacher.dtype)
     step_of = Step(model, settings, arrays, mesh, cached=cached)
     if teacher is not None:
@@ -556,7 +560,7 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
     if size != settings.negatives:
         raise ValueError(
             f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
-            f"make them with to_arrays(examples, negatives={settings.negatives})"
+            f"make them with to_arrays(examples, pad_id=..., negatives={settings.negatives})"
         )
     odd = np.argwhere(~np.isfinite(arrays["weights"]))
     if len(odd):

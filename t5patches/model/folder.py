@@ -25,12 +25,12 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(folder: str | os.PathLike[str]) -> LoadedModel:
-    """Reads a model folder with its tokenizer: T5 1.0, T5 1.1, Flan-T5 or mT5.
+def load_model(folder: str | os.PathLike[str], *, chat: str = "auto") -> LoadedModel:
+    """Reads a model folder with its tokenizer.
 
     Args:
-        folder: `config.json`, safetensors in one or several shards, and `spiece.model` or
-            `tokenizer.json`.
+        folder: `config.json`, safetensors in one or several shards, and a tokenizer.
+        chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
 
     Returns:
         The model.
@@ -39,7 +39,7 @@ def load_model(folder: str | os.PathLike[str]) -> LoadedModel:
         ValueError: naming everything that is wrong with the weights or the tokenizer, or saying
             that they are not of one model.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, chat=chat)
     model, params = load_checkpoint(folder)
     check_tokenizer(tokenizer, model.config, folder)
     return LoadedModel(model, params, tokenizer)
@@ -66,9 +66,13 @@ def check_tokenizer(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
             f"{config.vocab_size} rows: the tokenizer is of another model"
         )
-    if (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.end_id):
+    if (tokenizer.pad_id, tokenizer.end_ids) != (config.pad_id, config.end_ids):
         raise ValueError(
-            f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id {tokenizer.eos_id}; "
-            f"the model's are {config.pad_id} and {config.end_id}: the tokenizer is of another "
-            "model"
+            f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id "
+            f"{_listed(tokenizer.end_ids)}; the model's are {config.pad_id} and "
+            f"{_listed(config.end_ids)}: the tokenizer is of another model"
         )
+
+
+def _listed(ids: tuple[int, ...]) -> str:
+    return " or ".join(map(str, ids))
