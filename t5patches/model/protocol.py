@@ -56,17 +56,13 @@ class OutputHead(NamedTuple):
         """The options by which the linear losses of `t5patches_kernels` make the same logits.
 
         Returns:
-          `logit_scale` and `transposed`.
-
-        Raises:
-          NotImplementedError: the head has a softcap, which no kernel applies.
+          `logit_scale`, `transposed` and `softcap`.
         """
-        if self.softcap is not None:
-            raise NotImplementedError(
-                f"the model bounds its logits (softcap {self.softcap}) and the losses on hidden "
-                "states do not: take a loss on `OutputHead.logits`"
-            )
-        return {"logit_scale": self.logit_scale, "transposed": self.transposed}
+        return {
+            "logit_scale": self.logit_scale,
+            "transposed": self.transposed,
+            "softcap": self.softcap,
+        }
 
 
 class ModelConfig(Protocol):
