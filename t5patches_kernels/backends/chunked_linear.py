@@ -127,7 +127,7 @@ def _chunked(
     def body(block, donated, fresh):
         hidden, ref_hidden, tokens, stats, d_stats = block
         z = product_of(hidden, kernel, head)
-        reference = ()
+        reference: tuple[Array, ...] = ()
         if operands.reference:
             reference = (capped(product_of(ref_hidden, operands.reference[1], head), head),)
         logits = Operands((capped(z, head),), reference)
