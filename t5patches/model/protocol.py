@@ -45,7 +45,7 @@ class OutputHead(NamedTuple):
 
         Example:
           >>> head = OutputHead(jnp.eye(2), transposed=False, logit_scale=3.0, softcap=2.0)
-          >>> head.logits(jnp.array([0.0, 9.0])).tolist()
+          >>> head.logits(jnp.array([0.0, 9.0])).round(4).tolist()
           [0.0, 2.0]
         """
         kernel = self.kernel.T if self.transposed else self.kernel
