@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import decoder_folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from t5patches.editing.data import to_arrays, write_examples
 from t5patches.editing.edit import Job, read_rounds, unfinished
 from t5patches.editing.evaluate import kept_divergence
 from t5patches.editing.plan import plan_memory
-from t5patches.editing.train import Step, TrainSettings, token_loss, train
+from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint
@@ -161,6 +162,25 @@ def test_generation_and_teacher_forcing_see_the_adapter():
     assert (said[0] != said[2]).any()
     kl = kept_divergence(model, beside, whole, EXAMPLES).value
     assert abs(kl) < 1e-6 < kept_divergence(model, beside, params, EXAMPLES).value
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "falcon_new"])
+def test_a_decoder_takes_an_adapter(name):
+    """Kernels that lie the other way round, bounded logits, fused projections."""
+    model, params, expected = decoder_folders.load(name)
+    batch = {key: expected[key] for key in ("inputs", "outputs")}
+    real = expected["outputs"] >= 0
+    adapter = some_adapter(model)
+    hidden = jax.jit(model.hidden)
+    beside, whole, alone = (
+        np.asarray(hidden(x, batch))[real]
+        for x in (attached(params, adapter, LORA), merged(params, adapter, LORA), dict(params))
+    )
+    close(beside, whole, rtol=1e-4)
+    assert np.abs(beside - alone).max() > 0.1
+    # What is frozen may be held in bfloat16.
+    held = attached(in_dtype(params, "bfloat16"), adapter, LORA)
+    assert jax.eval_shape(model.hidden, held, batch).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import Lora, load_adapter
+from t5patches.model.lora import (
+    Lora,
+    adapter_shapes,
+    attached,
+    load_adapter,
+    merged,
+    save_adapter,
+)
 from t5patches.model.tokenizer import train_sentencepiece
 
 REASON = "needs torch and transformers: make test-hf"
@@ -212,3 +219,33 @@ def test_an_adapter_that_peft_wrote_is_read(case, base, tmp_path):
     assert load_adapter(tmp_path / "adapter", base).lora.scale == lora.scale
     got = logits_of(theirs, base.name)
     np.testing.assert_allclose(got, our_logits(tmp_path / "adapter", base, base.name), atol=1e-4)
+
+
+def some_adapter(model, lora):
+    """Numbers for an adapter, neither half of which is 0."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: 0.3 * random.standard_normal(x.shape).astype(np.float32),
+        adapter_shapes(model, lora),
+    )
+
+
+@RENAMED
+@pytest.mark.parametrize("name", make_hf_decoders.CASES)
+def test_an_adapter_of_a_decoder_is_read_and_gives_the_same_logits(name, tmp_path):
+    """Fused projections, kernels that lie the other way round, and a folder without its head."""
+    base = tmp_path / "base"
+    before = make_hf_decoders.compute(make_hf_decoders.make(name, base))
+    model, params = load_checkpoint(base)
+    lora = Lora(2, 6.0)
+    save_adapter(tmp_path / "adapter", model, some_adapter(model, lora), lora, base=base)
+    theirs = peft.PeftModel.from_pretrained(make_hf_decoders.read(base), tmp_path / "adapter")
+    expected = make_hf_decoders.compute(theirs.eval())
+    assert np.abs(expected["logits"] - before["logits"]).max() > 0.1
+    found = load_adapter(tmp_path / "adapter", base)
+    batch = {key: expected[key] for key in ("inputs", "outputs")}
+    real = expected["outputs"] >= 0
+    logits = jax.jit(lambda params: model.head(params).logits(model.hidden(params, batch)))
+    for combine in (attached, merged):
+        got = np.array(logits(combine(params, found.params, found.lora)))
+        np.testing.assert_allclose(got[real], expected["logits"][real], rtol=0, atol=2e-4)
