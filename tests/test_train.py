@@ -152,7 +152,8 @@ def test_the_original_is_an_argument_of_the_compiled_step():
         tiny_params(), train_module._optimizer(SETTINGS).init(tiny_params())
     )
     step = functools.partial(train_module.update, model=MODEL, settings=SETTINGS)
-    traced = jax.make_jaxpr(step)(state, tiny_params(1), batch, 0, 0)
+    frozen = train_module.Frozen(None, tiny_params(1))
+    traced = jax.make_jaxpr(step)(state, frozen, batch, 0, 0)
     largest = max((np.size(c) for c in traced.consts), default=0)
     assert largest < max(np.size(x) for x in jax.tree.leaves(tiny_params()))
 

@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of the command.
     """
-    parser.add_argument("--model", metavar="DIR", required=True, help="a model folder")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="a model folder, or an adapter's"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
+    )
     add_input_arguments(parser)
     parser.add_argument("--rules", metavar="FILE", required=True, help="what is unwanted (TOML)")
     parser.add_argument(
@@ -172,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     from t5patches.editing.edit import check_chat
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
-    from t5patches.model.folder import load_model
+    from t5patches.model.folder import load_model, whole_model
 
     settings = CollectSettings(
         temperature=options.temperature,
@@ -183,9 +188,10 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rules = read_rules(options.rules)
-    check_chat(options.model, options.chat)
-    inputs = [source.inputs for source in read_sources(options, options.model)]
-    model = load_model(options.model, chat=options.chat)
+    whole = str(whole_model(options.model, options.base))
+    check_chat(options.model, options.chat, options.base)
+    inputs = [source.inputs for source in read_sources(options, whole)]
+    model = load_model(options.model, options.base, chat=options.chat)
     with training_progress(common.progress_console(options)) as progress:
         examples = collect(model, inputs, rules, options.output, settings, progress)
     result = _result(examples, rules, model.tokenizer.end_ids)

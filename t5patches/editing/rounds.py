@@ -30,6 +30,7 @@ def compare(
     measuring: Measuring,
     console: Console | None = None,
     work: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     *,
     chat: str = "auto",
 ) -> Results:
@@ -43,6 +44,7 @@ def compare(
         console: where to tell what happens; default, the terminal's standard error.
         work: a directory for what the models say, so that a killed comparison goes on when it is
             repeated; it is the caller's to remove. None keeps nothing.
+        base: the folder that adapters lie beside; None is `before`.
         chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
 
     Returns:
@@ -52,9 +54,10 @@ def compare(
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
             differ; `work` is of another comparison; or a batch does not fit into memory.
     """
-    for folder in (before, *after):
-        check_chat(folder, chat)
-    original, meter = load_model(before, chat=chat), measuring.meter
+    check_chat(before, chat, base)
+    for folder in after:
+        check_chat(folder, chat, base or before)
+    original, meter = load_model(before, base, chat=chat), measuring.meter
     require_room_to_speak(
         original.model,
         inputs,
@@ -74,7 +77,7 @@ def compare(
         own = own_measures(*original[:2], outputs, original.tokenizer, **more)
         rows = []
         for number, folder in enumerate(after, start=1):
-            edited = load_model(folder, chat=chat)
+            edited = load_model(folder, base or before, chat=chat)
             _check_alike(folder, edited, original, inputs)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
             edited = _on_device(edited)

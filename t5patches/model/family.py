@@ -122,6 +122,7 @@ class Family:
         unused: patterns, as `fnmatch` has them, of the names of tensors that a folder may have and
             the network does not.
         prefix: of the tensors' names, which a folder may leave out of all of them.
+        task: what the PEFT library calls what its models do, in an adapter's folder.
     """
 
     name: str
@@ -136,3 +137,4 @@ class Family:
     shown: Callable[[Any, Collection[str]], Mapping[str, Any]] = lambda config, names: {}
     unused: Sequence[str] = ()
     prefix: str = ""
+    task: str = "CAUSAL_LM"

@@ -268,8 +268,13 @@ def output_head(config: DecoderConfig, params: Params) -> OutputHead:
 
 
 def linear(params: Params, x: Array) -> Array:
-    """`x @ kernel + bias`: every matrix product of the network but the head's."""
+    """`x @ kernel + bias`: every matrix product of the network but the head's.
+
+    Where the parameters hold an adapter (`t5patches.model.lora`), `x @ lora_a @ lora_b` is added.
+    """
     y = x @ params["kernel"].astype(x.dtype)
+    if "lora_a" in params:
+        y = y + x @ params["lora_a"].astype(x.dtype) @ params["lora_b"].astype(x.dtype)
     return y + _over(params["bias"], y) if "bias" in params else y
 
 
