@@ -226,16 +226,35 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
       ValueError: naming everything in it that no network here can express.
     """
     path = Path(folder) / "config.json"
-    found: Mapping[str, Any] = _read_json(path)
+    generation = path.with_name("generation_config.json")
+    return understand(_read_json(path), _read_json(generation) if generation.exists() else {}, path)
+
+
+def understand(
+    found: Mapping[str, Any], generation: Mapping[str, Any], path: str | os.PathLike
+) -> LanguageModel:
+    """The model that a `config.json` describes.
+
+    Args:
+      found: what it says.
+      generation: what `generation_config.json` says.
+      path: where that is from, for messages.
+
+    Returns:
+      See `read_config`.
+
+    Raises:
+      ValueError: naming everything in it that no network here can express.
+    """
     kind = found.get("model_type")
     family = next((f for f in FAMILIES if kind in f.model_types), None)
-    wrong, fields = [], {}
+    wrong: list[str] = []
+    fields = {}
     if family is None:
         types = ", ".join(json.dumps(name) for f in FAMILIES for name in f.model_types)
         wrong.append(f"model_type is {kind!r}; known are {types}")
     else:
-        generation = path.with_name("generation_config.json")
-        found = family.complete(found, _read_json(generation) if generation.exists() else {})
+        found = family.complete(found, generation)
         for name, setting in family.settings.items():
             value = setting.default if found.get(name) is None else found[name]
             field = setting.read(value)
