@@ -36,6 +36,7 @@ from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.train import (
     MAY_DIFFER,
+    Batches,
     Params,
     Step,
     Trained,
@@ -134,7 +135,7 @@ class Checked:
         step: the compiled update.
         plan: the memory.
         counts: examples, tokens that count, and marked ones.
-        notes: for each data file, what was cut or left out of it.
+        notes: for each data file, what was cut or left out of it; the lengths of batches.
     """
 
     model: LanguageModel
@@ -261,7 +262,21 @@ def check(job: Job) -> Checked:
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
+    notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
     return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
+
+
+def _told_lengths(shapes: Mapping[tuple[int, int], int]) -> list[str]:
+    """A note of the lengths that updates are padded to, where there are several."""
+    if len(shapes) == 1:
+        return []
+    told = (
+        f"{count} to {inputs} and {outputs} tokens"
+        for (inputs, outputs), count in sorted(shapes.items(), reverse=True)
+    )
+    return [
+        f"updates padded, inputs and outputs: {', '.join(told)}; each of these is compiled once"
+    ]
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
