@@ -1,12 +1,13 @@
 """`t5patches evaluate`: an original and its edits on the same inputs, side by side."""
 
 import json
+import re
 
 import pytest
 from editing_samples import TEXTS, model_folder
 
 from t5patches import cli
-from t5patches.editing import annotate
+from t5patches.editing import annotate, evaluate
 from t5patches.editing.edit import RECORD
 from t5patches.model.tokenizer import train_sentencepiece
 
@@ -94,7 +95,8 @@ def test_samples_are_drawn_by_the_seed(run, capsys):
     assert found[0] != found[1]
 
 
-def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
+def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     model_folder(tmp_path / "wide", mlp_dim=8)
     other = model_folder(tmp_path / "other")
     (other / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 60))
@@ -108,6 +110,47 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
     ]:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+PLANS = [
+    # what does not fit, what is asked for besides, and what is said
+    ("working_memory", 0.0, (), r"8 outputs at a time, to inputs of \d+ tokens take .*KiB, of"),
+    (
+        "working_memory",
+        1.0,
+        ("--scorer", "my_scorer:length", "--samples", "25"),
+        r"25 outputs at a time, to inputs of \d+ tokens take [^;]*that does not fit. shorter",
+    ),
+    ("memory_beside", 0.0, (), "8 outputs read by both models at a time, .* a batch size of [1-7]"),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_all_that_a_comparison_holds_is_planned(plan, run, monkeypatch, capsys):
+    name, temperature, more, message = plan
+    module = annotate if name == "working_memory" else evaluate
+
+    def planned(*_, sample=False, **__):
+        return 30_000_000 if sample == bool(temperature) else 0
+
+    monkeypatch.setattr(annotate, "working_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(module, name, planned)
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: 20_000_000)
+    monkeypatch.setattr("t5patches.editing.rounds.say", too_late)
+    assert run("--after", "round-1", "--inputs", "inputs.jsonl", *more) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_plan_of_a_comparison_is_of_programs_that_run(run, monkeypatch, capsys):
+    planned = []
+    for module in (annotate, evaluate):
+        monkeypatch.setattr(module, "require_room", lambda *plan, **_: planned.append(plan))
+    assert run("--after", "round-1", "--inputs", "inputs.jsonl", "--quiet") == 0
+    spoken, read = planned
+    assert spoken[-1] == read[-1] == 8
+    # Of two models' hidden states, and of an embedding that is yet to be read.
+    assert min(spoken[1], read[1]) > 8 * 6 * 16 * 4
+    assert spoken[2] == read[2] > 330 * 16 * 4
 
 
 SCORERS = {
@@ -146,7 +189,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_folders_are_looked_at_before_anything_runs(record, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("t5patches.editing.rounds.compare", too_late)
+    monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     folder = model_folder(tmp_path / "edited")
     content = RECORDS[record]
     (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())

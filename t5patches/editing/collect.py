@@ -16,10 +16,12 @@ from rich.progress import Progress
 from t5patches.editing.annotate import (
     check_count,
     expand_negatives,
+    require_room_to_expand,
     require_room_to_speak,
     speak,
 )
 from t5patches.editing.data import Example, write_examples
+from t5patches.editing.plan import yet_to_place
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
@@ -95,15 +97,23 @@ def collect(
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
+    sizes: dict[str, int] = {
+        "max_length": settings.max_length,
+        "batch_size": settings.batch_size,
+        "beside": yet_to_place(model.params),
+    }
     require_room_to_speak(
         model.model,
         inputs,
         model.tokenizer,
-        max_length=settings.max_length,
         temperature=settings.temperature,
         samples=settings.samples,
-        batch_size=settings.batch_size,
+        **sizes,
     )
+    if settings.negatives:
+        require_room_to_expand(
+            model.model, inputs, model.tokenizer, count=settings.negatives, **sizes
+        )
     parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
     examples = speak(
         model.model,
