@@ -92,6 +92,28 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
     assert made[2:] == ["rollouts"] * len(made[2:])
 
 
+def test_a_run_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
+    given, tmp_path, monkeypatch
+):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "edits.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.runs.claims.Parts.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            collect(*given, output, SETTINGS)
+    made = output.read_bytes()
+    model, _, rules = given
+    for changed in (CollectSettings(max_length=8), SETTINGS):
+        inputs = INPUTS if changed != SETTINGS else ["other"]
+        with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+            collect(model, inputs, rules, output, changed)
+    collect(*given, output, SETTINGS)
+    assert output.read_bytes() == made
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     model, inputs, rules = given
     output = tmp_path / "edits.jsonl"
@@ -172,7 +194,7 @@ def test_the_plan_of_rollouts_is_of_the_program_that_runs(given, tmp_path, caplo
     with jax.log_compiles():
         collect(*given, tmp_path / "edits.jsonl", settings)
     assert caplog.text.count("Compiling jit(_decode)") == 2  # outputs and rollouts
-    said, logits, rollouts = planned
+    _, logits, rollouts = planned
     assert logits[1] > 4 * 4 * 5 * tokenizer().vocab_size
     assert rollouts[1] > 4 * 4 * tokenizer().vocab_size
     assert [plan[-1] for plan in planned] == [4, 4, 4]

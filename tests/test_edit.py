@@ -388,7 +388,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(claims.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert run(place) == 1
-        assert "MiB of disk space and 0 MiB are free" in capsys.readouterr().err
+        assert "MiB of disk space and 0.0 MiB are free" in capsys.readouterr().err
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

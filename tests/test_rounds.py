@@ -114,14 +114,19 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, 
 
 PLANS = [
     # what does not fit, what is asked for besides, and what is said
-    ("working_memory", 0.0, (), r"8 outputs at a time, to inputs of \d+ tokens take .*KiB, of"),
+    (
+        "working_memory",
+        0.0,
+        (),
+        r"8 outputs at a time, to inputs of \d+ tokens take .*MiB, of.* a batch size of 5 ",
+    ),
     (
         "working_memory",
         1.0,
         ("--scorer", "my_scorer:length", "--samples", "25"),
         r"25 outputs at a time, to inputs of \d+ tokens take [^;]*that does not fit. shorter",
     ),
-    ("memory_beside", 0.0, (), "8 outputs read by both models at a time, .* a batch size of [1-7]"),
+    ("memory_beside", 0.0, (), "8 outputs read by both models at a time, .* a batch size of 5 "),
 ]
 
 
@@ -218,6 +223,24 @@ def test_a_report_is_written_where_it_can_be_and_replaces_nothing_unasked(
     assert report.read_text() == "mine"
     assert run(*arguments, str(report), "--force") == 0
     assert "Edits of before" in report.read_text()
+
+
+def test_a_comparison_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
+    run, tmp_path, monkeypatch, capsys
+):
+    def killed(directory):
+        raise KeyboardInterrupt
+
+    everything = ("--inputs", "inputs.txt", "--quiet", "--report", str(tmp_path / "r.html"))
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.runs.claims.remove", killed)
+        assert run("--after", "round-1", *everything) == 130
+    page = (tmp_path / "r.html").read_bytes()
+    assert run("--after", "round-2", *everything) == 2
+    assert "holds another run, which differs in model" in capsys.readouterr().err
+    assert (tmp_path / "r.html").read_bytes() == page
+    assert run("--after", "round-1", *everything) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):

@@ -133,7 +133,9 @@ def _check_report(path: Path, force: bool) -> None:
     """Refuses a place where the report cannot be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file for the report")
-    if path.exists() and not force:
+    # With its work beside it, it is of this comparison, which was killed as it cleaned up; where
+    # that is of another one, it is refused.
+    if path.exists() and not force and not Path(f"{path}.work").exists():
         raise ValueError(
             f"{path} exists: nothing is overwritten. Give another name, or --force to replace it"
         )

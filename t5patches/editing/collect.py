@@ -25,7 +25,7 @@ from t5patches.editing.plan import yet_to_place
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
-from t5patches.runs.claims import Parts
+from t5patches.runs.claims import Parts, is_of
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
@@ -92,8 +92,10 @@ def collect(
         ValueError: the file exists, `OUTPUT.work` is of another run, a setting does not fit the
             model, or a batch does not fit into memory.
     """
-    output = Path(output)
-    if output.exists():
+    output, described = Path(output), _describe(model, inputs, rules, settings)
+    work = Path(f"{output}.work")
+    # A run that was killed as it cleaned up behind itself has its output, and goes on.
+    if output.exists() and not is_of(work, described):
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
@@ -114,7 +116,7 @@ def collect(
         require_room_to_expand(
             model.model, inputs, model.tokenizer, count=settings.negatives, **sizes
         )
-    parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
+    parts = Parts(work, described)
     examples = speak(
         model.model,
         model.params,

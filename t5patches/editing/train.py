@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import operator
 import os
 import time
@@ -36,6 +35,7 @@ from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, i
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
+from t5patches.runs.files import read_object
 from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import (
     TARGETED_NEGATIVE,
@@ -270,9 +270,9 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
         The trained parameters and their history; None where there is no run or an unfinished one.
     """
     directory = Path(directory).absolute()
-    if not (directory / "run.json").exists():
+    steps = _steps(directory)
+    if steps is None:
         return None
-    steps = json.loads((directory / "run.json").read_text())["settings"]["steps"]
     with _checkpoints(directory) as checkpoints:
         if checkpoints.latest_step() != steps:
             return None
@@ -834,11 +834,23 @@ def _longer(
     directory: Path, order: np.ndarray | None, settings: TrainSettings
 ) -> dict[str, Callable[[Any, Any], bool]]:
     """The order of more steps may differ from the one there behind what that one has."""
-    run = directory / "run.json"
-    if order is None or not run.exists():
+    steps = _steps(directory)
+    if order is None or steps is None:
         return {}
-    before = order[: json.loads(run.read_text())["settings"]["steps"] * settings.batch_size]
+    before = order[: steps * settings.batch_size]
     return {"order": lambda there, asked: there == fingerprint(before)}
+
+
+def _steps(directory: Path) -> int | None:
+    """How many steps the run in a directory is to have; None where there is no run."""
+    run = directory / "run.json"
+    if not run.exists():
+        return None
+    settings = read_object(run).get("settings")
+    steps = settings.get("steps") if isinstance(settings, dict) else None
+    if type(steps) is not int:
+        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
+    return steps
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:
