@@ -340,7 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loop = Loop(options.commands, options.seed, lambda text: print(f"kills: {text}", flush=True))
     number = options.first
     try:
-        while time.monotonic() < until and number - options.first != options.rounds:
+        while number - options.first != options.rounds:
+            done = number - options.first >= len(options.commands)  # each has had its turn
+            if options.rounds is None and done and time.monotonic() > until:
+                break
             loop.round(number)
             number += 1
     finally:

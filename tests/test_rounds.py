@@ -118,7 +118,7 @@ PLANS = [
         "working_memory",
         0.0,
         (),
-        r"8 outputs at a time, to inputs of \d+ tokens take .*MiB, of.* a batch size of 5 ",
+        r"8 outputs at a time, to inputs of \d+ tokens take .*, of .* a batch size of 5 ",
     ),
     (
         "working_memory",
