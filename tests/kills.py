@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -65,7 +66,7 @@ COMMANDS = {
         "report.html",
         other="--seed 1",
     ),
-    "convert": Command("convert --model model --output t5x", "t5x"),
+    "convert": Command("convert --model model --output t5x", "t5x/checkpoint_0"),
     "convert back": Command("convert --model before.t5x --like model --output back", "back"),
 }
 
@@ -169,9 +170,11 @@ def contents(place: Path, output: str = "") -> dict[str, bytes]:
             for round_ in record["rounds"]:
                 round_["seconds"] = 0
             found[name] = json.dumps(record).encode()
-        elif "/checkpoint_" in name:
-            # Orbax's names and times are new ones each time; what it holds is asked of itself.
-            found[name] = b""
+    # Orbax's names and times are new ones each time; what it holds is asked of itself.
+    checkpoint = re.compile(r"^[\w.]+/checkpoint_\d+/")
+    for name in [name for name in found if checkpoint.match(name)]:
+        found[checkpoint.match(name)[0]] = b""
+        del found[name]
     return found
 
 

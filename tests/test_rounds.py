@@ -3,6 +3,7 @@
 import json
 import re
 
+import fuzz
 import pytest
 from editing_samples import TEXTS, model_folder
 
@@ -82,6 +83,18 @@ def test_without_rules_it_tells_how_far_an_edit_is(run, folder, capsys):
     assert "of the outputs unchanged" in shown.out
     assert run("--after", "round-1", "--inputs", "inputs.txt", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_rules_an_edit_by_a_baseline_is_compared_with_the_original(
+    run, folder, tmp_path, capsys
+):
+    edited = model_folder(tmp_path / "ul", 1)
+    record = json.loads((folder / "round-2" / RECORD).read_text())
+    record["rounds"] = record["rounds"][:1]
+    (edited / RECORD).write_text(json.dumps(record))
+    assert run("--after", str(edited), "--inputs", "inputs.txt", "--json") == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding.endswith("of the outputs unchanged.")
 
 
 def test_samples_are_drawn_by_the_seed(run, capsys):
@@ -180,6 +193,14 @@ def test_scorers_are_tried_before_anything_runs(scorer, run, monkeypatch, capsys
     assert SCORERS[scorer] in capsys.readouterr().err
 
 
+def record_of(old: str, new: str) -> str:
+    """A record with something else in it."""
+    valid = (fuzz.VALID / RECORD).read_text()
+    valid = json.dumps(json.loads(valid))
+    assert old in valid
+    return valid.replace(old, new, 1)
+
+
 RECORDS = {
     "texts": '{"rounds": ["a"]}',
     "null": '{"rounds": null}',
@@ -189,6 +210,12 @@ RECORDS = {
     "no settings": '{"rounds": [{"job": {"model": {"sha256": {}}, "data": {}}, "history": {}}]}',
     "deep": "[" * 99_999,
     "latin-1": b'{"rounds": "\xe9"}',
+    "no objective": record_of('"tnff"', '"x"'),
+    "a rate in words": record_of("1.0, ", '"x", '),
+    "a loss in words": record_of("[2.0, 1.0]", '["x", 1.0]'),
+    "no loss": record_of("[2.0, 1.0]", "3"),
+    "no number": record_of("[2.0, 1.0]", "[2.0, NaN]"),
+    "a loss too few": record_of("[2.0, 1.0]", "[2.0]"),
 }
 
 
