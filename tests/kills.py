@@ -269,7 +269,7 @@ class Loop:
             return
         left = contents(place)
         if signal.SIGKILL in killed:  # which leaves nobody to clean up
-            left = {k: v for k, v in left.items() if not any(p[0] == "." for p in k.split("/"))}
+            left = {k: v for k, v in left.items() if not any(p[:1] == "." for p in k.split("/"))}
         if left != self._whole[name]:
             wrong(f"in the end it differs: {_difference(left, self._whole[name])}", ended)
         if name == "convert" and not self._holds_the_model(place / output):

@@ -433,7 +433,8 @@ def _read_all(
         try:
             left = within(_read(job, file, tokenizer, vocab_size), limits, tokenizer)
         except ValueError as error:
-            problems.append(str(error))
+            named = os.fspath(file) in str(error)
+            problems.append(str(error) if named else f"{os.fspath(file)}: {error}")
             continue
         if limits != Limits():
             notes.append(f"{os.fspath(file)}: {left.text(limits)}")
