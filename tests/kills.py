@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "edit": Command(
         "edit --model model --data edits.jsonl --output edited --steps 3 --batch-size 2 "
-        "--checkpoint-every 1",
+        "--checkpoint-every 1 --devices 1",
         "edited",
         again="--resume",
         other="--resume --seed 1",
