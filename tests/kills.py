@@ -207,8 +207,10 @@ class Loop:
             shutil.copy(VALID / name, self._start)
         (self._start / "letters.toml").write_text("[[rule]]\npattern = '\\w'\n")
         edit = COMMANDS["edit"].given.replace("--output edited", "--output after --seed 2")
-        for first in (edit, COMMANDS["convert"].given.replace("t5x", "before.t5x")):
-            self._must(run(self._start, command(first)), first)
+        convert = COMMANDS["convert"].given.replace("t5x", "before.t5x")
+        for name, first in (("evaluate", edit), ("convert back", convert)):
+            if name in names:
+                self._must(run(self._start, command(first)), first)
         self._whole, self._sizes, self._others = {}, {}, {}
         for name in names:
             given = COMMANDS[name].given
