@@ -74,7 +74,7 @@ def data(folder: Path) -> None:
     from t5patches.editing.data import Limits, read_examples, to_arrays, within, write_examples
 
     examples = read_examples(folder / "edits.jsonl", tokenizer())
-    to_arrays(within(examples, Limits(10, 10**6), tokenizer()).kept[:50], negatives=3)
+    to_arrays(within(examples, Limits(10, 10**6), tokenizer()).kept[:50], pad_id=0, negatives=3)
     write_examples(folder / "again.jsonl", examples)
     if read_examples(folder / "again.jsonl", tokenizer()) != examples:
         raise AssertionError("what was read is not what is written and read again")
