@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -189,6 +190,7 @@ def test_help_does_not_wait_for_jax():
 
 NOT_INSTALLED = """
 import sys
+import time
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("t5x", "tensorflow", "torch"):
@@ -308,6 +310,28 @@ def test_terminated_it_cleans_up_behind_itself(monkeypatch, tmp_path):
     assert run("demo") == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_not_lost_where_nothing_can_be_raised(monkeypatch, number, code):
+    class Late:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def run(options):
+        Late()
+        time.sleep(20)
+        return 0
+
+    monkeypatch.setattr(demo_command, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    began = time.monotonic()
+    try:
+        ended = cli.main(["demo"])
+    except SystemExit as left:
+        ended = left.code
+    assert ended == code
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("name", ["annotate", "edit", "evaluate"])

@@ -392,10 +392,15 @@ def told(what: str, problems: Sequence[str], thing: str) -> str:
     """
     count = len(problems)
     lines = [f"{what} {count} {thing}{'' if count == 1 else 's'}"]
-    lines += [f"  {problem}" for problem in problems[:_TOLD]]
+    lines += [f"  {_shortened(problem)}" for problem in problems[:_TOLD]]
     if count > _TOLD:
         lines.append(f"  and {count - _TOLD} more")
     return "\n".join(lines)
+
+
+def _shortened(problem: str) -> str:
+    """Without the middle of what a long line or value holds; the reason stands at the end."""
+    return problem if len(problem) <= 600 else f"{problem[:300]} ... {problem[-300:]}"
 
 
 _TOLD = 20
