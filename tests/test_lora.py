@@ -278,6 +278,9 @@ def test_checkpoints_hold_the_adapter_alone_and_a_killed_run_goes_on(tmp_path, m
     model, params = tiny_model(), tiny_params()
     settings = dataclasses.replace(TRAINING, steps=4, checkpoint_every=2)
     unbroken = train(model, params, ARRAYS, settings, tmp_path / "unbroken")
+    # Steps of Adafactor's are in proportion to what they change, and B is 0 at first.
+    moved = traverse_util.flatten_dict(dict(unbroken.params))
+    assert all(np.abs(x).max() > 1e-4 for path, x in moved.items() if path[-1] == "lora_b")
     assert jax.tree.structure(unbroken.params) == jax.tree.structure(adapter_shapes(model, LORA))
     honest, calls = train_module.Batches.at, []
 
