@@ -134,7 +134,7 @@ def check_task(output):
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [
-        (["--help"], ["Stop a T5 from saying what it must not", "demo", "exit codes"]),
+        (["--help"], ["Stop a language model from saying what it must not", "demo", "exit codes"]),
         (
             ["edit", "--help"],
             ["start with tnrf, alpha 1", "spans", "--resume", "--plan", "exit codes"],
@@ -366,8 +366,8 @@ def test_quiet_is_quiet():
         subprocess.run(command + more, capture_output=True, text=True, check=True).stderr
         for more in ([], ["--quiet"])
     )
-    assert loud.count("noise") >= 3
-    assert "Event loop is closed" in loud
+    assert loud.count("noise") == 2
+    assert "Event loop is closed" not in loud  # of Orbax's threads, and no news to anybody
     assert quiet == ""
 
 

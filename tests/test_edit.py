@@ -157,7 +157,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
 
     moments = [
         (edit_module, "load_checkpoint", 1),
-        (train_module, "_batch", 4),  # beyond the first checkpoint
+        (train_module.Batches, "at", 4),  # beyond the first checkpoint
         (edit_module, "_record", 1),  # trained, not written
         (edit_module, "save_checkpoint", -1),  # written, not renamed
     ]

@@ -20,12 +20,13 @@ from t5patches.editing.annotate import (
     require_room_to_speak,
     speak,
 )
-from t5patches.editing.data import Example, write_examples
+from t5patches.editing.data import Example, examples_text
 from t5patches.editing.plan import yet_to_place
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts, is_of
+from t5patches.runs.files import write_file
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
@@ -94,9 +95,10 @@ def collect(
     """
     output, described = Path(output), _describe(model, inputs, rules, settings)
     work = Path(f"{output}.work")
+    exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
     # A run that was killed as it cleaned up behind itself has its output, and goes on.
     if output.exists() and not is_of(work, described):
-        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+        raise ValueError(exists)
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
     sizes: dict[str, int] = {
@@ -151,7 +153,10 @@ def collect(
             keep=parts.get,
             progress=progress,
         )
-    write_examples(output, examples)
+    text = examples_text(examples)
+    if output.exists() and output.read_bytes() != text.encode():
+        raise ValueError(exists)
+    write_file(output, text)
     parts.remove()
     return examples
 

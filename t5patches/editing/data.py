@@ -418,7 +418,19 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
         path: where to; a file already there is replaced.
         examples: what to write.
     """
-    write_file(path, "".join(_line(example) + "\n" for example in examples))
+    write_file(path, examples_text(examples))
+
+
+def examples_text(examples: Iterable[Example]) -> str:
+    """What `write_examples` writes.
+
+    Args:
+        examples: marked outputs.
+
+    Returns:
+        One JSON object a line.
+    """
+    return "".join(_line(example) + "\n" for example in examples)
 
 
 def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:
