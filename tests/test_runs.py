@@ -149,3 +149,15 @@ def test_folders_that_are_not_finished_leave_nothing(tmp_path, error):
     with pytest.raises(type(error)):
         fill()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_a_folder_are_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "model.safetensors").touch(mode=0o600)
+            (partial / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert [x.stat().st_mode & 0o777 for x in (tmp_path / "model").iterdir()] == [mode] * 2

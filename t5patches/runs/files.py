@@ -169,9 +169,13 @@ def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
+            # As any new file, by the umask: safetensors lets nobody but the owner read its own.
+            readable = partial.stat().st_mode & 0o666
             for folder, _, names in os.walk(partial):
-                for path in (*(Path(folder, name) for name in names), Path(folder)):
-                    _flush(path)
+                for name in names:
+                    Path(folder, name).chmod(readable)
+                    _flush(Path(folder, name))
+                _flush(Path(folder))
             try:
                 partial.rename(output)
             except OSError as error:
