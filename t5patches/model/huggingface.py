@@ -28,6 +28,7 @@ from t5patches.runs.files import read_regular, require_own_file, whole_folder, w
 FAMILIES: tuple[Family, ...] = (T5.family, *decoder.FAMILIES.values())
 
 _WEIGHTS = "model.safetensors"
+_LONGEST_NAME = 255  # bytes, on most file systems
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _REFUSED = {
@@ -337,7 +338,7 @@ def _is_plain(name: Any) -> bool:
     """Whether this is the name of a file, with no way to it."""
     if not isinstance(name, str) or name in ("", ".."):
         return False
-    return name == Path(name).name and name.isprintable()
+    return name == Path(name).name and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:
