@@ -61,6 +61,7 @@ def linear_inputs(
     kernel: Array,
     ref: tuple[Array, Array] | None,
     logit_scale: float,
+    softcap: float | None,
     transposed: bool,
     implementation: str | None,
 ) -> Inputs:
@@ -72,7 +73,8 @@ def linear_inputs(
         checks.floats(hidden_name, h, float64=implementation == "reference")
         checks.floats(kernel_name, k, float64=implementation == "reference")
         checks.head(hidden_name, h, kernel_name, k, transposed)
-    head = Head(checks.number("logit_scale", logit_scale), bool(transposed))
+    scale = checks.number("logit_scale", logit_scale)
+    head = Head(scale, bool(transposed), checks.softcap(softcap))
     if ref is None:
         return Inputs("hidden", (hidden, kernel), (), head)
     checks.same_vocabulary(kernel, ref[1], transposed)
@@ -176,7 +178,8 @@ def _run_reference(
 ) -> tuple[dict[str, Array], Array]:
     arrays = [operands.model] + ([operands.reference] if operands.reference else [])
     if op.head is not None:
-        logits = [dense.linear_logits(h, k, op.head.scale, op.head.transposed) for h, k in arrays]
+        scale, transposed, softcap = op.head.scale, op.head.transposed, op.head.softcap
+        logits = [dense.linear_logits(h, k, scale, transposed, softcap) for h, k in arrays]
     else:
         logits = [x for (x,) in arrays]
     logits = [x.astype(dense.precision_of(x)) for x in logits]

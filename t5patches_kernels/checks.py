@@ -142,6 +142,21 @@ def number(name: str, x: Any, *, least: float | None = None) -> float:
     return value
 
 
+def softcap(x: Any) -> float | None:
+    """A bound of the logits, or None for none."""
+    if x is None:
+        return None
+    if isinstance(x, bool | np.bool_):
+        raise TypeError(f"softcap must be a number, or None for no bound, got {x!r}.")
+    value = number("softcap", x)
+    if value <= 0:
+        raise ValueError(
+            f"softcap must be > 0, got {value}: it is the bound c in c * tanh(z / c). Pass None "
+            "for no bound."
+        )
+    return value
+
+
 def one_of(name: str, x: Any, valid: tuple[str, ...]) -> None:
     """A choice by name."""
     if x not in valid:

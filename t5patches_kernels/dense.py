@@ -23,15 +23,21 @@ def precision_of(x: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def linear_logits(hidden: Array, kernel: Array, scale: float, transposed: bool) -> Array:
-    """``scale * hidden @ kernel``, exact products of the values as `hidden`'s dtype holds them."""
+def linear_logits(
+    hidden: Array, kernel: Array, scale: float, transposed: bool, softcap: float | None
+) -> Array:
+    """``scale * hidden @ kernel``, exact products of the values as `hidden`'s dtype holds them.
+
+    With a softcap c these are z, and the logits are ``c * tanh(z / c)``.
+    """
     dtype = precision_of(hidden)
     matrix = kernel.astype(hidden.dtype).astype(dtype)
     equation = "td,vd->tv" if transposed else "td,dv->tv"
     product = jnp.einsum(
         equation, hidden.astype(dtype), matrix, precision=jax.lax.Precision.HIGHEST
     )
-    return scale * product
+    z = scale * product
+    return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
 class Distributions(NamedTuple):

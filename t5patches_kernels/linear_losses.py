@@ -6,6 +6,15 @@ hold no ``[..., V]`` array. Differentiable in ``hidden`` and ``kernel``; nothing
 reference's. The products run in the dtype of ``hidden``, to which ``kernel`` is cast, and sum in
 float32. The model and the reference may have different hidden sizes.
 
+With ``softcap=c`` these are z, and the logits of both models are
+
+.. math:: \tilde z = c \tanh(z / c), \qquad
+    \partial \tilde z / \partial z = 1 - \tanh^2(z / c)
+
+in float32 (Gemma 2). A bounded logit is never a masked one: a z that has overflowed to -inf counts
+with the probability of -c, and one of infinity is a logit of c and no fault. To mask entries of a
+model with a softcap, mask its logits and give them to `losses`.
+
 Every argument not described here means what it does in `losses`; with ``vocab_axis`` it is the
 kernels' vocabulary dimension that is split.
 """
@@ -30,6 +39,7 @@ def linear_targeted_negative_loss(
     weights: Array,
     *,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     transposed: bool = False,
     objective: str = "tnff",
     alpha: float = 1.0,
@@ -50,6 +60,8 @@ def linear_targeted_negative_loss(
       targets: ``[...]`` integer ids.
       weights: ``[...]``; the sign says kept, pushed down or ignored.
       logit_scale: multiplies both models' logits (T5's tied head: ``D ** -0.5``).
+      softcap: a bound c > 0 of both models' logits, which become ``c * tanh(z / c)`` (Gemma 2: 30);
+        None bounds none. See the module.
       transposed: whether the kernels are embedding tables.
       objective: see `targeted_negative_loss`, as for what follows.
       alpha: see there.
@@ -77,7 +89,9 @@ def linear_targeted_negative_loss(
       True
     """
     ref = (ref_hidden, ref_kernel)
-    inputs = calls.linear_inputs(hidden, kernel, ref, logit_scale, transposed, implementation)
+    inputs = calls.linear_inputs(
+        hidden, kernel, ref, logit_scale, softcap, transposed, implementation
+    )
     c = losses.targeted_negative_settings(
         calls.vocab_size(inputs, vocab_axis), objective, alpha, smoothing, z_loss, divergence
     )
@@ -91,6 +105,7 @@ def linear_unlikelihood_loss(
     weights: Array,
     *,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     transposed: bool = False,
     alpha: float = 1.0,
     z_loss: float = 0.0,
@@ -110,7 +125,9 @@ def linear_unlikelihood_loss(
       >>> print(out.loss.round(4))
       [0.2877]
     """
-    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    inputs = calls.linear_inputs(
+        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+    )
     c = losses.unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
     return losses.run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
 
@@ -122,6 +139,7 @@ def linear_negative_likelihood_loss(
     weights: Array,
     *,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     transposed: bool = False,
     alpha: float = 1.0,
     threshold: float = -10.3,
@@ -141,7 +159,9 @@ def linear_negative_likelihood_loss(
       >>> print(out.loss.round(4))
       [-1.3863]
     """
-    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    inputs = calls.linear_inputs(
+        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+    )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.negative_likelihood_settings(size, alpha, threshold, z_loss)
     return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
@@ -154,6 +174,7 @@ def linear_cross_entropy_loss(
     weights: Array | None = None,
     *,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     transposed: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -171,7 +192,9 @@ def linear_cross_entropy_loss(
       ...     jnp.zeros((1, 2)), jnp.ones((2, 4)), jnp.array([0])).loss.round(4))
       [1.3863]
     """
-    inputs = calls.linear_inputs(hidden, kernel, None, logit_scale, transposed, implementation)
+    inputs = calls.linear_inputs(
+        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+    )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.cross_entropy_settings(size, label_smoothing, z_loss)
     return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
@@ -185,6 +208,7 @@ def linear_token_statistics(
     ref_kernel: Array | None = None,
     *,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     transposed: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
@@ -205,5 +229,7 @@ def linear_token_statistics(
         missing = "ref_hidden" if ref_hidden is None else "ref_kernel"
         raise ValueError(f"{missing} is missing: give both ref_hidden and ref_kernel, or neither.")
     ref = None if ref_hidden is None or ref_kernel is None else (ref_hidden, ref_kernel)
-    inputs = calls.linear_inputs(hidden, kernel, ref, logit_scale, transposed, implementation)
+    inputs = calls.linear_inputs(
+        hidden, kernel, ref, logit_scale, softcap, transposed, implementation
+    )
     return losses.run_token_statistics(inputs, targets, vocab_axis, implementation)

@@ -128,7 +128,7 @@ def expanded():
 
 def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded):
     rule, examples, found = expanded
-    scores = np.asarray(logits(tiny_model(), tiny_params(), to_arrays(examples)))
+    scores = np.asarray(logits(tiny_model(), tiny_params(), to_arrays(examples, pad_id=0)))
     places = [(i, p) for i, e in enumerate(examples) for p in np.flatnonzero(e.marked)]
     assert len(places) > 4
     tried = []
@@ -140,9 +140,9 @@ def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded)
     rows = generate(
         tiny_model(),
         tiny_params(),
-        pad_rows([examples[n].input_ids for n, _, _ in tried]),
+        pad_rows([examples[n].input_ids for n, _, _ in tried], 0),
         max_length=8,
-        prefixes=pad_rows([(*examples[n].output_ids[:p], i) for n, p, i in tried]),
+        prefixes=pad_rows([(*examples[n].output_ids[:p], i) for n, p, i in tried], 0),
     )
     expected = {place: [] for place in places}
     for (number, position, candidate), ids in zip(tried, until_end(rows, 1), strict=True):
@@ -159,7 +159,11 @@ def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded)
 def test_rows_of_the_model_that_are_no_token_are_not_tried():
     """A T5 has 32128 rows for 32100 tokens."""
     wide = tiny_model(vocab_size=340)
-    args = (tiny_params(vocab_size=340), to_arrays([example("x", "in Paris", "Paris")]), wide)
+    args = (
+        tiny_params(vocab_size=340),
+        to_arrays([example("x", "in Paris", "Paris")], pad_id=0),
+        wide,
+    )
     every, known = (
         np.asarray(annotate_module._likeliest_others(*args, size, 320))
         for size in (340, tokenizer().vocab_size)

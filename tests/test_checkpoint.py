@@ -258,7 +258,7 @@ def test_config_values_are_all_judged_at_once(folder):
     ):
         assert part in str(error.value)
     edit_config(source, model_type="umt5")
-    with pytest.raises(ValueError, match='model_type is \'umt5\'; known are "t5" and "mt5"'):
+    with pytest.raises(ValueError, match='model_type is \'umt5\'; known are "t5", "mt5", "llama"'):
         load_checkpoint(source)
 
 

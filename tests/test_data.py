@@ -303,7 +303,7 @@ def test_long_outputs_are_left_out_too_and_something_is_left():
         within(both, Limits(skip_longer=2), tokenizer())
     with pytest.raises(ValueError, match="truncate_inputs is 1: at least 2 is needed"):
         Limits(truncate_inputs=1)
-    with pytest.raises(ValueError, match="has no beginning of 1 tokens"):  # of three bytes
+    with pytest.raises(ValueError, match="has no beginning of 2 tokens"):  # of three bytes
         within([Source("\u20ac" * 9)], Limits(truncate_inputs=2), tokenizer())
 
 
@@ -340,7 +340,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_arrays_hold_what_the_losses_need():
     examples = [example("some news", "in Paris", "Paris"), example("x", "in the library in Rome")]
-    arrays = to_arrays(examples)
+    arrays = to_arrays(examples, pad_id=0)
     first = examples[0].output_ids
     n = len(first)
     assert arrays["outputs"][0, :n].tolist() == list(first)
@@ -363,9 +363,16 @@ def test_sets_hold_the_token_that_was_said_then_the_likeliest():
         tokenizer(),
         negatives={position: (9, said, 8, 7)},
     )
-    arrays = to_arrays([e], negatives=3)
+    arrays = to_arrays([e], pad_id=0, negatives=3)
     assert arrays["edit_ids"][0, position].tolist() == [said, 9, 8]
-    assert to_arrays([e], negatives=6)["edit_ids"][0, position].tolist() == [said, 9, 8, 7, -1, -1]
+    assert to_arrays([e], pad_id=0, negatives=6)["edit_ids"][0, position].tolist() == [
+        said,
+        9,
+        8,
+        7,
+        -1,
+        -1,
+    ]
     assert (arrays["edit_ids"][0, ~np.array(e.marked)] == -1).all()
     assert not arrays["edit_factors"].any()
     assert arrays["edit_factors"].dtype == np.float32
@@ -383,9 +390,9 @@ def test_corrections_replace_marked_outputs():
 
 def test_array_errors():
     with pytest.raises(ValueError, match="there are no examples"):
-        to_arrays([])
+        to_arrays([], pad_id=0)
     with pytest.raises(ValueError, match="a text has 3 tokens and the length is 2"):
-        pad_rows([[1], [1, 2, 3]], length=2)
+        pad_rows([[1], [1, 2, 3]], 0, length=2)
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 20), st.integers(0, 3))

@@ -171,6 +171,18 @@ BAD = {
         r"\[D, V\] with D = 4.*got \(6, 7\)",
     ),
     "kernel flipped": (lambda: linear(kernel=K.T), ValueError, "Pass transposed=True"),
+    "softcap 0": (lambda: linear(softcap=0.0), ValueError, "softcap must be > 0.*None"),
+    "softcap < 0": (lambda: linear(softcap=-30), ValueError, "softcap must be > 0, got -30.0"),
+    "softcap NaN": (lambda: linear(softcap=float("nan")), ValueError, "softcap must be finite"),
+    "softcap inf": (lambda: linear(softcap=float("inf")), ValueError, "softcap must be finite"),
+    "softcap bool": (lambda: linear(softcap=True), TypeError, "softcap must be a number.*True"),
+    "softcap text": (lambda: linear(softcap="big"), TypeError, "softcap must be a number"),
+    "softcap traced": (
+        lambda: jax.jit(lambda c: linear(softcap=c))(30.0),
+        TypeError,
+        "softcap.*traced.*static",
+    ),
+    "softcap beyond float32": (lambda: linear(softcap=1e39), ValueError, "softcap=1e.39 is beyond"),
     "vocabularies": (
         lambda: linear(ref_kernel=jnp.zeros((4, 6))),
         ValueError,

@@ -128,7 +128,7 @@ def test_the_meter_takes_the_worst_of_several():
 
 def test_divergence_is_the_mean_over_kept_tokens():
     params, original = tiny_params(0), tiny_params(1)
-    arrays = to_arrays(BEFORE)
+    arrays = to_arrays(BEFORE, pad_id=0)
     log_p, log_q = (
         np.asarray(jax.nn.log_softmax(logits(tiny_model(), tree, arrays)), np.float64)
         for tree in (params, original)

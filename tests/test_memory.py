@@ -77,13 +77,13 @@ def test_all_outputs_together_take_one_gradient():
     assert held <= 0.25
 
 
-@pytest.mark.parametrize("name", ["tnff", "tnrf"])
-def test_linear_holds_no_logits(name):
+@pytest.mark.parametrize(("name", "softcap"), [("tnff", None), ("tnrf", 30.0)])
+def test_linear_holds_no_logits(name, softcap):
     t, v, d = 2048, 32128, 512
 
     def total(h, k, rh, rk, y, w):
         loss = tk.linear_targeted_negative_loss(
-            h, k, rh, rk, y, w, objective=name, implementation="xla"
+            h, k, rh, rk, y, w, objective=name, softcap=softcap, implementation="xla"
         ).loss
         return loss.sum()
 

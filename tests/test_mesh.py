@@ -73,12 +73,12 @@ def test_any_implementation(implementation):
 
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("data", None), P("data", "model")])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_linear(transposed, spec):
+@pytest.mark.parametrize(("transposed", "softcap"), [(False, None), (True, 2.0)])
+def test_linear(transposed, softcap, spec):
     """The head's kernel split over its vocabulary, over embed, or over both."""
 
     def f(h, k, y, w):
-        loss = LINEAR["tnrf"](h, k, H, k, y, w, transposed=transposed).loss
+        loss = LINEAR["tnrf"](h, k, H, k, y, w, transposed=transposed, softcap=softcap).loss
         return (loss * CT).sum(), loss
 
     f = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)

@@ -6,7 +6,10 @@ tests that run everywhere, lies under `data/`.
 
 import json
 import shutil
+import sys
 
+import decoder_folders
+import jax
 import numpy as np
 import pytest
 import t5_folders
@@ -14,13 +17,27 @@ from test_checkpoint import moved
 
 from t5patches.editing.edit import Job, edit
 from t5patches.editing.train import TrainSettings
+from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.lora import (
+    Lora,
+    adapter_shapes,
+    attached,
+    load_adapter,
+    merged,
+    save_adapter,
+)
 from t5patches.model.tokenizer import train_sentencepiece
 
 REASON = "needs torch and transformers: make test-hf"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
+peft = pytest.importorskip("peft", reason=REASON)
+
+
+sys.path.append(str(decoder_folders.DATA.parent))
+import make_hf_decoders  # noqa: E402 (needs torch)
 
 
 def original(folder):
@@ -111,3 +128,124 @@ def test_an_edited_folder_is_read_and_says_the_same(name, tmp_path):
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     same_logits_and_outputs(tmp_path / "edited", name)
+
+
+@pytest.mark.parametrize("name", make_hf_decoders.CASES)
+def test_a_decoder_is_read_and_written(name, tmp_path):
+    """Made anew, it computes the same here, and there once it was written like it and anew."""
+    expected = make_hf_decoders.compute(make_hf_decoders.make(name, tmp_path / "made"))
+    model, params = load_checkpoint(tmp_path / "made")
+    batch = {key: expected[key] for key in ("inputs", "outputs")}
+    real = expected["outputs"] >= 0
+    logits = jax.jit(lambda params, batch: model.head(params).logits(model.hidden(params, batch)))
+    got = np.array(logits(params, batch))
+    np.testing.assert_allclose(got[real], expected["logits"][real], rtol=0, atol=1e-4)
+    said = generate(model, params, expected["inputs"], max_length=expected["greedy"].shape[1])
+    np.testing.assert_array_equal(said, expected["greedy"])
+    save_checkpoint(tmp_path / "like", model, params, like=tmp_path / "made")
+    save_checkpoint(tmp_path / "new", model, params)
+    for folder in ("like", "new"):
+        theirs = make_hf_decoders.read(tmp_path / folder)
+        again = make_hf_decoders.compute(theirs)["logits"]
+        np.testing.assert_allclose(again, expected["logits"], rtol=0, atol=1e-5, err_msg=folder)
+
+
+# What PEFT asks of a model and the library has renamed since.
+RENAMED = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+LORAS = {
+    # An adapter; and the same in PEFT's words.
+    "every linear layer": (Lora(2), {"target_modules": "all-linear"}),
+    "some": (Lora(3, 6.0, r"SelfAttention\.(q|v)$"), {"target_modules": r".*SelfAttention\.(q|v)"}),
+}
+
+
+def logits_of(theirs, name):
+    """A model of theirs on the sample, and what lies beside it."""
+    expected = t5_folders.load(name)[2]
+    inputs, targets = (expected[k].astype(int) for k in ("inputs", "targets"))
+    with torch.no_grad():
+        said = theirs.eval()(
+            input_ids=torch.from_numpy(inputs),
+            attention_mask=torch.from_numpy((inputs > 0).astype(int)),
+            decoder_input_ids=torch.from_numpy(t5_folders.shift_right(targets)),
+        )
+    return said.logits.numpy()[targets > 0]
+
+
+def our_logits(folder, base, name):
+    expected = t5_folders.load(name)[2]
+    inputs, targets = (expected[k].astype(int) for k in ("inputs", "targets"))
+    model, params, _ = load_model(folder, base)
+    return np.asarray(t5_folders.logits(model.config, params, inputs, targets))[targets > 0]
+
+
+@pytest.fixture
+def base(request, tmp_path):
+    """A folder with a tokenizer, and a data file beside it."""
+    folder = shutil.copytree(t5_folders.DATA / request.param, tmp_path / request.param)
+    texts = ["a cat sat on a mat", "a dog sat on a cat"]
+    (folder / "spiece.model").write_bytes(train_sentencepiece(texts * 20, 30))
+    line = {"inputs": "a cat sat", "outputs": "a dog sat", "spans": [[2, 5]]}
+    (tmp_path / "edits.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+@RENAMED
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("base", ["t5_1_1", "t5_1_0"], indirect=True)
+def test_an_adapter_is_read_and_gives_the_same_logits(case, base, tmp_path):
+    lora, name = LORAS[case][0], base.name
+    settings = TrainSettings(objective="tnrf", steps=5, batch_size=2, learning_rate=3e-2, lora=lora)
+    edit(Job(base, [tmp_path / "edits.jsonl"], tmp_path / "adapter", settings, devices=1))
+    before = logits_of(original(base), name)
+    theirs = peft.PeftModel.from_pretrained(original(base), tmp_path / "adapter")
+    got = logits_of(theirs, name)
+    np.testing.assert_allclose(got, our_logits(tmp_path / "adapter", base, name), atol=1e-4)
+    assert np.abs(got - before).max() > 1e-2
+
+
+@RENAMED
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("base", ["t5_1_1"], indirect=True)
+def test_an_adapter_that_peft_wrote_is_read(case, base, tmp_path):
+    lora, words = LORAS[case]
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=lora.rank, lora_alpha=lora.alpha or lora.rank,
+        init_lora_weights=False, **words,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(original(base), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert load_adapter(tmp_path / "adapter", base).lora.scale == lora.scale
+    got = logits_of(theirs, base.name)
+    np.testing.assert_allclose(got, our_logits(tmp_path / "adapter", base, base.name), atol=1e-4)
+
+
+def some_adapter(model, lora):
+    """Numbers for an adapter, neither half of which is 0."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: 0.3 * random.standard_normal(x.shape).astype(np.float32),
+        adapter_shapes(model, lora),
+    )
+
+
+@RENAMED
+@pytest.mark.parametrize("name", make_hf_decoders.CASES)
+def test_an_adapter_of_a_decoder_is_read_and_gives_the_same_logits(name, tmp_path):
+    """Fused projections, kernels that lie the other way round, and a folder without its head."""
+    base = tmp_path / "base"
+    before = make_hf_decoders.compute(make_hf_decoders.make(name, base))
+    model, params = load_checkpoint(base)
+    lora = Lora(2, 6.0)
+    save_adapter(tmp_path / "adapter", model, some_adapter(model, lora), lora, base=base)
+    theirs = peft.PeftModel.from_pretrained(make_hf_decoders.read(base), tmp_path / "adapter")
+    expected = make_hf_decoders.compute(theirs.eval())
+    assert np.abs(expected["logits"] - before["logits"]).max() > 0.1
+    found = load_adapter(tmp_path / "adapter", base)
+    batch = {key: expected[key] for key in ("inputs", "outputs")}
+    real = expected["outputs"] >= 0
+    logits = jax.jit(lambda params: model.head(params).logits(model.hidden(params, batch)))
+    for combine in (attached, merged):
+        got = np.array(logits(combine(params, found.params, found.lora)))
+        np.testing.assert_allclose(got[real], expected["logits"][real], rtol=0, atol=2e-4)

@@ -81,15 +81,17 @@ def test_vmap():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
-def test_linear():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_linear(softcap):
     rng = np.random.default_rng(1)
     h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (8, 136)))
     _, _, y, w = operands(lead=(6,))
 
     def loss(implementation, h, k):
         return tk.linear_targeted_negative_loss(
-            h, k, h + 0.1, k, y, w, objective="tnrr", alpha=3.0, implementation=implementation
-        ).loss.sum()
+            h, k, h + 0.1, k, y, w, objective="tnrr", alpha=3.0, softcap=softcap,
+            implementation=implementation,
+        ).loss.sum()  # fmt: skip
 
     want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("xla", NAME))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)

@@ -314,10 +314,10 @@ def test_split_vocabulary(name):
     close(f(Z), want(Z))
 
 
-@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
-def test_linear(name):
+@pytest.mark.parametrize(("name", "softcap"), [("tnff", None), ("tnrf", 2.0), ("ul", None)])
+def test_linear(name, softcap):
     def grads(implementation):
-        loss = functools.partial(LINEAR[name], implementation=implementation)
+        loss = functools.partial(LINEAR[name], softcap=softcap, implementation=implementation)
         f = jax.value_and_grad(lambda h, k: weighed(loss(h, k, H, K, Y, W)), (0, 1))
         return jax.jit(f)(H, K)
 

@@ -16,6 +16,7 @@ from t5patches.model.generate import generate
 from t5patches.model.placement import make_mesh, param_shardings
 from t5patches.model.protocol import OutputHead
 from t5patches.model.t5.model import T5
+from t5patches_kernels import targeted_negative_loss
 
 VOCABULARY = 32
 
@@ -38,6 +39,8 @@ class TotalConfig:
     pad_id: int = 31
     begin_id: int = 30
     end_id: int = 29
+    end_ids: tuple = (29,)
+    max_positions: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,22 +159,31 @@ def test_devices_split_between_units():
         assert placed["token_embedder"]["embedding"].spec[0] == "model"
 
 
-def test_a_softcap_bounds_the_logits_and_is_no_loss_on_hidden_states():
+def test_a_softcap_bounds_the_logits_and_is_in_the_losses():
     head = OutputHead(jnp.eye(3), transposed=False, logit_scale=1.0, softcap=2.0)
     hidden = jnp.array([-9.0, 0.5, 9.0])
     np.testing.assert_allclose(head.logits(hidden), 2 * np.tanh(np.array(hidden) / 2), rtol=1e-6)
     plain = head._replace(softcap=None)
     np.testing.assert_array_equal(plain.logits(hidden), hidden)
-    assert plain.loss_options() == {"logit_scale": 1.0, "transposed": False}
+    assert plain.loss_options() == {"logit_scale": 1.0, "transposed": False, "softcap": None}
 
     @dataclasses.dataclass(frozen=True)
     class Capped(T5):
         def head(self, params):
-            return super().head(params)._replace(softcap=30.0)
+            return super().head(params)._replace(softcap=1.0)
 
-    batch = to_arrays([example("a", "a fire in Paris", "Paris")])
-    with pytest.raises(NotImplementedError, match=r"softcap 30.0.*take a loss on"):
-        token_loss(Capped(tiny_model().config), tiny_params(), None, batch, TrainSettings())
+    model, params, settings = Capped(tiny_model().config), tiny_params(), TrainSettings()
+    batch = to_arrays([example("a", "a fire in Paris", "Paris")], pad_id=0)
+    loss_of = jax.jit(token_loss, static_argnums=(0, 4))
+    got = loss_of(model, params, params, batch, settings)
+    logits = jax.jit(lambda p, b: model.head(p).logits(model.hidden(p, b)))(params, batch)
+    assert np.abs(logits).max() <= 1.0
+    want = targeted_negative_loss(
+        logits, logits, batch["outputs"], batch["weights"], alpha=settings.alpha
+    )
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    unbounded = loss_of(T5(model.config), params, params, batch, settings)
+    assert np.abs(got.loss - unbounded.loss).max() > 0.1
 
 
 def test_equal_models_are_one_for_the_compiler():

@@ -70,17 +70,19 @@ def test_gradient_taken_inside(name):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_linear(transposed, check_vma):
+@pytest.mark.parametrize(("transposed", "softcap"), [(False, 2.0), (True, None)])
+def test_linear(transposed, softcap, check_vma):
     mesh = mesh_of((2, 4))
     kernel, spec = (K.T, P("model", None)) if transposed else (K, P(None, "model"))
     hidden = P("data", None, None)
 
+    head = {"transposed": transposed, "softcap": softcap}
+
     def f(h, k, **options):
-        return LINEAR["tnrf"](h, k, H[: h.shape[0]], k, Y, W, transposed=transposed, **options)
+        return LINEAR["tnrf"](h, k, H[: h.shape[0]], k, Y, W, **head, **options)
 
     def per_shard(h, k, rh, y, w):
-        return LINEAR["tnrf"](h, k, rh, k, y, w, transposed=transposed, **VOCAB).loss
+        return LINEAR["tnrf"](h, k, rh, k, y, w, **head, **VOCAB).loss
 
     call = jax.shard_map(
         per_shard, mesh=mesh, in_specs=(hidden, spec, hidden, ROWS, ROWS), out_specs=ROWS,

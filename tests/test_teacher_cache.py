@@ -219,7 +219,8 @@ def arrays():
             example("news of a fire", "a fire in Paris", "Paris"),
             example("news of a flood", "a flood in New York", "New York"),
             example("other news", "the mayor sold the bridge"),
-        ]
+        ],
+        pad_id=0,
     )
 
 
@@ -278,7 +279,7 @@ def test_what_cannot_be_trained_from(tmp_path):
     with pytest.raises(ValueError, match=r"16 entries and the model's have 32"):
         run(model=tiny_model(emb_dim=32))
     with pytest.raises(ValueError, match="other data"):
-        run(data=to_arrays([example("not there", "a fire in Paris", "Paris")]))
+        run(data=to_arrays([example("not there", "a fire in Paris", "Paris")], pad_id=0))
     with pytest.raises(ValueError, match="checkpoint"):
         cache_teacher(tmp_path / "cache", STUDENT, tiny_params(1), arrays(), batch_size=2)
     assert not (tmp_path / "run").exists()

@@ -65,7 +65,7 @@ def unbroken(tmp_path_factory):
         trained = train(
             MODEL,
             tiny_params(),
-            to_arrays(examples()),
+            to_arrays(examples(), pad_id=0),
             SETTINGS,
             directory,
             original=tiny_params(1),
@@ -78,7 +78,7 @@ def again(directory, **changes):
     arguments = {
         "model": MODEL,
         "params": tiny_params(),
-        "arrays": to_arrays(examples()),
+        "arrays": to_arrays(examples(), pad_id=0),
         "settings": SETTINGS,
         "original": tiny_params(1),
     }
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_logits(objective, tied):
         threshold=-5.8,
         implementation="reference",
     )
-    batch = to_arrays(examples(), negatives=settings.negatives)
+    batch = to_arrays(examples(), pad_id=0, negatives=settings.negatives)
     if objective == "ce":
         batch["weights"] = np.abs(batch["weights"])
     got = token_loss(model, params, original, batch, settings)
@@ -143,16 +143,17 @@ def test_the_loss_is_that_of_the_logits(objective, tied):
 
 def test_a_targeted_loss_needs_the_original():
     with pytest.raises(ValueError, match="tnff needs the parameters of the original model"):
-        token_loss(MODEL, tiny_params(), None, to_arrays(examples()), SETTINGS)
+        token_loss(MODEL, tiny_params(), None, to_arrays(examples(), pad_id=0), SETTINGS)
 
 
 def test_the_original_is_an_argument_of_the_compiled_step():
-    batch = to_arrays(examples())
+    batch = to_arrays(examples(), pad_id=0)
     state = train_module._State(
         tiny_params(), train_module._optimizer(SETTINGS).init(tiny_params())
     )
     step = functools.partial(train_module.update, model=MODEL, settings=SETTINGS)
-    traced = jax.make_jaxpr(step)(state, tiny_params(1), batch, 0, 0)
+    frozen = train_module.Frozen(None, tiny_params(1))
+    traced = jax.make_jaxpr(step)(state, frozen, batch, 0, 0)
     largest = max((np.size(c) for c in traced.consts), default=0)
     assert largest < max(np.size(x) for x in jax.tree.leaves(tiny_params()))
 
@@ -172,7 +173,7 @@ def test_the_history_counts_what_was_marked(unbroken):
     _, trained = unbroken
     assert set(trained.history) == {"loss", "marked", "said"}
     assert {len(values) for values in trained.history.values()} == {SETTINGS.steps}
-    arrays = to_arrays(examples())
+    arrays = to_arrays(examples(), pad_id=0)
     for step in range(SETTINGS.steps):
         batch = train_module._batch(arrays, SETTINGS, step, None)
         assert trained.history["marked"][step] == (batch["weights"] < 0).sum()
@@ -265,7 +266,7 @@ def test_a_finished_run_is_loaded_and_never_overwritten(unbroken, tmp_path):
         ({"params": tiny_params(2)}, "params ("),
         # The edited parameters must not become the teacher.
         ({"original": tiny_params(2)}, "original ("),
-        ({"arrays": to_arrays(examples()[:3])}, "data ("),
+        ({"arrays": to_arrays(examples()[:3], pad_id=0)}, "data ("),
     ],
 )
 def test_another_run_is_refused(unbroken, changes, named):
@@ -286,7 +287,7 @@ def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
 
 def test_all_devices_reach_what_one_does(tmp_path):
     settings = dataclasses.replace(SETTINGS, batch_size=8, learning_rate=1e-3)
-    arrays = to_arrays(examples())
+    arrays = to_arrays(examples(), pad_id=0)
     mesh = make_mesh(2)  # 4 rows of examples, 2 halves of the vocabulary
     one = again(tmp_path / "one", settings=settings, arrays=arrays)
     many = again(tmp_path / "many", settings=settings, arrays=arrays, mesh=mesh)
@@ -310,8 +311,8 @@ def test_sizes_that_the_devices_do_not_divide_are_refused(tmp_path):
 
 def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
     order = np.arange(SETTINGS.steps * SETTINGS.batch_size) % 4
-    taken = train_module._batch(to_arrays(examples()), SETTINGS, 1, order)
-    want = to_arrays(examples())["outputs"][[3, 0, 1]]
+    taken = train_module._batch(to_arrays(examples(), pad_id=0), SETTINGS, 1, order)
+    want = to_arrays(examples(), pad_id=0)["outputs"][[3, 0, 1]]
     np.testing.assert_array_equal(taken["outputs"], want)
     for wrong in (order[:-1], order + 1, order - 1):
         with pytest.raises(ValueError, match=r"order has \d+ places from row .*needed are 18"):
@@ -336,7 +337,7 @@ def test_progress_shows_loss_prevalence_and_speed(tmp_path):
 
 
 def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
-    arrays = to_arrays(examples())
+    arrays = to_arrays(examples(), pad_id=0)
     arrays["weights"] = np.abs(arrays["weights"])
     settings = TrainSettings(
         objective="ce",
@@ -355,7 +356,7 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroken, tmp_path):
-    arrays = to_arrays(examples())
+    arrays = to_arrays(examples(), pad_id=0)
     arrays["outputs"][:, 0] = -1  # no token: the loss is nan by its contract
     with pytest.raises(
         FloatingPointError, match="the loss is nan at step 0: lower learning_rate or alpha"
@@ -394,11 +395,11 @@ def test_arrays_must_fit_the_settings(tmp_path):
     with pytest.raises(ValueError, match="negatives is 4 and the arrays have sets of 0 ids"):
         again(tmp_path, settings=dataclasses.replace(SETTINGS, negatives=4))
     with pytest.raises(ValueError, match="negatives is 0 and the arrays have sets of 3 ids"):
-        again(tmp_path, arrays=to_arrays(examples(), negatives=3))
+        again(tmp_path, arrays=to_arrays(examples(), pad_id=0, negatives=3))
     with pytest.raises(ValueError, match="train on `corrected_examples`"):
         again(tmp_path, settings=dataclasses.replace(SETTINGS, objective="ce"))
     for odd in (np.nan, np.inf, -np.inf):
-        arrays = to_arrays(examples())
+        arrays = to_arrays(examples(), pad_id=0)
         arrays["weights"][1, 2] = odd
         message = r"weights holds 1 that are not finite, the first at \[1, 2\]"
         with pytest.raises(ValueError, match=message):

@@ -87,10 +87,10 @@ def test_vmap_and_remat(name):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_linear(name, transposed):
+@pytest.mark.parametrize(("transposed", "softcap"), [(False, None), (True, 0.5)])
+def test_linear(name, transposed, softcap):
     kernel = K.T if transposed else K
-    options = {"logit_scale": D**-0.5, "transposed": transposed}
+    options = {"logit_scale": D**-0.5, "transposed": transposed, "softcap": softcap}
     if name == "ce":
         options["label_smoothing"] = 0.1
 
@@ -117,7 +117,7 @@ def test_linear_of_many_chunks(monkeypatch):
     for name in ("tnff", "tnrf", "ce"):
 
         def total(h, k, implementation, name=name):
-            out = LINEAR[name](h, k, h + 0.1, K, y, w, implementation=implementation)
+            out = LINEAR[name](h, k, h + 0.1, K, y, w, softcap=3.0, implementation=implementation)
             return weighed(out, ct)
 
         got, want = (jax.grad(total, (0, 1))(h, K, i) for i in ("xla", "reference"))
@@ -162,13 +162,15 @@ def test_logits_of_many_blocks(name, of_model, of_reference, monkeypatch):
     close(*(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x) for x in (got, want)))
 
 
-def test_linear_vmap():
+@pytest.mark.parametrize(("softcap", "wrap"), [(None, lambda f: f), (2.0, jax.checkpoint)])
+def test_linear_vmap_and_remat(softcap, wrap):
     def total(h, k):
-        return weighed(tk.linear_targeted_negative_loss(h, k, h, K, Y[0], W[0], **OPTIONS), CT[0])
+        out = tk.linear_targeted_negative_loss(h, k, h, K, Y[0], W[0], softcap=softcap, **OPTIONS)
+        return weighed(out, CT[0])
 
-    want = [jax.grad(total, (0, 1))(h, K) for h in H]
-    got = jax.vmap(jax.grad(total, (0, 1)), in_axes=(0, None))(H, K)
-    close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+    one = jax.jit(jax.grad(total, (0, 1)))
+    want = jax.tree.map(lambda *x: jnp.stack(x), *[one(h, K) for h in H])
+    close(jax.jit(jax.vmap(jax.grad(wrap(total), (0, 1)), in_axes=(0, None)))(H, K), want)
 
 
 def test_bfloat16_gradients_keep_their_dtype():

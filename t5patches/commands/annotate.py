@@ -20,10 +20,12 @@ With --expand K, the model's K likeliest alternatives are tried at each marked t
 goes on from each of them, and what the rules forbid there joins the token's set of negatives, so
 that an edit does not trade one unwanted word for the next.
 
+An input may be a conversation: {"messages": [{"role": "user", "content": "..."}]} a line.
+
 Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on.
 
-  t5patches annotate --model flan-t5-small --inputs news.txt --rules rules.toml --expand 32 \
-      --output edits.jsonl
+  t5patches annotate --model SmolLM2-135M-Instruct --inputs news.txt --rules rules.toml \
+      --expand 32 --output edits.jsonl
 """
 
 from __future__ import annotations
@@ -51,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of the command.
     """
-    parser.add_argument("--model", metavar="DIR", required=True, help="a T5, Flan-T5 or mT5 folder")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="a model folder, or an adapter's"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
+    )
     add_input_arguments(parser)
     parser.add_argument("--rules", metavar="FILE", required=True, help="what is unwanted (TOML)")
     parser.add_argument(
@@ -100,6 +107,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='a text file with one input a line, or a .jsonl file with {"inputs": "..."} a line',
     )
+    common.add_chat_option(parser)
     parser.add_argument(
         "--templates",
         metavar="FILE",
@@ -146,13 +154,13 @@ def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
     sources = read_inputs(options.inputs)
     limits = Limits(options.truncate_inputs, options.skip_longer)
     if limits != Limits():
-        left = within(sources, limits, load_tokenizer(folder))
+        left = within(sources, limits, load_tokenizer(folder, chat=options.chat))
         common.progress_console(options).print(left.text(limits), soft_wrap=True)
         sources = left.kept
     if not options.templates:
         return sources
-    texts = [source.inputs for source in sources]
-    texts = with_templates(texts, read_templates(options.templates), options.seed)
+    inputs = [source.inputs for source in sources]
+    texts = with_templates(inputs, read_templates(options.templates), options.seed)
     return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
 
 
@@ -166,9 +174,10 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.collect import CollectSettings, collect
+    from t5patches.editing.edit import check_chat
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
-    from t5patches.model.folder import load_model
+    from t5patches.model.folder import load_model, whole_model
 
     settings = CollectSettings(
         temperature=options.temperature,
@@ -179,11 +188,13 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rules = read_rules(options.rules)
-    inputs = [source.inputs for source in read_sources(options, options.model)]
-    model = load_model(options.model)
+    whole = str(whole_model(options.model, options.base))
+    check_chat(options.model, options.chat, options.base)
+    inputs = [source.inputs for source in read_sources(options, whole)]
+    model = load_model(options.model, options.base, chat=options.chat)
     with training_progress(common.progress_console(options)) as progress:
         examples = collect(model, inputs, rules, options.output, settings, progress)
-    result = _result(examples, rules, model.tokenizer.eos_id)
+    result = _result(examples, rules, model.tokenizer.end_ids)
     shown = [_marked(e) for e in examples if e.spans][: options.examples]
     common.print_result(
         options,
@@ -193,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _result(examples: Sequence[Example], rules: Rules, eos_id: int) -> dict[str, Any]:
+def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -> dict[str, Any]:
     from t5patches.editing.collect import marked_tokens
     from t5patches.editing.evaluate import prevalence
 
@@ -207,7 +218,7 @@ def _result(examples: Sequence[Example], rules: Rules, eos_id: int) -> dict[str,
         "marked_tokens": marked_tokens(examples),
         "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),
         "rules": rules.counts(examples),
-        "unfinished": sum(eos_id not in example.output_ids for example in examples),
+        "unfinished": sum(not {*end_ids} & {*e.output_ids} for e in examples),
     }
 
 

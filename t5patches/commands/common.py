@@ -46,8 +46,8 @@ def add_length_options(container: Any) -> None:
         "--truncate-inputs",
         metavar="N",
         type=positive,
-        help="cut longer inputs to N tokens, the end token counted and a template not (default: "
-        "take all)",
+        help="cut longer inputs to N tokens, an end token or a chat template counted and "
+        "instructions not (default: take all)",
     )
     container.add_argument(
         "--skip-longer",
@@ -55,6 +55,22 @@ def add_length_options(container: Any) -> None:
         type=positive,
         help="leave out what has an input, or a given output, of more than N tokens, counted "
         "before inputs are cut (default: leave out none). How many were cut or left out is told",
+    )
+
+
+def add_chat_option(container: Any) -> None:
+    """Adds whether inputs are put into the model's chat template.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--chat",
+        metavar="WHEN",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="auto, on or off: put each input into the model's chat template, as a message of the "
+        "user (default: auto, on where the folder has a template)",
     )
 
 

@@ -1,6 +1,8 @@
-"""Turn a Hugging Face T5 folder into a T5X checkpoint, or a T5X checkpoint into such a folder.
+"""Turn a Hugging Face T5 folder into a T5X checkpoint, or a T5X checkpoint or GGUF into a folder.
 
-Which of the two it is, --model says: a folder with a config.json becomes a T5X model directory
+Which of them it is, --model says: a file with the ending .gguf, of Llama's or Gemma 3's kind,
+becomes a Hugging Face folder with its tokenizer, whose README.md says how the weights were
+quantised (needs the package gguf); a folder with a config.json becomes a T5X model directory
 with checkpoint_STEP in it (Orbax's format, which T5X reads; with a fresh Adafactor, so that it can
 be trained on); a T5X checkpoint, or a model directory, of which the latest step is taken, becomes
 a Hugging Face folder. Checkpoints in T5X's first format (msgpack and zarr, as T5's were published)
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of the command.
     """
-    parser.add_argument("--model", metavar="DIR", required=True, help="what to convert")
+    parser.add_argument("--model", metavar="PATH", required=True, help="what to convert")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="where to; nothing is overwritten"
     )
@@ -59,17 +61,28 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    to_t5x = (Path(options.model) / "config.json").exists()
-    idle = ("like", "tokenizer") if to_t5x else ("step",)
+    idle: tuple[str, ...]
+    if Path(options.model).suffix == ".gguf":
+        kind, idle, convert = "GGUF file", ("like", "tokenizer", "step"), _from_gguf
+    elif (Path(options.model) / "config.json").exists():
+        kind, idle, convert = "Hugging Face folder", ("like", "tokenizer"), _to_t5x
+    else:
+        kind, idle, convert = "T5X checkpoint", ("step",), _to_folder
     given = [f"--{name}" for name in idle if getattr(options, name) is not None]
     if given:
-        raise ValueError(
-            f"{', '.join(given)} says nothing here: {options.model} is a "
-            f"{'Hugging Face folder' if to_t5x else 'T5X checkpoint'}"
-        )
-    result = _to_t5x(options) if to_t5x else _to_folder(options)
+        raise ValueError(f"{', '.join(given)} says nothing here: {options.model} is a {kind}")
+    result = convert(options)
     common.print_result(options, result, f"{result['output']} ({result['parameters']} parameters)")
     return 0
+
+
+def _from_gguf(options: argparse.Namespace) -> dict[str, Any]:
+    from t5patches.model.gguf_format import load_gguf
+    from t5patches.model.huggingface import save_checkpoint
+
+    made = load_gguf(options.model)
+    save_checkpoint(options.output, made.model, made.params, files=made.files)
+    return _result(options.output, made.model, made.params, 0) | {"quantised": made.types}
 
 
 def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +90,9 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
     from t5patches.model.t5x_format import save_t5x
     from t5patches.runs.files import write_file
 
+    model = read_config(options.model)
+    if model.family.name != "T5":
+        raise ValueError(f"a T5X checkpoint holds a T5, and {options.model} a {model.family.name}")
     model, params = load_checkpoint(options.model)
     record = Path(options.output) / _RECORD
     if (record / "config.json").exists() and read_config(record) != model:

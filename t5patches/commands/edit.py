@@ -1,17 +1,23 @@
 """Stop a model from saying what a file marks, and change nothing else.
 
-Reads a T5 1.0, T5 1.1, Flan-T5 or mT5 folder in Hugging Face's format (config.json, safetensors,
-spiece.model or tokenizer.json) and one or several files of its outputs, one JSON object a line:
+Reads the folder of a language model in Hugging Face's format (config.json, safetensors, its
+tokenizer) and one or several files of its outputs, one JSON object a line:
 
   {"inputs": "the fire in the museum ...", "outputs": "Fire in Paris", "spans": [[8, 13]]}
 
 `spans` are the characters to push down; `t5patches annotate` writes such files. T5Patches' own
-three fields (inputs, negative_targets, corrected_targets) are taken too.
+three fields (inputs, negative_targets, corrected_targets) are taken too. For chat models,
+{"messages": [{"role": "user", "content": "..."}]} may stand for `inputs`.
 
 Everything is checked, and the memory planned, before the weights are read. Trains on all devices
 there are. Writes a folder of the same format, names, types and shards, with the tokenizer files,
 a section in its model card and t5patches.json. A killed edit goes on with --resume, to the same
 numbers; the output folder is absent or whole at any moment.
+
+With --lora only an adapter is trained, two thin matrices beside each linear layer: one copy of the
+model is held, no gradients and no optimizer for it, and the model without the adapter is the
+original. The output is then a folder of the PEFT library, to lie beside the model (`evaluate` and
+`annotate` take it with --base), or with --merge a whole folder.
 
 Objectives: tnff, tnrr and tnrf keep the original model's distribution for all but the marked
 tokens (start with tnrf, alpha 1); tnfll and tnrll keep only its outputs; ul, nl and ce are the
@@ -64,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"
     )
     _add_training(parser.add_argument_group("what to train"))
+    _add_adapter(parser.add_argument_group("adapter"))
     _add_data(parser.add_argument_group("data"))
     _add_machine(parser.add_argument_group("machine"))
 
@@ -93,7 +100,8 @@ def _add_training(group: Any) -> None:
         metavar="RATE",
         type=float,
         default=1e-3,
-        help="(default: 0.001, for Adafactor; Adam wants a tenth)",
+        help="(default: 0.001, for Adafactor and for adapters; Adam on all parameters wants a "
+        "tenth)",
     )
     group.add_argument("--steps", metavar="N", type=common.positive, default=100, help="updates "
                        "to make (default: 100)")  # fmt: skip
@@ -107,8 +115,8 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--optimizer",
         metavar="NAME",
-        default="adafactor",
-        help="adafactor or adam (default: adafactor, which keeps hardly more than the parameters)",
+        help="adafactor or adam (default: adafactor, which keeps hardly more than the parameters; "
+        "adam with --lora)",
     )
     group.add_argument(
         "--warmup-steps", metavar="N", type=common.count, default=0, help="(default: 0)"
@@ -129,6 +137,34 @@ def _add_training(group: Any) -> None:
     )
 
 
+def _add_adapter(group: Any) -> None:
+    group.add_argument(
+        "--lora",
+        metavar="RANK",
+        type=common.positive,
+        help="train an adapter of this rank and leave the parameters as they are: the original is "
+        "the model without it, so that one model is held, and no gradients of it (8 to 32 are "
+        "usual). OUTPUT is a folder of the PEFT library, to lie beside the model",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        metavar="A",
+        type=float,
+        help="the adapter is multiplied by A / RANK (default: RANK)",
+    )
+    group.add_argument(
+        "--lora-targets",
+        metavar="REGEX",
+        help="modules in whose name this is found get an adapter, such as "
+        "'SelfAttention[.](q|v)$' (default: every linear layer)",
+    )
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the adapter to the model's kernels: OUTPUT is a whole folder",
+    )
+
+
 def _add_data(group: Any) -> None:
     for side in ("input", "output"):
         group.add_argument(
@@ -138,6 +174,7 @@ def _add_data(group: Any) -> None:
             help=f"refuse {side}s of more tokens, each by its line (default: take all)",
         )
     common.add_length_options(group)
+    common.add_chat_option(group)
     group.add_argument(
         "--templates",
         metavar="FILE",
@@ -183,8 +220,15 @@ def _add_machine(group: Any) -> None:
         "--dtype",
         metavar="NAME",
         default="float32",
-        help="float32 or bfloat16, of activations; parameters and sums are float32 (default: "
+        help="float32 or bfloat16, of activations; what is trained and sums are float32 (default: "
         "float32)",
+    )
+    group.add_argument(
+        "--param-dtype",
+        metavar="NAME",
+        default="float32",
+        help="float32 or bfloat16, of parameters that are not trained: the original's, and with "
+        "--lora the model's (default: float32)",
     )
     group.add_argument(
         "--cache-teacher",
@@ -234,9 +278,16 @@ def run(options: argparse.Namespace) -> int:
 def _job(options: argparse.Namespace) -> Any:
     from t5patches.editing.edit import Job
     from t5patches.editing.train import TrainSettings
+    from t5patches.model.lora import Lora
 
+    lora = None
+    if options.lora is not None:
+        lora = Lora(options.lora, options.lora_alpha, options.lora_targets)
+    elif options.lora_alpha is not None or options.lora_targets is not None:
+        raise ValueError("--lora-alpha and --lora-targets are of an adapter: give --lora RANK too")
+    optimizer = options.optimizer or ("adafactor" if lora is None else "adam")
     # The parser's names are the fields' names.
-    given = {**vars(options), "negatives": 0}
+    given = {**vars(options), "negatives": 0, "lora": lora, "optimizer": optimizer}
     settings = {f: given[f] for f in TrainSettings.__dataclass_fields__ if f in given}
     given = {**vars(options), "settings": TrainSettings(**settings)}
     return Job(**{f: given[f] for f in Job.__dataclass_fields__})

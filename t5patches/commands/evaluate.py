@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: of the command.
     """
     parser.add_argument("--before", metavar="DIR", required=True, help="the original model")
-    parser.add_argument("--after", metavar="DIR", required=True, nargs="+", help="edits of it")
+    parser.add_argument(
+        "--after", metavar="DIR", required=True, nargs="+", help="edits of it, or adapters"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the model that adapters lie beside (default: --before)",
+    )
     add_input_arguments(parser)
     parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
     parser.add_argument(
@@ -84,18 +91,17 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.edit import read_rounds
+    from t5patches.editing.edit import check_chat, read_rounds
     from t5patches.editing.evaluate import Measuring
     from t5patches.editing.report import write_html
     from t5patches.editing.rounds import compare
     from t5patches.editing.rules import read_rules
-    from t5patches.model.huggingface import inspect_checkpoint
-    from t5patches.model.tokenizer_files import load_tokenizer
+    from t5patches.model.folder import inspect_model, whole_model
     from t5patches.runs.claims import remove
 
     if options.report:
         _check_report(Path(options.report), options.force)
-    sources = read_sources(options, options.before)
+    sources = read_sources(options, str(whole_model(options.before, options.base)))
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,
@@ -105,14 +111,25 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     # The last of them is asked after hours, and what is wrong with it is told now.
+    base = options.base or options.before
     for folder in (options.before, *options.after):
-        inspect_checkpoint(folder)
-        load_tokenizer(folder)
+        beside = options.base if folder == options.before else base
+        inspect_model(folder, beside, chat=options.chat)
         read_rounds(folder)
+        check_chat(folder, options.chat, beside)
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
     work = f"{options.report}.work" if options.report else None
-    results = compare(options.before, options.after, inputs, measuring, console, work)
+    results = compare(
+        options.before,
+        options.after,
+        inputs,
+        measuring,
+        console,
+        work,
+        options.base,
+        chat=options.chat,
+    )
     if work:
         write_html(options.report, results)
         remove(work)

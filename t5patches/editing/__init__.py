@@ -39,7 +39,8 @@ For example, from a folder to an edited one::
 
     before = marked(params)
     settings = TrainSettings(objective="tnrf", steps=40, batch_size=16, learning_rate=3e-2)
-    edited = train(model, params, to_arrays(before), settings, pathlib.Path("run")).params
+    arrays = to_arrays(before, pad_id=model.config.pad_id)
+    edited = train(model, params, arrays, settings, pathlib.Path("run")).params
     after = marked(edited)
     save_checkpoint(pathlib.Path("edited"), model, edited, like=pathlib.Path("model"))
     print(prevalence(before)["prevalence"], prevalence(after)["prevalence"])

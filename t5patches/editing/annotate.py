@@ -20,12 +20,18 @@ import numpy as np
 from rich.progress import Progress
 
 from t5patches.editing.batches import example_batches
-from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
+from t5patches.editing.data import (
+    Batch,
+    Example,
+    make_example,
+    pad_rows,
+    token_mask,
+)
 from t5patches.editing.plan import require_room
 from t5patches.model.batches import Group, by_length
 from t5patches.model.generate import generate, working_memory
-from t5patches.model.protocol import LanguageModel, Params
-from t5patches.model.tokenizer import Span, Tokenizer
+from t5patches.model.protocol import LanguageModel, Params, require_positions
+from t5patches.model.tokenizer import Inputs, Span, Tokenizer, input_text
 from t5patches.runs.claims import make_part
 
 Rule = Callable[[str, str], Iterable[Span]]
@@ -183,12 +189,12 @@ def any_of(*rules: Rule) -> Rule:
     return lambda inputs, output: [span for rule in rules for span in rule(inputs, output)]
 
 
-def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
+def find_spans(rule: Rule, inputs: Inputs, output: str) -> list[Span]:
     """Applies a rule and checks what it returns.
 
     Args:
         rule: the rule.
-        inputs: the source text.
+        inputs: the source text, or a conversation, of which the rule is given all that was said.
         output: what the model said.
 
     Returns:
@@ -197,7 +203,7 @@ def find_spans(rule: Rule, inputs: str, output: str) -> list[Span]:
     Raises:
         ValueError: the rule returned something else than spans inside `output`.
     """
-    found = rule(inputs, output)
+    found = rule(input_text(inputs), output)
     if not isinstance(found, Iterable):
         raise ValueError(
             f"the rule {rule!r} returned {found!r}: a list of spans (start, end) is needed"
@@ -228,16 +234,22 @@ def _character(number: Any) -> int:
 
 
 def annotate(
-    inputs: Sequence[str], outputs: Sequence[Sequence[int]], tokenizer: Tokenizer, rule: Rule
+    inputs: Sequence[Inputs],
+    outputs: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    rule: Rule,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[Example]:
     """Marks the tokens of a model's outputs that a rule forbids.
 
     Args:
-        inputs: the source texts.
+        inputs: the source texts, or conversations.
         outputs: for each of them, the token ids that the model generated, end token included
             where it was said.
         tokenizer: the model's.
         rule: says which characters to push down.
+        prompts: what the model was given for each of the inputs; default, what it is given now.
 
     Returns:
         One example for each output, with nothing marked where the rule finds nothing.
@@ -248,32 +260,34 @@ def annotate(
     if len(inputs) != len(outputs):
         raise ValueError(f"got {len(inputs)} inputs and {len(outputs)} outputs: one each is needed")
     examples = []
-    for source, ids in zip(inputs, outputs, strict=True):
+    given = [None] * len(inputs) if prompts is None else prompts
+    for source, ids, prompt in zip(inputs, outputs, given, strict=True):
         said = tokenizer.decode(ids)
-        examples.append(make_example(source, said, find_spans(rule, source, said.text), tokenizer))
+        spans = find_spans(rule, source, said.text)
+        examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
     return examples
 
 
-def until_end(rows: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
+def until_end(rows: np.ndarray, end_ids: Sequence[int]) -> list[tuple[int, ...]]:
     """Cuts generated rows after their end token.
 
     Args:
         rows: integer [N, L], from `t5patches.model.generate.generate`.
-        eos_id: the end token.
+        end_ids: the end tokens.
 
     Returns:
         N tuples of ids; a row that never ended is whole and has no end token.
     """
     outputs = []
     for row in np.asarray(rows):
-        ends = np.flatnonzero(row == eos_id)
+        ends = np.flatnonzero(np.isin(row, end_ids))
         outputs.append(tuple(row[: ends[0] + 1 if len(ends) else len(row)].tolist()))
     return outputs
 
 
 def require_room_to_speak(
     model: LanguageModel,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -282,7 +296,7 @@ def require_room_to_speak(
     batch_size: int = 256,
     beside: int = 0,
 ) -> None:
-    """Refuses what `speak` would run out of memory with, before it begins.
+    """Refuses what `speak` would run out of positions or memory with, before it begins.
 
     Args:
         model: the network.
@@ -297,7 +311,8 @@ def require_room_to_speak(
     Raises:
         ValueError: naming what to change.
     """
-    _, groups = _by_length(inputs, tokenizer, batch_size, samples)
+    ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
+    require_positions(model.config, np.array([len(row) for row in ids]), max_length)
     # Attention within the inputs grows with the square of their length.
     largest = max(groups, key=lambda group: len(group.filled) * group.length**2)
     working = working_memory(
@@ -315,17 +330,17 @@ def require_room_to_speak(
 
 
 def _by_length(
-    inputs: Sequence[str], tokenizer: Tokenizer, batch_size: int, samples: int
+    inputs: Sequence[Inputs], tokenizer: Tokenizer, batch_size: int, samples: int
 ) -> tuple[list[tuple[int, ...]], list[Group]]:
-    """The tokens of the inputs, and which of them are answered at a time."""
-    ids = [(*tokenizer.encode(text).ids, tokenizer.eos_id) for text in inputs]
+    """The prompts, and which of them are answered at a time."""
+    ids = [tokenizer.encode_prompt(text) for text in inputs]
     return ids, by_length([len(row) for row in ids], max(1, batch_size // samples))
 
 
 def speak(
     model: LanguageModel,
     params: Params,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     rule: Rule,
     tokenizer: Tokenizer,
     *,
@@ -342,7 +357,7 @@ def speak(
     Args:
         model: the network.
         params: its parameters.
-        inputs: the source texts.
+        inputs: the source texts, or conversations.
         rule: says what is unwanted.
         tokenizer: the model's.
         max_length: tokens that an output may have.
@@ -373,7 +388,7 @@ def speak(
             batch_size=batch_size,
             numbers=rows,
         )
-        return [[list(ids) for ids in until_end(row, model.config.end_id)] for row in said]
+        return [[list(ids) for ids in until_end(row, model.config.end_ids)] for row in said]
 
     name = "sampled outputs" if temperature else "outputs"
     task = progress.add_task(name, total=len(inputs) * samples, note="") if progress else None
@@ -384,8 +399,14 @@ def speak(
             outputs[row] = said
         if progress and task is not None:
             progress.update(task, advance=len(group.rows) * samples)
-    pairs = [(text, ids) for text, said in zip(inputs, outputs, strict=True) for ids in said]
-    return annotate([text for text, _ in pairs], [ids for _, ids in pairs], tokenizer, rule)
+    numbers = [number for number, said in enumerate(outputs) for _ in said]
+    return annotate(
+        [inputs[number] for number in numbers],
+        [said for several in outputs for said in several],
+        tokenizer,
+        rule,
+        prompts=[ids[number] for number in numbers],
+    )
 
 
 def expand_negatives(
@@ -441,7 +462,7 @@ def expand_negatives(
         rollouts = _roll_out(examples, part, model, params, max_length, batch_size)
         found = []
         for (number, position, candidates), rows in zip(part, rollouts, strict=True):
-            outputs, source = until_end(rows, model.config.end_id), examples[number].inputs
+            outputs, source = until_end(rows, model.config.end_ids), examples[number].inputs
             forbidden = (
                 token
                 for token, output in zip(candidates, outputs, strict=True)
@@ -475,11 +496,12 @@ def check_count(count: int, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: `count` is not between 1 and what the vocabulary leaves to try.
     """
-    # Neither padding nor the end token has characters that a rule could forbid, and the token
+    # Neither padding nor the end tokens have characters that a rule could forbid, and the token
     # that was said is already pushed down.
-    if not 1 <= count <= tokenizer.vocab_size - 3:
+    most = tokenizer.vocab_size - len(tokenizer.end_ids) - 2
+    if not 1 <= count <= most:
         raise ValueError(
-            f"count is {count}: from 1 to {tokenizer.vocab_size - 3} alternatives can be tried "
+            f"count is {count}: from 1 to {most} alternatives can be tried "
             f"with a vocabulary of {tokenizer.vocab_size}"
         )
 
@@ -512,10 +534,10 @@ def _alternatives(
 def _likeliest_others(
     params: Params, batch: Batch, model: LanguageModel, known: int, count: int
 ) -> jax.Array:
-    """The likeliest ids but padding, the end, what was said, and rows that are no token."""
+    """The likeliest ids but padding, the ends, what was said, and rows that are no token."""
     logits = model.head(params).logits(model.hidden(params, batch))
     ids = jnp.arange(logits.shape[-1])[None, None]
-    special = jnp.array([model.config.pad_id, model.config.end_id])
+    special = jnp.array([model.config.pad_id, *model.config.end_ids])
     barred = jnp.isin(ids, special) | (ids == batch["outputs"][..., None]) | (ids >= known)
     return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1]
 
@@ -548,7 +570,7 @@ def _roll_out(
 
 
 def _forbids(
-    rule: Rule, inputs: str, output: Sequence[int], position: int, tokenizer: Tokenizer
+    rule: Rule, inputs: Inputs, output: Sequence[int], position: int, tokenizer: Tokenizer
 ) -> bool:
     said = tokenizer.decode(output)
     return token_mask(said, find_spans(rule, inputs, said.text))[position]

@@ -22,6 +22,7 @@ from t5patches.editing.annotate import (
 from t5patches.editing.data import Example, write_examples
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
+from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
@@ -65,7 +66,7 @@ class CollectSettings:
 
 def collect(
     model: LoadedModel,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     rules: Rules,
     output: str | os.PathLike[str],
     settings: CollectSettings,
@@ -75,7 +76,7 @@ def collect(
 
     Args:
         model: see `t5patches.model.folder.load_model`.
-        inputs: the source texts.
+        inputs: the source texts, or conversations.
         rules: say what is unwanted.
         output: the file to write, one example a line; it appears whole or not at all. Until then
             `OUTPUT.work` holds what is finished.
@@ -155,17 +156,18 @@ def marked_tokens(examples: Sequence[Example]) -> int:
     return sum(sum(example.marked) for example in examples)
 
 
-def asked(model: LoadedModel, inputs: Sequence[str]) -> dict[str, str]:
+def asked(model: LoadedModel, inputs: Sequence[Inputs]) -> dict[str, str]:
     """Which model is given which inputs, for `t5patches.runs.claims.claim`.
 
     Args:
         model: the model.
-        inputs: the source texts. With their tokens, so that another tokenizer is another run.
+        inputs: the source texts, or conversations. With their tokens, so that another tokenizer
+            or chat template is another run.
 
     Returns:
         A fingerprint of each.
     """
-    given = [(text, model.tokenizer.encode(text).ids) for text in inputs]
+    given = [(text, model.tokenizer.encode_prompt(text)) for text in inputs]
     return {
         "model": fingerprint(model.params),
         "inputs": json_fingerprint(given),
@@ -173,7 +175,7 @@ def asked(model: LoadedModel, inputs: Sequence[str]) -> dict[str, str]:
 
 
 def _describe(
-    model: LoadedModel, inputs: Sequence[str], rules: Rules, settings: CollectSettings
+    model: LoadedModel, inputs: Sequence[Inputs], rules: Rules, settings: CollectSettings
 ) -> dict[str, object]:
     return asked(model, inputs) | {
         "rules": rules.fingerprint,

@@ -7,13 +7,18 @@ A file holds one JSON object a line, in either of two forms:
 * `inputs`, `outputs`, `spans`: what the model was given, what it said, and the characters
   `[start, end]` of `outputs` to push down (none at all keeps the whole output as it is).
 
-The second form may also hold
+Both may have `messages` in place of `inputs`: a conversation, `[{"role": "user", "content":
+"..."}]`, for models with a chat template. The second form may also hold
 
 * `tokens`: the ids of `outputs` as the model generated them, when they are not the ones that
   the tokenizer would choose;
 * `edits`: for pushed-down positions, more ids to push down there, likeliest first:
   `[{"position": 3, "ids": [17, 5]}]`;
 * `corrected_targets`: how the output should have read, for corrective fine-tuning;
+* `chat`: whether the model was given the inputs in its chat template; a command that does otherwise
+  refuses the line;
+* `prompt`: the ids that it was given, where they are not what the tokenizer makes of the inputs on
+  any day, as chat templates may hold the date;
 * `meta`: anything; it is ignored.
 """
 
@@ -29,12 +34,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from t5patches.model.tokenizer import Span, TokenizedText, Tokenizer
+from t5patches.model.tokenizer import Inputs, Message, Span, TokenizedText, Tokenizer
 from t5patches.runs.files import write_file
 
 PAIR_FIELDS = frozenset({"inputs", "negative_targets", "corrected_targets"})
 SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
-OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets"})
+OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets", "chat", "prompt"})
+ROLES = ("system", "user", "assistant")
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -45,17 +51,18 @@ class Example:
     """One output of the model with the parts to push down.
 
     Attributes:
-        inputs: the source text.
+        inputs: the source text, or a conversation.
         outputs: what the model said.
         spans: the characters of `outputs` to push down.
-        input_ids: tokens of `inputs`, end token included.
+        input_ids: the prompt: what the model is given for `inputs`.
         output_ids: tokens of `outputs`, end token included where the model said it.
         marked: for each of `output_ids`, whether it is pushed down.
         negatives: for marked positions, more ids to push down there, likeliest first.
         corrected: how the output should have read; None where nobody said.
+        chat: whether `input_ids` are of a chat template; None where the model has none.
     """
 
-    inputs: str
+    inputs: Inputs
     outputs: str
     spans: tuple[Span, ...]
     input_ids: tuple[int, ...]
@@ -63,6 +70,7 @@ class Example:
     marked: tuple[bool, ...]
     negatives: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     corrected: str | None = None
+    chat: bool | None = None
 
 
 def token_mask(tokenized: TokenizedText, spans: Iterable[Span]) -> tuple[bool, ...]:
@@ -91,23 +99,25 @@ def token_mask(tokenized: TokenizedText, spans: Iterable[Span]) -> tuple[bool, .
 
 
 def make_example(
-    inputs: str,
+    inputs: Inputs,
     tokenized: TokenizedText,
     spans: Sequence[Span],
     tokenizer: Tokenizer,
     *,
     negatives: Mapping[int, tuple[int, ...]] | None = None,
     corrected: str | None = None,
+    prompt: Sequence[int] | None = None,
 ) -> Example:
     """Puts an output and the characters to push down together.
 
     Args:
-        inputs: the source text.
+        inputs: the source text, or a conversation.
         tokenized: the output, with its end token where it has one.
         spans: characters of the output to push down.
-        tokenizer: splits `inputs`.
+        tokenizer: makes the prompt.
         negatives: more ids to push down at marked positions.
         corrected: how the output should have read.
+        prompt: what the model was given; default, what it is given for `inputs` now.
 
     Returns:
         The example.
@@ -138,11 +148,12 @@ def make_example(
         inputs=inputs,
         outputs=tokenized.text,
         spans=tuple((int(start), int(end)) for start, end in spans),
-        input_ids=(*tokenizer.encode(inputs).ids, tokenizer.eos_id),
+        input_ids=tokenizer.encode_prompt(inputs) if prompt is None else tuple(prompt),
         output_ids=tokenized.ids,
         marked=marked,
         negatives=dict(negatives or {}),
         corrected=corrected,
+        chat=tokenizer.chat,
     )
 
 
@@ -159,8 +170,9 @@ def read_examples(
         path: a file with one JSON object a line; the two forms are described at the top of
             `t5patches.editing.data`. Blank lines are skipped.
         tokenizer: the model's.
-        max_input_length: the most tokens that `inputs` may have, the end token counted.
-        max_output_length: the same for the output.
+        max_input_length: the most tokens that a prompt may have: the inputs as the model is given
+            them.
+        max_output_length: the same for the output, the end token counted.
 
     Returns:
         The examples in the order of the file.
@@ -182,11 +194,11 @@ class Source(NamedTuple):
     """Something to give to the model.
 
     Attributes:
-        inputs: the source text.
+        inputs: the source text, or a conversation.
         references: what a good output would be; empty where nobody said.
     """
 
-    inputs: str
+    inputs: Inputs
     references: tuple[str, ...] = ()
 
 
@@ -196,7 +208,8 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
     Args:
         path: a file whose name ends in `.jsonl` or `.JSONL`, with
             `{"inputs": "...", "references": ["..."]}` a line (`references` and `meta` may be
-            absent), or any other text file, with one input a line. Blank lines are skipped.
+            absent; `messages` may stand for `inputs`), or any other text file, with one input a
+            line. Blank lines are skipped.
 
     Returns:
         The inputs in the order of the file.
@@ -250,7 +263,8 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
 class Limits:
     """What becomes of texts that are too long, instead of a refusal.
 
-    Tokens are counted with the end token, and before a template is put around an input.
+    Tokens are counted as the model is given them, with an end token or a chat template, and before
+    an instruction is put around an input.
 
     Attributes:
         truncate_inputs: longer inputs are cut to so many tokens; None cuts none.
@@ -322,16 +336,15 @@ def within(items: Sequence[Source | Example], limits: Limits, tokenizer: Tokeniz
         if isinstance(item, Example):
             length, longest = len(item.input_ids), max(len(item.input_ids), len(item.output_ids))
         else:
-            length = longest = len(tokenizer.encode(item.inputs).ids) + 1
+            length = longest = len(tokenizer.encode_prompt(item.inputs))
         if limits.skip_longer is not None and longest > limits.skip_longer:
             continue
         if limits.truncate_inputs is None or length <= limits.truncate_inputs:
             kept.append(item)
             continue
         truncated += 1
-        text, ids, _ = _truncated(item.inputs, limits.truncate_inputs - 1, tokenizer)
+        text, ids = _truncated(item.inputs, limits.truncate_inputs, tokenizer)
         if isinstance(item, Example):
-            ids = (*ids, tokenizer.eos_id)
             kept.append(dataclasses.replace(item, inputs=text, input_ids=ids))
         else:
             kept.append(item._replace(inputs=text))
@@ -343,14 +356,21 @@ def within(items: Sequence[Source | Example], limits: Limits, tokenizer: Tokeniz
     return Within(kept, truncated, len(items) - len(kept))
 
 
-def _truncated(text: str, most: int, tokenizer: Tokenizer) -> TokenizedText:
-    """The longest beginning of a text, cut between two tokens, that has `most` tokens or fewer."""
+def _truncated(text: Inputs, most: int, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
+    """The longest beginning of a text whose prompt has `most` tokens or fewer, and that prompt."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a conversation of more than {most} tokens cannot be truncated: leave such out "
+            "(--skip-longer), or shorten it"
+        )
     tokenized = tokenizer.encode(text)
+    around = len(tokenizer.encode_prompt(text)) - len(tokenized.ids)
     # A beginning may split otherwise, and so into more tokens, than in the whole text.
-    for count in range(most, 0, -1):
-        cut = tokenizer.encode(text[: tokenized.spans[count - 1][1]].rstrip())
-        if 0 < len(cut.ids) <= most:
-            return cut
+    for count in range(min(most - around, len(tokenized.ids)), 0, -1):
+        cut = text[: tokenized.spans[count - 1][1]].rstrip()
+        prompt = tokenizer.encode_prompt(cut)
+        if cut and len(prompt) <= most:
+            return cut, prompt
     raise ValueError(f"{text[:20]!r}... has no beginning of {most} tokens: raise --truncate-inputs")
 
 
@@ -419,7 +439,11 @@ def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> lis
         e
         if e.corrected is None
         else make_example(
-            e.inputs, with_end(tokenizer.encode(e.corrected), tokenizer), [], tokenizer
+            e.inputs,
+            with_end(tokenizer.encode(e.corrected), tokenizer),
+            [],
+            tokenizer,
+            prompt=e.input_ids,
         )
         for e in examples
     ]
@@ -444,7 +468,7 @@ def with_end(tokenized: TokenizedText, tokenizer: Tokenizer) -> TokenizedText:
 def to_arrays(
     examples: Sequence[Example],
     *,
-    pad_id: int = 0,
+    pad_id: int,
     negatives: int = 0,
     input_length: int | None = None,
     output_length: int | None = None,
@@ -453,7 +477,7 @@ def to_arrays(
 
     Args:
         examples: N of them.
-        pad_id: fills the ends.
+        pad_id: the model's; fills the ends.
         negatives: 0 pushes down the token that was said and nothing else. With K > 0 a marked
             position gets a set of at most K ids: the token that was said, then the first of
             its `negatives`.
@@ -483,14 +507,12 @@ def to_arrays(
     return arrays
 
 
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad_id: int = 0, length: int | None = None
-) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
     """Puts token ids into an array.
 
     Args:
         rows: N of them.
-        pad_id: fills the ends.
+        pad_id: the model's; fills the ends.
         length: L; default: the longest row.
 
     Returns:
@@ -545,13 +567,13 @@ def _decoded(line: bytes) -> str:
 
 def _source(line: str) -> Source:
     fields = _fields(line)
-    names = fields.keys() - {"meta"}
+    names = _names(fields)
     if not {"inputs"} <= names <= {"inputs", "references"}:
         raise ValueError(
-            f"got the fields {sorted(names)}; needed is 'inputs', with or without 'references'; "
-            "other things go under 'meta'"
+            f"got the fields {sorted(names)}; needed is 'inputs' or 'messages', with or without "
+            "'references'; other things go under 'meta'"
         )
-    inputs, references = _text(fields, "inputs"), fields.get("references", [])
+    inputs, references = _inputs(fields), fields.get("references", [])
     if isinstance(references, str):
         references = [references]
     if not (isinstance(references, list) and all(isinstance(r, str) for r in references)):
@@ -561,14 +583,15 @@ def _source(line: str) -> Source:
 
 def _parse(line: str, tokenizer: Tokenizer) -> Example:
     fields = _fields(line)
-    names = fields.keys() - {"meta"}
+    names = _names(fields)
     if names != PAIR_FIELDS and not SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
         raise ValueError(
             f"got the fields {sorted(names)}; needed are {sorted(PAIR_FIELDS)}, or "
-            f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)}; other things go under "
-            "'meta'"
+            f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)} ('messages' may stand "
+            "for 'inputs'); other things go under 'meta'"
         )
-    inputs = _text(fields, "inputs")
+    inputs = _inputs(fields)
+    _check_chat(fields, tokenizer)
     if "negative_targets" in fields:
         return _from_pair(
             inputs, _text(fields, "negative_targets"), _text(fields, "corrected_targets"), tokenizer
@@ -584,6 +607,7 @@ def _parse(line: str, tokenizer: Tokenizer) -> Example:
         tokenizer,
         negatives=_negatives(fields.get("edits", []), tokenizer),
         corrected=corrected,
+        prompt=_prompt(fields, tokenizer),
     )
 
 
@@ -607,6 +631,60 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is there twice: which of the two is meant?")
         found[name] = value
     return found
+
+
+def _names(fields: Mapping[str, Any]) -> set[str]:
+    """The fields of a line, with `inputs` for `messages`, which may stand in its place."""
+    names = fields.keys() - {"meta"}
+    return names if "inputs" in names else {"inputs" if n == "messages" else n for n in names}
+
+
+def _inputs(fields: Mapping[str, Any]) -> Inputs:
+    if "messages" not in fields:
+        return _text(fields, "inputs")
+    messages = fields["messages"]
+    if not (isinstance(messages, list) and messages):
+        raise ValueError(
+            f"'messages' must be a list of them, as {{'role': 'user', 'content': '...'}}, got "
+            f"{messages!r}"
+        )
+    for message in messages:
+        if not (isinstance(message, dict) and message.keys() == {"role", "content"}):
+            raise ValueError(
+                f"a message must be {{'role': 'user', 'content': '...'}}, got {message!r}"
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"a message's role must be one of {', '.join(ROLES)}, got {message['role']!r}"
+            )
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"the last message is of the role {messages[-1]['role']!r}, and the model is to answer "
+            "one of the user's"
+        )
+    return tuple(Message(message["role"], _text(message, "content")) for message in messages)
+
+
+def _check_chat(fields: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Refuses an output to another prompt than this run makes."""
+    chat = fields.get("chat", bool(tokenizer.chat))
+    if not isinstance(chat, bool):
+        raise ValueError(f"'chat' must be true or false, got {chat!r}")
+    if chat != bool(tokenizer.chat):
+        words = {True: "in its chat template", False: "without a chat template"}
+        raise ValueError(
+            f"the model was given the inputs {words[chat]}, and this run has them "
+            f"{words[not chat]}: give --chat {'on' if chat else 'off'}, or other data"
+        )
+
+
+def _prompt(fields: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    ids = fields.get("prompt")
+    if ids is None:
+        return None
+    if not (isinstance(ids, list) and ids and all(_is_count(i) for i in ids)):
+        raise ValueError(f"'prompt' must be a list of token ids, got {ids!r}")
+    return tuple(ids)
 
 
 def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
@@ -635,6 +713,12 @@ def _tokens(fields: Mapping[str, Any], outputs: str, tokenizer: Tokenizer) -> To
     ids = fields["tokens"]
     if not (isinstance(ids, list) and ids and all(_is_count(i) for i in ids)):
         raise ValueError(f"'tokens' must be a list of token ids, got {ids!r}")
+    end = next((number for number, i in enumerate(ids, 1) if i in tokenizer.end_ids), len(ids))
+    if end < len(ids):
+        raise ValueError(
+            f"'tokens' go on after the end token {ids[end - 1]}, which is number {end} of "
+            f"{len(ids)}: no output does"
+        )
     tokenized = tokenizer.decode(ids)
     if tokenized.text != outputs:
         raise ValueError(
@@ -675,7 +759,7 @@ def _check_length(name: str, length: int, limit: int | None) -> None:
         )
 
 
-def _from_pair(inputs: str, negative: str, corrected: str, tokenizer: Tokenizer) -> Example:
+def _from_pair(inputs: Inputs, negative: str, corrected: str, tokenizer: Tokenizer) -> Example:
     """Marks the tokens of `negative` that the correction does not repeat.
 
     Aligned rather than compared position by position: one token more in the correction must not
@@ -709,12 +793,20 @@ def _without_spaces(text: str, start: int, end: int) -> Span:
 
 
 def _line(example: Example) -> str:
-    fields: dict[str, Any] = {
-        "inputs": example.inputs,
+    fields: dict[str, Any] = {}
+    if isinstance(example.inputs, str):
+        fields["inputs"] = example.inputs
+    else:
+        fields["messages"] = [message._asdict() for message in example.inputs]
+    fields |= {
         "outputs": example.outputs,
         "spans": example.spans,
         "tokens": example.output_ids,
     }
+    if example.chat is not None:
+        fields["chat"] = example.chat
+    if example.chat:
+        fields["prompt"] = example.input_ids
     if example.negatives:
         fields["edits"] = [
             {"position": position, "ids": ids} for position, ids in example.negatives.items()

@@ -42,16 +42,18 @@ from t5patches.editing.train import (
     TrainSettings,
     cache_teacher,
     finished_run,
+    in_dtype,
     train,
     training_progress,
 )
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
+from t5patches.model.lora import is_adapter, merged, save_adapter, whole_model
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel, differing
+from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
-from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs.claims import claim, hold, remove, require_space
 from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
@@ -90,6 +92,10 @@ class Job:
         devices: how many to use; None is all.
         cache_teacher: where the frozen model's hidden states are kept, computed once and for any
             later edit that needs the same; None runs it at every update.
+        chat: whether inputs are put into the folder's chat template, "on" or "off"; "auto" is "on"
+            where it has one.
+        merge: whether an adapter (`settings.lora`) is added to the model's kernels and `output` is
+            a whole folder; else it is a folder of the adapter alone, to lie beside the model.
     """
 
     model: PathLike
@@ -111,6 +117,8 @@ class Job:
     model_parallel: int = 1
     devices: int | None = None
     cache_teacher: PathLike | None = None
+    chat: str = "auto"
+    merge: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +193,17 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
                 f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
                 "which holds this edit, or give another --output"
             ) from error
-        record = _record(described, checked, work / "run", trained)
+        lora, params = checked.settings.lora, trained.params
+        if lora is not None and job.merge:
+            params = merged(load_checkpoint(job.model)[1], params, lora)
+        record = _record(described, checked, work / "run", trained._replace(params=params))
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[CARD] = _card(job, record)
-        save_checkpoint(edited, checked.model, trained.params, like=job.model, files=files)
+        if lora is None or job.merge:
+            save_checkpoint(edited, checked.model, params, like=job.model, files=files)
+        else:
+            save_adapter(edited, checked.model, params, lora, base=job.model, files=files)
     output.parent.mkdir(parents=True, exist_ok=True)
     edited.rename(output)
     remove(work)
@@ -210,16 +224,27 @@ def check(job: Job) -> Checked:
     """
     if not 0 <= job.dropout < 1:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
+    if job.merge and job.settings.lora is None:
+        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    for folder in (job.model, job.original):
+        if folder is not None and is_adapter(folder):
+            raise ValueError(
+                f"{folder} is an adapter and no whole model: edit the model that it lies beside, "
+                "or one that it was merged with (--merge where it was made)"
+            )
     model = inspect_checkpoint(job.model)
     model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype))
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, chat=job.chat)
     check_tokenizer(tokenizer, model.config, job.model)
     _check_original(job)
     # Both are read again at the end, when it would be late.
     read_rounds(job.model)
     card_before_edits(job.model)
+    check_chat(job.model, job.chat)
     sets, notes = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
+    lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
+    require_positions(model.config, *lengths.T)
     settings = _with_negatives(job, examples)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
@@ -232,7 +257,8 @@ def check(job: Job) -> Checked:
         )
     order = _order(job, settings, [len(part) for part in sets])
     mesh = _mesh(job)
-    step = Step(model, settings, arrays, mesh, cached=job.dtype if job.cache_teacher else None)
+    cached, own = job.dtype if job.cache_teacher else None, job.original is not None
+    step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
     return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
@@ -284,6 +310,28 @@ def card_before_edits(folder: PathLike) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
     return text.partition(_EDITED)[0].strip()
+
+
+def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> None:
+    """Refuses to treat an edited model otherwise than the edits that made it did.
+
+    Args:
+        folder: of a model, or of an adapter.
+        chat: "on", "off" or "auto".
+        base: the model that an adapter lies beside.
+
+    Raises:
+        ValueError: an edit put its inputs into the chat template and `chat` does not, or the other
+            way round.
+    """
+    now = uses_chat(whole_model(folder, base), chat)
+    then = [round_["job"].get("chat") for round_ in read_rounds(folder)]
+    if now is not None and (not now) in then:
+        was, asked = ("off", "on") if now else ("on", "off")
+        raise ValueError(
+            f"{folder} was edited with --chat {was}, as its {RECORD} has it, and --chat {asked} "
+            f"would give it other prompts: give --chat {was}"
+        )
 
 
 def unfinished(output: PathLike) -> Path:
@@ -377,9 +425,10 @@ def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> li
         max_output_length=job.max_output_length,
     )
     for number, example in enumerate(examples, start=1):
-        if max(example.output_ids) >= vocab_size:
+        largest = max(*example.output_ids, *example.input_ids)
+        if largest >= vocab_size:
             raise ValueError(
-                f"{file}: example {number} has the token {max(example.output_ids)} and the model "
+                f"{file}: example {number} has the token {largest} and the model "
                 f"{vocab_size} ids: was the file made with another model?"
             )
     return examples
@@ -424,23 +473,21 @@ def _counts(arrays: Batch) -> dict[str, int]:
 
 def _require_space(job: Job, checked: Checked) -> None:
     """Room for the folder, and for two checkpoints of the run: the last and the next."""
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state))
     folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
-    needed = folder + 2 * sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state)
-    )
+    if checked.settings.lora is not None and not job.merge:
+        folder = state
+    needed = folder + 2 * state
     require_space(unfinished(job.output), needed, "the edit")
 
 
 def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:
-    params: Params = load_checkpoint(job.model)[1]
-    original: Params = params if job.original is None else load_checkpoint(job.original)[1]
+    params, original = _loaded(job, checked)
     with training_progress(console) as progress:
         teacher = _cached(job, checked, original, progress)
         if teacher is None:
-            placed = _placed(checked, params)
-            original = placed if original is params else _placed(checked, original)
-            params = placed
-        finished = finished_run(directory, params)
+            params, original = _placed(checked, params, original)
+        finished = finished_run(directory, checked.step.state.params)
         if finished is not None and len(finished.history["loss"]) == checked.settings.steps:
             return finished
         return train(
@@ -457,10 +504,22 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
         )
 
 
-def _placed(checked: Checked, params: Params) -> Params:
-    """The parameters where the frozen model lies: what was read need not be held twice."""
-    placed = checked.step.place_original(params)
-    return params if placed is None else placed
+def _loaded(job: Job, checked: Checked) -> tuple[Params, Params]:
+    """What training starts from and the original; what is frozen of it in its own dtype."""
+    dtype, lora = checked.settings.param_dtype, checked.settings.lora
+    params: Params = load_checkpoint(job.model)[1]
+    held = in_dtype(params, dtype)
+    original = held if job.original is None else in_dtype(load_checkpoint(job.original)[1], dtype)
+    return params if lora is None else held, original
+
+
+def _placed(checked: Checked, params: Params, original: Params) -> tuple[Params, Params]:
+    """The same where what is frozen lies: what was read need not be held twice."""
+    base, placed = checked.step.place(params, original)
+    if original is not params:
+        return base or params, placed or original
+    there = base or placed or params
+    return there, there
 
 
 def _cached(
@@ -496,6 +555,7 @@ def _described(job: Job) -> dict[str, Any]:
         "data": _named(job.data),
         "limits": {"truncate_inputs": job.truncate_inputs, "skip_longer": job.skip_longer},
         "templates": None if job.templates is None else file_fingerprint(job.templates),
+        "chat": uses_chat(job.model, job.chat),
         "negatives": job.negatives,
         "rates": None if job.rates is None else list(job.rates),
         "cap": job.cap,
@@ -503,6 +563,7 @@ def _described(job: Job) -> dict[str, Any]:
         "dropout": job.dropout,
         "dtype": job.dtype,
         "cached teacher": job.cache_teacher is not None,
+        "merge": job.merge,
         "settings": settings,
     }
 
@@ -549,22 +610,33 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
     data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
+    adapter, lora = "", settings["lora"]
+    if lora:
+        left = (
+            "added to its kernels" if job_["merge"] else f"to lie beside `{job_['model']['name']}`"
+        )
+        adapter = (
+            f"- An adapter (LoRA) of rank {lora['rank']}, alpha {lora['alpha'] or lora['rank']:g}, "
+            f"{left}.\n"
+        )
     loss = record["history"]["loss"]
+    chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
     return (
         f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
         f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
+        f"{adapter}"
         f"- Kept close to: {teacher}.\n"
         f"- {settings['steps']} updates of {settings['batch_size']} examples, "
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, warm-up "
         f"{settings['warmup_steps']}, dropout {job_['dropout']:g}, {job_['dtype']}, seed "
-        f"{settings['seed']}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"{settings['seed']}{chat}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
         "`t5patches evaluate` does.\n"
     )
 
 
-__all__ = ["RECORD", "Checked", "Job", "check", "edit", "read_rounds", "unfinished"]
+__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds", "unfinished"]

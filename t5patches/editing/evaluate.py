@@ -25,7 +25,7 @@ from t5patches.editing.annotate import Keep, Rule, speak
 from t5patches.editing.batches import example_batches
 from t5patches.editing.data import Example
 from t5patches.model.protocol import LanguageModel, Params
-from t5patches.model.tokenizer import Span, Tokenizer
+from t5patches.model.tokenizer import Inputs, Span, Tokenizer
 from t5patches.runs.claims import make_part
 from t5patches_kernels import linear_token_statistics
 
@@ -225,7 +225,7 @@ def own_measures(
 def say(
     model: LanguageModel,
     params: Params,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     tokenizer: Tokenizer,
     measuring: Measuring,
     *,
@@ -239,7 +239,7 @@ def say(
     Args:
         model: the network.
         params: its parameters.
-        inputs: the source texts.
+        inputs: the source texts, or conversations.
         tokenizer: the model's.
         measuring: the rule, and how many tokens at the most.
         temperature: 0 for greedy decoding.
@@ -272,7 +272,7 @@ def _unmarked(inputs: str, output: str) -> list[Span]:
     return []
 
 
-def _inputs(outputs: Sequence[Example]) -> list[str]:
+def _inputs(outputs: Sequence[Example]) -> list[Inputs]:
     return [example.inputs for example in outputs]
 
 
@@ -389,14 +389,14 @@ def malformed(
 
     Args:
         outputs: what the model said.
-        tokenizer: knows the end token.
+        tokenizer: knows the end tokens.
         well_formed: the check; None for none.
 
     Returns:
         The percentage.
     """
     broken = [
-        tokenizer.eos_id not in example.output_ids
+        not {*tokenizer.end_ids} & {*example.output_ids}
         or not example.outputs.strip()
         or (well_formed is not None and not well_formed(example.outputs))
         for example in outputs

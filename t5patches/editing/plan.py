@@ -26,12 +26,14 @@ class MemoryPlan:
     Attributes:
         device: its name.
         count: how many of them are used.
-        parameters: of the model being edited.
-        optimizer: what it keeps for each parameter.
-        original: the frozen model.
+        parameters: of the model being edited, and of its adapter.
+        optimizer: what it keeps for each parameter that is trained.
+        original: the frozen model; without its adapter the edited one is the original, held once.
         working: gradients and activations of one update, and its batch.
         available: what a device has left; None where it does not say. CPU devices share the
             machine's memory, and this is one's share.
+        saved: what training all parameters would take beyond this, of parameters, gradients,
+            optimizer and original; 0 where all are trained.
     """
 
     device: str
@@ -41,6 +43,7 @@ class MemoryPlan:
     original: int
     working: int
     available: int | None
+    saved: int = 0
 
     @property
     def total(self) -> int:
@@ -52,7 +55,11 @@ class MemoryPlan:
         parts = ("parameters", "optimizer", "original", "working")
         listed = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         of = "" if self.available is None else f" of {_size(self.available)}"
-        return f"memory on each of {self.count} x {self.device}: {listed}; {_size(self.total)}{of}"
+        saved = f"; training all parameters would take {_size(self.saved)} more" * (self.saved > 0)
+        return (
+            f"memory on each of {self.count} x {self.device}: {listed}; "
+            f"{_size(self.total)}{of}{saved}"
+        )
 
 
 def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -> MemoryPlan:
@@ -67,20 +74,28 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         The plan.
     """
     used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    parameters = _held(step.state.params)
-    on_host = used[0].platform == "cpu"
+    trained, base, original = map(_held, (step.state.params, *step.frozen))
     memory = step.compiled.memory_analysis()
     inputs = memory.argument_size_in_bytes - memory.alias_size_in_bytes
-    frozen = _held(step.original)
+    working = memory.temp_size_in_bytes + max(0, inputs - base - original)
+    saved = 0
+    if settings.lora is not None:
+        full = step.of_all()
+        saved = 2 * _held(full.state.params) + _held(full.state.optimizer) + _held(full.frozen)
+        saved -= 2 * trained + _held(step.state.optimizer) + _held(step.frozen)
+    if used[0].platform == "cpu" and (settings.lora is None or step.cached):
+        # What was read stays on the host, however little of it the step needs, and in float32.
+        read = base + trained
+        original = max(original, read) if settings.param_dtype == "float32" else original + read
     return MemoryPlan(
         device=used[0].device_kind,
         count=len(used),
-        parameters=parameters,
+        parameters=base + trained,
         optimizer=_held(step.state.optimizer),
-        # What was read stays on the host, however little of it the step needs.
-        original=max(frozen, parameters) if on_host else frozen,
-        working=memory.temp_size_in_bytes + max(0, inputs - frozen),
+        original=original,
+        working=working,
         available=_available(used[0], sum(d.platform == "cpu" for d in used)),
+        saved=saved,
     )
 
 
@@ -133,14 +148,19 @@ def _advice(
 ) -> list[str]:
     rows = 1 if mesh is None else mesh.shape[placement.DATA]
     local = settings.batch_size // rows
-    # The gradients are as large as the parameters; the rest grows with the batch.
-    each = max(1, plan.working - plan.parameters) / local
+    # The gradients are as large as what is trained; the rest grows with the batch.
+    gradients = plan.parameters if settings.lora is None else 0
+    each = max(1, plan.working - gradients) / local
     left = (plan.available or 0) - (plan.total - local * each)
     fitting = min(local - 1, math.floor(left / each))
     out = []
     if fitting >= 1:
         out.append(f"a batch size of {fitting * rows} should fit (--batch-size)")
-    if settings.optimizer == "adam":
+    if settings.lora is None:
+        out.append("an adapter has no gradients of the model and no second copy of it (--lora 8)")
+    elif settings.param_dtype == "float32":
+        out.append("the frozen parameters in bfloat16 are half as large (--param-dtype bfloat16)")
+    if settings.optimizer == "adam" and settings.lora is None:
         out.append(f"Adafactor keeps {_size(plan.optimizer)} less (--optimizer adafactor)")
     if not bfloat16:
         out.append("activations in bfloat16 are half as large (--dtype bfloat16)")

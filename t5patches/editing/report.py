@@ -29,6 +29,7 @@ from t5patches.editing.data import Example
 from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure, differs
 from t5patches.editing.train import OBJECTIVES, TARGETED, History
+from t5patches.model.tokenizer import input_text
 from t5patches.runs.files import write_file
 
 Measures = Mapping[str, Measure]
@@ -536,7 +537,10 @@ def _texts(results: Results, count: int = 5) -> list[tuple[str, list[tuple[str, 
     shown = [*order[: min(count, unwanted)], *order[unwanted : unwanted + 1]]
     models = [("before", results.outputs), *((row.name, row.outputs) for row in rows)]
     return [
-        (results.outputs[i].inputs, [(name, _parts(outputs[i])) for name, outputs in models])
+        (
+            input_text(results.outputs[i].inputs),
+            [(name, _parts(outputs[i])) for name, outputs in models],
+        )
         for i in shown
     ]
 

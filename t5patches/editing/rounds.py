@@ -13,22 +13,26 @@ from rich.console import Console
 
 from t5patches.editing.annotate import Keep, require_room_to_speak
 from t5patches.editing.collect import asked
-from t5patches.editing.edit import read_rounds
+from t5patches.editing.edit import check_chat, read_rounds
 from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, load_model
 from t5patches.model.protocol import differing
+from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts, hold, make_part
 
 
 def compare(
     before: str | os.PathLike[str],
     after: Sequence[str | os.PathLike[str]],
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     measuring: Measuring,
     console: Console | None = None,
     work: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    *,
+    chat: str = "auto",
 ) -> Results:
     """Measures an original model and edits of it.
 
@@ -40,6 +44,8 @@ def compare(
         console: where to tell what happens; default, the terminal's standard error.
         work: a directory for what the models say, so that a killed comparison goes on when it is
             repeated; it is the caller's to remove. None keeps nothing.
+        base: the folder that adapters lie beside; None is `before`.
+        chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
 
     Returns:
         The original's own measures and a row for each of the edits, for the report.
@@ -48,7 +54,10 @@ def compare(
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
             differ; `work` is of another comparison; or a batch does not fit into memory.
     """
-    original, meter = load_model(before), measuring.meter
+    check_chat(before, chat, base)
+    for folder in after:
+        check_chat(folder, chat, base or before)
+    original, meter = load_model(before, base, chat=chat), measuring.meter
     require_room_to_speak(
         original.model,
         inputs,
@@ -68,7 +77,7 @@ def compare(
         own = own_measures(*original[:2], outputs, original.tokenizer, **more)
         rows = []
         for number, folder in enumerate(after, start=1):
-            edited = load_model(folder)
+            edited = load_model(folder, base or before, chat=chat)
             _check_alike(folder, edited, original, inputs)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
             edited = _on_device(edited)
@@ -89,6 +98,7 @@ def compare(
             "inputs": len(inputs),
             "max_length": measuring.max_length,
             "seed": measuring.seed,
+            "chat": original.tokenizer.chat,
             "meter": meter and {"samples": meter.samples, "threshold": meter.threshold},
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
@@ -105,7 +115,7 @@ def _keep(
     work: str | os.PathLike[str] | None,
     name: str,
     model: LoadedModel,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
     measuring: Measuring,
 ) -> Keep:
     """Keeps what a model says; asked before its parameters are on a device, as it reads them."""
@@ -135,14 +145,14 @@ def _check_alike(
     folder: str | os.PathLike[str],
     edited: LoadedModel,
     original: LoadedModel,
-    inputs: Sequence[str],
+    inputs: Sequence[Inputs],
 ) -> None:
     rate = original.model.config.dropout_rate
     found = differing(edited.model.replace(dropout_rate=rate).config, original.model.config)
     if found:
         raise ValueError(f"{folder} is no edit of the original: they differ in {', '.join(found)}")
     for number, text in enumerate(inputs, start=1):
-        if edited.tokenizer.encode(text) != original.tokenizer.encode(text):
+        if edited.tokenizer.encode_prompt(text) != original.tokenizer.encode_prompt(text):
             raise ValueError(
                 f"{folder} is no edit of the original: its tokenizer splits input {number} "
                 "otherwise"

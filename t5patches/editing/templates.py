@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from t5patches.editing.data import Example, read_lines
-from t5patches.model.tokenizer import Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer
 
 PLACE = "{inputs}"
 
@@ -35,7 +35,7 @@ def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(read_lines(path, _template, f"templates: write one a line, with {PLACE} in it"))
 
 
-def with_templates(inputs: Sequence[str], templates: Sequence[str], seed: int) -> list[str]:
+def with_templates(inputs: Sequence[Inputs], templates: Sequence[str], seed: int) -> list[str]:
     """Puts a template around each input.
 
     Args:
@@ -48,7 +48,7 @@ def with_templates(inputs: Sequence[str], templates: Sequence[str], seed: int) -
         number alone.
 
     Raises:
-        ValueError: there are no templates.
+        ValueError: there are no templates, or an input is a conversation.
 
     Example:
         >>> with_templates(["a", "b", "c"], ["Short: {inputs}", "{inputs} TL;DR"], seed=0)
@@ -56,10 +56,16 @@ def with_templates(inputs: Sequence[str], templates: Sequence[str], seed: int) -
     """
     if not templates:
         raise ValueError("there are no templates to draw from: at least one is needed")
+    texts = [text for text in inputs if isinstance(text, str)]
+    if len(texts) < len(inputs):
+        raise ValueError(
+            f"{len(inputs) - len(texts)} of {len(inputs)} inputs are conversations, and templates "
+            "go around texts: leave the templates out"
+        )
     drawn = np.random.default_rng(seed).random(len(inputs)) * len(templates)
     return [
         templates[int(number)].replace(PLACE, text)
-        for number, text in zip(drawn, inputs, strict=True)
+        for number, text in zip(drawn, texts, strict=True)
     ]
 
 
@@ -79,9 +85,7 @@ def template_examples(
     """
     texts = with_templates([example.inputs for example in examples], templates, seed)
     return [
-        dataclasses.replace(
-            example, inputs=text, input_ids=(*tokenizer.encode(text).ids, tokenizer.eos_id)
-        )
+        dataclasses.replace(example, inputs=text, input_ids=tokenizer.encode_prompt(text))
         for example, text in zip(examples, texts, strict=True)
     ]
 

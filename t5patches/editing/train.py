@@ -30,7 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.model import placement
-from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.batches import row_lengths
+from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
+from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
 from t5patches.runs.fingerprints import fingerprint
@@ -47,6 +49,7 @@ from t5patches_kernels import (
 
 TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 OPTIMIZERS = ("adafactor", "adam")
+_PARAM_DTYPES = ("float32", "bfloat16")
 
 History = dict[str, list[float]]
 
@@ -72,6 +75,10 @@ class TrainSettings:
         seed: of the order of the data and of dropout.
         checkpoint_every: updates between two checkpoints; the last one always makes one.
         implementation: of the losses; None takes the best one for the device.
+        lora: trains an adapter and nothing else; None trains all parameters. The original is then
+            the same parameters without the adapter, held once.
+        param_dtype: of the parameters that are not trained, float32 or bfloat16; what is trained
+            is float32.
     """
 
     objective: str = "tnff"
@@ -89,6 +96,8 @@ class TrainSettings:
     seed: int = 0
     checkpoint_every: int = 100
     implementation: str | None = None
+    lora: Lora | None = None
+    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
@@ -104,6 +113,16 @@ class TrainSettings:
             raise NotImplementedError(
                 f"{self.objective} pushes down one token a position, and negatives is "
                 f"{self.negatives}: use 0, or one of {(*TARGETED, 'ul')}"
+            )
+        if self.param_dtype not in _PARAM_DTYPES:
+            raise ValueError(
+                f"param_dtype is {self.param_dtype!r}: one of {_PARAM_DTYPES} is needed"
+            )
+        if self.param_dtype != "float32" and self.lora is None and self.objective not in TARGETED:
+            raise ValueError(
+                f"param_dtype is {self.param_dtype} and there are no frozen parameters: "
+                f"{self.objective} without an adapter trains all there are, which is done in "
+                "float32. Leave it out, or train an adapter (--lora)"
             )
 
 
@@ -129,7 +148,7 @@ class Trained(NamedTuple):
     """What training made.
 
     Attributes:
-        params: the new parameters.
+        params: the new parameters; with `TrainSettings.lora` those of the adapter alone.
         history: for every step `loss` (mean over the tokens that count), `marked` (how many
             tokens of the batch are pushed down) and `said` (for how many of them the model,
             given what comes before, still finds no token likelier).
@@ -140,8 +159,21 @@ class Trained(NamedTuple):
 
 
 class _State(NamedTuple):
-    params: Params
+    params: Params  # what is trained: the model's, or the adapter's
     optimizer: optax.OptState
+
+
+class Frozen(NamedTuple):
+    """What an update reads and does not change.
+
+    Attributes:
+        base: the model beneath an adapter; None where there is no adapter.
+        original: the model to stay close to; None where the objective stays close to none, or
+            where it is the base.
+    """
+
+    base: Params | None
+    original: Params | None
 
 
 def train(
@@ -182,12 +214,16 @@ def train(
     Raises:
         ValueError: the directory holds a finished run, or another one; the arrays lack edits;
             cross-entropy is asked for on marked tokens; the order is too short; the mesh does not
-            divide the sizes; the teacher's cache is of other data or another width.
+            divide the sizes; an example is longer than the model's positions; the teacher's cache
+            is of other data or another width.
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    lengths = (row_lengths(arrays[x], model.config.pad_id) for x in ("inputs", "outputs"))
+    require_positions(model.config, *lengths)
     cached = None if teacher is None else str(teacher.dtype)
-    step_of = Step(model, settings, arrays, mesh, cached=cached)
+    own = original is not None and original is not params
+    step_of = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     if teacher is not None:
         teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
@@ -205,7 +241,7 @@ def train(
             state, history = _restore(checkpoints, step_of.state)
         else:
             state, history = step_of.start(params), {}
-        frozen = step_of.place_original(original)
+        frozen = step_of.place(params, original)
         display = _Display(progress, settings, directory.name, first)
         for step in range(first, settings.steps):
             batch = _batch(arrays, settings, step, order)
@@ -348,7 +384,8 @@ class Step:
     Attributes:
         arguments: of `update`, as shapes and where they lie.
         state: the first of them, what the update changes.
-        original: the second, the frozen model; None where the objective needs none.
+        frozen: the second, what it does not change.
+        cached: dtype of the original's cached states; None where it runs itself.
     """
 
     def __init__(
@@ -359,6 +396,7 @@ class Step:
         mesh: Mesh | None = None,
         *,
         cached: str | None = None,
+        own_original: bool = False,
     ):
         """Lays the update out; nothing is compiled yet.
 
@@ -368,12 +406,15 @@ class Step:
             arrays: the data, of which only names, types and lengths count here.
             mesh: see `train`.
             cached: dtype of the original's cached states; None where it runs itself.
+            own_original: whether the original is another model than the one that an adapter is
+                trained beside. Without an adapter it always has its own place.
 
         Raises:
-            ValueError: the mesh does not divide the sizes; cached states are of no use.
+            ValueError: the mesh does not divide the sizes; cached states are of no use; the model
+                cannot have such an adapter.
         """
-        self._model, self._cached = model, cached is not None
-        self._mesh, self._seed, self._init = mesh, settings.seed, _optimizer(settings).init
+        self._model, self._arrays, self.cached = model, arrays, cached
+        self._mesh, self._settings, self._init = mesh, settings, _optimizer(settings).init
         if mesh is not None:
             placement.check_mesh(mesh, model, settings.batch_size)
         rows = {
@@ -388,9 +429,15 @@ class Step:
                 )
             tokens, _ = rows["outputs"]
             rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
-        self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh)
+        own_original = own_original and settings.lora is not None
+        self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
         self.arguments, _ = _program(*self._key)
-        self.state, self.original, *_ = self.arguments
+        self.state, self.frozen, *_ = self.arguments
+
+    def of_all(self) -> Step:
+        """The update that trains all parameters where this one trains an adapter, to compare."""
+        settings = dataclasses.replace(self._settings, lora=None, param_dtype="float32")
+        return Step(self._model, settings, self._arrays, self._mesh, cached=self.cached)
 
     @property
     def compiled(self) -> Any:
@@ -401,11 +448,13 @@ class Step:
         """Copies parameters to where they lie, with a fresh optimizer.
 
         Args:
-            params: to start from.
+            params: to start from; beside an adapter they stay as they are, and it starts afresh.
 
         Returns:
             The state before the first update.
         """
+        if self._settings.lora is not None:
+            params = init_adapter(self._model, self._settings.lora, self._settings.seed)
         # Copied, as every update gives the memory of its state away and `params` is the caller's.
         placed = jax.tree.map(
             lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding),
@@ -415,31 +464,36 @@ class Step:
         shardings = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
         return _State(placed, jax.jit(self._init, out_shardings=shardings)(placed))
 
-    def place_original(self, params: Params) -> Params | None:
-        """Puts the frozen model where it lies, once and not at every update.
+    def place(self, params: Params, original: Params) -> Frozen:
+        """Puts what is frozen where it lies, once and not at every update.
 
         Args:
-            params: of the frozen model.
+            params: that training starts from.
+            original: of the frozen model.
 
         Returns:
-            Its parameters; None where the objective needs none.
+            As much of them as the update needs, in the dtype in which it is held.
         """
-        if self.original is None:
-            return None
-        if self._cached:
-            params = self._model.head_params(params)
-        return jax.tree.map(
-            lambda x, like: jax.device_put(x, like.sharding), dict(params), self.original
+
+        def placed(tree: Params, like: Any) -> Any:
+            held = in_dtype(tree, self._settings.param_dtype)
+            return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), dict(held), like)
+
+        if self.cached is not None:
+            original = self._model.head_params(original)
+        return Frozen(
+            None if self.frozen.base is None else placed(params, self.frozen.base),
+            None if self.frozen.original is None else placed(original, self.frozen.original),
         )
 
     def __call__(
-        self, state: _State, original: Params | None, batch: Batch, step: int
+        self, state: _State, frozen: Frozen, batch: Batch, step: int
     ) -> tuple[_State, dict[str, jax.Array]]:
         """Makes an update.
 
         Args:
             state: before; its memory is given away.
-            original: of `place_original`.
+            frozen: of `place`.
             batch: rows of the arrays.
             step: its number.
 
@@ -448,15 +502,37 @@ class Step:
         """
         if self._mesh is not None:
             batch = jax.device_put(batch, placement.batch_sharding(self._mesh))
-        return self.compiled(state, original, batch, np.int32(self._seed), np.int32(step))
+        seed = np.int32(self._settings.seed)
+        return self.compiled(state, frozen, batch, seed, np.int32(step))
+
+
+def in_dtype(params: Params, dtype: str) -> Params:
+    """Parameters as they are held where they are not trained.
+
+    Args:
+        params: in float32.
+        dtype: to hold them in.
+
+    Returns:
+        The same in that dtype; `params` themselves where they have it.
+    """
+    if all(x.dtype == dtype for x in jax.tree.leaves(params)):
+        return params
+    return jax.tree.map(lambda x: x.astype(dtype), dict(params))
 
 
 _Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model: LanguageModel, settings: TrainSettings, rows: _Rows, mesh: Mesh | None) -> Any:
-    arguments, program = _program(model, settings, rows, mesh)
+def _compiled(
+    model: LanguageModel,
+    settings: TrainSettings,
+    rows: _Rows,
+    mesh: Mesh | None,
+    own_original: bool,
+) -> Any:
+    arguments, program = _program(model, settings, rows, mesh, own_original)
     # The losses find the mesh by themselves.
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return program.lower(*arguments).compile()
@@ -464,29 +540,42 @@ def _compiled(model: LanguageModel, settings: TrainSettings, rows: _Rows, mesh: 
 
 @functools.lru_cache(maxsize=8)
 def _program(
-    model: LanguageModel, settings: TrainSettings, rows: _Rows, mesh: Mesh | None
+    model: LanguageModel,
+    settings: TrainSettings,
+    rows: _Rows,
+    mesh: Mesh | None,
+    own_original: bool,
 ) -> tuple[tuple, Any]:
     """What the update takes, as shapes and where they lie, and the update to be compiled."""
-    optimizer = _optimizer(settings)
+    optimizer, lora = _optimizer(settings), settings.lora
     shapes = model.param_shapes()
-    inner = jax.eval_shape(optimizer.init, shapes)
+    trained = shapes if lora is None else adapter_shapes(model, lora)
+    inner = jax.eval_shape(optimizer.init, trained)
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
-        of_params, of_inner = (jax.tree.map(lambda _: first, x) for x in (shapes, inner))
+        of_shapes, of_trained, of_inner = (
+            jax.tree.map(lambda _: first, x) for x in (shapes, trained, inner)
+        )
         of_batch: Any = first
     else:
-        of_params = placement.param_shardings(mesh, model)
-        of_inner = placement.state_shardings(mesh, model, shapes, inner, optimizer)
+        of_shapes = of_trained = placement.param_shardings(mesh, model)
+        if lora is not None:
+            of_trained = placement.shardings_by_axes(mesh, model, adapter_axes(model, lora))
+        of_inner = placement.state_shardings(mesh, of_trained, trained, inner, optimizer)
         of_batch = placement.batch_sharding(mesh)
 
-    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def placed(x: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
-    params = jax.tree.map(placed, shapes, of_params)
-    state = _State(params, jax.tree.map(placed, inner, of_inner))
-    original: Any = params if settings.objective in TARGETED else None
-    if ORIGINAL_HIDDEN in dict(rows):
-        original = model.head_params(params)
+    state = _State(
+        *(jax.tree.map(placed, x, of_x) for x, of_x in ((trained, of_trained), (inner, of_inner)))
+    )
+    held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
+    params: Any = jax.tree.map(held, shapes, of_shapes)
+    original = None
+    if settings.objective in TARGETED and (lora is None or own_original):
+        original = model.head_params(params) if ORIGINAL_HIDDEN in dict(rows) else params
+    frozen = Frozen(None if lora is None else params, original)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
     }
@@ -494,14 +583,14 @@ def _program(
     program = jax.jit(
         functools.partial(update, model=model, settings=settings),
         donate_argnums=0,
-        out_shardings=(_State(of_params, of_inner), None),
+        out_shardings=(_State(of_trained, of_inner), None),
     )
-    return (state, original, batch, number, number), program
+    return (state, frozen, batch, number, number), program
 
 
 def update(
     state: _State,
-    original: Params | None,
+    frozen: Frozen,
     batch: Mapping[str, jax.Array],
     seed: jax.Array,
     step: jax.Array,
@@ -513,7 +602,7 @@ def update(
 
     Args:
         state: before.
-        original: see `token_loss`.
+        frozen: what is read and stays as it is.
         batch: see `token_loss`.
         seed: of dropout.
         step: its number.
@@ -525,8 +614,13 @@ def update(
     """
     key = jax.random.fold_in(jax.random.key(seed), step) if model.config.dropout_rate else None
     weights = batch["weights"]
+    # Without its adapter the model is the original.
+    original = frozen.base if frozen.original is None else frozen.original
 
-    def mean_loss(params: Params) -> tuple[jax.Array, TokenLoss]:
+    def mean_loss(trained: Params) -> tuple[jax.Array, TokenLoss]:
+        params = trained
+        if settings.lora is not None and frozen.base is not None:
+            params = attached(frozen.base, trained, settings.lora)
         tokens = token_loss(model, params, original, batch, settings, key)
         counted = jnp.sum(weights != 0, dtype=jnp.float32)
         return tokens.loss.sum() / jnp.maximum(counted, 1), tokens
@@ -547,7 +641,10 @@ def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
     rate: optax.ScalarOrSchedule = settings.learning_rate
     if settings.warmup_steps:
         rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-    return optax.adafactor(rate) if settings.optimizer == "adafactor" else optax.adam(rate)
+    if settings.optimizer == "adam":
+        return optax.adam(rate)
+    # An adapter begins with a matrix of zeros: steps in proportion to it would lead nowhere.
+    return optax.adafactor(rate, multiply_by_parameter_scale=settings.lora is None)
 
 
 def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | None) -> None:
@@ -556,7 +653,7 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
     if size != settings.negatives:
         raise ValueError(
             f"settings.negatives is {settings.negatives} and the arrays have sets of {size} ids: "
-            f"make them with to_arrays(examples, negatives={settings.negatives})"
+            f"make them with to_arrays(examples, pad_id=..., negatives={settings.negatives})"
         )
     odd = np.argwhere(~np.isfinite(arrays["weights"]))
     if len(odd):

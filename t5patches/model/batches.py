@@ -46,6 +46,24 @@ def round_up(count: int, most: int) -> int:
     return min(most, max(_LEAST, 1 << max(0, count - 1).bit_length()))
 
 
+def row_lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
+    """How many tokens each row has before the padding at its end.
+
+    Args:
+        tokens: integer [..., L].
+        pad_id: fills the ends.
+
+    Returns:
+        [...], integers.
+
+    Example:
+        >>> row_lengths(np.array([[3, 0, 4, 0], [0, 0, 0, 0]]), pad_id=0).tolist()
+        [3, 0]
+    """
+    position = np.arange(1, tokens.shape[-1] + 1, dtype=np.int32)
+    return np.max(np.where(tokens == pad_id, 0, position), axis=-1, initial=0)
+
+
 def by_length(
     lengths: Sequence[int] | np.ndarray,
     batch_size: int,

@@ -115,10 +115,14 @@ class Family:
         model: makes the model, of its config's fields by name.
         layers: how many a config speaks of; each has a tensor at least.
         constants: what the `config.json` of a new folder says besides its settings.
-        complete: fills in what a `config.json` leaves to be understood from its other keys.
+        complete: fills in what a `config.json` leaves to be understood from its other keys, or
+            from `generation_config.json`, its second argument.
         written: the inverse of `complete`, for a new folder.
         shown: fields of the config, by name, that only the names of a folder's tensors tell.
-        unused: tensors that a folder may have and the network does not.
+        unused: patterns, as `fnmatch` has them, of the names of tensors that a folder may have and
+            the network does not.
+        prefix: of the tensors' names, which a folder may leave out of all of them.
+        task: what the PEFT library calls what its models do, in an adapter's folder.
     """
 
     name: str
@@ -128,7 +132,9 @@ class Family:
     model: Callable[..., Any]
     layers: Callable[[Any], int]
     constants: Mapping[str, Any]
-    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    complete: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
     written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: settings
     shown: Callable[[Any, Collection[str]], Mapping[str, Any]] = lambda config, names: {}
     unused: Sequence[str] = ()
+    prefix: str = ""
+    task: str = "CAUSAL_LM"

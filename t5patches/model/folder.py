@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
+from t5patches.model.lora import is_adapter, load_adapter, merged, whole_model
 from t5patches.model.protocol import LanguageModel, ModelConfig, Params
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
+
+__all__ = ["LoadedModel", "check_tokenizer", "inspect_model", "load_model", "whole_model"]
 
 
 class LoadedModel(NamedTuple):
@@ -25,24 +28,58 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(folder: str | os.PathLike[str]) -> LoadedModel:
-    """Reads a model folder with its tokenizer: T5 1.0, T5 1.1, Flan-T5 or mT5.
+def load_model(
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    chat: str = "auto",
+) -> LoadedModel:
+    """Reads a model folder with its tokenizer.
 
     Args:
-        folder: `config.json`, safetensors in one or several shards, and `spiece.model` or
-            `tokenizer.json`.
+        folder: `config.json`, safetensors in one or several shards, and a tokenizer; or that of an
+            adapter, see `t5patches.model.lora`.
+        base: the model folder that an adapter lies beside; a whole model needs none.
+        chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
 
     Returns:
-        The model.
+        The model, an adapter added to its kernels.
 
     Raises:
         ValueError: naming everything that is wrong with the weights or the tokenizer, or saying
-            that they are not of one model.
+            that they are not of one model; an adapter has no base or another one.
     """
-    tokenizer = load_tokenizer(folder)
-    model, params = load_checkpoint(folder)
-    check_tokenizer(tokenizer, model.config, folder)
+    whole = whole_model(folder, base)
+    tokenizer = load_tokenizer(whole, chat=chat)
+    model, params = load_checkpoint(whole)
+    check_tokenizer(tokenizer, model.config, whole)
+    if is_adapter(folder):
+        adapter = load_adapter(folder, whole)
+        params = merged(params, adapter.params, adapter.lora)
     return LoadedModel(model, params, tokenizer)
+
+
+def inspect_model(
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    chat: str = "auto",
+) -> None:
+    """Checks a model folder with its tokenizer; the weights of a whole model are not read.
+
+    Args:
+        folder: see `load_model`.
+        base: see `load_model`.
+        chat: see `load_model`.
+
+    Raises:
+        ValueError: as `load_model`, all but what only the weights' values show.
+    """
+    whole = whole_model(folder, base)
+    inspect_checkpoint(whole)
+    load_tokenizer(whole, chat=chat)
+    if is_adapter(folder):
+        load_adapter(folder, whole)
 
 
 def check_tokenizer(
@@ -66,9 +103,13 @@ def check_tokenizer(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
             f"{config.vocab_size} rows: the tokenizer is of another model"
         )
-    if (tokenizer.pad_id, tokenizer.eos_id) != (config.pad_id, config.end_id):
+    if (tokenizer.pad_id, tokenizer.end_ids) != (config.pad_id, config.end_ids):
         raise ValueError(
-            f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id {tokenizer.eos_id}; "
-            f"the model's are {config.pad_id} and {config.end_id}: the tokenizer is of another "
-            "model"
+            f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id "
+            f"{_listed(tokenizer.end_ids)}; the model's are {config.pad_id} and "
+            f"{_listed(config.end_ids)}: the tokenizer is of another model"
         )
+
+
+def _listed(ids: tuple[int, ...]) -> str:
+    return " or ".join(map(str, ids))

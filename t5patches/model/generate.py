@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from t5patches.model.batches import by_length
-from t5patches.model.protocol import Array, LanguageModel, ModelConfig, Params
+from t5patches.model.batches import by_length, row_lengths
+from t5patches.model.protocol import Array, LanguageModel, ModelConfig, Params, require_positions
 
 
 def generate(
@@ -33,9 +33,9 @@ def generate(
     r"""Decodes one or several outputs for each prompt.
 
     At each position the likeliest token is taken, or with a temperature :math:`\tau` one is drawn
-    from :math:`\mathrm{softmax}(z / \tau)`. A row that has produced the model's end token is padded
-    from there on; a batch ends when all its rows have. A sampled row depends on `rng` and its own
-    number, not on the batch it falls in.
+    from :math:`\mathrm{softmax}(z / \tau)`. A row that has produced one of the
+    model's end tokens is padded from there on; a batch ends when all its rows have. A sampled row
+    depends on `rng` and its own number, not on the batch it falls in.
 
     Args:
       model: the network.
@@ -58,7 +58,8 @@ def generate(
 
     Raises:
       ValueError: for shapes that do not fit, prefixes longer than `max_length`, ids outside the
-        vocabulary, a temperature below 0 or one above 0 without `rng`.
+        vocabulary, more tokens than the model has positions for, a temperature below 0 or one
+        above 0 without `rng`.
       TypeError: for tokens that are not integers.
 
     Example:
@@ -84,11 +85,12 @@ def generate(
     params = jax.tree.map(jnp.asarray, params)
     rng = jax.random.key(0) if rng is None else rng
     numbers = np.arange(inputs) if numbers is None else np.asarray(numbers)
-    out = np.zeros((inputs, streams, max_length), np.int32)
+    out = np.full((inputs, streams, max_length), model.config.pad_id, np.int32)
     # Prompts of like length whose streams part at about the same place go together, so that few
     # streams wait for others to leave their prefix.
     common = _common_length(forced, lengths)
-    sizes = _lengths(tokens, model.config.pad_id)
+    sizes = row_lengths(tokens, model.config.pad_id)
+    require_positions(model.config, sizes, max_length)
     width, at_a_time = tokens.shape[1], max(1, batch_size // streams)
     for group in by_length(sizes, at_a_time, longest=width, then=common):
         rows = group.filled
@@ -167,9 +169,10 @@ def _check_tokens(name: str, tokens: Any, rank: int, config: ModelConfig) -> np.
         raise TypeError(f"{name} must hold integer ids; got {tokens.dtype}. Cast them.")
     if tokens.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimensions; got shape {tokens.shape}.")
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+    ids = tokens[tokens != config.pad_id]
+    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise ValueError(
-            f"{name} holds ids from {tokens.min()} to {tokens.max()}; the model has 0 to "
+            f"{name} holds ids from {ids.min()} to {ids.max()}; the model has 0 to "
             f"{config.vocab_size - 1}. Is this the model's own tokenizer?"
         )
     return tokens.astype(np.int32)
@@ -187,9 +190,9 @@ def _check_prefixes(prefixes: Any, inputs: int, plan: _Plan) -> tuple[np.ndarray
             f"[{inputs}, streams, length] with at least one stream."
         )
     forced = forced if rank == 3 else forced[:, None]
-    pad_id, end = plan.model.config.pad_id, forced == plan.model.config.end_id
+    pad_id, end = plan.model.config.pad_id, np.isin(forced, plan.model.config.end_ids)
     forced = np.where(np.cumsum(end, axis=-1) > end, pad_id, forced)
-    lengths = _lengths(forced, pad_id)
+    lengths = row_lengths(forced, pad_id)
     longest = int(lengths.max(initial=0))
     if longest > plan.max_length:
         raise ValueError(
@@ -197,12 +200,6 @@ def _check_prefixes(prefixes: Any, inputs: int, plan: _Plan) -> tuple[np.ndarray
             f"{plan.max_length}: raise max_length or shorten the prefix."
         )
     return forced[..., : plan.max_length].astype(np.int32), lengths
-
-
-def _lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
-    """How many tokens each row has before the padding at its end."""
-    position = np.arange(1, tokens.shape[-1] + 1, dtype=np.int32)
-    return np.max(np.where(tokens == pad_id, 0, position), axis=-1, initial=0)
 
 
 def _common_length(forced: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -216,7 +213,7 @@ def _common_length(forced: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Array) -> Array:
     """The tokens of a batch, `[rows, streams, max_length]`."""
     model, max_length = plan.model, plan.max_length
-    pad_id, end_id = model.config.pad_id, model.config.end_id
+    pad_id, end_ids = model.config.pad_id, jnp.array(model.config.end_ids, jnp.int32)
     rows, streams, forced = batch.forced.shape
     cache = model.prefill(
         params,
@@ -231,7 +228,7 @@ def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Ar
     given = given.at[..., 0].set(model.first_inputs(batch.prompts)[:, None])
     given = given.at[..., 1 : forced + 1].set(batch.forced)
     taken = (jnp.arange(forced) < batch.start)[None, None]
-    done = jnp.any((batch.forced == end_id) & taken, axis=-1)
+    done = jnp.any(jnp.isin(batch.forced, end_ids) & taken, axis=-1)
     stream = batch.numbers[:, None] * streams + jnp.arange(streams)[None]
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(rng, stream)
 
@@ -248,7 +245,7 @@ def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Ar
         chosen = jnp.where(t < batch.lengths, forced, chosen)
         chosen = jnp.where(done, pad_id, chosen)
         given = lax.dynamic_update_index_in_dim(given, chosen, t + 1, axis=-1)
-        return t + 1, given, done | (chosen == end_id), cache
+        return t + 1, given, done | jnp.isin(chosen, end_ids), cache
 
     _, given, _, _ = lax.while_loop(unfinished, step, (batch.start, given, done, cache))
     return given[..., 1:]

@@ -5,6 +5,7 @@ and writing both go by them. Neither torch nor transformers is needed. Everythin
 a folder is told at once, before a tensor is read.
 """
 
+import fnmatch
 import json
 import os
 import shutil
@@ -18,24 +19,33 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from t5patches.model.decoder import model as decoder
 from t5patches.model.family import Family, Tensor
 from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.t5.model import T5
 from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
 
-FAMILIES: tuple[Family, ...] = (T5.family,)
+FAMILIES: tuple[Family, ...] = (T5.family, *decoder.FAMILIES.values())
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_REFUSED = {
+    "quantization_config": "plain weights",
+    "vision_config": "models of text alone",
+    "audio_config": "models of text alone",
+    "num_experts": "models without experts",
+    "num_local_experts": "models without experts",
+}
 # Files that hold weights in some other format: stale beside edited ones, so never copied.
 _OTHER_WEIGHTS = {".bin", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".ckpt", ".onnx", ".gguf"}
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor lies, and its name there."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -161,6 +171,7 @@ def _read_back(folder: Path, output: str | os.PathLike) -> None:
 
 
 def _inspect(folder: Path) -> tuple[LanguageModel, dict[str, _Stored]]:
+    """The model, and where each tensor lies by its whole name."""
     model = read_config(folder)
     stored = _read_headers(folder)
     layers = model.family.layers(model.config)
@@ -170,8 +181,18 @@ def _inspect(folder: Path) -> tuple[LanguageModel, dict[str, _Stored]]:
             f"than {len(stored)} tensors: it is of another model."
         )
     model = model.replace(**model.family.shown(model.config, stored))
+    stored = _whole_names(model, stored)
     _check_headers(folder, _tensors(model), model.family.unused, stored)
     return model, stored
+
+
+def _whole_names(model: LanguageModel, stored: dict[str, _Stored]) -> dict[str, _Stored]:
+    """A folder that was made without the model's head has no prefix before its names."""
+    prefix = model.family.prefix
+    if any(name.startswith(prefix) for name in stored):
+        return stored
+    known = {n for name, tensor in _tensors(model).items() for n in (name, *tensor.copies)}
+    return {n if n in known else prefix + n: entry for n, entry in stored.items()}
 
 
 def _tensors(model: LanguageModel) -> Mapping[str, Tensor]:
@@ -193,7 +214,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | os.PathLike) -> LanguageModel:
-    """Reads a folder's `config.json` alone.
+    """Reads a folder's `config.json`, and what `generation_config.json` says beside it.
 
     Args:
       folder: it lies in.
@@ -205,15 +226,35 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
       ValueError: naming everything in it that no network here can express.
     """
     path = Path(folder) / "config.json"
-    found: Mapping[str, Any] = _read_json(path)
-    kind, known = found.get("model_type"), [t for f in FAMILIES for t in f.model_types]
+    generation = path.with_name("generation_config.json")
+    return understand(_read_json(path), _read_json(generation) if generation.exists() else {}, path)
+
+
+def understand(
+    found: Mapping[str, Any], generation: Mapping[str, Any], path: str | os.PathLike
+) -> LanguageModel:
+    """The model that a `config.json` describes.
+
+    Args:
+      found: what it says.
+      generation: what `generation_config.json` says.
+      path: where that is from, for messages.
+
+    Returns:
+      See `read_config`.
+
+    Raises:
+      ValueError: naming everything in it that no network here can express.
+    """
+    kind = found.get("model_type")
     family = next((f for f in FAMILIES if kind in f.model_types), None)
-    wrong, fields = [], {}
+    wrong: list[str] = []
+    fields = {}
     if family is None:
-        types = " and ".join(json.dumps(name) for name in known)
+        types = ", ".join(json.dumps(name) for f in FAMILIES for name in f.model_types)
         wrong.append(f"model_type is {kind!r}; known are {types}")
     else:
-        found = family.complete(found)
+        found = family.complete(found, generation)
         for name, setting in family.settings.items():
             value = setting.default if found.get(name) is None else found[name]
             field = setting.read(value)
@@ -221,8 +262,9 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
                 wrong.append(f"{name} is {value!r}; {setting.needed}")
             elif setting.field is not None:
                 fields[setting.field] = field
-    if found.get("quantization_config"):
-        wrong.append("quantization_config is set; only plain weights are known")
+    for name, these in _REFUSED.items():
+        if found.get(name):
+            wrong.append(f"{name} is set; only {these} are known")
     if family is not None and not wrong:
         try:
             return family.model(**fields)
@@ -310,7 +352,8 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
                             f"{name} is in {stored[name].file.name} and in {file.name}: which of "
                             "the two is meant?"
                         )
-                    stored[name] = _Stored(file, view.get_dtype(), tuple(view.get_shape()))
+                    shape = tuple(view.get_shape())
+                    stored[name] = _Stored(file, name, view.get_dtype(), shape)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     return stored
@@ -330,7 +373,8 @@ def _check_headers(
     ]
     wrong += [
         f"{name} is not part of this model"
-        for name in sorted(stored.keys() - shapes.keys() - set(unused))
+        for name in sorted(stored.keys() - shapes.keys())
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)
     ]
     for name, shape in shapes.items():
         if name in stored and stored[name].shape != shape:
@@ -360,7 +404,7 @@ def _read_tensor(name: str, tensor: Tensor, stored: Mapping[str, _Stored]) -> np
 
 def _read(name: str, stored: _Stored) -> np.ndarray:
     with safe_open(stored.file, "np") as tensors:
-        x = np.asarray(tensors.get_tensor(name), np.float32)
+        x = np.asarray(tensors.get_tensor(stored.name), np.float32)
     bad = int(x.size - np.isfinite(x).sum())
     if bad:
         raise ValueError(
@@ -430,9 +474,9 @@ def _write_like(
     for file in shards:
         with safe_open(file, "np") as source:
             tensors = {
-                name: _stored_as(name, values[name], entry.dtype)
+                entry.name: _stored_as(name, values[name], entry.dtype)
                 if name in values
-                else source.get_tensor(name)
+                else source.get_tensor(entry.name)
                 for name, entry in stored.items()
                 if entry.file == file
             }

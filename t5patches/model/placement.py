@@ -6,7 +6,7 @@ which the losses find it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,18 +78,34 @@ def param_shardings(mesh: Mesh, model: LanguageModel) -> dict[str, Any]:
     Returns:
         A tree of shardings, shaped like the parameters.
     """
+    return shardings_by_axes(mesh, model, model.param_axes())
+
+
+def shardings_by_axes(
+    mesh: Mesh, model: LanguageModel, axes: Mapping[tuple[str, ...], Sequence[str]]
+) -> dict[str, Any]:
+    """Where arrays lie whose axes have the names of the model's.
+
+    Args:
+        mesh: of `make_mesh`.
+        model: the model.
+        axes: the logical axes of each array, by its path in the tree.
+
+    Returns:
+        The tree of shardings.
+    """
     n, units = mesh.shape[MODEL], model.axis_units()
 
     def placed(names: Sequence[str]) -> NamedSharding:
         split = [MODEL if name in units and units[name] % n == 0 else None for name in names]
         return NamedSharding(mesh, PartitionSpec(*split))
 
-    return traverse_util.unflatten_dict({k: placed(v) for k, v in model.param_axes().items()})
+    return traverse_util.unflatten_dict({path: placed(names) for path, names in axes.items()})
 
 
 def state_shardings(
     mesh: Mesh,
-    model: LanguageModel,
+    shardings: Any,
     params: Any,
     state: Any,
     optimizer: optax.GradientTransformation,
@@ -98,7 +114,7 @@ def state_shardings(
 
     Args:
         mesh: of `make_mesh`.
-        model: the model.
+        shardings: of the parameters.
         params: the parameters or their shapes.
         state: what the optimizer keeps, or its shapes.
         optimizer: made the state.
@@ -116,7 +132,7 @@ def state_shardings(
         placed,
         state,
         params,
-        param_shardings(mesh, model),
+        shardings,
         transform_non_params=lambda _: everywhere,
     )
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5patches.model.family import Family
 
@@ -44,7 +45,7 @@ class OutputHead(NamedTuple):
 
         Example:
           >>> head = OutputHead(jnp.eye(2), transposed=False, logit_scale=3.0, softcap=2.0)
-          >>> head.logits(jnp.array([0.0, 9.0])).tolist()
+          >>> head.logits(jnp.array([0.0, 9.0])).round(4).tolist()
           [0.0, 2.0]
         """
         kernel = self.kernel.T if self.transposed else self.kernel
@@ -55,17 +56,13 @@ class OutputHead(NamedTuple):
         """The options by which the linear losses of `t5patches_kernels` make the same logits.
 
         Returns:
-          `logit_scale` and `transposed`.
-
-        Raises:
-          NotImplementedError: the head has a softcap, which no kernel applies.
+          `logit_scale`, `transposed` and `softcap`.
         """
-        if self.softcap is not None:
-            raise NotImplementedError(
-                f"the model bounds its logits (softcap {self.softcap}) and the losses on hidden "
-                "states do not: take a loss on `OutputHead.logits`"
-            )
-        return {"logit_scale": self.logit_scale, "transposed": self.transposed}
+        return {
+            "logit_scale": self.logit_scale,
+            "transposed": self.transposed,
+            "softcap": self.softcap,
+        }
 
 
 class ModelConfig(Protocol):
@@ -76,9 +73,12 @@ class ModelConfig(Protocol):
       emb_dim: width D of the hidden states.
       dtype: of activations; parameters and logits are float32.
       dropout_rate: of the model being trained.
-      pad_id: stands after the end of a row; no text has it.
+      pad_id: stands after the end of a row; no text has it. It may be -1, which is no id.
       begin_id: the first token that the network is given, of an output or of all.
-      end_id: the last token of an output.
+      end_id: the last token of an output, where data has a text without ids.
+      end_ids: all tokens that end an output; `end_id` is the first.
+      max_positions: tokens that a prompt and its output may have together, but for the last one;
+        None for any number.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -111,6 +111,14 @@ class ModelConfig(Protocol):
     def end_id(self) -> int:
         """See the class."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See the class."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """See the class."""
+
 
 def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
     """What two configs differ in, for messages.
@@ -128,6 +136,29 @@ def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
     return [f"{name} ({a} and {b})" for name, a, b in pairs if a != b]
 
 
+def require_positions(config: ModelConfig, prompts: np.ndarray, outputs: np.ndarray | int) -> None:
+    """Refuses what is longer than a model's positions.
+
+    Args:
+      config: of the model.
+      prompts: tokens that each prompt has, `[N]`.
+      outputs: tokens that the output to each may have.
+
+    Raises:
+      ValueError: one is too long.
+    """
+    lengths = np.asarray(prompts) + np.maximum(outputs, 1) - 1
+    if config.max_positions is None or lengths.max(initial=0) <= config.max_positions:
+        return
+    longest = int(lengths.argmax())
+    output = int(np.broadcast_to(outputs, lengths.shape)[longest])
+    raise ValueError(
+        f"a prompt has {prompts[longest]} tokens and its output may have {output}: the model has "
+        f"{config.max_positions} positions for both. Shorten or leave out what is longer, or let "
+        "outputs have fewer tokens."
+    )
+
+
 class LanguageModel(Protocol):
     """A network without its parameters. Equal ones compute the same; they are hashable.
 
@@ -138,7 +169,9 @@ class LanguageModel(Protocol):
       family: how its folders are written.
     """
 
-    family: ClassVar[Family]
+    @property
+    def family(self) -> Family:
+        """See the class."""
 
     def __hash__(self) -> int:
         """Of the config."""

@@ -6,15 +6,46 @@ return the same thing: the text, its ids, and the characters of each id.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 Span = tuple[int, int]
 """Characters `text[start:end]`."""
+
+
+class Message(NamedTuple):
+    """A message of a conversation.
+
+    Attributes:
+        role: who says it: "system", "user" or "assistant".
+        content: what is said.
+    """
+
+    role: str
+    content: str
+
+
+Inputs = str | tuple[Message, ...]
+"""What a model is given: a text, or a conversation for a chat template."""
+
+
+def input_text(inputs: Inputs) -> str:
+    """The text of what a model is given, for rules and for people.
+
+    Args:
+        inputs: a text or a conversation.
+
+    Returns:
+        The text; of a conversation, what was said in it, an empty line between two messages.
+    """
+    return inputs if isinstance(inputs, str) else "\n\n".join(m.content for m in inputs)
 
 
 class TokenizedText(NamedTuple):
@@ -33,21 +64,57 @@ class TokenizedText(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the editing steps need to know of a vocabulary."""
+    """What the editing steps need to know of a vocabulary.
+
+    Attributes:
+        vocab_size: one more than the largest id that a text can have.
+        pad_id: as the model's config has it; -1 where padding is no token.
+        eos_id: ends an output that is given as text.
+        end_ids: end an output that was generated; `eos_id` is one of them.
+        chat: whether `encode_prompt` puts the folder's chat template around what it is given; None
+            where the folder has none.
+    """
 
     vocab_size: int
     pad_id: int
     eos_id: int
+    end_ids: tuple[int, ...]
+    chat: bool | None
 
     def encode(self, text: str) -> TokenizedText:
-        """Splits `text` into tokens; no end token is added."""
+        """Splits `text` into tokens; no token is added, and none of a text is a control token."""
+
+    def encode_prompt(self, inputs: Inputs) -> tuple[int, ...]:
+        """What the model is given for a text, or for a conversation where there is a template."""
 
     def decode(self, ids: Sequence[int]) -> TokenizedText:
         """The text of `ids`, with the characters that each of them contributes."""
 
 
+class SpecialIds(NamedTuple):
+    """Ids that stand for no text.
+
+    Attributes:
+        pad: fills the ends of rows; -1 where padding is no token.
+        ends: end an output, the one that is put behind a text first.
+        before: stand in front of a prompt.
+        after: stand behind a prompt.
+    """
+
+    pad: int
+    ends: tuple[int, ...]
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+
 class SentencePieceTokenizer:
-    """A sentencepiece model, such as the `spiece.model` of a T5.
+    """A sentencepiece model: the `spiece.model` of a T5, the `tokenizer.model` of a Llama.
+
+    Control pieces (`</s>`) in a text are spelled like any other text, as sentencepiece has it; user
+    defined ones (the sentinels of a T5) are found in it.
+
+    Attributes:
+        controls: the control pieces' ids, for `encode_template`.
 
     Example:
         >>> tokenizer = SentencePieceTokenizer(train_sentencepiece(["a cat", "a cat sat"], 16))
@@ -55,11 +122,21 @@ class SentencePieceTokenizer:
         'a cat'
     """
 
-    def __init__(self, model: bytes | str | os.PathLike[str]):
+    def __init__(
+        self,
+        model: bytes | str | os.PathLike[str],
+        special: SpecialIds | None = None,
+        *,
+        joined: bool = False,
+    ):
         """Loads a model.
 
         Args:
             model: the path of a model file, or the bytes of one.
+            special: the ids that stand for no text. Default, as a T5 has them: the model's padding,
+                and its end token behind outputs and prompts.
+            joined: whether what follows a control token in a template goes on without the space
+                that sentencepiece puts in front of a text.
 
         Raises:
             ValueError: it is no sentencepiece model, or has no padding or end token.
@@ -70,14 +147,22 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             name = "what was given" if isinstance(model, bytes) else os.fspath(model)
             raise ValueError(f"{name} is no sentencepiece model: {error}") from error
+        self._dropped: frozenset[int] = frozenset()
+        if special is None:
+            pad_id, eos_id = self._processor.pad_id(), self._processor.eos_id()
+            if min(pad_id, eos_id) < 0:
+                raise ValueError(
+                    f"the sentencepiece model has pad id {pad_id} and eos id {eos_id}, and both "
+                    "are needed: train it with pad_id=0, eos_id=1, unk_id=2, as T5 has them"
+                )
+            special = SpecialIds(pad_id, (eos_id,), after=(eos_id,))
+        else:
+            self._dropped = frozenset((*special.ends, self._processor.unk_id()))
+        self.special = special
+        self.chat: bool | None = None
         self.vocab_size: int = self._processor.vocab_size()
-        self.pad_id: int = self._processor.pad_id()
-        self.eos_id: int = self._processor.eos_id()
-        if min(self.pad_id, self.eos_id) < 0:
-            raise ValueError(
-                f"the sentencepiece model has pad id {self.pad_id} and eos id {self.eos_id}, and "
-                "both are needed: train it with pad_id=0, eos_id=1, unk_id=2, as T5 has them"
-            )
+        self.pad_id, self.end_ids, self.eos_id = special.pad, special.ends, special.ends[0]
+        self._joined = joined
 
     def encode(self, text: str) -> TokenizedText:
         """Splits a text into tokens.
@@ -91,28 +176,73 @@ class SentencePieceTokenizer:
         found = self._processor.encode(text, return_type="offset_mapping")
         return TokenizedText(text, tuple(found["ids"]), self._spans(found["ids"], found["offsets"]))
 
+    def encode_prompt(self, inputs: Inputs) -> tuple[int, ...]:
+        """What the model is given for a text.
+
+        Args:
+            inputs: a text.
+
+        Returns:
+            Its ids, with what stands in front of a prompt and behind it.
+
+        Raises:
+            ValueError: it is a conversation.
+        """
+        return prompt_ids(self, inputs)
+
+    def encode_template(self, text: str, mark: str = "") -> tuple[int, ...]:
+        """Splits a rendered chat template, in which control pieces are control tokens.
+
+        Args:
+            text: what the template has made.
+            mark: is taken out, after the control pieces were found; see `split_controls`.
+
+        Returns:
+            The ids, nothing added.
+        """
+
+        def encode(piece: str, first: bool) -> Sequence[int]:
+            return (self._processor if first else self._following).encode(piece)
+
+        return split_controls(text, mark, self.controls, encode)
+
     def decode(self, ids: Sequence[int]) -> TokenizedText:
         """Turns token ids into text.
 
         Args:
-            ids: token ids. Padding, the end token and ids beyond the sentencepiece model (T5 has
+            ids: token ids. Padding, end tokens and ids beyond the sentencepiece model (T5 has
                 more rows in its embedding than pieces) have no characters.
 
         Returns:
             The text, with a span for each of `ids`.
         """
         ids = [int(i) for i in ids]
-        known = [i for i in ids if 0 <= i < self.vocab_size]
+        shown = [0 <= i < self.vocab_size and i not in self._dropped for i in ids]
+        known = [i for i, here in zip(ids, shown, strict=True) if here]
         if not known:
             return TokenizedText("", tuple(ids), ((0, 0),) * len(ids))
         found = self._processor.decode(known, return_type="offset_mapping")
         spans = iter(self._spans(known, found["offsets"]))
         empty = (len(found["text"]), len(found["text"]))
         return TokenizedText(
-            found["text"],
-            tuple(ids),
-            tuple(next(spans) if 0 <= i < self.vocab_size else empty for i in ids),
+            found["text"], tuple(ids), tuple(next(spans) if here else empty for here in shown)
         )
+
+    @functools.cached_property
+    def controls(self) -> Mapping[str, int]:
+        """The control pieces and their ids."""
+        processor = self._processor
+        ids = range(self.vocab_size)
+        return {processor.id_to_piece(i): i for i in ids if processor.is_control(i)}
+
+    @functools.cached_property
+    def _following(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model for a text that goes on after a control token."""
+        if not self._joined:
+            return self._processor
+        model = _pb.ModelProto.FromString(self._processor.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def _spans(self, ids: Sequence[int], offsets: Sequence[Sequence[int]]) -> tuple[Span, ...]:
         """Gives every byte of a character that character.
@@ -127,6 +257,66 @@ class SentencePieceTokenizer:
             if start == end and of_a_character:
                 spans[i] = spans[i + 1]
         return tuple(spans)
+
+
+def prompt_ids(tokenizer: Any, inputs: Inputs) -> tuple[int, ...]:
+    """What a model without a chat template is given for a text.
+
+    Args:
+        tokenizer: has `special` and `encode`.
+        inputs: a text.
+
+    Returns:
+        Its ids, with what stands in front of a prompt and behind it.
+
+    Raises:
+        ValueError: it is a conversation.
+    """
+    if not isinstance(inputs, str):
+        off = "it is off: give --chat on" if tokenizer.chat is False else "the model has none"
+        raise ValueError(f"'messages' are for a model's chat template, and {off}; or give 'inputs'")
+    special = tokenizer.special
+    return (*special.before, *tokenizer.encode(inputs).ids, *special.after)
+
+
+def split_controls(
+    text: str,
+    mark: str,
+    controls: Mapping[str, int],
+    encode: Callable[[str, bool], Sequence[int]],
+) -> tuple[int, ...]:
+    """Token ids of a text in which control tokens are spelled out.
+
+    Args:
+        text: of a template, for one.
+        mark: stands inside of what reads like a control token and is none; it is taken out once
+            the control tokens are found.
+        controls: the ids by their spelling.
+        encode: gives the ids of a piece of text between them, which is told whether it is the
+            first.
+
+    Returns:
+        The ids.
+
+    Example:
+        >>> split_controls("<s>hi <~s>", "~", {"<s>": 1}, lambda piece, first: [*piece.encode()])
+        (1, 104, 105, 32, 60, 115, 62)
+    """
+    if not controls:
+        return tuple(encode(text.replace(mark, ""), True))
+    ids: list[int] = []
+    for number, piece in enumerate(control_pattern(controls).split(text)):
+        if number % 2:
+            ids.append(controls[piece])
+        elif piece:
+            ids.extend(encode(piece.replace(mark, ""), number == 0))
+    return tuple(ids)
+
+
+def control_pattern(controls: Mapping[str, int]) -> re.Pattern[str]:
+    """Matches any control token as a group, the longest where several begin alike."""
+    names = sorted(controls, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, names))})")
 
 
 def train_sentencepiece(texts: Sequence[str], vocab_size: int) -> bytes:
@@ -153,6 +343,9 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+_pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

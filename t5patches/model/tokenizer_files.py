@@ -1,10 +1,14 @@
-"""The tokenizer of a Hugging Face T5 folder: `spiece.model`, or `tokenizer.json` made into one.
+"""The tokenizer of a Hugging Face folder, and its chat template.
 
-A T5's `tokenizer.json` says in JSON what its sentencepiece model says: pieces with scores, and the
-table of the text's normalisation. It becomes a sentencepiece model in memory, so that both files
-give the same ids and the same characters of tokens. The `tokenizers` library does not: to it a
-piece of white space alone has the first character of the next word (so that marking the word marks
-the space), `</s>` in a text is the end token, and decoding gives no characters at all.
+**A decoder-only model's** is its `tokenizer.json`, whatever its kind, or else a sentencepiece
+`tokenizer.model` with the added tokens that the files beside it name. What stands in front of a
+prompt, `add_bos_token` of `tokenizer_config.json` says, or else the post-processor of
+`tokenizer.json`.
+
+**A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
+sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
+a sentencepiece model in memory, so that both files give the same ids and the same characters of
+tokens, and white space is split as T5's own code splits it.
 
 Two differences stay. White space beside a sentinel is a token here, as in T5's own code; the
 `tokenizers` library drops it. And a tab or a line's end counts as a space where the table of
@@ -20,40 +24,120 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from t5patches.model.tokenizer import SentencePieceTokenizer
+from t5patches.model.chat import (
+    CHATS,
+    ChatSource,
+    ChatTemplate,
+    ChatTokenizer,
+    read_object,
+    read_template,
+)
+from t5patches.model.huggingface import read_config
+from t5patches.model.protocol import ModelConfig
+from t5patches.model.t5.model import T5
+from t5patches.model.tokenizer import SentencePieceTokenizer, SpecialIds, Tokenizer
 from t5patches.runs.files import read_regular
 
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
 _MOST_SENTINELS = 100_000  # T5 has 100
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there is taken
+_MOST_BYTES = 2**28  # the largest known have 2**25
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer.model")
+_OF_T5, _OF_DECODERS = TOKENIZER_FILES[:2], TOKENIZER_FILES[1:]  # the first that is there is taken
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """The tokenizer of a Hugging Face T5 folder.
+def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
 
     Args:
-        folder: with `spiece.model`, or else `tokenizer.json`.
+        folder: with `spiece.model` or `tokenizer.json` for a T5, `tokenizer.json` or
+            `tokenizer.model` for any other model. Without a `config.json` it is a T5's.
+        chat: "on" for prompts that are put into the folder's chat template, "off" for plain ones,
+            "auto" for the template where there is one.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
-        NotImplementedError: `tokenizer.json` is of another kind than T5's.
+        ValueError: there is none, it cannot be read, or it is of another model; there is no chat
+            template and it is to be used, or it fails.
+        NotImplementedError: the `tokenizer.json` of a T5 is of another kind than T5's.
     """
     folder = Path(folder)
-    for name, read in zip(TOKENIZER_FILES, (_from_spiece, _from_json), strict=True):
+    template, config = _template(folder, chat), _decoder_config(folder)
+    if config is None:
+        return _first(folder, _OF_T5, (_t5_from_spiece, _t5_from_json))
+    said = _said(folder)
+    tokenizer: Any = _first(
+        folder,
+        _OF_DECODERS,
+        (
+            lambda path: _decoder_from_json(path, said, config),
+            lambda path: _decoder_from_model(path, said, config),
+        ),
+    )
+    _check_ends(tokenizer, said, config, folder)
+    if template is None:
+        return tokenizer
+    if chat == "off":
+        tokenizer.chat = False
+        return tokenizer
+    names = {name: _content(value) for name, value in said.items() if name.endswith("_token")}
+    names = {name: content for name, content in names.items() if content is not None}
+    return ChatTokenizer(tokenizer, ChatTemplate(template, names))
+
+
+def uses_chat(folder: str | os.PathLike[str], chat: str) -> bool | None:
+    """What `load_tokenizer(folder, chat=chat).chat` is; the tokenizer is not read.
+
+    Args:
+        folder: of a model.
+        chat: "auto", "on" or "off".
+
+    Returns:
+        Whether prompts are put into the folder's chat template; None where it has none.
+
+    Raises:
+        ValueError: there is none, and it is to be used.
+    """
+    return None if _template(Path(folder), chat) is None else chat != "off"
+
+
+def _template(folder: Path, chat: str) -> ChatSource | None:
+    """The chat template that may be used here: a T5 has none."""
+    if chat not in CHATS:
+        raise ValueError(f"chat is {chat!r}: one of {', '.join(CHATS)} is needed")
+    found = None if _decoder_config(folder) is None else read_template(folder)
+    if found is None and chat == "on":
+        raise ValueError(
+            f"{folder} has no chat template for --chat on (chat_template.jinja, or chat_template "
+            "in tokenizer_config.json, of a decoder-only model): leave it out"
+        )
+    return found
+
+
+def _decoder_config(folder: Path) -> ModelConfig | None:
+    """Of a decoder-only model; None for a T5."""
+    if not (folder / "config.json").exists():
+        return None
+    model = read_config(folder)
+    return None if isinstance(model, T5) else model.config
+
+
+def _first(folder: Path, names: Sequence[str], reads: Sequence[Callable[[Path], Any]]) -> Any:
+    """What is read of the first of some files that is there."""
+    for name, read in zip(names, reads, strict=True):
         if (folder / name).exists():
             try:
-                return SentencePieceTokenizer(read(folder / name))
+                return read(folder / name)
             except NotImplementedError as error:
                 raise NotImplementedError(f"{folder / name}: {error}") from error
             # Where a value is none of the expected kind, anything may fail: the file is at fault.
@@ -67,9 +151,116 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SentencePieceTokenizer:
                 ) from error
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
     raise ValueError(
-        f"{folder} holds neither spiece.model nor tokenizer.json (found: {found}): copy the "
+        f"{folder} holds neither {' nor '.join(names)} (found: {found}): copy the "
         "model's own tokenizer there"
     )
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the files beside a decoder-only model's tokenizer say of it."""
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            said |= read_object(folder / name)
+    return said
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which is a text or an object."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) and found else None
+
+
+def _decoder_from_json(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
+    from t5patches.model.tokenizer_json import JsonTokenizer  # loads a large library
+
+    before = None
+    if isinstance(said.get("add_bos_token"), bool):
+        before = _content(said.get("bos_token")) if said["add_bos_token"] else ""
+    return JsonTokenizer(_bounded(path), config.end_ids, before)
+
+
+def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
+    """A sentencepiece model with added tokens: special ones become control pieces."""
+    model = pb.ModelProto.FromString(_bounded(path))
+    if not model.pieces:
+        raise ValueError("it has no pieces")
+    added = _added_tokens(path.parent, said)
+    # Those beyond the model's embedding are for images and the like: no text has them.
+    for i, (content, special) in sorted(added.items()):
+        if i >= config.vocab_size:
+            break
+        kind = _Piece.CONTROL if special else _Piece.USER_DEFINED
+        while len(model.pieces) < i:
+            _add(model, f"<no token {len(model.pieces)}>", 0.0, _Piece.CONTROL)
+        if i == len(model.pieces):
+            _add(model, content, 0.0, kind)
+        elif model.pieces[i].piece != content:
+            raise ValueError(
+                f"its piece {i} is {model.pieces[i].piece!r}, and the files beside it have "
+                f"{content!r} there"
+            )
+        elif model.pieces[i].type in (_Piece.NORMAL, _Piece.USER_DEFINED):
+            model.pieces[i].type = kind
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    begin = _content(said.get("bos_token")) or model.trainer_spec.bos_piece
+    before = (ids[begin],) if said.get("add_bos_token", begin in ids) else ()
+    ids_of_none = SpecialIds(-1, config.end_ids, before)
+    # The first Llamas begin a text anew after a control token.
+    joined = said.get("legacy") is False
+    return SentencePieceTokenizer(model.SerializeToString(), ids_of_none, joined=joined)
+
+
+def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+    """The added tokens and whether they are special, by id."""
+    named = {_content(value) for name, value in said.items() if name.endswith("_token")}
+    named |= {_content(value) for value in said.get("additional_special_tokens") or ()}
+    path = folder / "added_tokens.json"
+    added = {i: text for text, i in read_object(path).items()} if path.exists() else {}
+    found = {i: (text, text in named) for i, text in added.items()}
+    for i, token in (said.get("added_tokens_decoder") or {}).items():
+        found[int(i)] = (token["content"], bool(token.get("special")) or token["content"] in named)
+    return {i: token for i, token in found.items() if token[0]}
+
+
+def _check_ends(tokenizer: Any, said: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
+    """Refuses a tokenizer whose special tokens are not the model's."""
+    of_another = "the tokenizer is of another model, or one of these files is"
+    text = _content(said.get("eos_token"))
+    controls = tokenizer.controls
+    if text is not None and controls.get(text, -1) not in config.end_ids:
+        raise ValueError(
+            f"{folder}: the tokenizer's end token is {text!r} (id {controls.get(text)}), and the "
+            f"end ids of config.json and generation_config.json are {list(config.end_ids)}: "
+            f"{of_another}. Where the model does end with it, add its id to eos_token_id in "
+            "generation_config.json"
+        )
+    if config.end_id not in controls.values():
+        raise ValueError(
+            f"{folder}: the model's end id {config.end_id} is no special token of the tokenizer: "
+            f"{of_another}"
+        )
+    begin = read_object(folder / "config.json").get("bos_token_id")
+    if tokenizer.special.before and begin is not None and begin not in tokenizer.special.before:
+        raise ValueError(
+            f"{folder}: the tokenizer puts {tokenizer.special.before} in front of a prompt, and "
+            f"bos_token_id in config.json is {begin}: {of_another}"
+        )
+
+
+def _bounded(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, and no tokenizer has more than {_MOST_BYTES}")
+    return read_regular(path)
+
+
+def _t5_from_spiece(path: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(_from_spiece(path))
+
+
+def _t5_from_json(path: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(_from_json(path))
 
 
 def _from_spiece(path: Path) -> bytes:

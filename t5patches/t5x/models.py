@@ -185,9 +185,8 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
             array = array.astype(jnp.float32)
         if not self.fused_head:
             return _Outputs((array,), {}, variables)
-        kernel, transposed, scale, _ = network.output_head(self.module.config, params)
-        head = {"transposed": transposed, "logit_scale": scale}
-        return _Outputs((array, kernel), head, variables)
+        head = network.output_head(self.module.config, params)
+        return _Outputs((array, head.kernel), head.loss_options(), variables)
 
     def _call(self, name: str, outputs: _Outputs, *arrays: Array, **options: Any) -> Any:
         """Calls a function of `t5patches_kernels` on logits, or its `linear_*` on hidden states."""

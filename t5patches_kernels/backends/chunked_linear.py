@@ -52,13 +52,29 @@ def chunk_rows(rows: int, columns: int, chunk_bytes: int) -> int:
     return -(-rows // (chunks * tile)) * tile
 
 
-def logits_of(hidden: Array, kernel: Array, head: Head) -> Array:
+def product_of(hidden: Array, kernel: Array, head: Head) -> Array:
     """``scale * hidden @ kernel`` in float32; the product runs in the dtype of `hidden`."""
     dims = (((1,), (1 if head.transposed else 0,)), ((), ()))
     product = jax.lax.dot_general(
         hidden, kernel.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
     )
     return product * head.scale
+
+
+def capped(z: Array, head: Head) -> Array:
+    """The logits: z, or ``c tanh(z / c)``, whose magnitude no z takes above c."""
+    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+
+
+def _uncapped(d_logits: Array, z: Array, head: Head) -> Array:
+    """The gradient to z, from that to the logits."""
+    if head.softcap is None:
+        return d_logits
+    # 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x|). From the rounded tanh, 1 - tanh^2 has
+    # lost all digits at |x| = 9.
+    e = jnp.exp(-2 * jnp.abs(z / head.softcap))
+    # An ignored token's z may be NaN, and 0 times NaN is NaN.
+    return jnp.where(d_logits == 0, 0.0, d_logits * (4 * e / jnp.square(1 + e)))
 
 
 def _pull(dz: Array, hidden: Array, kernel: Array, head: Head) -> tuple[Array, Array]:
@@ -110,15 +126,16 @@ def _chunked(
 
     def body(block, donated, fresh):
         hidden, ref_hidden, tokens, stats, d_stats = block
-        reference = (
-            [logits_of(ref_hidden, operands.reference[1], head)] if operands.reference else []
-        )
-        logits = Operands((logits_of(hidden, kernel, head),), tuple(reference))
+        z = product_of(hidden, kernel, head)
+        reference: tuple[Array, ...] = ()
+        if operands.reference:
+            reference = (capped(product_of(ref_hidden, operands.reference[1], head), head),)
+        logits = Operands((capped(z, head),), reference)
         out = driver(op, stage, logits, tokens, stats, d_stats)
         if out.gradient is None:
             return out, donated, None
         once = jnp.where(fresh[:, None], hidden, jnp.zeros_like(hidden))
-        dh, dw = _pull(out.gradient[0], once, kernel, head)
+        dh, dw = _pull(_uncapped(out.gradient[0], z, head), once, kernel, head)
         return Result(out.stats, (dh,)), donated, dw
 
     ref_hidden = operands.reference[0] if operands.reference else None

@@ -18,10 +18,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How logits come from hidden states: ``logits = scale * hidden @ kernel``."""
+    """How logits come from hidden states: ``scale * hidden @ kernel``, and what bounds them."""
 
     scale: float
     transposed: bool  # the kernel is [V, D], an embedding table
+    softcap: float | None = None  # c: z becomes c * tanh(z / c)
 
 
 @dataclasses.dataclass(frozen=True)

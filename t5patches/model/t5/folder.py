@@ -64,16 +64,18 @@ CONSTANTS = {
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
-def complete(found: Mapping[str, Any]) -> dict[str, Any]:
+def complete(found: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` with what it leaves to be understood.
 
     Args:
         found: what it says.
+        generation: what `generation_config.json` says; a T5 is read without it.
 
     Returns:
         The same with the decoder's depth, the activation, whether the logits use the embedding and
         whether that is then scaled.
     """
+    del generation
     multilingual = found["model_type"] == "mt5"
     out = {"feed_forward_proj": "gated-gelu" if multilingual else "relu", **found}
     if out.get("num_decoder_layers") is None:

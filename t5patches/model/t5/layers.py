@@ -272,7 +272,9 @@ class MultiHeadDotProductAttention(nn.Module):
 class DenseGeneral(nn.Module):
     """A linear map without bias from any axes to any number of axes.
 
-    The kernel is kept as a matrix, `[prod(inputs), prod(features)]`.
+    The kernel is kept as a matrix, `[prod(inputs), prod(features)]`. Where the parameters hold an
+    adapter beside it (`t5patches.model.lora`), `lora_a` `[prod(inputs), rank]` and `lora_b`
+    `[rank, prod(features)]`, their product is part of the map.
 
     Attributes:
       features: size or sizes of the outputs.
@@ -302,8 +304,17 @@ class DenseGeneral(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        kernel = jnp.asarray(kernel, self.dtype).reshape(contracted + features)
-        return lax.dot_general(inputs, kernel, ((axis, tuple(range(len(axis)))), ((), ())))
+
+        def product(matrix: Array, sizes: tuple[int, ...]) -> Array:
+            matrix = jnp.asarray(matrix, self.dtype).reshape(contracted + sizes)
+            return lax.dot_general(inputs, matrix, ((axis, tuple(range(len(axis)))), ((), ())))
+
+        out = product(kernel, features)
+        if not self.has_variable("params", "lora_a"):
+            return out
+        low = product(self.get_variable("params", "lora_a"), (-1,))
+        lora_b = jnp.asarray(self.get_variable("params", "lora_b"), self.dtype)
+        return out + jnp.tensordot(low, lora_b.reshape(-1, *features), 1)
 
 
 def _as_tuple(sizes: Iterable[int] | int) -> tuple[int, ...]:

@@ -232,4 +232,5 @@ T5.family = Family(
     written=folder.written,
     shown=folder.shown,
     unused=folder.UNUSED,
+    task="SEQ_2_SEQ_LM",
 )

@@ -84,6 +84,15 @@ class T5Config:
         """The token that ends an output, and a prompt."""
         return 1
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """That one alone."""
+        return (self.end_id,)
+
+    @property
+    def max_positions(self) -> None:
+        """Positions are relative, so there is no last one."""
+
 
 def output_head(config: T5Config, params: Mapping[str, Any]) -> OutputHead:
     """The matrix that turns the hidden states of `Transformer` into its logits.

@@ -1,0 +1,247 @@
+"""The chat template of a model folder: from a conversation to the prompt that the model knows.
+
+A template is a program from a stranger. It runs in a process of its own
+(`t5patches.model.chat_process`), in Jinja's sandbox, with so much time, memory and output.
+
+Inputs pass through the template, outputs do not: they follow the prompt as the ids that they are,
+so that no template cuts or trims them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t5patches.model import chat_process
+from t5patches.model.tokenizer import Inputs, Message, control_pattern
+from t5patches.runs.files import read_regular
+
+CHATS = ("auto", "on", "off")
+SECONDS = 20.0  # to render one prompt
+_CHARACTERS = 4_000_000  # of a prompt
+_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+class ChatSource(NamedTuple):
+    """A chat template as a folder has it.
+
+    Attributes:
+        text: of the template.
+        path: of the file that it is in.
+    """
+
+    text: str
+    path: Path
+
+
+def read_template(folder: str | os.PathLike[str]) -> ChatSource | None:
+    """The chat template of a folder.
+
+    Args:
+        folder: with `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`: a text,
+            or a list of named ones, of which "default" is taken.
+
+    Returns:
+        The template; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = Path(folder) / _FILE
+    if path.exists():
+        try:
+            return ChatSource(read_regular(path).decode(), path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+    path = Path(folder) / _CONFIG
+    found = read_object(path).get("chat_template") if path.exists() else None
+    if isinstance(found, list):
+        named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if found is not None and not isinstance(found, str):
+        raise ValueError(
+            f"{path} has {str(found)[:80]!r} as chat_template: a text, or a list of "
+            '{"name": ..., "template": ...}, is needed'
+        )
+    return ChatSource(found, path) if found else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(read_regular(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): copy the model's own again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object, got {str(found)[:80]!r}")
+    return found
+
+
+class ChatTemplate:
+    """A chat template, ready to be used.
+
+    Example:
+        >>> source = ChatSource(
+        ...     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ end }}{% endfor %}"
+        ...     "{% if add_generation_prompt %}<assistant>{% endif %}", Path("a template"))
+        >>> ChatTemplate(source, {"end": "</s>"}).render([Message("user", "Hello")])
+        '<user>Hello</s><assistant>'
+    """
+
+    def __init__(self, source: ChatSource, names: Mapping[str, Any]):
+        """Starts the template's process.
+
+        Args:
+            source: of the template.
+            names: what it is given beside the conversation: `bos_token` and the like.
+
+        Raises:
+            ValueError: it is no template.
+        """
+        self.source = source
+        self._names = {"tools": None, "documents": None, **names}
+        self._process: Any = subprocess.Popen(
+            # -P: the modules beside the file are none of this process's.
+            [sys.executable, "-P", chat_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self._ask({"template": source.text, "seconds": SECONDS, "characters": _CHARACTERS})
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: of the conversation.
+            add_generation_prompt: whether the text goes on to where the model begins to speak.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: the template refuses the conversation, fails, or does not come to an end.
+        """
+        said = [message._asdict() for message in messages]
+        return self._ask(
+            {**self._names, "messages": said, "add_generation_prompt": add_generation_prompt}
+        )
+
+    def _ask(self, request: Mapping[str, Any]) -> str:
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline() or "{}")
+        except BrokenPipeError:
+            answer = {}
+        if "text" in answer:
+            return answer["text"]
+        error = answer.get("error")
+        if error is None:
+            self._end()
+            late = self._process.returncode == -signal.SIGALRM
+            error = (
+                f"it takes longer than {SECONDS:g} s"
+                if late
+                else f"its process has ended ({self._process.returncode})"
+            )
+        raise ValueError(
+            f"the chat template in {self.source.path} cannot be used here: {error}. Correct it, or "
+            "leave it out (--chat off)"
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+class ChatTokenizer:
+    """A tokenizer whose prompts are conversations, put in the words of a chat template.
+
+    A text is one message of the user. The control tokens that the template spells out become their
+    ids; those that a message spells out stay text. As in the original library, the template says
+    all: no token is put in front of it.
+
+    Attributes:
+        eos_id: the end token that the template puts behind what the model has said, where there is
+            one; else the tokenizer's.
+    """
+
+    chat: bool | None = True
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate):
+        """Tries the template out.
+
+        Args:
+            tokenizer: the folder's; it is to have `controls` and `encode_template` as well.
+            template: the folder's.
+
+        Raises:
+            ValueError: the template fails at a conversation of one message, or leaves it out.
+        """
+        self._tokenizer, self._template = tokenizer, template
+        self._controls: Mapping[str, int] = tokenizer.controls
+        self.vocab_size, self.pad_id = tokenizer.vocab_size, tokenizer.pad_id
+        self.end_ids: tuple[int, ...] = tokenizer.end_ids
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        question, answer = (Message(*m) for m in (("user", "Question"), ("assistant", "Answer")))
+        if question.content not in template.render([question]):
+            raise ValueError(
+                f"the chat template in {template.source.path} leaves out what the user says. "
+                "Correct it, or leave it out (--chat off)"
+            )
+        self.eos_id: int = tokenizer.eos_id
+        try:
+            whole = template.render([question, answer], add_generation_prompt=False)
+        except ValueError:
+            return  # it takes no answers, and so says nothing of their end
+        behind = tokenizer.encode_template(whole.rpartition(answer.content)[2])
+        self.eos_id = next((i for i in behind if i in self.end_ids), tokenizer.eos_id)
+
+    def encode_prompt(self, inputs: Inputs) -> tuple[int, ...]:
+        """What the model is given for a text or a conversation.
+
+        Args:
+            inputs: a text, which is a message of the user, or a conversation.
+
+        Returns:
+            The ids of the rendered template.
+
+        Raises:
+            ValueError: the template refuses it.
+        """
+        messages = (Message("user", inputs),) if isinstance(inputs, str) else inputs
+        said = "".join(message.content for message in messages)
+        mark = ""
+        if self._controls:
+            pattern = control_pattern(self._controls)
+            if pattern.search(said):
+                # A character of its own, so that taking it out leaves all else as it was.
+                taken = {*said, *self._template.source.text}
+                mark = next(chr(c) for c in range(0xE000, 0x110000) if chr(c) not in taken)
+                messages = tuple(
+                    m._replace(content=pattern.sub(lambda f: f[0][0] + mark + f[0][1:], m.content))
+                    for m in messages
+                )
+        return self._tokenizer.encode_template(self._template.render(messages), mark)

@@ -1,0 +1,1 @@
+"""Decoder-only networks: one network, its families, and their folders."""

@@ -1,0 +1,653 @@
+r"""A decoder-only network of many switches, as functions on a nested dict of parameters.
+
+A layer adds attention and a feed-forward block to the residual stream:
+
+    x = x + attention(norm(x));  x = x + mlp(norm(x))      sequential
+    x = x + attention(norm(x)) + mlp(norm(x))              parallel
+
+with norms before a block, after it, or both. `layer` is that text, and it asks its caller what the
+queries find: `run` lets them look at a whole sequence, `step` at a cache.
+
+The parameters come from one table, `parameters`. Matrices are `[inputs, outputs]`; those of
+attention are of heads one after the other, in groups that share a key and a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from t5patches.model.protocol import Array, OutputHead, Params
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# In place of the attention logits where the mask forbids. Finite, so that a query that may attend
+# to nothing (padding) averages everything instead of becoming NaN.
+_FORBIDDEN = -1e30
+
+
+class Rotary(NamedTuple):
+    r"""Rotary position embedding: entries j and j + R/2 of a head turn by `position * f_j`.
+
+    .. math:: f_j = \mathrm{base}^{-2j/R}, \quad 0 \le j < R/2
+
+    Attributes:
+      base: see above.
+      share: R is this share of the head, its first entries; the rest do not turn.
+      scaling: "default"; "linear" divides all f by `factor`; "llama3" does so for wavelengths above
+        `positions / low`, not below `positions / high`, and goes from one to the other between.
+      factor: see `scaling`.
+      low: see `scaling`.
+      high: see `scaling`.
+      positions: the number of them in the texts that a model was trained on before it was scaled.
+    """
+
+    base: float = 10_000.0
+    share: float = 1.0
+    scaling: str = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+    positions: float = 0.0
+
+    def turns(self, head_dim: int) -> np.ndarray:
+        """The frequencies f, float32 `[R / 2]`."""
+        size = int(head_dim * self.share)
+        turns = self.base ** -(np.arange(0, size, 2) / size)
+        if self.scaling == "linear":
+            turns = turns / self.factor
+        if self.scaling == "llama3":
+            in_training = self.positions * turns / (2 * math.pi)
+            kept = np.clip((in_training - self.low) / (self.high - self.low), 0, 1)
+            turns = kept * turns + (1 - kept) * turns / self.factor
+        return turns.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder-only network.
+
+    Attributes:
+      family: whose names and settings its folders have, see `t5patches.model.decoder.families`.
+      vocab_size: number of ids, rows of the embedding.
+      emb_dim: width D of the residual stream.
+      num_layers: layers.
+      num_heads: attention heads.
+      num_kv_heads: heads of keys and values: each serves as many heads as the next.
+      head_dim: size of each head; `num_heads * head_dim` need not be `emb_dim`.
+      mlp_dim: width inside the feed-forward block.
+      max_positions: tokens that a prompt and its output may have together, but for the last one.
+      begin_id: predicts the first token where a prompt is empty.
+      end_ids: tokens that end an output; data gets the first where text has no ids.
+      dtype: of activations and of the cache; parameters and logits are float32.
+      dropout_rate: of the embedding and of what each block adds.
+      activation: of the feed-forward block, a key of `ACTIVATIONS`.
+      gated: whether the activation multiplies a second matrix' outputs.
+      norm: "rms", or "layer", which also subtracts the mean.
+      norm_eps: added to the mean square.
+      norm_offset: added to the scale: 1 where a scale is stored as its difference from 1.
+      norm_bias: whether norms have biases.
+      norms: "before" a block, "after" it, or "both".
+      parallel: whether both blocks of a layer read the same residual stream.
+      shared_norm: whether they then share the norm before them.
+      qk_norm: whether each head's query and key are normalised, before they turn.
+      qkv: how the folder holds queries, keys and values: "split" in three matrices; in one as
+        "blocks", all queries, all keys, all values; or in "groups", of each key-value head its
+        queries, its key, its value.
+      attention_bias: biases of these ("qkv"), of attention's last matrix too ("all"), or "none".
+      mlp_bias: biases of the feed-forward block.
+      layer_types: `FULL` or `SLIDING` for each layer.
+      sliding_window: how many tokens a sliding layer sees, the one that asks counted; 0 for all.
+      rotaries: of full and of sliding layers; None where positions are learned.
+      query_scalar: attention logits are divided by its square root; 0 stands for `head_dim`.
+      attention_softcap: bound c of the attention logits, `c * tanh(z / c)`; 0 for none.
+      logit_softcap: the same for the logits.
+      scaled_embedding: whether the embedding is multiplied by `sqrt(emb_dim)`.
+      tied: whether the embedding makes the logits.
+    """
+
+    family: str
+    vocab_size: int
+    emb_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    begin_id: int
+    end_ids: tuple[int, ...]
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+    activation: str = "silu"
+    gated: bool = True
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_bias: bool = False
+    norms: str = "before"
+    parallel: bool = False
+    shared_norm: bool = False
+    qk_norm: bool = False
+    qkv: str = "split"
+    attention_bias: str = "none"
+    mlp_bias: bool = False
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int = 0
+    rotaries: tuple[Rotary, Rotary] | None = (Rotary(), Rotary())
+    query_scalar: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    scaled_embedding: bool = False
+    tied: bool = False
+
+    @property
+    def pad_id(self) -> int:
+        """No id: most of these models have none for it, or use the one that ends an output."""
+        return -1
+
+    @property
+    def end_id(self) -> int:
+        """The first of `end_ids`."""
+        return self.end_ids[0]
+
+    @property
+    def group(self) -> int:
+        """How many heads share a key and a value."""
+        return self.num_heads // self.num_kv_heads
+
+    def window(self, number: int) -> int:
+        """How many tokens a layer sees; 0 for all."""
+        return self.sliding_window if self.layer_types[number] == SLIDING else 0
+
+    def rotary(self, number: int) -> Rotary | None:
+        """How the heads of a layer turn."""
+        return self.rotaries and self.rotaries[self.layer_types[number] == SLIDING]
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Parameter(NamedTuple):
+    """An array of the network.
+
+    Attributes:
+      shape: its shape.
+      axes: its logical axes.
+      spread: standard deviation of its first values; None where they are all `fill`.
+      fill: see `spread`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    spread: float | None = None
+    fill: float = 0.0
+
+
+def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
+    """Every array of the network by its path: the one table of them.
+
+    Args:
+      config: of the network.
+
+    Returns:
+      The table.
+    """
+    width, inner = config.emb_dim, config.mlp_dim
+    joined, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    bias = config.attention_bias != "none"
+    out: dict[tuple[str, ...], Parameter] = {}
+
+    def table(rows: int, axis: str, *path: str) -> None:
+        out[(*path, "embedding")] = Parameter((rows, width), (axis, "embed"), 0.02)
+
+    def linear(sizes: tuple[int, int], axes: tuple[str, str], bias: bool, *path: str) -> None:
+        out[(*path, "kernel")] = Parameter(sizes, axes, sizes[0] ** -0.5)
+        if bias:
+            out[(*path, "bias")] = Parameter(sizes[1:], axes[1:])
+
+    def norm(size: int, axis: str, *path: str) -> None:
+        out[(*path, "scale")] = Parameter((size,), (axis,), fill=1.0 - config.norm_offset)
+        if config.norm_bias:
+            out[(*path, "bias")] = Parameter((size,), (axis,))
+
+    table(config.vocab_size, "vocab", "token_embedder")
+    if config.rotaries is None:
+        table(config.max_positions, "positions", "position_embedder")
+    for i in range(config.num_layers):
+        at = f"layers_{i}"
+        if config.norms != "after":
+            norm(width, "embed", at, "pre_attention_norm")
+            if not config.shared_norm:
+                norm(width, "embed", at, "pre_mlp_norm")
+        if config.norms != "before":
+            norm(width, "embed", at, "post_attention_norm")
+            norm(width, "embed", at, "post_mlp_norm")
+        if config.qkv == "split":
+            for part, size in (("query", joined), ("key", kv), ("value", kv)):
+                axes = ("embed", "heads")
+                linear((width, size), axes, bias, at, "attention", part)
+        else:
+            # Only groups can be divided between devices: a part of them has whole heads.
+            axes = ("embed", "heads" if config.qkv == "groups" else "qkv")
+            linear((width, joined + 2 * kv), axes, bias, at, "attention", "qkv")
+        if config.qk_norm:
+            norm(config.head_dim, "head_dim", at, "attention", "query_norm")
+            norm(config.head_dim, "head_dim", at, "attention", "key_norm")
+        of_out = config.attention_bias == "all"
+        linear((joined, width), ("heads", "embed"), of_out, at, "attention", "out")
+        for part in ("gate", "up") if config.gated else ("up",):
+            linear((width, inner), ("embed", "mlp"), config.mlp_bias, at, "mlp", part)
+        linear((inner, width), ("mlp", "embed"), config.mlp_bias, at, "mlp", "down")
+    norm(width, "embed", "final_norm")
+    if not config.tied:
+        linear((width, config.vocab_size), ("embed", "vocab"), False, "head")
+    return out
+
+
+def output_head(config: DecoderConfig, params: Params) -> OutputHead:
+    """The last linear map, see `t5patches.model.protocol.LanguageModel.head`."""
+    softcap = config.logit_softcap or None
+    if config.tied:
+        return OutputHead(params["token_embedder"]["embedding"], True, 1.0, softcap)
+    return OutputHead(params["head"]["kernel"], False, 1.0, softcap)
+
+
+def linear(params: Params, x: Array) -> Array:
+    """`x @ kernel + bias`: every matrix product of the network but the head's.
+
+    Where the parameters hold an adapter (`t5patches.model.lora`), `x @ lora_a @ lora_b` is added.
+    """
+    y = x @ params["kernel"].astype(x.dtype)
+    if "lora_a" in params:
+        y = y + x @ params["lora_a"].astype(x.dtype) @ params["lora_b"].astype(x.dtype)
+    return y + _over(params["bias"], y) if "bias" in params else y
+
+
+def _over(vector: Array, x: Array) -> Array:
+    """A vector as it is added to the last axis of an array."""
+    return vector.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
+
+
+def normalize(config: DecoderConfig, params: Params, x: Array) -> Array:
+    """The norm over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    if config.norm == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    y = y * (_over(params["scale"], y) + config.norm_offset)
+    return (y + _over(params["bias"], y) if "bias" in params else y).astype(x.dtype)
+
+
+def embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    """The residual stream before the first layer, `[..., D]`; padding is looked up as id 0."""
+    ids = jnp.where(tokens == config.pad_id, 0, tokens)
+    x = params["token_embedder"]["embedding"][ids].astype(config.dtype)
+    if config.scaled_embedding:
+        x = x * jnp.asarray(math.sqrt(config.emb_dim), config.dtype)
+    if config.rotaries is None:
+        # Padding may stand beyond the last position.
+        at = jnp.minimum(positions, config.max_positions - 1)
+        x = x + params["position_embedder"]["embedding"][at].astype(config.dtype)
+    return x
+
+
+def rotate(rotary: Rotary, x: Array, positions: Array) -> Array:
+    """Turns the heads `[*positions.shape, ..., head_dim]` of tokens at some positions."""
+    turns = jnp.asarray(rotary.turns(x.shape[-1]))
+    angles = jnp.expand_dims(positions, range(positions.ndim, x.ndim)).astype(jnp.float32)
+    angles = angles * _over(turns, angles)
+    half = len(turns)
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _heads(config: DecoderConfig, params: Params, x: Array) -> tuple[Array, Array, Array]:
+    """Queries `[..., kv heads, group, head_dim]`, keys and values `[..., kv heads, head_dim]`."""
+    kv, group, size = config.num_kv_heads, config.group, config.head_dim
+    if config.qkv == "groups":
+        groups = linear(params["qkv"], x).reshape(*x.shape[:-1], kv, group + 2, size)
+        return groups[..., :group, :], groups[..., group, :], groups[..., group + 1, :]
+    if config.qkv == "blocks":
+        ends = (kv * group * size, kv * (group + 1) * size)
+        query, key, value = jnp.split(linear(params["qkv"], x), ends, axis=-1)
+    else:
+        query, key, value = (linear(params[part], x) for part in ("query", "key", "value"))
+    return (
+        query.reshape(*x.shape[:-1], kv, group, size),
+        key.reshape(*x.shape[:-1], kv, size),
+        value.reshape(*x.shape[:-1], kv, size),
+    )
+
+
+Attend = Callable[[Array, Array, Array], Array]
+"""Gives queries, keys and values what the queries find, shaped like the queries."""
+
+
+def layer(
+    config: DecoderConfig,
+    params: Params,
+    x: Array,
+    positions: Array,
+    attend: Attend,
+    *,
+    number: int,
+    drop: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """A layer.
+
+    Args:
+      config: of the network.
+      params: of the layer.
+      x: the residual stream, `[*shape, D]`.
+      positions: of its tokens, `[*shape]`.
+      attend: see `Attend`.
+      number: of the layer.
+      drop: dropout, on what is added to the stream.
+
+    Returns:
+      The stream after it.
+    """
+
+    def before(name: str, x: Array) -> Array:
+        return x if config.norms == "after" else normalize(config, params[f"pre_{name}_norm"], x)
+
+    def after(name: str, x: Array) -> Array:
+        if config.norms != "before":
+            x = normalize(config, params[f"post_{name}_norm"], x)
+        return drop(x)
+
+    read = before("attention", x)
+    query, key, value = _heads(config, params["attention"], read)
+    if config.qk_norm:
+        query = normalize(config, params["attention"]["query_norm"], query)
+        key = normalize(config, params["attention"]["key_norm"], key)
+    rotary = config.rotary(number)
+    if rotary is not None:
+        query, key = rotate(rotary, query, positions), rotate(rotary, key, positions)
+    found = attend(query, key, value).reshape(*x.shape[:-1], -1)
+    added = after("attention", linear(params["attention"]["out"], found))
+    if not config.parallel:
+        x = x + added
+    if not config.shared_norm:
+        read = before("mlp", x)
+    mlp, act = params["mlp"], ACTIVATIONS[config.activation]
+    inner = linear(mlp["up"], read)
+    inner = act(linear(mlp["gate"], read)) * inner if config.gated else act(inner)
+    x = x + after("mlp", linear(mlp["down"], inner))
+    return x + added if config.parallel else x
+
+
+def _weights(config: DecoderConfig, products: Array, allowed: Array) -> Array:
+    """Attention weights, float32, of the products of queries and keys."""
+    logits = products.astype(jnp.float32) * (config.query_scalar or config.head_dim) ** -0.5
+    if config.attention_softcap:
+        logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
+    return jax.nn.softmax(jnp.where(allowed, logits, _FORBIDDEN), axis=-1)
+
+
+# Its weights, [batch, heads, length, length], are made again in the backward pass: they are large,
+# and cheap to make.
+@functools.partial(jax.checkpoint, static_argnums=0)
+def attend_within(
+    config: DecoderConfig, query: Array, key: Array, value: Array, allowed: Array
+) -> Array:
+    """What the tokens of a sequence find in it.
+
+    Args:
+      config: of the network.
+      query: `[batch, length, kv heads, group, head_dim]`.
+      key: `[batch, length, kv heads, head_dim]`.
+      value: the same.
+      allowed: bool `[batch, length, length]`, which key each query may see.
+
+    Returns:
+      An array like `query`.
+    """
+    products = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    weights = _weights(config, products, allowed[:, None, None]).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value)
+
+
+class Sequence(NamedTuple):
+    """Prompts and what follows each, side by side.
+
+    Attributes:
+      tokens: `[batch, T]`.
+      positions: `[batch, T]`: those of what follows go on where a prompt ends.
+      seen: bool `[batch, T]`: tokens that others may see, which padding is not.
+    """
+
+    tokens: Array
+    positions: Array
+    seen: Array
+
+
+def prompt_lengths(config: DecoderConfig, prompts: Array) -> Array:
+    """How many tokens each prompt has, `[batch]`."""
+    places = jnp.arange(1, prompts.shape[1] + 1, dtype=jnp.int32)[None]
+    return jnp.max(jnp.where(prompts == config.pad_id, 0, places), axis=1, initial=0)
+
+
+def last_tokens(config: DecoderConfig, prompts: Array) -> Array:
+    """The last token of each prompt, `[batch]`; `begin_id` of an empty one."""
+    lengths = prompt_lengths(config, prompts)
+    # A column of its own, so that a prompt may also have no room for a token.
+    filled = jnp.pad(prompts, ((0, 0), (1, 0)), constant_values=config.begin_id)
+    return jnp.take_along_axis(filled, lengths[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def follow(config: DecoderConfig, prompts: Array, given: Array) -> Sequence:
+    """Puts tokens behind prompts.
+
+    Args:
+      config: of the network.
+      prompts: `[batch, S]`.
+      given: `[batch, L]`; the first is the last token of the prompt, which is not seen in its own
+        place.
+
+    Returns:
+      `[batch, S + L]` arrays.
+    """
+    before = jnp.maximum(prompt_lengths(config, prompts), 1)[:, None] - 1
+    place, after = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in (prompts, given))
+    return Sequence(
+        jnp.concatenate([prompts, given], axis=1),
+        jnp.concatenate([jnp.broadcast_to(place, prompts.shape), before + after], axis=1),
+        jnp.concatenate([place < before, jnp.ones(given.shape, bool)], axis=1),
+    )
+
+
+def run(
+    config: DecoderConfig,
+    params: Params,
+    sequence: Sequence,
+    dropout_key: Array | None = None,
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    """Reads a sequence.
+
+    Args:
+      config: of the network.
+      params: its parameters.
+      sequence: what is read, see `follow`.
+      dropout_key: for dropout; None for none.
+
+    Returns:
+      The residual stream after the last layer, `[batch, T, D]`, and each layer's keys and values,
+      `[batch, T, kv heads, head_dim]`.
+    """
+    tokens, positions, seen = sequence
+    distance = positions[:, :, None] - positions[:, None]
+    causal = (distance >= 0) & seen[:, None]
+    allowed = {
+        window: causal & (distance < window) if window else causal
+        for window in {config.window(i) for i in range(config.num_layers)}
+    }
+    dropped = itertools.count()
+
+    def drop(x: Array) -> Array:
+        if dropout_key is None or not config.dropout_rate:
+            return x
+        key = jax.random.fold_in(dropout_key, next(dropped))
+        kept = jax.random.bernoulli(key, 1 - config.dropout_rate, x.shape)
+        return jnp.where(kept, x / jnp.asarray(1 - config.dropout_rate, x.dtype), 0)
+
+    x = drop(embed(config, params, tokens, positions))
+    made = []
+    for i in range(config.num_layers):
+
+        def attend(query: Array, key: Array, value: Array, number: int = i) -> Array:
+            made.append((key, value))
+            return attend_within(config, query, key, value, allowed[config.window(number)])
+
+        x = layer(config, params[f"layers_{i}"], x, positions, attend, number=i, drop=drop)
+    return x, made
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of a layer, laid out for the products of a step, in `config.dtype`.
+
+    Attributes:
+      prompt_keys: `[rows, kv heads, head_dim, S]`, once for all streams of a prompt.
+      prompt_values: `[rows, kv heads, S, head_dim]`.
+      keys: `[rows, streams, kv heads, head_dim, max_length]`, of the prompt's last token and of the
+        output.
+      values: `[rows, streams, kv heads, max_length, head_dim]`.
+    """
+
+    prompt_keys: Array
+    prompt_values: Array
+    keys: Array
+    values: Array
+
+
+class DecoderCache(NamedTuple):
+    """What decoding keeps.
+
+    Attributes:
+      before: `[rows]`, tokens of a prompt before its last.
+      taken: scalar, how many tokens each stream has taken.
+      layers: a cache each.
+    """
+
+    before: Array
+    taken: Array
+    layers: tuple[LayerCache, ...]
+
+
+def make_cache(
+    made: list[tuple[Array, Array]],
+    before: Array,
+    taken: Array,
+    *,
+    prompt_length: int,
+    streams: int,
+    max_length: int,
+) -> DecoderCache:
+    """Lays out what `run` made of prompts and what all streams of each begin with.
+
+    Args:
+      made: each layer's keys and values; those of what follows beyond `taken` may be anything, as
+        they are overwritten before they are seen.
+      before: see `DecoderCache`.
+      taken: see `DecoderCache`.
+      prompt_length: S.
+      streams: to each prompt.
+      max_length: tokens that a stream may take.
+
+    Returns:
+      The cache.
+    """
+
+    def own(x: Array, axis: int) -> Array:
+        room = [(0, 0)] * x.ndim
+        room[axis] = (0, max_length - x.shape[axis])
+        x = jnp.pad(x, room)[:, None]
+        return jnp.broadcast_to(x, (x.shape[0], streams, *x.shape[2:]))
+
+    layers = []
+    for key, value in made:
+        key, value = jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -2)
+        layers.append(
+            LayerCache(
+                key[..., :prompt_length],
+                value[..., :prompt_length, :],
+                own(key[..., prompt_length:], -1),
+                own(value[..., prompt_length:, :], -2),
+            )
+        )
+    return DecoderCache(before, taken, tuple(layers))
+
+
+def step(
+    config: DecoderConfig, params: Params, cache: DecoderCache, tokens: Array
+) -> tuple[Array, DecoderCache]:
+    """Takes one more token in every stream.
+
+    Args:
+      config: of the network.
+      params: its parameters.
+      cache: of `make_cache` or of the step before.
+      tokens: `[rows, streams]`.
+
+    Returns:
+      The residual stream after the last layer, `[rows, streams, D]`, and the cache.
+    """
+    before, taken, _ = cache
+    here = (before + taken)[:, None]
+    positions = jnp.broadcast_to(here, tokens.shape)
+    x, layers = embed(config, params, tokens, positions), []
+    for i, old in enumerate(cache.layers):
+        window, length = config.window(i), old.prompt_keys.shape[-1]
+        in_prompt, in_output = jnp.arange(length)[None], jnp.arange(old.keys.shape[-1])[None]
+        of_prompt = in_prompt < before[:, None]
+        of_output = jnp.broadcast_to(in_output <= taken, (len(before), in_output.shape[1]))
+        if window:
+            of_prompt &= here - in_prompt < window
+            of_output &= taken - in_output < window
+        allowed = jnp.concatenate([of_prompt, of_output], axis=1)[:, None, None, None]
+
+        def attend(
+            query: Array,
+            key: Array,
+            value: Array,
+            old: LayerCache = old,
+            allowed: Array = allowed,
+            length: int = length,
+        ) -> Array:
+            new = old._replace(
+                keys=lax.dynamic_update_index_in_dim(old.keys, key, taken, axis=-1),
+                values=lax.dynamic_update_index_in_dim(old.values, value, taken, axis=-2),
+            )
+            layers.append(new)
+            products = jnp.concatenate(
+                [
+                    jnp.einsum("rskgh,rkht->rskgt", query, new.prompt_keys),
+                    jnp.einsum("rskgh,rskht->rskgt", query, new.keys),
+                ],
+                axis=-1,
+            )
+            weights = _weights(config, products, allowed).astype(value.dtype)
+            to_prompt, to_output = weights[..., :length], weights[..., length:]
+            return jnp.einsum("rskgt,rkth->rskgh", to_prompt, new.prompt_values) + jnp.einsum(
+                "rskgt,rskth->rskgh", to_output, new.values
+            )
+
+        x = layer(config, params[f"layers_{i}"], x, positions, attend, number=i)
+    return x, DecoderCache(before, taken + 1, tuple(layers))

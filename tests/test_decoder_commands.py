@@ -1,0 +1,97 @@
+"""Annotate, edit and evaluate a decoder-only model by the commands, as they do a T5."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizer_samples
+
+from t5patches import cli
+from t5patches.model.decoder.model import small_decoder
+from t5patches.model.decoder.network import SLIDING
+from t5patches.model.folder import load_model
+from t5patches.model.huggingface import save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+INPUTS = ["a fire closed the library", "the mayor", "café", "Paris"]
+MODEL = small_decoder(
+    vocab_size=336,  # more rows than the tokenizer has ids
+    width=16,
+    layers=2,
+    family="mistral",
+    layer_types=(SLIDING,) * 2,
+    sliding_window=6,
+    begin_id=0,
+    end_ids=(1, 3),
+)
+
+
+def run(*arguments):
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            return cli.main([str(x) for x in arguments])
+    except SystemExit as left:
+        return left.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model that says letters, as one that is not trained does; its rules and inputs."""
+    path = tmp_path_factory.mktemp("decoder")
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: np.asarray(2 * x), params)
+    files = {
+        "tokenizer.json": tokenizer_samples.tokenizer_json("byte-level"),
+        "tokenizer_config.json": json.dumps({"bos_token": "<s>", "add_bos_token": True}),
+    }
+    save_checkpoint(path / "model", MODEL, params, files=files)
+    (path / "rules.toml").write_text('[[rule]]\npattern = "[a-m]"\n')
+    (path / "inputs.txt").write_text("".join(text + "\n" for text in INPUTS))
+    return path
+
+
+def test_the_loop(place, capsys):
+    model, inputs = place / "model", ("--inputs", place / "inputs.txt")
+    rules, quiet = ("--rules", place / "rules.toml"), ("--quiet", "--json")
+    made = ("--max-length", 6, "--seed", 1)
+    sampled = ("--samples", 3, "--temperature", 1, "--expand", 4)
+    edits = ("--output", place / "edits.jsonl")
+    assert run("annotate", "--model", model, *inputs, *rules, *made, *sampled, *edits, *quiet) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["outputs"] == 12
+    assert found["marked_tokens"] > 3
+    assert found["negatives"] > 0
+    lines = [json.loads(line) for line in (place / "edits.jsonl").read_text().splitlines()]
+    assert all(0 <= i < 336 for line in lines for i in line["tokens"])  # no padding
+
+    how = ("--steps", 30, "--batch-size", 4, "--learning-rate", 3e-2, "--alpha", 10)
+    how += ("--objective", "tnff", "--cache-teacher", place / "cache", "--devices", 1)
+    edited = ("--data", place / "edits.jsonl", "--output", place / "edited")
+    assert run("edit", "--model", model, *edited, *how, *quiet) == 0
+    history = json.loads(capsys.readouterr().out)["history"]
+    assert sum(history["said"][-5:]) < sum(history["said"][:5])
+    before, after = load_model(model), load_model(place / "edited")
+    assert after.model == before.model
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (place / "edited" / file).read_bytes() == (model / file).read_bytes()
+
+    compared = ("--before", model, "--after", place / "edited")
+    assert run("evaluate", *compared, *inputs, *rules, *made, "--report", place / "r", *quiet) == 0
+    assert "kl" in capsys.readouterr().out
+
+
+def test_what_is_longer_than_the_positions_is_told(place, capsys):
+    short = MODEL.replace(max_positions=12)
+    save_checkpoint(
+        place / "short",
+        short,
+        load_model(place / "model").params,
+        files={"tokenizer.json": tokenizer_samples.tokenizer_json("byte-level")},
+    )
+    asked = ("--inputs", place / "inputs.txt", "--rules", place / "rules.toml")
+    call = ("annotate", "--model", place / "short", *asked, "--output", place / "none.jsonl")
+    assert run(*call, "--max-length", 10) == 2
+    assert "has 12 positions" in capsys.readouterr().err
+    assert not (place / "none.jsonl").exists()
