@@ -5,9 +5,10 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 SEEDS ?= 1
 PYTEST_WORKERS ?= 2
+MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-slow test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial test test-slow fuzz test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -29,6 +30,9 @@ test: $(VENV)/.has-test ## the whole suite
 
 test-slow: $(VENV)/.has-test ## the long sweeps
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.has-test ## ten minutes of spoilt files and of kills; what it finds joins tests/data/fuzz
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 # T5X in an environment of its own: TensorFlow is large.
 $(VENV)-t5x/.has-test-t5x: pyproject.toml

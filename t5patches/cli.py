@@ -75,15 +75,15 @@ def _terminated_as_by_exit() -> Iterator[None]:
 @contextlib.contextmanager
 def _silenced(quiet: bool) -> Iterator[None]:
     """With `--quiet`, what libraries log and warn of is not shown; what they raise is told."""
+    # Orbax's event loops are closed before what waits in them: as Python ends, or a disk is full.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
     if not quiet:
         yield
         return
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):  # read as XLA is loaded
         os.environ.setdefault(name, "3")
-    # What comes as Python ends: Orbax's event loops are closed before what waits in them.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _unraisable_but_closed_loops
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -94,8 +94,12 @@ def _silenced(quiet: bool) -> Iterator[None]:
         logging.disable(before)
 
 
-def _unraisable_but_closed_loops(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _unraisable(unraisable: Any) -> None:
+    """Python calls this with what is raised where nobody can catch it, in a `__del__` for one."""
+    number = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
+    if number is not None:  # a signal came there: it would be lost, and comes again
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

@@ -10,7 +10,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # To optimise code for CPUs takes longer than it saves: `harness.AS_USERS` asks for it where a
 # test's numbers or programs depend on it. So do the fusion emitters, three quarters of XLA's time
-# for an interpreted kernel; jaxlib 0.11 cannot do without.
+# for an interpreted kernel; jaxlib 0.11 cannot do without. Libtpu reads the flags too, later, and
+# ends the process over one that it does not know.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     + "--xla_backend_optimization_level=0 " * (os.environ["JAX_PLATFORMS"] == "cpu")
@@ -28,6 +29,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import hypothesis
 import jax
 import pytest
+
+jax.devices("cpu")  # reads the flags
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
 
 # In this process only `shared_programs` stores any: interpreted kernels are large programs that no
 # other test runs (to store one has once ended a worker), and those for a TPU cannot be loaded.

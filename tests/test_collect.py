@@ -92,6 +92,28 @@ def test_a_killed_run_goes_on_where_it_was(given, tmp_path, monkeypatch):
     assert made[2:] == ["rollouts"] * len(made[2:])
 
 
+def test_a_run_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
+    given, tmp_path, monkeypatch
+):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "edits.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.runs.claims.Parts.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            collect(*given, output, SETTINGS)
+    made = output.read_bytes()
+    model, _, rules = given
+    for changed in (CollectSettings(max_length=8), SETTINGS):
+        inputs = INPUTS if changed != SETTINGS else ["other"]
+        with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+            collect(model, inputs, rules, output, changed)
+    collect(*given, output, SETTINGS)
+    assert output.read_bytes() == made
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     model, inputs, rules = given
     output = tmp_path / "edits.jsonl"
@@ -135,13 +157,47 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_runs(folder, tmp_path, c
 
 def test_the_plan_is_of_the_program_that_runs(given, tmp_path, caplog, monkeypatch):
     planned = []
-    monkeypatch.setattr(annotate_module, "require_room", lambda *plan: planned.append(plan))
+    monkeypatch.setattr(annotate_module, "require_room", lambda *plan, **_: planned.append(plan))
     with jax.log_compiles():
         collect(*given, tmp_path / "edits.jsonl", CollectSettings(max_length=7, batch_size=4))
     assert caplog.text.count("Compiling jit(_decode)") == 1
     ((_, working, beside, rows),) = planned
     assert working > 4 * rows * tokenizer().vocab_size  # logits at least
     assert (beside, rows) == (0, 4)
+
+
+def test_rollouts_that_do_not_fit_are_refused_before_anything_is_said(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: 80_000)
+    monkeypatch.setattr(annotate_module, "generate", None)
+    logits = [0]
+    monkeypatch.setattr(annotate_module, "memory_beside", lambda *_: logits[0])
+    monkeypatch.setattr(
+        annotate_module, "working_memory", lambda _, forced=0, **__: 100_000 * bool(forced)
+    )
+    output = tmp_path / "edits.jsonl"
+    for k, logits[0], message in (
+        ("3", 0, r"3 rollouts at a time, to inputs of \d+ tokens, take .* not fit. shorter .*"),
+        ("2", 0, r"4 rollouts at a time, to .* a batch size of 3 should fit \(--batch-size\).*"),
+        ("2", 10**5, r"4 outputs with their logits at a time, .* a batch size of 3 should fit.*"),
+    ):
+        assert cli.main([*arguments(folder, output), "--expand", k]) == 2
+        assert re.search(f"{message}a smaller --expand", capsys.readouterr().err)
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_of_rollouts_is_of_the_program_that_runs(given, tmp_path, caplog, monkeypatch):
+    planned = []
+    monkeypatch.setattr(annotate_module, "require_room", lambda *plan, **_: planned.append(plan))
+    settings = CollectSettings(max_length=5, batch_size=4, negatives=2)
+    with jax.log_compiles():
+        collect(*given, tmp_path / "edits.jsonl", settings)
+    assert caplog.text.count("Compiling jit(_decode)") == 2  # outputs and rollouts
+    _, logits, rollouts = planned
+    assert logits[1] > 4 * 4 * 5 * tokenizer().vocab_size
+    assert rollouts[1] > 4 * 4 * tokenizer().vocab_size
+    assert [plan[-1] for plan in planned] == [4, 4, 4]
 
 
 def test_several_samples_do_not_depend_on_the_batches(given):

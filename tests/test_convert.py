@@ -1,7 +1,10 @@
 """T5X checkpoints in and out, without T5X; `tests/with_t5x/test_checkpoints.py` has T5X do it."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -14,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from t5patches import cli
 from t5patches.model.folder import load_model
-from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.huggingface import load_checkpoint, read_config
 from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x, save_t5x
 from t5patches.model.tokenizer import train_sentencepiece
 
@@ -223,6 +226,58 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_t5x(tmp_path, t5_folders.load("t5_1_0")[1])
     assert not list(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, sys
+from t5patches import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("size", [100, 2000, 10_000])  # no record, no arrays, not all of them
+def test_a_disk_that_takes_no_more_is_told_in_a_line_and_leaves_nothing(size, tmp_path):
+    given = ["convert", "--model", t5_folders.DATA / "t5_1_1", "--output", tmp_path / "a" / "t5x"]
+    command = [sys.executable, "-c", LIMITED, str(size), *map(str, given)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"t5patches convert: .* cannot .*File too large.*\n", ended.stderr) or (
+        re.fullmatch(r"t5patches convert: .*config.json: File too large\n", ended.stderr)
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_finds_no_room_leaves_nothing(tmp_path, capsys, monkeypatch):
+    checkpoint = save_t5x(tmp_path / "t5x", t5_folders.load("t5_1_1")[1])
+    given = ("--model", checkpoint, "--like", t5_folders.DATA / "t5_1_1")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("t5patches.model.huggingface.save_file", full)
+    assert run(*given, "--output", tmp_path / "a" / "back") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t5x"]
+
+
+def test_a_checkpoint_that_finds_no_room_is_not_begun(tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert run("--model", t5_folders.DATA / "t5_1_1", "--output", tmp_path / "t5x") == 1
+    said = capsys.readouterr().err
+    assert "the checkpoint needs 0.1 MiB of disk space and 0.0 MiB are free" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_was_killed_before_there_was_a_checkpoint_belongs_to_nobody(tmp_path):
+    for name in ("t5_1_0", "t5_1_1"):
+        given = ("--model", t5_folders.DATA / name, "--output", tmp_path / "t5x")
+        assert run(*given) == 0
+        assert run("--model", tmp_path / "t5x", "--output", tmp_path / name) == 0
+        shutil.rmtree(tmp_path / "t5x" / "checkpoint_0")
+    of_first, of_second = (read_config(tmp_path / name) for name in ("t5_1_0", "t5_1_1"))
+    assert of_first != of_second
 
 
 def test_what_is_none_is_told(tmp_path, capsys):

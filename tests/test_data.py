@@ -237,6 +237,14 @@ def test_the_first_bad_lines_are_named_and_all_of_them_counted(tmp_path):
     assert str(error.value).endswith(f"\n  and {len(BAD_LINES) - 20} more")
 
 
+def test_what_a_bad_line_holds_is_told_shortly(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"inputs": "a", "outputs": "b", "spans": "c" * 10_000}))
+    with pytest.raises(ValueError, match=r"line 1: 'spans' must be a list of") as error:
+        read_examples(path, tokenizer())
+    assert len(str(error.value)) < 1000
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     mark = b"\xef\xbb\xbf"
     (tmp_path / "x.txt").write_bytes(mark + b"a fire\n" + mark + b"a flood\n")  # two files, joined

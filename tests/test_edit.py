@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
 
     moments = [
         (edit_module, "load_checkpoint", 1),
-        (train_module, "_batch", 4),  # beyond the first checkpoint
+        (train_module.Batches, "at", 4),  # beyond the first checkpoint
         (edit_module, "_record", 1),  # trained, not written
         (edit_module, "save_checkpoint", -1),  # written, not renamed
     ]
@@ -255,6 +256,17 @@ def test_what_is_cut_or_left_out_is_told_once(place, capsys):
     assert run(place, *more) == 0
     said = capsys.readouterr().out
     assert said.count("edits.jsonl: ") == said.count("inputs truncated to 3 tokens") == 1
+
+
+def test_lengths_that_updates_are_padded_to_are_told(place, capsys):
+    place = place()
+    long = {"inputs": "a cat sat " * 30, "outputs": "a dog sat", "spans": [[2, 5]]}
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*LINES, long]))
+    assert run(place, "--plan") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"padded, inputs and outputs: [1-3] to \d+ and \d+ tokens, [1-3] to ", said)
+    assert run(place, "--skip-longer", "40", "--plan") == 0
+    assert "padded" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -376,7 +388,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(claims.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         assert run(place) == 1
-        assert "MiB of disk space and 0 MiB are free" in capsys.readouterr().err
+        assert "MiB of disk space and 0.0 MiB are free" in capsys.readouterr().err
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

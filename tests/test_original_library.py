@@ -13,13 +13,16 @@ import jax
 import numpy as np
 import pytest
 import t5_folders
+import test_chat
+import tokenizer_samples
 from test_checkpoint import moved
 
 from t5patches.editing.edit import Job, edit
 from t5patches.editing.train import TrainSettings
+from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
-from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.huggingface import config_file, load_checkpoint, save_checkpoint
 from t5patches.model.lora import (
     Lora,
     adapter_shapes,
@@ -29,6 +32,7 @@ from t5patches.model.lora import (
     save_adapter,
 )
 from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.model.tokenizer_files import load_tokenizer
 
 REASON = "needs torch and transformers: make test-hf"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -249,3 +253,46 @@ def test_an_adapter_of_a_decoder_is_read_and_gives_the_same_logits(name, tmp_pat
     for combine in (attached, merged):
         got = np.array(logits(combine(params, found.params, found.lora)))
         np.testing.assert_allclose(got[real], expected["logits"][real], rtol=0, atol=2e-4)
+
+
+TOKENIZERS = {
+    # file, its content, what is said of it
+    **{
+        kind: ("tokenizer.json", tokenizer_samples.tokenizer_json(kind), "TokenizersBackend", {})
+        for kind in tokenizer_samples.KINDS
+    },
+    **{
+        f"sentencepiece, {said}": (
+            "tokenizer.model",
+            tokenizer_samples.tokenizer_model(),
+            "LlamaTokenizer",
+            {"add_bos_token": True, **said},
+        )
+        for said in ({}, {"legacy": True}, {"legacy": False})
+    },
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers_and_chat_templates_give_the_same(case, tmp_path):
+    name, content, kind, said = TOKENIZERS[case]
+    ends = (1, 3) if name == "tokenizer.json" else (2,)
+    model = small_decoder(vocab_size=400, width=8, layers=1, end_ids=ends, begin_id=1)
+    (tmp_path / "config.json").write_text(config_file(model))
+    (tmp_path / name).write_bytes(content)
+    template = test_chat.TEMPLATE
+    if name == "tokenizer.model":  # it has fewer control tokens: beside each other, and text
+        template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]</s>{% endfor %}1"
+    said = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"} | said
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": template}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain, chat = (load_tokenizer(tmp_path, chat=chat) for chat in ("off", "on"))
+    # Where a text begins with a space, theirs puts none in front of it and sentencepiece does.
+    for text in ("a fire", "the  fire café 👩\u200d🚀 日本\n", "l'été à  Paris."):
+        ids = plain.encode_prompt(text)
+        assert [*ids] == theirs(text).input_ids
+        shown = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert plain.decode(ids).text == shown
+        conversation = [{"role": "user", "content": text}]
+        asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        assert [*chat.encode_prompt(text)] == theirs.apply_chat_template(conversation, **asked)

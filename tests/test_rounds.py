@@ -1,12 +1,14 @@
 """`t5patches evaluate`: an original and its edits on the same inputs, side by side."""
 
 import json
+import re
 
+import fuzz
 import pytest
 from editing_samples import TEXTS, model_folder
 
 from t5patches import cli
-from t5patches.editing import annotate
+from t5patches.editing import annotate, evaluate
 from t5patches.editing.edit import RECORD
 from t5patches.model.tokenizer import train_sentencepiece
 
@@ -83,6 +85,18 @@ def test_without_rules_it_tells_how_far_an_edit_is(run, folder, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_without_rules_an_edit_by_a_baseline_is_compared_with_the_original(
+    run, folder, tmp_path, capsys
+):
+    edited = model_folder(tmp_path / "ul", 1)
+    record = json.loads((folder / "round-2" / RECORD).read_text())
+    record["rounds"] = record["rounds"][:1]
+    (edited / RECORD).write_text(json.dumps(record))
+    assert run("--after", str(edited), "--inputs", "inputs.txt", "--json") == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding.endswith("of the outputs unchanged.")
+
+
 def test_samples_are_drawn_by_the_seed(run, capsys):
     found = []
     for seed in ("0", "1"):
@@ -94,7 +108,8 @@ def test_samples_are_drawn_by_the_seed(run, capsys):
     assert found[0] != found[1]
 
 
-def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
+def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     model_folder(tmp_path / "wide", mlp_dim=8)
     other = model_folder(tmp_path / "other")
     (other / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 60))
@@ -108,6 +123,52 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, capsys):
     ]:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+PLANS = [
+    # what does not fit, what is asked for besides, and what is said
+    (
+        "working_memory",
+        0.0,
+        (),
+        r"8 outputs at a time, to inputs of \d+ tokens take .*, of .* a batch size of 5 ",
+    ),
+    (
+        "working_memory",
+        1.0,
+        ("--scorer", "my_scorer:length", "--samples", "25"),
+        r"25 outputs at a time, to inputs of \d+ tokens take [^;]*that does not fit. shorter",
+    ),
+    ("memory_beside", 0.0, (), "8 outputs read by both models at a time, .* a batch size of 5 "),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_all_that_a_comparison_holds_is_planned(plan, run, monkeypatch, capsys):
+    name, temperature, more, message = plan
+    module = annotate if name == "working_memory" else evaluate
+
+    def planned(*_, sample=False, **__):
+        return 30_000_000 if sample == bool(temperature) else 0
+
+    monkeypatch.setattr(annotate, "working_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(module, name, planned)
+    monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: 20_000_000)
+    monkeypatch.setattr("t5patches.editing.rounds.say", too_late)
+    assert run("--after", "round-1", "--inputs", "inputs.jsonl", *more) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_plan_of_a_comparison_is_of_programs_that_run(run, monkeypatch, capsys):
+    planned = []
+    for module in (annotate, evaluate):
+        monkeypatch.setattr(module, "require_room", lambda *plan, **_: planned.append(plan))
+    assert run("--after", "round-1", "--inputs", "inputs.jsonl", "--quiet") == 0
+    spoken, read = planned
+    assert spoken[-1] == read[-1] == 8
+    # Of two models' hidden states, and of an embedding that is yet to be read.
+    assert min(spoken[1], read[1]) > 8 * 6 * 16 * 4
+    assert spoken[2] == read[2] > 330 * 16 * 4
 
 
 SCORERS = {
@@ -132,6 +193,14 @@ def test_scorers_are_tried_before_anything_runs(scorer, run, monkeypatch, capsys
     assert SCORERS[scorer] in capsys.readouterr().err
 
 
+def record_of(old: str, new: str) -> str:
+    """A record with something else in it."""
+    valid = (fuzz.VALID / RECORD).read_text()
+    valid = json.dumps(json.loads(valid))
+    assert old in valid
+    return valid.replace(old, new, 1)
+
+
 RECORDS = {
     "texts": '{"rounds": ["a"]}',
     "null": '{"rounds": null}',
@@ -141,12 +210,18 @@ RECORDS = {
     "no settings": '{"rounds": [{"job": {"model": {"sha256": {}}, "data": {}}, "history": {}}]}',
     "deep": "[" * 99_999,
     "latin-1": b'{"rounds": "\xe9"}',
+    "no objective": record_of('"tnff"', '"x"'),
+    "a rate in words": record_of("1.0, ", '"x", '),
+    "a loss in words": record_of("[2.0, 1.0]", '["x", 1.0]'),
+    "no loss": record_of("[2.0, 1.0]", "3"),
+    "no number": record_of("[2.0, 1.0]", "[2.0, NaN]"),
+    "a loss too few": record_of("[2.0, 1.0]", "[2.0]"),
 }
 
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_folders_are_looked_at_before_anything_runs(record, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("t5patches.editing.rounds.compare", too_late)
+    monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     folder = model_folder(tmp_path / "edited")
     content = RECORDS[record]
     (folder / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -175,6 +250,24 @@ def test_a_report_is_written_where_it_can_be_and_replaces_nothing_unasked(
     assert report.read_text() == "mine"
     assert run(*arguments, str(report), "--force") == 0
     assert "Edits of before" in report.read_text()
+
+
+def test_a_comparison_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
+    run, tmp_path, monkeypatch, capsys
+):
+    def killed(directory):
+        raise KeyboardInterrupt
+
+    everything = ("--inputs", "inputs.txt", "--quiet", "--report", str(tmp_path / "r.html"))
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.runs.claims.remove", killed)
+        assert run("--after", "round-1", *everything) == 130
+    page = (tmp_path / "r.html").read_bytes()
+    assert run("--after", "round-2", *everything) == 2
+    assert "holds another run, which differs in model" in capsys.readouterr().err
+    assert (tmp_path / "r.html").read_bytes() == page
+    assert run("--after", "round-1", *everything) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):

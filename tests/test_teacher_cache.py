@@ -247,7 +247,7 @@ def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, 
 
 def test_only_the_originals_head_is_held():
     step = Step(STUDENT, RUN, arrays(), cached="bfloat16")
-    leaves = jax.tree.leaves(step.place_original(tiny_params(1)))
+    leaves = jax.tree.leaves(step.place(tiny_params(), tiny_params(1)))
     assert [x.shape for x in leaves] == [(STUDENT.config.emb_dim, STUDENT.config.vocab_size)]
 
 

@@ -24,6 +24,7 @@ from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.train import (
     OBJECTIVES,
     TARGETED,
+    Batches,
     TrainSettings,
     finished_run,
     token_loss,
@@ -175,7 +176,7 @@ def test_the_history_counts_what_was_marked(unbroken):
     assert {len(values) for values in trained.history.values()} == {SETTINGS.steps}
     arrays = to_arrays(examples(), pad_id=0)
     for step in range(SETTINGS.steps):
-        batch = train_module._batch(arrays, SETTINGS, step, None)
+        batch = Batches(arrays, SETTINGS, 0).at(step)
         assert trained.history["marked"][step] == (batch["weights"] < 0).sum()
         assert 0 <= trained.history["said"][step] <= trained.history["marked"][step]
 
@@ -186,13 +187,13 @@ def test_a_run_that_was_killed_ends_where_an_unbroken_one_does(unbroken, tmp_pat
 
     taken = []
 
-    def batch(arrays, settings, step, order, real=train_module._batch):
+    def at(self, step, real=Batches.at):
         taken.append(step)
         if taken == [0, 1, 2, 3, 4, 5]:
             raise Killed
-        return real(arrays, settings, step, order)
+        return real(self, step)
 
-    monkeypatch.setattr(train_module, "_batch", batch)
+    monkeypatch.setattr(Batches, "at", at)
     with pytest.raises(Killed):
         again(tmp_path / "run")
     assert finished_run(tmp_path / "run", tiny_params()) is None
@@ -311,7 +312,7 @@ def test_sizes_that_the_devices_do_not_divide_are_refused(tmp_path):
 
 def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
     order = np.arange(SETTINGS.steps * SETTINGS.batch_size) % 4
-    taken = train_module._batch(to_arrays(examples(), pad_id=0), SETTINGS, 1, order)
+    taken = Batches(to_arrays(examples(), pad_id=0), SETTINGS, 0, order).at(1)
     want = to_arrays(examples(), pad_id=0)["outputs"][[3, 0, 1]]
     np.testing.assert_array_equal(taken["outputs"], want)
     for wrong in (order[:-1], order + 1, order - 1):
@@ -325,6 +326,63 @@ def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
             again(tmp_path, order=given)
     assert "order" not in described[0]
     assert described[1]["order"] != described[2]["order"]
+
+
+def one_long() -> list[Example]:
+    return [*examples(), example("a fire " * 40, "it closed the library in Paris " * 4, "Paris")]
+
+
+def test_a_batch_is_as_long_as_its_rows_and_few_lengths_are_compiled(tmp_path, monkeypatch):
+    arrays = to_arrays(one_long(), pad_id=0)
+    settings = dataclasses.replace(SETTINGS, steps=4, batch_size=2, seed=1)
+    batches = Batches(arrays, settings, 0)
+    longest = arrays["inputs"].shape[1], arrays["outputs"].shape[1]
+    shapes = batches.shapes()
+    assert len(shapes) == 2
+    assert max(shapes) == longest
+    assert 4 * min(shapes)[0] < longest[0]
+    for step in range(settings.steps):
+        batch = batches.at(step)
+        assert (batch["inputs"].shape[1], batch["weights"].shape[1]) in shapes
+        full = {name: array[batches._rows(step)] for name, array in arrays.items()}
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, full[name][:, : array.shape[1]])
+            assert not full[name][:, array.shape[1] :].any()
+    # Padding changes what comes of it by rounding alone.
+    model = tiny_model()
+    one = again(tmp_path / "one", model=model, arrays=arrays, settings=settings)
+    monkeypatch.setattr(train_module, "_padded", lambda length, longest: longest)
+    assert len(Batches(arrays, settings, 0).shapes()) == 1
+    other = again(tmp_path / "other", model=model, arrays=arrays, settings=settings)
+    np.testing.assert_allclose(one.history["loss"], other.history["loss"], rtol=1e-4)
+    assert one.history["marked"] == other.history["marked"]
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4)
+    jax.tree.map(close, one.params, other.params)
+
+
+def test_batches_of_like_lengths_stay_as_long_as_all():
+    arrays = to_arrays(examples(), pad_id=0)
+    longest = arrays["inputs"].shape[1], arrays["outputs"].shape[1]
+    assert Batches(arrays, SETTINGS, 0).shapes() == {longest: SETTINGS.steps}
+
+
+def test_lengths_count_what_is_trained_on_even_where_the_model_said_padding():
+    arrays = to_arrays(one_long(), pad_id=0)
+    arrays["outputs"][:4] = 0  # with weights that are not 0
+    arrays["weights"][:4, :60] = 1
+    order = np.arange(8) % 4
+    batch = Batches(arrays, dataclasses.replace(SETTINGS, batch_size=4, steps=2), 0, order).at(0)
+    assert batch["weights"].shape[1] >= 60
+
+
+def test_a_run_of_several_lengths_is_resumed_bit_for_bit(tmp_path):
+    arrays = to_arrays(one_long(), pad_id=0)
+    settings = dataclasses.replace(SETTINGS, steps=4, batch_size=2, seed=1)
+    whole = again(tmp_path / "whole", arrays=arrays, settings=settings)
+    again(tmp_path / "more", arrays=arrays, settings=dataclasses.replace(settings, steps=2))
+    more = again(tmp_path / "more", arrays=arrays, settings=settings)
+    assert equal(whole.params, more.params)
+    assert whole.history == more.history
 
 
 def test_progress_shows_loss_prevalence_and_speed(tmp_path):

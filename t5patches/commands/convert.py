@@ -88,22 +88,31 @@ def _from_gguf(options: argparse.Namespace) -> dict[str, Any]:
 def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
     from t5patches.model.huggingface import config_file, load_checkpoint, read_config
     from t5patches.model.t5x_format import save_t5x
-    from t5patches.runs.files import write_file
+    from t5patches.runs.files import folder_for_output, write_file
 
     model = read_config(options.model)
     if model.family.name != "T5":
         raise ValueError(f"a T5X checkpoint holds a T5, and {options.model} a {model.family.name}")
     model, params = load_checkpoint(options.model)
-    record = Path(options.output) / _RECORD
-    if (record / "config.json").exists() and read_config(record) != model:
+    record = Path(options.output) / _RECORD / "config.json"
+    # Without a checkpoint it is of a conversion that was killed.
+    there = record.exists() and any(Path(options.output).glob("checkpoint_*"))
+    if there and read_config(record.parent) != model:
         raise ValueError(
-            f"{options.output} holds checkpoints of another model, by {record / 'config.json'}: "
-            "give another --output"
+            f"{options.output} holds checkpoints of another model, by {record}: give another "
+            "--output"
         )
-    output = save_t5x(options.output, params, options.step or 0)
-    record.mkdir(exist_ok=True)
-    # Not the folder's own: part of what that says, only the names of the folder's tensors show.
-    write_file(record / "config.json", config_file(model))
+    with folder_for_output(record.parent):
+        # First, so that there is no checkpoint without it. Not the folder's own: part of what that
+        # says, only the names of the folder's tensors show.
+        if not there:
+            write_file(record, config_file(model))
+        try:
+            output = save_t5x(options.output, params, options.step or 0)
+        except BaseException:
+            if not there:
+                record.unlink()
+            raise
     return _result(output, model, params, options.step or 0)
 
 

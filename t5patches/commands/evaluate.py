@@ -91,12 +91,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.edit import check_chat, read_rounds
     from t5patches.editing.evaluate import Measuring
     from t5patches.editing.report import write_html
     from t5patches.editing.rounds import compare
     from t5patches.editing.rules import read_rules
-    from t5patches.model.folder import inspect_model, whole_model
+    from t5patches.model.folder import whole_model
     from t5patches.runs.claims import remove
 
     if options.report:
@@ -110,13 +109,6 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    # The last of them is asked after hours, and what is wrong with it is told now.
-    base = options.base or options.before
-    for folder in (options.before, *options.after):
-        beside = options.base if folder == options.before else base
-        inspect_model(folder, beside, chat=options.chat)
-        read_rounds(folder)
-        check_chat(folder, options.chat, beside)
     inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
     work = f"{options.report}.work" if options.report else None
@@ -141,7 +133,9 @@ def _check_report(path: Path, force: bool) -> None:
     """Refuses a place where the report cannot be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file for the report")
-    if path.exists() and not force:
+    # With its work beside it, it is of this comparison, which was killed as it cleaned up; where
+    # that is of another one, it is refused.
+    if path.exists() and not force and not Path(f"{path}.work").exists():
         raise ValueError(
             f"{path} exists: nothing is overwritten. Give another name, or --force to replace it"
         )

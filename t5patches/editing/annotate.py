@@ -19,16 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
-from t5patches.editing.batches import example_batches
-from t5patches.editing.data import (
-    Batch,
-    Example,
-    make_example,
-    pad_rows,
-    token_mask,
-)
+from t5patches.editing.batches import example_batches, largest, largest_shapes
+from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
 from t5patches.editing.plan import require_room
 from t5patches.model.batches import Group, by_length
+from t5patches.model.generate import beside as memory_beside
 from t5patches.model.generate import generate, working_memory
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer, input_text
@@ -313,20 +308,66 @@ def require_room_to_speak(
     """
     ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
     require_positions(model.config, np.array([len(row) for row in ids]), max_length)
-    # Attention within the inputs grows with the square of their length.
-    largest = max(groups, key=lambda group: len(group.filled) * group.length**2)
+    group = largest(groups)
     working = working_memory(
         model,
-        rows=len(largest.filled),
-        input_length=largest.length,
+        rows=len(group.filled),
+        input_length=group.length,
         max_length=max_length,
         streams=samples,
         sample=temperature > 0,
     )
-    what = (
-        f"{len(largest.filled) * samples} outputs at a time, to inputs of {largest.length} tokens"
+    count = len(group.filled) * samples
+    what = f"{count} outputs at a time, to inputs of {group.length} tokens"
+    require_room(what, working, beside, count, least=samples)
+
+
+def require_room_to_expand(
+    model: LanguageModel,
+    inputs: Sequence[Inputs],
+    tokenizer: Tokenizer,
+    *,
+    count: int,
+    max_length: int,
+    batch_size: int = 512,
+    beside: int = 0,
+) -> None:
+    """Refuses what `expand_negatives` would run out of memory with, before anything is said.
+
+    What will be marked is not known then: any of the outputs may be, and have any length.
+
+    Args:
+        model: the network.
+        inputs: of the examples.
+        tokenizer: the model's.
+        count: as for `expand_negatives`, and so are the other arguments.
+        max_length: tokens that an output may have.
+        batch_size: rollouts made at a time.
+        beside: bytes that are yet to be read, parameters for one.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    less = ("--truncate-inputs", "--skip-longer", "--max-length", "a smaller --expand")
+    lengths = [len(tokenizer.encode_prompt(text)) for text in inputs]
+    params = model.param_shapes()
+    batch = largest_shapes(lengths, min(batch_size, _WITH_LOGITS), max_length)
+    program = _likeliest_others.lower(params, batch, model, tokenizer.vocab_size, count).compile()
+    rows, length = batch["inputs"].shape
+    what = f"{rows} outputs with their logits at a time, to inputs of {length} tokens,"
+    require_room(what, memory_beside(params, program), beside, rows, less=less)
+    # A long input may have all of the marked tokens.
+    rows, length = max(1, batch_size // count), max(lengths)
+    working = working_memory(
+        model,
+        rows=rows,
+        input_length=length,
+        max_length=max_length,
+        streams=count,
+        forced=max_length,
     )
-    require_room(what, working, beside, len(largest.filled) * samples)
+    what = f"{rows * count} rollouts at a time, to inputs of {length} tokens,"
+    require_room(what, working, beside, rows * count, least=count, less=less)
 
 
 def _by_length(
@@ -551,7 +592,8 @@ def _roll_out(
     batch_size: int,
 ) -> np.ndarray:
     """The original model's outputs from each of the candidates on, [places, K, max_length]."""
-    longest = max(len(example.output_ids) for example in examples)
+    # As wide for every file: the program is the one that the memory was planned for.
+    longest = max(max_length, *(len(example.output_ids) for example in examples))
     pad_id = model.config.pad_id
     prefixes = np.full((len(places), len(places[0][2]), longest), pad_id, np.int32)
     for row, (number, position, candidates) in zip(prefixes, places, strict=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from t5patches.editing.data import Batch, Example, to_arrays
-from t5patches.model.batches import by_length, round_up
+from t5patches.model.batches import Group, by_length, round_up
 
 
 def example_batches(
@@ -33,3 +35,37 @@ def example_batches(
                 chosen, pad_id=pad_id, input_length=group.length, output_length=output_length
             ),
         )
+
+
+def largest(groups: Sequence[Group]) -> Group:
+    """The group that takes most memory: attention grows with the square of the length.
+
+    Args:
+        groups: of `by_length`.
+
+    Returns:
+        One of them.
+    """
+    return max(groups, key=lambda group: len(group.filled) * group.length**2)
+
+
+def largest_shapes(
+    input_lengths: Sequence[int], batch_size: int, output_length: int
+) -> dict[str, Any]:
+    """The shapes of the largest batch that `example_batches` may give, before there are outputs.
+
+    Args:
+        input_lengths: in tokens, of the examples.
+        batch_size: examples at a time.
+        output_length: the most tokens that an output may have.
+
+    Returns:
+        `jax.ShapeDtypeStruct`s, named as the arrays.
+    """
+    group = largest(by_length(input_lengths, batch_size))
+    rows = len(group.filled)
+    return {
+        "inputs": jax.ShapeDtypeStruct((rows, group.length), np.int32),
+        "outputs": jax.ShapeDtypeStruct((rows, output_length), np.int32),
+        "weights": jax.ShapeDtypeStruct((rows, output_length), np.float32),
+    }

@@ -16,14 +16,17 @@ from rich.progress import Progress
 from t5patches.editing.annotate import (
     check_count,
     expand_negatives,
+    require_room_to_expand,
     require_room_to_speak,
     speak,
 )
-from t5patches.editing.data import Example, write_examples
+from t5patches.editing.data import Example, examples_text
+from t5patches.editing.plan import yet_to_place
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
-from t5patches.runs.claims import Parts
+from t5patches.runs.claims import Parts, is_of
+from t5patches.runs.files import write_file
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
@@ -90,21 +93,32 @@ def collect(
         ValueError: the file exists, `OUTPUT.work` is of another run, a setting does not fit the
             model, or a batch does not fit into memory.
     """
-    output = Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+    output, described = Path(output), _describe(model, inputs, rules, settings)
+    work = Path(f"{output}.work")
+    exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
+    # A run that was killed as it cleaned up behind itself has its output, and goes on.
+    if output.exists() and not is_of(work, described):
+        raise ValueError(exists)
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
+    sizes: dict[str, int] = {
+        "max_length": settings.max_length,
+        "batch_size": settings.batch_size,
+        "beside": yet_to_place(model.params),
+    }
     require_room_to_speak(
         model.model,
         inputs,
         model.tokenizer,
-        max_length=settings.max_length,
         temperature=settings.temperature,
         samples=settings.samples,
-        batch_size=settings.batch_size,
+        **sizes,
     )
-    parts = Parts(f"{output}.work", _describe(model, inputs, rules, settings))
+    if settings.negatives:
+        require_room_to_expand(
+            model.model, inputs, model.tokenizer, count=settings.negatives, **sizes
+        )
+    parts = Parts(work, described)
     examples = speak(
         model.model,
         model.params,
@@ -139,7 +153,10 @@ def collect(
             keep=parts.get,
             progress=progress,
         )
-    write_examples(output, examples)
+    text = examples_text(examples)
+    if output.exists() and output.read_bytes() != text.encode():
+        raise ValueError(exists)
+    write_file(output, text)
     parts.remove()
     return examples
 

@@ -392,10 +392,15 @@ def told(what: str, problems: Sequence[str], thing: str) -> str:
     """
     count = len(problems)
     lines = [f"{what} {count} {thing}{'' if count == 1 else 's'}"]
-    lines += [f"  {problem}" for problem in problems[:_TOLD]]
+    lines += [f"  {_shortened(problem)}" for problem in problems[:_TOLD]]
     if count > _TOLD:
         lines.append(f"  and {count - _TOLD} more")
     return "\n".join(lines)
+
+
+def _shortened(problem: str) -> str:
+    """Without the middle of what a long line or value holds; the reason stands at the end."""
+    return problem if len(problem) <= 600 else f"{problem[:300]} ... {problem[-300:]}"
 
 
 _TOLD = 20
@@ -413,7 +418,19 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
         path: where to; a file already there is replaced.
         examples: what to write.
     """
-    write_file(path, "".join(_line(example) + "\n" for example in examples))
+    write_file(path, examples_text(examples))
+
+
+def examples_text(examples: Iterable[Example]) -> str:
+    """What `write_examples` writes.
+
+    Args:
+        examples: marked outputs.
+
+    Returns:
+        One JSON object a line.
+    """
+    return "".join(_line(example) + "\n" for example in examples)
 
 
 def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:

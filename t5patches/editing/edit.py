@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import time
@@ -36,6 +37,8 @@ from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.train import (
     MAY_DIFFER,
+    OBJECTIVES,
+    Batches,
     Params,
     Step,
     Trained,
@@ -134,7 +137,7 @@ class Checked:
         step: the compiled update.
         plan: the memory.
         counts: examples, tokens that count, and marked ones.
-        notes: for each data file, what was cut or left out of it.
+        notes: for each data file, what was cut or left out of it; the lengths of batches.
     """
 
     model: LanguageModel
@@ -261,7 +264,21 @@ def check(job: Job) -> Checked:
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
+    notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
     return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
+
+
+def _told_lengths(shapes: Mapping[tuple[int, int], int]) -> list[str]:
+    """A note of the lengths that updates are padded to, where there are several."""
+    if len(shapes) == 1:
+        return []
+    told = (
+        f"{count} to {inputs} and {outputs} tokens"
+        for (inputs, outputs), count in sorted(shapes.items(), reverse=True)
+    )
+    return [
+        f"updates padded, inputs and outputs: {', '.join(told)}; each of these is compiled once"
+    ]
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -281,15 +298,27 @@ def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
         return []
     try:
         rounds = list(json.loads(read_regular(path))["rounds"])
-        for round_ in rounds:  # what is read of one, here and in reports
-            _ = {**round_["job"]["model"]["sha256"], **round_["job"]["data"]}
-            _ = [round_["settings"][name] for name in ("objective", "alpha", "negatives")]
-            _ = [[*round_["history"][name]] for name in ("loss", "marked", "said")]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        for round_ in rounds:
+            _check_round(round_)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}): remove it or restore it"
         ) from error
     return rounds
+
+
+def _check_round(round_: Any) -> None:
+    """Refuses a record without what is read of one, here and in reports."""
+    _ = {**round_["job"]["model"]["sha256"], **round_["job"]["data"]}
+    settings, history = round_["settings"], round_["history"]
+    numbers = [settings["alpha"], settings["negatives"], *itertools.chain(*history.values())]
+    odd = [x for x in numbers if type(x) not in (int, float) or not abs(x) < 1e300]
+    if odd:
+        raise ValueError(f"{len(odd)} of its numbers are none, such as {odd[0]!r:.200}")
+    if settings["objective"] not in OBJECTIVES:
+        raise ValueError(f"its objective is {settings['objective']!r:.200}")
+    if len({len(history[name]) for name in ("loss", "marked", "said")}) != 1:
+        raise ValueError("its history is of another number of steps for each measure")
 
 
 def card_before_edits(folder: PathLike) -> str:
@@ -404,7 +433,8 @@ def _read_all(
         try:
             left = within(_read(job, file, tokenizer, vocab_size), limits, tokenizer)
         except ValueError as error:
-            problems.append(str(error))
+            named = os.fspath(file) in str(error)
+            problems.append(str(error) if named else f"{os.fspath(file)}: {error}")
             continue
         if limits != Limits():
             notes.append(f"{os.fspath(file)}: {left.text(limits)}")

@@ -21,9 +21,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from scipy import stats
 
-from t5patches.editing.annotate import Keep, Rule, speak
-from t5patches.editing.batches import example_batches
+from t5patches.editing.annotate import Keep, Rule, require_room_to_speak, speak
+from t5patches.editing.batches import example_batches, largest_shapes
 from t5patches.editing.data import Example
+from t5patches.editing.plan import require_room
+from t5patches.model.generate import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer
 from t5patches.runs.claims import make_part
@@ -168,6 +170,44 @@ def evaluate(
         del measures["exact_match_clean"]
     measures["malformed"] = malformed(greedy, tokenizer, measuring.well_formed)
     return Evaluation(measures, greedy)
+
+
+def require_room_to_measure(
+    model: LanguageModel,
+    inputs: Sequence[Inputs],
+    tokenizer: Tokenizer,
+    measuring: Measuring,
+    *,
+    beside: int = 0,
+) -> None:
+    """Refuses what `evaluate` would run out of memory with, before anything is said.
+
+    Args:
+        model: the network.
+        inputs: the source texts.
+        tokenizer: the model's.
+        measuring: what to ask.
+        beside: bytes that are yet to be read: the parameters of the edited model, for one.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    sizes: dict[str, int] = {
+        "max_length": measuring.max_length,
+        "batch_size": measuring.batch_size,
+        "beside": beside,
+    }
+    require_room_to_speak(model, inputs, tokenizer, **sizes)
+    if measuring.meter is not None:
+        samples = measuring.meter.samples
+        require_room_to_speak(model, inputs, tokenizer, temperature=1.0, samples=samples, **sizes)
+    lengths = [len(tokenizer.encode_prompt(text)) for text in inputs]
+    batch = largest_shapes(lengths, measuring.batch_size, measuring.max_length)
+    params = model.param_shapes()
+    program = _kept_divergences.lower(params, params, batch, model).compile()
+    rows, length = batch["inputs"].shape
+    what = f"{rows} outputs read by both models at a time, to inputs of {length} tokens,"
+    require_room(what, memory_beside((params, params), program), beside, rows)
 
 
 def own_measures(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,15 @@ def require_memory(
     raise ValueError(f"{plan.text()}: that does not fit. {advice}")
 
 
-def require_room(what: str, working: int, beside: int, batch_size: int) -> None:
+def require_room(
+    what: str,
+    working: int,
+    beside: int,
+    batch_size: int,
+    *,
+    least: int = 1,
+    less: Sequence[str] = ("--truncate-inputs", "--skip-longer", "--max-length"),
+) -> None:
     """Refuses to let a model speak where a batch does not fit, and says what would.
 
     Args:
@@ -127,6 +136,8 @@ def require_room(what: str, working: int, beside: int, batch_size: int) -> None:
         working: bytes for it, beside what is held now.
         beside: bytes that are yet to be read.
         batch_size: outputs at a time.
+        least: outputs that are made at a time whatever the batch size is.
+        less: options that make them shorter or fewer.
 
     Raises:
         ValueError: naming what to change.
@@ -135,12 +146,26 @@ def require_room(what: str, working: int, beside: int, batch_size: int) -> None:
     if available is None or working + beside <= available:
         return
     fitting = min(batch_size - 1, math.floor((available - beside) * batch_size / max(1, working)))
-    smaller = f"a batch size of {fitting} should fit (--batch-size); " if fitting >= 1 else ""
+    smaller = f"a batch size of {fitting} should fit (--batch-size); " if fitting >= least else ""
     yet = f" and {_size(beside)} of parameters" if beside else ""
     raise ValueError(
         f"{what} take {_size(working)}{yet}, of {_size(available)}: that does not fit. {smaller}"
-        "shorter inputs and outputs take less (--truncate-inputs, --skip-longer, --max-length)"
+        f"shorter inputs and outputs take less ({', '.join(less)})"
     )
+
+
+def yet_to_place(params: Any) -> int:
+    """Bytes that a device must yet take of what lies in the host's memory.
+
+    Args:
+        params: as they were read.
+
+    Returns:
+        Bytes; 0 on a CPU, which has them.
+    """
+    if jax.devices()[0].platform == "cpu":
+        return 0
+    return sum(x.nbytes for x in jax.tree.leaves(params) if not isinstance(x, jax.Array))
 
 
 def _advice(

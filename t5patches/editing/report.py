@@ -190,7 +190,12 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
-    baselines = [r for r in results.rows if r.objective is not None and not r.is_targeted]
+    baselines = [
+        row
+        for row in results.rows
+        # Where nothing is known to be unwanted, there is no telling which of them removes more.
+        if row.objective is not None and not row.is_targeted and "prevalence" in results.before
+    ]
     return [
         *_at_first(results.before),
         *(_against_baselines(results.rows, baselines) if baselines else _against_before(results)),

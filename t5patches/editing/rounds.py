@@ -11,15 +11,31 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from t5patches.editing.annotate import Keep, require_room_to_speak
+from t5patches.editing.annotate import Keep
 from t5patches.editing.collect import asked
 from t5patches.editing.edit import check_chat, read_rounds
-from t5patches.editing.evaluate import Evaluation, Measuring, evaluate, own_measures, say
+from t5patches.editing.evaluate import (
+    Evaluation,
+    Measuring,
+    evaluate,
+    own_measures,
+    require_room_to_measure,
+    say,
+)
+from t5patches.editing.plan import yet_to_place
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
-from t5patches.model.folder import LoadedModel, load_model
+from t5patches.model.folder import (
+    LoadedModel,
+    check_tokenizer,
+    inspect_model,
+    load_model,
+    whole_model,
+)
+from t5patches.model.huggingface import inspect_checkpoint
 from t5patches.model.protocol import differing
 from t5patches.model.tokenizer import Inputs
+from t5patches.model.tokenizer_files import load_tokenizer
 from t5patches.runs.claims import Parts, hold, make_part
 
 
@@ -54,18 +70,19 @@ def compare(
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
             differ; `work` is of another comparison; or a batch does not fit into memory.
     """
-    check_chat(before, chat, base)
+    # The last of them is read after hours, and what is wrong with it is told now.
+    _check_alike(before, base, before, base, inputs, chat)
     for folder in after:
-        check_chat(folder, chat, base or before)
+        _check_alike(folder, base or before, before, base, inputs, chat)
     original, meter = load_model(before, base, chat=chat), measuring.meter
-    require_room_to_speak(
+    require_room_to_measure(
         original.model,
         inputs,
         original.tokenizer,
-        max_length=measuring.max_length,
-        batch_size=measuring.batch_size,
+        measuring,
         # Of the edits, one at a time.
-        beside=sum(x.nbytes for x in jax.tree.leaves(original.params)),
+        beside=yet_to_place(original.params)
+        + sum(x.nbytes for x in jax.tree.leaves(original.params)),
     )
     if work is not None:
         hold(work)
@@ -78,7 +95,6 @@ def compare(
         rows = []
         for number, folder in enumerate(after, start=1):
             edited = load_model(folder, base or before, chat=chat)
-            _check_alike(folder, edited, original, inputs)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
             edited = _on_device(edited)
             found = evaluate(
@@ -143,16 +159,34 @@ def _row(folder: str | os.PathLike[str], found: Evaluation) -> Row:
 
 def _check_alike(
     folder: str | os.PathLike[str],
-    edited: LoadedModel,
-    original: LoadedModel,
+    beside: str | os.PathLike[str] | None,
+    before: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
     inputs: Sequence[Inputs],
+    chat: str,
 ) -> None:
-    rate = original.model.config.dropout_rate
-    found = differing(edited.model.replace(dropout_rate=rate).config, original.model.config)
-    if found:
+    """Refuses a folder that is not whole, or not of an edit; a whole model's weights are not read.
+
+    Args:
+        folder: of the edit.
+        beside: the model that it lies beside where it is an adapter.
+        before: the original.
+        base: the same of the original.
+        inputs: what is given to both.
+        chat: see `compare`.
+    """
+    inspect_model(folder, beside, chat=chat)
+    read_rounds(folder)
+    check_chat(folder, chat, beside)
+    wholes = whole_model(folder, beside), whole_model(before, base)
+    model, original = (inspect_checkpoint(whole).replace(dropout_rate=0.0) for whole in wholes)
+    tokenizer, of_original = (load_tokenizer(whole, chat=chat) for whole in wholes)
+    check_tokenizer(tokenizer, model.config, folder)
+    if model != original:
+        found = differing(model.config, original.config) or ["family"]
         raise ValueError(f"{folder} is no edit of the original: they differ in {', '.join(found)}")
     for number, text in enumerate(inputs, start=1):
-        if edited.tokenizer.encode_prompt(text) != original.tokenizer.encode_prompt(text):
+        if tokenizer.encode_prompt(text) != of_original.encode_prompt(text):
             raise ValueError(
                 f"{folder} is no edit of the original: its tokenizer splits input {number} "
                 "otherwise"

@@ -142,7 +142,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     try:
         text = content.decode("utf-8-sig")
         found = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, and of a number too long
         raise ValueError(f"{path} is not TOML: {error}") from error
     tables: Any = found.get("rule")
     if found.keys() != {"rule"} or not _are_tables(tables):

@@ -8,10 +8,10 @@ there; anything else is refused.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import operator
 import os
 import time
@@ -30,11 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t5patches.editing.data import Batch, batch_indices
 from t5patches.model import placement
-from t5patches.model.batches import row_lengths
+from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs.claims import claim, writing
+from t5patches.runs.files import read_object
 from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import (
     TARGETED_NEGATIVE,
@@ -243,8 +244,9 @@ def train(
             state, history = step_of.start(params), {}
         frozen = step_of.place(params, original)
         display = _Display(progress, settings, directory.name, first)
+        batches = Batches(arrays, settings, model.config.pad_id, order)
         for step in range(first, settings.steps):
-            batch = _batch(arrays, settings, step, order)
+            batch = batches.at(step)
             if teacher is not None:
                 batch[ORIGINAL_HIDDEN] = teacher.read(batch)
             state, metrics = step_of(state, frozen, batch, step)
@@ -268,9 +270,9 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
         The trained parameters and their history; None where there is no run or an unfinished one.
     """
     directory = Path(directory).absolute()
-    if not (directory / "run.json").exists():
+    steps = _steps(directory)
+    if steps is None:
         return None
-    steps = json.loads((directory / "run.json").read_text())["settings"]["steps"]
     with _checkpoints(directory) as checkpoints:
         if checkpoints.latest_step() != steps:
             return None
@@ -378,6 +380,72 @@ def token_loss(
     )
 
 
+class Batches:
+    """The batch of each step: its rows, and padding to a length that few batches differ in.
+
+    Which rows come when depends on the settings alone, and the padding on the rows: a run that is
+    resumed takes equal batches in equal order.
+    """
+
+    def __init__(
+        self, arrays: Batch, settings: TrainSettings, pad_id: int, order: np.ndarray | None = None
+    ):
+        """Measures the rows.
+
+        Args:
+            arrays: the data.
+            settings: batch size, seed and number of steps.
+            pad_id: the model's.
+            order: see `train`.
+        """
+        self._arrays, self._settings, self._order = arrays, settings, order
+        said = (arrays["outputs"] != pad_id) | (arrays["weights"] != 0)
+        self._input_lengths = row_lengths(arrays["inputs"], pad_id)
+        self._output_lengths = row_lengths(said, False)
+
+    def at(self, step: int) -> Batch:
+        """The arrays of a step.
+
+        Args:
+            step: its number.
+
+        Returns:
+            Arrays named as those of the data.
+        """
+        rows = self._rows(step)
+        inputs, outputs = self._shape(rows)
+        return {
+            name: array[rows, : inputs if name == "inputs" else outputs]
+            for name, array in self._arrays.items()
+        }
+
+    def shapes(self) -> dict[tuple[int, int], int]:
+        """In how many of the steps batches have which lengths of inputs and outputs."""
+        steps = range(self._settings.steps)
+        return collections.Counter(self._shape(self._rows(step)) for step in steps)
+
+    def _rows(self, step: int) -> np.ndarray:
+        size = self._settings.batch_size
+        if self._order is None:
+            return batch_indices(len(self._arrays["inputs"]), size, step, self._settings.seed)
+        return self._order[step * size : (step + 1) * size]
+
+    def _shape(self, rows: np.ndarray) -> tuple[int, int]:
+        return (
+            _padded(self._input_lengths[rows].max(), self._arrays["inputs"].shape[1]),
+            _padded(self._output_lengths[rows].max(), self._arrays["outputs"].shape[1]),
+        )
+
+
+def _padded(length: int, longest: int) -> int:
+    """What a batch is padded to: less than the longest only where that halves it.
+
+    Every other length is one more program to compile.
+    """
+    size = round_up(int(length), longest)
+    return size if 2 * size <= longest else longest
+
+
 class Step:
     """One update, which can be compiled before anything large is made.
 
@@ -441,7 +509,7 @@ class Step:
 
     @property
     def compiled(self) -> Any:
-        """The compiled program, which says what memory it takes."""
+        """The program for the longest batch, compiled; it says what memory it takes."""
         return _compiled(*self._key)
 
     def start(self, params: Params) -> _State:
@@ -494,7 +562,7 @@ class Step:
         Args:
             state: before; its memory is given away.
             frozen: of `place`.
-            batch: rows of the arrays.
+            batch: rows of the arrays, as long as they are or shorter.
             step: its number.
 
         Returns:
@@ -502,8 +570,10 @@ class Step:
         """
         if self._mesh is not None:
             batch = jax.device_put(batch, placement.batch_sharding(self._mesh))
-        seed = np.int32(self._settings.seed)
-        return self.compiled(state, frozen, batch, seed, np.int32(step))
+        model, settings, rows, *more = self._key
+        rows = tuple((name, (batch[name].shape, dtype)) for name, (_, dtype) in rows)
+        compiled = _compiled(model, settings, rows, *more)
+        return compiled(state, frozen, batch, np.int32(self._settings.seed), np.int32(step))
 
 
 def in_dtype(params: Params, dtype: str) -> Params:
@@ -524,7 +594,7 @@ def in_dtype(params: Params, dtype: str) -> Params:
 _Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _compiled(
     model: LanguageModel,
     settings: TrainSettings,
@@ -538,7 +608,7 @@ def _compiled(
         return program.lower(*arguments).compile()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _program(
     model: LanguageModel,
     settings: TrainSettings,
@@ -764,11 +834,23 @@ def _longer(
     directory: Path, order: np.ndarray | None, settings: TrainSettings
 ) -> dict[str, Callable[[Any, Any], bool]]:
     """The order of more steps may differ from the one there behind what that one has."""
-    run = directory / "run.json"
-    if order is None or not run.exists():
+    steps = _steps(directory)
+    if order is None or steps is None:
         return {}
-    before = order[: json.loads(run.read_text())["settings"]["steps"] * settings.batch_size]
+    before = order[: steps * settings.batch_size]
     return {"order": lambda there, asked: there == fingerprint(before)}
+
+
+def _steps(directory: Path) -> int | None:
+    """How many steps the run in a directory is to have; None where there is no run."""
+    run = directory / "run.json"
+    if not run.exists():
+        return None
+    settings = read_object(run).get("settings")
+    steps = settings.get("steps") if isinstance(settings, dict) else None
+    if type(steps) is not int:
+        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
+    return steps
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:
@@ -808,15 +890,6 @@ def _restore(
         ),
     )
     return _State(found.params, found.optimizer), found.history
-
-
-def _batch(arrays: Batch, settings: TrainSettings, step: int, order: np.ndarray | None) -> Batch:
-    size = settings.batch_size
-    if order is None:
-        rows = batch_indices(len(arrays["inputs"]), size, step, settings.seed)
-    else:
-        rows = order[step * size : (step + 1) * size]
-    return {name: array[rows] for name, array in arrays.items()}
 
 
 def _fetch(history: Mapping[str, list[Any]]) -> History:

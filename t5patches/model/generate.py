@@ -127,6 +127,7 @@ def working_memory(
     input_length: int,
     max_length: int,
     streams: int = 1,
+    forced: int = 0,
     sample: bool = False,
 ) -> int:
     """What a batch of `generate` holds beside the parameters, as the compiler has planned it.
@@ -138,7 +139,8 @@ def working_memory(
       rows: prompts in the batch.
       input_length: of the prompts.
       max_length: see `generate`.
-      streams: outputs to each prompt, none of which is forced to begin with anything.
+      streams: outputs to each prompt.
+      forced: length of `prefixes`.
       sample: whether there is a temperature.
 
     Returns:
@@ -150,16 +152,29 @@ def working_memory(
 
     batch = _Batch(
         ids(rows, input_length),
-        ids(rows, streams, 0),
+        ids(rows, streams, forced),
         jax.ShapeDtypeStruct((rows, streams), np.int32),
         np.int32(0),
         jax.ShapeDtypeStruct((rows,), jax.dtypes.canonicalize_dtype(np.int64)),
     )
     plan, params = _Plan(model, max_length, sample), model.param_shapes()
     program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
-    memory: Any = program.memory_analysis()
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    given = max(0, memory.argument_size_in_bytes - held)
+    return beside(params, program)
+
+
+def beside(held: Any, program: Any) -> int:
+    """What a compiled program holds beside some of its arguments.
+
+    Args:
+      held: these, as arrays or shapes.
+      program: what `jax.jit(...).lower(...).compile()` gives.
+
+    Returns:
+      Bytes.
+    """
+    memory = program.memory_analysis()
+    there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    given = max(0, memory.argument_size_in_bytes - there)
     return memory.temp_size_in_bytes + memory.output_size_in_bytes + given
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -27,7 +28,7 @@ from flax import serialization, traverse_util
 
 from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
-from t5patches.runs.claims import writing
+from t5patches.runs.claims import require_space, writing
 from t5patches.runs.files import whole_folder
 
 _STATE, _MSGPACK = "state", "checkpoint"
@@ -86,6 +87,7 @@ def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step:
 
     Raises:
         ValueError: there is one already.
+        OSError: the disk is full, say; nothing is left of the attempt.
     """
     directory = Path(directory).absolute()
     output = directory / f"checkpoint_{step}"
@@ -93,6 +95,7 @@ def save_t5x(directory: str | os.PathLike[str], params: Mapping[str, Any], step:
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or step")
     state = {"step": np.int32(step), "param_states": _fresh_adafactor(params)}
     tree = {"target": dict(params), "state": state}
+    require_space(directory, sum(x.nbytes for x in jax.tree.leaves(tree)), "the checkpoint")
     options = ocp.CheckpointManagerOptions(
         step_prefix="checkpoint", enable_async_checkpointing=False
     )

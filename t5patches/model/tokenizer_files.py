@@ -206,8 +206,8 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
     begin = _content(said.get("bos_token")) or model.trainer_spec.bos_piece
     before = (ids[begin],) if said.get("add_bos_token", begin in ids) else ()
     ids_of_none = SpecialIds(-1, config.end_ids, before)
-    # The first Llamas begin a text anew after a control token.
-    joined = said.get("legacy") is False
+    # "legacy": what follows a control token begins anew, with a space in front.
+    joined = said.get("legacy") is not True
     return SentencePieceTokenizer(model.SerializeToString(), ids_of_none, joined=joined)
 
 

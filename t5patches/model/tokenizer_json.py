@@ -7,7 +7,6 @@ normalizer puts in front of a text has none.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import itertools
 import json
@@ -308,6 +307,8 @@ def _spans(text: str, tokens: Sequence[str], offsets: Sequence[Span]) -> tuple[S
             spans[-1] = (spans[-1][0], start)
         spans.append((start, end))
         at = max(at, end)
+    if spans and text[at:].strip():
+        spans[-1] = (spans[-1][0], len(text.rstrip()))
     return tuple(spans)
 
 
@@ -337,23 +338,21 @@ def _places(data: bytes) -> tuple[list[Span], str]:
         >>> _places(b"a\xc3\xa9\xff")
         ([(0, 1), (1, 2), (1, 2), (2, 3)], 'aé�')
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     places: list[Span] = []
-    text: list[str] = []
-    count = begun = 0  # characters that are whole, bytes of the one that is not
-    for number in range(len(data) + 1):
-        final = number == len(data)
-        found = decoder.decode(b"" if final else data[number : number + 1], final)
-        begun += not final
-        text.append(found)
-        held = 0 if final else len(decoder.getstate()[0])
-        ended = begun - held
-        if len(found) == 2:  # a byte that does not go on with the bytes before it, and is whole
-            places += [(count, count + 1)] * (ended - 1) + [(count + 1, count + 2)]
-        else:
-            places += [(count, count + 1)] * ended
-        count, begun = count + len(found), held
-    return places, "".join(text)
+    text = ""
+    while len(places) < len(data):
+        rest = data[len(places) :]
+        try:
+            whole, wrong = rest.decode(), 0
+        except UnicodeDecodeError as error:
+            whole, wrong = rest[: error.start].decode(), error.end - error.start
+        for character in whole:
+            places += [(len(text), len(text) + 1)] * len(character.encode())
+            text += character
+        if wrong:
+            places += [(len(text), len(text) + 1)] * wrong
+            text += "\ufffd"
+    return places, text
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5patches.runs.files import write_file
+from t5patches.runs.files import read_object, write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
 _RUN = "run.json"
@@ -44,7 +45,7 @@ def claim(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(run, indent=1))
         return
-    there = json.loads(path.read_text())
+    there = read_object(path)
     differences = list(_differences(there, run, may_differ or {}))
     if differences:
         raise ValueError(
@@ -53,6 +54,20 @@ def claim(
         )
     if may_differ:
         write_file(path, json.dumps(run, indent=1))
+
+
+def is_of(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> bool:
+    """Whether a directory holds this very run.
+
+    Args:
+        directory: that may be there.
+        run: see `claim`.
+
+    Returns:
+        False for another one, and for none.
+    """
+    path = Path(directory) / _RUN
+    return path.exists() and not list(_differences(read_object(path), run, {}))
 
 
 def hold(directory: str | os.PathLike[str]) -> None:
@@ -113,7 +128,10 @@ def _differences(
         old = there.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             yield from _differences(old, value, may_differ)
-        elif old != value and not (name in may_differ and may_differ[name](old, value)):
+        elif old != value and not (
+            # What is there may be of any type, and the next one only of the same.
+            type(old) is type(value) and name in may_differ and may_differ[name](old, value)
+        ):
             yield f"{name} ({old} there, {value} asked for)"
 
 
@@ -135,7 +153,7 @@ def require_space(directory: str | os.PathLike[str], size: int, what: str) -> No
     if free < size:
         raise OSError(
             errno.ENOSPC,
-            f"{what} needs {size / 2**20:.0f} MiB of disk space and {free / 2**20:.0f} MiB are "
+            f"{what} needs {size / 2**20:.1f} MiB of disk space and {free / 2**20:.1f} MiB are "
             "free: make room, or choose a directory on another disk",
             os.fspath(place),
         )
@@ -143,7 +161,9 @@ def require_space(directory: str | os.PathLike[str], size: int, what: str) -> No
 
 @contextlib.contextmanager
 def writing(what: str, left: str) -> Iterator[None]:
-    """Turns what fails in writing into an `OSError`: Tensorstore has ways of its own to say it.
+    """Turns what fails in writing into an `OSError` of a line.
+
+    Tensorstore has ways of its own to say it, and Orbax logs a traceback for each of its threads.
 
     Args:
         what: is being written.
@@ -152,12 +172,22 @@ def writing(what: str, left: str) -> Iterator[None]:
     Raises:
         OSError: for any exception inside.
     """
+    threads = logging.getLogger("absl")
+    disabled, threads.disabled = threads.disabled, True
     try:
         yield
     except Exception as error:
+        said = str(error)
+        reason = next((f for f in _FULL if f in said), said.partition("\n")[0][:300])
         raise OSError(
-            f"{what} cannot be written ({error}): {left} kept; make room and go on"
+            f"{what} cannot be written ({reason}): {left} kept; make room and go on"
         ) from error
+    finally:
+        threads.disabled = disabled
+
+
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""What is said of a disk, a quota and a file that can take no more."""
 
 
 class Parts:
@@ -203,9 +233,10 @@ class Parts:
         """
         path = self._directory / f"{name}.json"
         if path.exists():
-            found = json.loads(path.read_text())
-            if isinstance(found, dict) and found.get("run") == self._run:
-                return found["part"]
+            with contextlib.suppress(ValueError):  # a part that cannot be read is made again
+                found = read_object(path)
+                if found.keys() == {"run", "part"} and found["run"] == self._run:
+                    return found["part"]
         part = make()
         write_file(path, json.dumps({"run": self._run, "part": part}))
         return part

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -21,13 +24,19 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(
-            content.encode(errors="backslashreplace") if isinstance(content, str) else content
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(
+                content.encode(errors="backslashreplace") if isinstance(content, str) else content
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:
@@ -47,6 +56,31 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{os.fspath(path)} is no file but a {_kind(mode)}")
     return Path(path).read_bytes()
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object that a run has left.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: it is something else, or cannot be read.
+        FileNotFoundError: there is nothing.
+    """
+    try:
+        found = json.loads(read_regular(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is needed, got {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read ({error}): what is in its folder is of no use; "
+            "remove the folder"
+        ) from error
+    return found
 
 
 def require_own_file(path: str | os.PathLike[str]) -> None:
@@ -77,6 +111,25 @@ def require_own_file(path: str | os.PathLike[str]) -> None:
 
 def _kind(mode: int) -> str:
     return "folder" if stat.S_ISDIR(mode) else "pipe or device"
+
+
+@contextlib.contextmanager
+def folder_for_output(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A folder to write to, made if absent; an exception inside takes it away again if it is empty.
+
+    Args:
+        path: of the folder; missing folders above it are made, and taken away, too.
+    """
+    path = Path(path).absolute()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -111,27 +164,38 @@ def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(
             f"{output} exists: nothing is overwritten. Give another name or remove it."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        yield partial
-        for folder, _, names in os.walk(partial):
-            for path in (*(Path(folder, name) for name in names), Path(folder)):
-                _flush(path)
+    with folder_for_output(output.parent):
         try:
-            partial.rename(output)
-        except OSError as error:
-            if not output.exists():
-                raise
-            raise ValueError(
-                f"{output} exists now: another process has made it in the meantime, and nothing "
-                "is overwritten"
-            ) from error
-        _flush(output.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            partial.mkdir()
+            yield partial
+            for folder, _, names in os.walk(partial):
+                for path in (*(Path(folder, name) for name in names), Path(folder)):
+                    _flush(path)
+            try:
+                partial.rename(output)
+            except OSError as error:
+                if not output.exists():
+                    raise
+                raise ValueError(
+                    f"{output} exists now: another process has made it in the meantime, and "
+                    "nothing is overwritten"
+                ) from error
+            _flush(output.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, to which threads of Tensorstore may yet be writing after it has failed."""
+    absent = 0
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 2:
+            break
+        time.sleep(0.1)
 
 
 def _flush(path: Path) -> None:
