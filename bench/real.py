@@ -47,7 +47,7 @@ PACKAGES = {
     ),
 }
 INSTRUCTION = "Summarize this article in one sentence.\n\n"
-MARKING, MEASURING, WORDS, LENGTH, STEPS = 160, 64, 60, 24, 20
+MARKING, MEASURING, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 60, 24, 20, 16
 _ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
     r"|summary of"
@@ -196,7 +196,7 @@ def edit_habit(
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
     _, seconds, held = t5patches(
         "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
-        "--expand", "16",
+        "--expand", str(NEGATIVES),
     )  # fmt: skip
     lines = [json.loads(line) for line in marked.read_text().splitlines()]
     parts = [
@@ -266,7 +266,8 @@ def main() -> None:
             (place / f"{habit}.toml").write_text(rules)
             rows += edit_habit(habit, place, model, inputs, texts)
         show(rows)
-        common.save("real", rows, model="SmolLM2-135M-Instruct")
+        about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
+        common.save("real", rows, model="SmolLM2-135M-Instruct", **about)
 
 
 if __name__ == "__main__":
