@@ -451,10 +451,8 @@ def real(result: dict) -> str:
              "exact_match_clean": "clean unchanged, %"}  # fmt: skip
     rows = []
     for row in result["rows"]:
-        cells = [
-            f"{row['measures'][m]['value']:.{3 if m == 'kl' else 1}f}" if m in row["measures"] else ""
-            for m in shown
-        ]
+        found = {m: row["measures"][m]["value"] for m in shown if m in row["measures"]}
+        cells = [f"{found[m]:.{3 if m == 'kl' else 1}f}" if m in found else "" for m in shown]
         name = f"{row['habit']}: {row['edit'] or 'before'}"
         rows.append([name, *cells, f"{row['perplexity']:.1f}"])
     return _measured(
