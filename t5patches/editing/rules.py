@@ -54,6 +54,7 @@ from t5patches.editing.annotate import (
 )
 from t5patches.editing.data import Example, read_lines, told
 from t5patches.model.tokenizer import Span
+from t5patches.runs.files import read_regular
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
 # For each key, what it must be and the finders that it goes with.
@@ -164,7 +165,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
         raise ValueError(told(f"{path}:", problems, "bad rule"))
-    lists = [(path.parent / t["words_file"]).read_bytes() for t in tables if "words_file" in t]
+    lists = [read_regular(path.parent / t["words_file"]) for t in tables if "words_file" in t]
     return Rules(rules, hashlib.sha256(b"".join([content, *lists])).hexdigest())
 
 
@@ -277,6 +278,7 @@ def _rule(finder: str, table: Mapping[str, Any], folder: Path) -> Rule:
 def _words(table: Mapping[str, Any], folder: Path) -> Rule:
     words = table.get("words")
     if words is None:
+        read_regular(folder / table["words_file"])  # a device may be endless
         words = read_lines(folder / table["words_file"], str, "words: write one a line")
     return word_list(words, ignore_case=table.get("ignore_case", True))
 
