@@ -161,7 +161,8 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
                 raise _Wrong("name", f"{name!r} is the name of an earlier rule too")
             rules[name] = _rule(finder, table, path.parent)
         except _Wrong as wrong:
-            line = _line_of(text, number, wrong.key)
+            # The first ones are told, and the rest counted.
+            line = _line_of(text, number, wrong.key) if len(problems) < 20 else 0
             problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
         raise ValueError(told(f"{path}:", problems, "bad rule"))
@@ -437,12 +438,14 @@ def _line_of(text: str, number: int, key: str | None) -> int:
         start, rules = re.compile(r"\s*\[\[\s*[\"']?rule[\"']?\s*\]\]"), number
     else:
         start, rules = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]"), number + 1
+    header, begun = re.compile(r"\s*\[\[\s*[\"']?rule"), 0
     for i, line in enumerate(lines):
-        if start.match(line):
+        if start.match(line) and begun >= rules:
             try:
                 before = tomllib.loads("".join(lines[:i]))
             except tomllib.TOMLDecodeError:
                 continue
             if len(before.get("rule", [])) == rules:
                 return i + 1
+        begun += bool(header.match(line))
     return 1  # rules in one line, `rule = [{...}]`
