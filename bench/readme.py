@@ -445,27 +445,6 @@ def demo(result: dict) -> str:
     )
 
 
-def real(result: dict) -> str:
-    """The habits of a pretrained model: what each edit removes, and what else it changes."""
-    shown = {"prevalence": "unwanted, %", "prevalence_sampled": "sampled, %", "kl": "KL",
-             "exact_match_clean": "clean unchanged, %"}  # fmt: skip
-    rows = []
-    for row in result["rows"]:
-        found = {m: row["measures"][m]["value"] for m in shown if m in row["measures"]}
-        cells = [f"{found[m]:.{3 if m == 'kl' else 1}f}" if m in found else "" for m in shown]
-        name = f"{row['habit']}: {row['edit'] or 'before'}"
-        rows.append([name, *cells, f"{row['perplexity']:.1f}"])
-    return _measured(
-        f"`make real`: {result['model']}, one-sentence summaries of {result['measured']} BBC "
-        "articles that the edit has not seen. About: talks about the article, instead of its "
-        f"content. {result['steps']} updates, sets of {result['negatives']}. KL: from the original "
-        "at unmarked tokens. Perplexity: of other news.",
-        result["setting"],
-        ["", *shown.values(), "perplexity"],
-        rows,
-    )
-
-
 def tutorial(result: dict) -> str:
     """The four commands and what they printed."""
     of_four = result["rows"][: len(COMMANDS)]

@@ -2,9 +2,11 @@
 
 import functools
 import io
+from pathlib import Path
 
 import jax
 import sentencepiece
+from safetensors.numpy import load_file
 
 from t5patches.editing.data import Example, make_example, with_end
 from t5patches.model.huggingface import save_checkpoint
@@ -78,3 +80,17 @@ def model_folder(path, seed: int = 0, **changes):
     files = {"spiece.model": tokenizer()._processor.serialized_model_proto()}
     save_checkpoint(path, tiny_model(**changes), tiny_params(seed, **changes), files=files)
     return path
+
+
+def assert_same_folder(out: Path, original: Path) -> None:
+    """Equal files; of weights equal names, types and numbers, bit for bit."""
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in original.iterdir())
+    for file in original.iterdir():
+        if file.suffix != ".safetensors":
+            assert (out / file.name).read_bytes() == file.read_bytes()
+            continue
+        got, expected = (
+            {name: (x.dtype, x.shape, x.tobytes()) for name, x in load_file(path).items()}
+            for path in (out / file.name, file)
+        )
+        assert got == expected

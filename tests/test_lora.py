@@ -274,6 +274,18 @@ def test_an_original_of_its_own_is_held_beside_the_base():
 # --- Runs -----------------------------------------------------------------------------------------
 
 
+def kill_at_batch(number, monkeypatch):
+    honest, calls = train_module.Batches.at, []
+
+    def killed(*arguments):
+        calls.append(0)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return honest(*arguments)
+
+    monkeypatch.setattr(train_module.Batches, "at", killed)
+
+
 def test_checkpoints_hold_the_adapter_alone_and_a_killed_run_goes_on(tmp_path, monkeypatch):
     model, params = tiny_model(), tiny_params()
     settings = dataclasses.replace(TRAINING, steps=4, checkpoint_every=2)
@@ -282,15 +294,7 @@ def test_checkpoints_hold_the_adapter_alone_and_a_killed_run_goes_on(tmp_path, m
     moved = traverse_util.flatten_dict(dict(unbroken.params))
     assert all(np.abs(x).max() > 1e-4 for path, x in moved.items() if path[-1] == "lora_b")
     assert jax.tree.structure(unbroken.params) == jax.tree.structure(adapter_shapes(model, LORA))
-    honest, calls = train_module.Batches.at, []
-
-    def killed(*arguments):
-        calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return honest(*arguments)
-
-    monkeypatch.setattr(train_module.Batches, "at", killed)
+    kill_at_batch(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(model, params, ARRAYS, settings, tmp_path / "killed")
     monkeypatch.undo()
@@ -434,15 +438,7 @@ def test_evaluate_and_annotate_take_an_adapter_beside_its_base(place, capsys):
 
 def test_a_killed_edit_goes_on_and_a_cached_original_gives_the_same(place, monkeypatch):
     assert run(place, "--lora", 2, output="unbroken") == 0
-    honest, calls = train_module.Batches.at, []
-
-    def killed(*arguments):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return honest(*arguments)
-
-    monkeypatch.setattr(train_module.Batches, "at", killed)
+    kill_at_batch(3, monkeypatch)
     more = ("--lora", 2, "--checkpoint-every", 1)
     assert run(place, *more, output="killed") == 130
     assert not (place / "killed").exists()

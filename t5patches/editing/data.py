@@ -392,9 +392,9 @@ def told(what: str, problems: Sequence[str], thing: str) -> str:
     """
     count = len(problems)
     lines = [f"{what} {count} {thing}{'' if count == 1 else 's'}"]
-    lines += [f"  {_shortened(problem)}" for problem in problems[:_TOLD]]
-    if count > _TOLD:
-        lines.append(f"  and {count - _TOLD} more")
+    lines += [f"  {_shortened(problem)}" for problem in problems[:TOLD]]
+    if count > TOLD:
+        lines.append(f"  and {count - TOLD} more")
     return "\n".join(lines)
 
 
@@ -403,7 +403,7 @@ def _shortened(problem: str) -> str:
     return problem if len(problem) <= 600 else f"{problem[:300]} ... {problem[-300:]}"
 
 
-_TOLD = 20
+TOLD = 20
 
 MOST_CHARACTERS = 1_000_000
 """In a line of a data file: attention over the tokens of more has no room in any machine."""

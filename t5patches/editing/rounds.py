@@ -25,17 +25,9 @@ from t5patches.editing.evaluate import (
 from t5patches.editing.plan import yet_to_place
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
-from t5patches.model.folder import (
-    LoadedModel,
-    check_tokenizer,
-    inspect_model,
-    load_model,
-    whole_model,
-)
-from t5patches.model.huggingface import inspect_checkpoint
-from t5patches.model.protocol import differing
-from t5patches.model.tokenizer import Inputs
-from t5patches.model.tokenizer_files import load_tokenizer
+from t5patches.model.folder import LoadedModel, inspect_model, load_model
+from t5patches.model.protocol import LanguageModel, differing
+from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import Parts, hold, make_part
 
 
@@ -71,9 +63,9 @@ def compare(
             differ; `work` is of another comparison; or a batch does not fit into memory.
     """
     # The last of them is read after hours, and what is wrong with it is told now.
-    _check_alike(before, base, before, base, inputs, chat)
+    inspected = _inspected(before, base, chat)
     for folder in after:
-        _check_alike(folder, base or before, before, base, inputs, chat)
+        _check_alike(folder, _inspected(folder, base or before, chat), inspected, inputs)
     original, meter = load_model(before, base, chat=chat), measuring.meter
     require_room_to_measure(
         original.model,
@@ -157,31 +149,31 @@ def _row(folder: str | os.PathLike[str], found: Evaluation) -> Row:
     )
 
 
+def _inspected(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None, chat: str
+) -> tuple[LanguageModel, Tokenizer]:
+    """Refuses a folder that is not whole; a whole model's weights are not read."""
+    model, tokenizer = inspect_model(folder, base, chat=chat)
+    read_rounds(folder)
+    check_chat(folder, chat, base)
+    return model.replace(dropout_rate=0.0), tokenizer
+
+
 def _check_alike(
     folder: str | os.PathLike[str],
-    beside: str | os.PathLike[str] | None,
-    before: str | os.PathLike[str],
-    base: str | os.PathLike[str] | None,
+    edited: tuple[LanguageModel, Tokenizer],
+    before: tuple[LanguageModel, Tokenizer],
     inputs: Sequence[Inputs],
-    chat: str,
 ) -> None:
-    """Refuses a folder that is not whole, or not of an edit; a whole model's weights are not read.
+    """Refuses what is not of an edit of the original.
 
     Args:
         folder: of the edit.
-        beside: the model that it lies beside where it is an adapter.
-        before: the original.
-        base: the same of the original.
+        edited: what `_inspected` found there.
+        before: the same of the original.
         inputs: what is given to both.
-        chat: see `compare`.
     """
-    inspect_model(folder, beside, chat=chat)
-    read_rounds(folder)
-    check_chat(folder, chat, beside)
-    wholes = whole_model(folder, beside), whole_model(before, base)
-    model, original = (inspect_checkpoint(whole).replace(dropout_rate=0.0) for whole in wholes)
-    tokenizer, of_original = (load_tokenizer(whole, chat=chat) for whole in wholes)
-    check_tokenizer(tokenizer, model.config, folder)
+    (model, tokenizer), (original, of_original) = edited, before
     if model != original:
         found = differing(model.config, original.config) or ["family"]
         raise ValueError(f"{folder} is no edit of the original: they differ in {', '.join(found)}")

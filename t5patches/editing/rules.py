@@ -52,9 +52,9 @@ from t5patches.editing.annotate import (
     whole_words,
     word_list,
 )
-from t5patches.editing.data import Example, read_lines, told
+from t5patches.editing.data import TOLD, Example, read_lines, told
 from t5patches.model.tokenizer import Span
-from t5patches.runs.files import read_regular
+from t5patches.runs.files import require_regular
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
 # For each key, what it must be and the finders that it goes with.
@@ -152,7 +152,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             "[[rule]], and nothing else"
         )
     rules: dict[str, Rule] = {}
-    problems = []
+    problems: list[str] = []
     for number, table in enumerate(tables):
         try:
             finder = _check(table)
@@ -161,12 +161,12 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
                 raise _Wrong("name", f"{name!r} is the name of an earlier rule too")
             rules[name] = _rule(finder, table, path.parent)
         except _Wrong as wrong:
-            # The first ones are told, and the rest counted.
-            line = _line_of(text, number, wrong.key) if len(problems) < 20 else 0
+            # The others are counted, not told.
+            line = _line_of(text, number, wrong.key) if len(problems) < TOLD else 0
             problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
         raise ValueError(told(f"{path}:", problems, "bad rule"))
-    lists = [read_regular(path.parent / t["words_file"]) for t in tables if "words_file" in t]
+    lists = [(path.parent / t["words_file"]).read_bytes() for t in tables if "words_file" in t]
     return Rules(rules, hashlib.sha256(b"".join([content, *lists])).hexdigest())
 
 
@@ -279,7 +279,7 @@ def _rule(finder: str, table: Mapping[str, Any], folder: Path) -> Rule:
 def _words(table: Mapping[str, Any], folder: Path) -> Rule:
     words = table.get("words")
     if words is None:
-        read_regular(folder / table["words_file"])  # a device may be endless
+        require_regular(folder / table["words_file"])  # a device may be endless
         words = read_lines(folder / table["words_file"], str, "words: write one a line")
     return word_list(words, ignore_case=table.get("ignore_case", True))
 

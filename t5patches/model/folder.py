@@ -64,7 +64,7 @@ def inspect_model(
     base: str | os.PathLike[str] | None = None,
     *,
     chat: str = "auto",
-) -> None:
+) -> tuple[LanguageModel, Tokenizer]:
     """Checks a model folder with its tokenizer; the weights of a whole model are not read.
 
     Args:
@@ -72,14 +72,18 @@ def inspect_model(
         base: see `load_model`.
         chat: see `load_model`.
 
+    Returns:
+        The network and the tokenizer.
+
     Raises:
         ValueError: as `load_model`, all but what only the weights' values show.
     """
     whole = whole_model(folder, base)
-    inspect_checkpoint(whole)
-    load_tokenizer(whole, chat=chat)
+    model, tokenizer = inspect_checkpoint(whole), load_tokenizer(whole, chat=chat)
+    check_tokenizer(tokenizer, model.config, whole)
     if is_adapter(folder):
         load_adapter(folder, whole)
+    return model, tokenizer
 
 
 def check_tokenizer(

@@ -39,6 +39,22 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
 
 
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses what reading may never end of: a pipe, a device.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: there is something else of that name.
+        FileNotFoundError: there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        raise ValueError(f"{os.fspath(path)} is no file but a {kind}")
+
+
 def read_regular(path: str | os.PathLike[str]) -> bytes:
     """Reads a file, and refuses what reading may never end of: a pipe, a device.
 
@@ -52,9 +68,7 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         ValueError: there is something else of that name.
         FileNotFoundError: there is nothing.
     """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{os.fspath(path)} is no file but a {_kind(mode)}")
+    require_regular(path)
     return Path(path).read_bytes()
 
 
@@ -104,13 +118,7 @@ def require_own_file(path: str | os.PathLike[str]) -> None:
             f"{path} is a link to {target}, outside its folder: copy that file there if it is the "
             "model's own"
         )
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is no file but a {_kind(mode)}")
-
-
-def _kind(mode: int) -> str:
-    return "folder" if stat.S_ISDIR(mode) else "pipe or device"
+    require_regular(path)
 
 
 @contextlib.contextmanager
