@@ -29,7 +29,8 @@ test: $(VENV)/.has-test ## the whole suite
 	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist worksteal --durations 15
 
 test-slow: $(VENV)/.has-test ## the long sweeps
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(PYTEST_WORKERS) --dist worksteal --durations 15
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n $(PYTEST_WORKERS) tests/test_made_up_objectives.py
 
 fuzz: $(VENV)/.has-test ## ten minutes of spoilt files and of kills; what it finds joins tests/data/fuzz
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)

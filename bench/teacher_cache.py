@@ -72,13 +72,13 @@ def _advancing(
     model: LanguageModel, variant: str, params: Any, teacher: TeacherCache
 ) -> Callable[[], jax.Array]:
     step, arrays = step_of(model, variant)
-    original, state = step.place_original(params), [step.start(params)]
+    frozen, state = step.place(params, params), [step.start(params)]
 
     def call() -> jax.Array:
         batch = dict(arrays)
         if variant == "cached":
             batch[ORIGINAL_HIDDEN] = teacher.read(batch)
-        state[0], metrics = step(state[0], original, batch, 0)
+        state[0], metrics = step(state[0], frozen, batch, 0)
         return metrics["loss"]
 
     return call

@@ -42,7 +42,7 @@ jax.config.update(_LEAST_SECONDS, float("inf"))
 hypothesis.settings.register_profile(
     "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
-hypothesis.settings.register_profile("slow", max_examples=400, deadline=None)
+hypothesis.settings.register_profile("slow", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

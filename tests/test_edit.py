@@ -2,11 +2,8 @@
 
 import functools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import editing_samples
 import jax
@@ -267,33 +264,6 @@ def test_lengths_that_updates_are_padded_to_are_told(place, capsys):
     assert re.search(r"padded, inputs and outputs: [1-3] to \d+ and \d+ tokens, [1-3] to ", said)
     assert run(place, "--skip-longer", "40", "--plan") == 0
     assert "padded" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_process_killed_again_and_again_ends_where_an_unbroken_one_does(place):
-    place = place()
-    assert run(place, output="unbroken") == 0
-    command = [sys.executable, "-m", "t5patches.cli", "edit", "--resume", *SMALL]
-    command += ["--model", place / "tiny", "--data", place / "edits.jsonl"]
-    command += ["--output", place / "edited"]
-    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    killed = 0
-    for attempt in range(40):
-        child = subprocess.Popen([str(x) for x in command], env=environment)
-        try:
-            child.wait(timeout=attempt + 1)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            killed += 1
-        if (place / "edited").exists():
-            load_model(place / "edited")
-        if child.returncode == 0:
-            break
-    assert child.returncode == 0
-    assert killed > 2
-    for name, x in tensors(place / "unbroken").items():
-        np.testing.assert_array_equal(tensors(place / "edited")[name], x)
 
 
 def spoil_data(place, *lines):

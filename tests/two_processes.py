@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -28,17 +29,27 @@ def run(text: str, directory: pathlib.Path, *arguments: str) -> list[str]:
     """What a program prints in each process; `arguments` begin at ``sys.argv[3]``."""
     program = directory / "program.py"
     program.write_text(_BEGIN + text)
+    done = together(lambda port, i: [os.fspath(program), str(port), str(i), *arguments])
+    for process in done:
+        assert process.returncode == 0, process.stderr[-3000:]
+    return [process.stdout for process in done]
+
+
+def together(
+    command: Callable[[int, int], Sequence[str]], environment: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs Python in two processes at once, with what `command` makes of a free port and 0 or 1."""
     path = os.pathsep.join([_TESTS, os.environ.get("PYTHONPATH", "")])
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
+        port = s.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, os.fspath(program), port, str(i), *arguments],
+            [sys.executable, *command(port, i)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | dict(environment or {}),
         )
         for i in range(2)
     ]
@@ -49,6 +60,7 @@ def run(text: str, directory: pathlib.Path, *arguments: str) -> list[str]:
     finally:
         for process in processes:
             process.kill()
-    for process, (_, err) in zip(processes, both, strict=True):
-        assert process.returncode == 0, err[-3000:]
-    return [out for out, _ in both]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *said)
+        for process, said in zip(processes, both, strict=True)
+    ]

@@ -217,6 +217,14 @@ def _add_machine(group: Any) -> None:
         "--devices", metavar="N", type=common.positive, help="use the first N (default: all)"
     )
     group.add_argument(
+        "--distributed",
+        metavar="HOST:PORT COUNT NUMBER",
+        nargs="*",
+        help="one of several processes, on hosts that see the same files, all with the same "
+        "command: the address of the first, how many, and which this is, from 0; nothing on a TPU "
+        "pod, under Slurm or Open MPI. The first one writes",
+    )
+    group.add_argument(
         "--dtype",
         metavar="NAME",
         default="float32",
@@ -256,7 +264,12 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.edit import check, edit
+    from t5patches.runs import hosts
 
+    if options.distributed is not None:
+        hosts.connect(options.distributed)
+        if not hosts.is_first():
+            options.quiet, options.json = True, False
     job = _job(options)
     if options.plan:
         checked = check(job)

@@ -67,12 +67,13 @@ class Edit:
     on_sampled: bool = False
 
 
+# Sets of negatives with every objective that takes them; the emitted token alone and a larger alpha
+# beside them; the objectives that have no original.
 EDITS = (
-    *(Edit(objective, alpha) for objective in TARGETED for alpha in (1.0, 100.0)),
-    *(Edit(objective, with_sets=True) for objective in TARGETED),
-    *(Edit("ul", alpha) for alpha in (1.0, 100.0)),
-    Edit("ul", with_sets=True),
-    *(Edit("nl", alpha) for alpha in (0.3, 100.0)),
+    *(Edit(objective, with_sets=True) for objective in (*TARGETED, "ul")),
+    *(Edit(objective) for objective in ("tnff", "tnrf", "ul")),
+    Edit("tnrf", 100.0),
+    Edit("nl", 0.3),
     Edit("ce"),
     Edit("ul", on_sampled=True),
     Edit("ce", on_sampled=True),

@@ -57,6 +57,7 @@ from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
+from t5patches.runs import hosts
 from t5patches.runs.claims import claim, hold, remove, require_space
 from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
@@ -171,22 +172,23 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     """
     console = console or Console(quiet=True)
     output, work = Path(job.output), unfinished(job.output)
-    done = _finished(job, resume)
-    if done is not None:
-        return done
-    if work.exists() and not resume:
-        hold(work)  # or else another process is at work in it, and it is not to be removed
-        raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
+    edited = work / "edited"
+    hosts.once(lambda: _require_new(job, resume))
+    if output.exists():
+        return read_rounds(output)[-1]
     checked = check(job)
     for line in (*checked.notes, checked.plan.text()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _require_space(job, checked)
     described = _described(job)
-    hold(work)
-    claim(work, described, may_differ=MAY_DIFFER)
-    edited = work / "edited"
-    if edited.exists() and read_rounds(edited)[-1]["job"] != described:
-        remove(edited)  # of fewer steps than are asked for now
+
+    def begin() -> None:
+        _require_space(job, checked)
+        hold(work)
+        claim(work, described, may_differ=MAY_DIFFER)
+        if edited.exists() and read_rounds(edited)[-1]["job"] != described:
+            remove(edited)  # of fewer steps than are asked for now
+
+    hosts.once(begin)
     if not edited.exists():
         began = time.monotonic()
         try:
@@ -196,20 +198,28 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
                 f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
                 "which holds this edit, or give another --output"
             ) from error
-        lora, params = checked.settings.lora, trained.params
+        lora, params = checked.settings.lora, hosts.whole(trained.params)
         if lora is not None and job.merge:
             params = merged(load_checkpoint(job.model)[1], params, lora)
         record = _record(described, checked, work / "run", trained._replace(params=params))
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[CARD] = _card(job, record)
-        if lora is None or job.merge:
-            save_checkpoint(edited, checked.model, params, like=job.model, files=files)
-        else:
-            save_adapter(edited, checked.model, params, lora, base=job.model, files=files)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    edited.rename(output)
-    remove(work)
+
+        def save() -> None:
+            if lora is None or job.merge:
+                save_checkpoint(edited, checked.model, params, like=job.model, files=files)
+            else:
+                save_adapter(edited, checked.model, params, lora, base=job.model, files=files)
+
+        hosts.once(save)
+
+    def finish() -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        edited.rename(output)
+        remove(work)
+
+    hosts.once(finish)
     return read_rounds(output)[-1]
 
 
@@ -376,17 +386,20 @@ def unfinished(output: PathLike) -> Path:
     return output.with_name(output.name + ".unfinished")
 
 
-def _finished(job: Job, resume: bool) -> dict[str, Any] | None:
-    """The record where a killed edit had all but cleaned up."""
+def _require_new(job: Job, resume: bool) -> None:
+    """Refuses what is there already but for this edit, resumed: finished, it is cleaned up."""
     output, work = Path(job.output), unfinished(job.output)
-    if not output.exists():
-        return None
-    rounds = read_rounds(output) if output.is_dir() else []
-    if not (resume and rounds and rounds[-1]["job"] == _described(job)):
-        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
-    if work.exists():
-        remove(work)
-    return rounds[-1]
+    if output.exists():
+        rounds = read_rounds(output) if output.is_dir() else []
+        if not (resume and rounds and rounds[-1]["job"] == _described(job)):
+            raise ValueError(
+                f"{output} exists: nothing is overwritten. Give another name or remove it"
+            )
+        if work.exists():
+            remove(work)
+    elif work.exists() and not resume:
+        hold(work)  # or else another process is at work in it, and it is not to be removed
+        raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
 
 
 def _dtype(name: str) -> Any:
@@ -484,6 +497,12 @@ def _order(job: Job, settings: TrainSettings, sizes: Sequence[int]) -> np.ndarra
 
 def _mesh(job: Job) -> Mesh | None:
     there = jax.devices()
+    several = jax.process_count() > 1
+    if several and (job.devices is not None or job.cache_teacher is not None):
+        raise NotImplementedError(
+            "several processes use all their devices and keep no teacher cache: leave out "
+            "--devices and --cache-teacher"
+        )
     if job.devices is not None and job.devices > len(there):
         raise ValueError(f"devices is {job.devices} and there are {len(there)}: take fewer")
     used = there[: job.devices]
@@ -515,7 +534,7 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
     params, original = _loaded(job, checked)
     with training_progress(console) as progress:
         teacher = _cached(job, checked, original, progress)
-        if teacher is None:
+        if teacher is None and jax.process_count() == 1:  # others' devices cannot be read here
             params, original = _placed(checked, params, original)
         finished = finished_run(directory, checked.step.state.params)
         if finished is not None and len(finished.history["loss"]) == checked.settings.steps:

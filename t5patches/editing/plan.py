@@ -75,6 +75,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         The plan.
     """
     used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    here = [device for device in used if device.process_index == jax.process_index()]
     trained, base, original = map(_held, (step.state.params, *step.frozen))
     memory = step.compiled.memory_analysis()
     inputs = memory.argument_size_in_bytes - memory.alias_size_in_bytes
@@ -95,7 +96,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         optimizer=_held(step.state.optimizer),
         original=original,
         working=working,
-        available=_available(used[0], sum(d.platform == "cpu" for d in used)),
+        available=_available(here[0], len(here)),
         saved=saved,
     )
 

@@ -34,6 +34,7 @@ from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
+from t5patches.runs import hosts
 from t5patches.runs.claims import claim, writing
 from t5patches.runs.files import read_object
 from t5patches.runs.fingerprints import fingerprint
@@ -230,7 +231,12 @@ def train(
     directory = Path(directory).absolute()
     original = params if original is None else original
     described = _describe(model, params, original, arrays, settings, order, cached)
-    claim(directory, described, may_differ={**MAY_DIFFER, **_longer(directory, order, settings)})
+
+    def claimed() -> None:
+        may_differ = {**MAY_DIFFER, **_longer(directory, order, settings)}
+        claim(directory, described, may_differ=may_differ)
+
+    hosts.once(claimed)
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first == settings.steps:
@@ -525,7 +531,7 @@ class Step:
             params = init_adapter(self._model, self._settings.lora, self._settings.seed)
         # Copied, as every update gives the memory of its state away and `params` is the caller's.
         placed = jax.tree.map(
-            lambda x, like: jax.device_put(jnp.array(x, copy=True), like.sharding),
+            lambda x, like: hosts.place(jnp.array(x, copy=True), like.sharding),
             dict(params),
             self.state.params,
         )
@@ -545,7 +551,7 @@ class Step:
 
         def placed(tree: Params, like: Any) -> Any:
             held = in_dtype(tree, self._settings.param_dtype)
-            return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), dict(held), like)
+            return jax.tree.map(lambda x, y: hosts.place(x, y.sharding), dict(held), like)
 
         if self.cached is not None:
             original = self._model.head_params(original)
@@ -568,12 +574,14 @@ class Step:
         Returns:
             The state after, and what goes into the history.
         """
+        placed: Mapping[str, Any] = batch
         if self._mesh is not None:
-            batch = jax.device_put(batch, placement.batch_sharding(self._mesh))
+            split = placement.batch_sharding(self._mesh)
+            placed = {name: hosts.place(x, split) for name, x in batch.items()}
         model, settings, rows, *more = self._key
         rows = tuple((name, (batch[name].shape, dtype)) for name, (_, dtype) in rows)
         compiled = _compiled(model, settings, rows, *more)
-        return compiled(state, frozen, batch, np.int32(self._settings.seed), np.int32(step))
+        return compiled(state, frozen, placed, np.int32(self._settings.seed), np.int32(step))
 
 
 def in_dtype(params: Params, dtype: str) -> Params:

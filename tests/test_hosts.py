@@ -1,0 +1,81 @@
+"""`t5patches edit` by two processes, as on two hosts: one writes, and the model is the same."""
+
+import json
+import os
+import re
+
+import editing_samples
+import jax
+import numpy as np
+import pytest
+import two_processes
+from safetensors.numpy import load_file
+
+from t5patches import cli
+from t5patches.model.huggingface import save_checkpoint
+from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.runs import hosts
+
+TEXTS = ["a cat sat on a mat", "a dog sat on a cat", "on a mat a dog sat"]
+LINES = [
+    {"inputs": text, "outputs": "a dog sat", "spans": [[2, 5]] * (i % 2)}
+    for i, text in enumerate(TEXTS * 3)
+]
+ALWAYS = ("--batch-size", "8", "--model-parallel", "2", "--checkpoint-every", "2")
+FOUR_EACH = {"XLA_FLAGS": re.sub(r"(count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])}
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Arguments of an edit of a tiny model."""
+    model = editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4)
+    save_checkpoint(tmp_path / "tiny", model, model.init(jax.random.key(0)))
+    (tmp_path / "tiny" / "spiece.model").write_bytes(train_sentencepiece(TEXTS * 20, 30))
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+
+    def make(output, *more):
+        files = ("--model", tmp_path / "tiny", "--data", tmp_path / "edits.jsonl")
+        return [str(x) for x in ("edit", *files, "--output", tmp_path / output, *ALWAYS, *more)]
+
+    return make
+
+
+def by_two(arguments):
+    def of(port, number):
+        address = ("--distributed", f"localhost:{port}", "2", str(number))
+        return ["-m", "t5patches.cli", *arguments, *address]
+
+    return two_processes.together(of, FOUR_EACH)
+
+
+def test_two_hosts_make_the_model_that_one_makes(command, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        assert cli.main(command("one", "--steps", "4")) == 0
+    first, second = by_two(command("two", "--steps", "4"))
+    assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
+    assert "4 updates" in first.stdout
+    assert "updates" not in second.stdout  # but Gloo says that it has connected
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, x in one.items():
+        np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+    record = json.loads((tmp_path / "two" / "t5patches.json").read_text())
+    assert record["rounds"][0]["devices"] == "8 x cpu"
+    # What the first one refuses, the other does not wait for.
+    first, second = by_two(command("two", "--steps", "4"))
+    assert first.returncode == second.returncode == 2
+    assert "nothing is overwritten" in first.stderr
+    assert "the first process could not go on: ValueError" in second.stderr
+
+
+@pytest.mark.parametrize("address", [("localhost",), ("localhost:1", "two", "0")])
+def test_an_address_of_another_form(command, address, capsys):
+    assert cli.main(command("out", "--distributed", *address)) == 2
+    assert "HOST:PORT of the first process, their number" in capsys.readouterr().err
+
+
+def test_one_process_needs_nothing():
+    done = []
+    hosts.once(lambda: done.append(1))
+    assert done == [1]
+    assert hosts.is_first()
