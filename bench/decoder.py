@@ -174,7 +174,7 @@ def torch_update(folder: str, trained: str, original: str) -> Iterator[Work]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     def held() -> int:
         moments = [x for of in optimizer.state.values() for x in of.values()]

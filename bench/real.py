@@ -28,6 +28,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,7 @@ def edit_habit(
         write_lines(place / f"{habit}-{name}.jsonl", [x for x in lines if bool(x["spans"]) == bad])
         for name, bad in (("marked", True), ("clean", False))
     ]
-    row = {"habit": habit, "edit": None, "marked": sum(bool(x["spans"]) for x in lines)}
+    row: dict[str, Any] = {"habit": habit, "edit": None, "marked": sum(bool(x["spans"]) for x in lines)}
     rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
     folders = []
     for i, (name, options) in enumerate(EDITS.items()):
@@ -218,7 +219,12 @@ def edit_habit(
         "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
         "--report", str(place / f"{habit}.html"),
     )  # fmt: skip
-    rows[0] |= {"evaluate_s": seconds, "evaluate_gib": held}
+    names = dict(zip((edited["name"] for edited in results["rows"]), EDITS, strict=True))
+    texts_said = [
+        {"inputs": text["inputs"]} | {names.get(k, k): x for k, x in text["outputs"].items()}
+        for text in results["texts"]
+    ]
+    rows[0] |= {"evaluate_s": seconds, "evaluate_gib": held, "texts": texts_said}
     measures = [results["before"], *(edited["measures"] for edited in results["rows"])]
     return [
         row | {"measures": result, "perplexity": perplexity(pathlib.Path(folder), texts)}

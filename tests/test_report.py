@@ -321,6 +321,12 @@ def test_overlapping_marks_repeat_no_text(tmp_path):
     shown = results(row(outputs=[marked]), outputs=[marked])
     write_html(tmp_path / "x.html", shown)
     assert "in <mark>New Y</mark><mark>ork</mark>" in (tmp_path / "x.html").read_text()
+    (said,) = json.loads(to_json(shown))["texts"]
+    assert said == {
+        "inputs": marked.inputs,
+        "outputs": dict.fromkeys(said["outputs"], marked.outputs),
+    }
+    assert list(said["outputs"]) == ["before", shown.rows[0].name]
 
 
 def test_numbers_for_programs_are_strict_json(tmp_path):
@@ -335,5 +341,6 @@ def test_numbers_for_programs_are_strict_json(tmp_path):
     assert content["rows"][0]["history"]["loss"] == [1.0, None, None]
     assert content["before"]["prevalence"] == {"value": 36.0, "error": 1.0}
     assert content["findings"] == findings(shown)
+    assert content["texts"] == []
     # Nor does it stop the plots.
     write_html(tmp_path / "x.html", shown)

@@ -246,8 +246,8 @@ def to_json(results: Results) -> str:
         results: the edits.
 
     Returns:
-        A JSON object with `before`, `rows`, `findings` and `settings`; a number that does not
-        exist is null.
+        A JSON object with `before`, `rows`, `findings`, `settings`, and `texts`, the outputs that
+        the report shows; a number that does not exist is null.
     """
     content = {
         "title": results.title,
@@ -266,6 +266,13 @@ def to_json(results: Results) -> str:
             for row in results.rows
         ],
         "findings": findings(results),
+        "texts": [
+            {
+                "inputs": inputs,
+                "outputs": {name: "".join(text for text, _ in parts) for name, parts in said},
+            }
+            for inputs, said in _texts(results)
+        ],
     }
     return json.dumps(content, indent=1, allow_nan=False)
 

@@ -20,10 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's and Orbax's own
 
 def state_of(name, fill=None):
     """T5X's train state of a small model; its parameters, or one number in place of all."""
-    config, params, _ = t5_folders.load(name)
+    model, params, _ = t5_folders.load(name)
     ids = np.ones((1, 2), np.int32)
     with jax.numpy_dtype_promotion("standard"):
-        shapes = Transformer(config).init(jax.random.key(0), ids, ids, ids, enable_dropout=False)
+        shapes = Transformer(model.config).init(
+            jax.random.key(0), ids, ids, ids, enable_dropout=False
+        )
         if fill is not None:
             params = jax.tree.map(lambda x: np.full_like(x, fill), params)
         rules = adafactor.standard_logical_factor_rules()
