@@ -50,7 +50,7 @@ class Target(NamedTuple):
     """A file that may hold anything.
 
     Attributes:
-        file: its name among the valid ones.
+        file: its path among the valid ones.
         read: reads it as a command does; given the folder, which holds all valid files beside it.
         without: names of valid files that would hide it.
     """
@@ -117,6 +117,34 @@ def model(folder: Path) -> None:
     jax.eval_shape(found.hidden, found.param_shapes(), batch)
 
 
+def decoder(folder: Path) -> None:
+    model(folder / "decoder")
+
+
+def chat(folder: Path) -> None:
+    """A prompt by the folder's chat template, which gets less time than users give it."""
+    from t5patches.model import chat
+    from t5patches.model.tokenizer import Message
+    from t5patches.model.tokenizer_files import load_tokenizer
+
+    chat.SECONDS = 3.0
+    found = load_tokenizer(folder / "decoder", chat="on")
+    found.encode_prompt("a cat sat")
+    found.encode_prompt((Message("system", "\U0001f600"), Message("user", "")))
+
+
+def adapter(folder: Path) -> None:
+    from t5patches.model.lora import load_adapter
+
+    load_adapter(folder / "adapter", folder / "decoder")
+
+
+def gguf(folder: Path) -> None:
+    from t5patches.model.gguf_format import load_gguf
+
+    load_gguf(folder / "model.gguf")
+
+
 def tokens(folder: Path) -> None:
     from t5patches.model.tokenizer_files import load_tokenizer
 
@@ -174,6 +202,13 @@ TARGETS: dict[str, Target] = {
     "spiece": Target("spiece.model", tokens),
     "sentinels": Target("tokenizer_config.json", tokens),
     "tokenizer": Target("tokenizer.json", tokens, without=["spiece.model"]),
+    "decoder": Target("decoder/config.json", decoder),
+    "generation": Target("decoder/generation_config.json", decoder),
+    "byte-level": Target("decoder/tokenizer.json", chat),
+    "chat": Target("decoder/chat_template.jinja", chat),
+    "adapter": Target("adapter/adapter_config.json", adapter),
+    "matrices": Target("adapter/adapter_model.safetensors", adapter),
+    "gguf": Target("model.gguf", gguf),
     "record": Target("t5patches.json", record),
     "card": Target("README.md", record),
     "run": Target("run.json", run),
@@ -265,14 +300,19 @@ MUTATIONS: Sequence[Mutation] = (
 
 
 def mutated(name: str, content: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    """A few mutations; of a safetensors file mostly of its header, whose length stays right."""
-    rest = None
-    if TARGETS[name].file.endswith(".safetensors") and rng.random() < 0.8:
+    """A few mutations; of a file of tensors mostly of its header.
+
+    That of a safetensors file keeps the length that it says right.
+    """
+    before, rest, file = b"", b"", TARGETS[name].file
+    if rng.random() < 0.8 and file.endswith(".gguf"):
+        content, rest = content[: len(content) // 3], content[len(content) // 3 :]
+    elif rng.random() < 0.8 and file.endswith(".safetensors"):
         length = int.from_bytes(content[:8], "little")
-        content, rest = content[8 : 8 + length], content[8 + length :]
+        before, content, rest = content[:8], content[8 : 8 + length], content[8 + length :]
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
         content = rng.choice(MUTATIONS)(content, others, rng)[:LONGEST_INPUT]
-    return content if rest is None else len(content).to_bytes(8, "little") + content + rest
+    return (before and len(content).to_bytes(8, "little")) + content + rest
 
 
 def inputs_of(name: str) -> list[bytes]:
@@ -372,8 +412,7 @@ def _folder(target: Target, content: bytes, directory: str) -> Path:
     """A folder of valid files but for one."""
     folder = Path(directory, "folder")
     shutil.rmtree(folder, ignore_errors=True)
-    leave_out = shutil.ignore_patterns(target.file, *target.without)
-    shutil.copytree(VALID, folder, ignore=leave_out)
+    shutil.copytree(VALID, folder, ignore=shutil.ignore_patterns(*target.without))
     (folder / target.file).write_bytes(content)
     return folder
 
@@ -495,10 +534,9 @@ def search(
             name = names[number % len(names)]
             rng = random.Random(f"{seed} {number}")
             number += 1
-            # The latest are likeliest to lead on.
+            # Half of them one step from a valid file: most of the others are refused at once.
             pool = pools[name]
-            content = pool[max(rng.randrange(len(pool)), rng.randrange(len(pool)))]
-            content = mutated(name, content, pool, rng)
+            content = mutated(name, pool[0] if rng.random() < 0.5 else rng.choice(pool), pool, rng)
             if read(name, content).lines:
                 pool.append(content)
     for name in names:
