@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -73,6 +73,14 @@ test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformer
 $(VENV)-hf/.has-test-hf: pyproject.toml
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --editable ".[test-hf]"
+	@touch $@
+
+test-tunix: $(VENV)-tunix/.has-test-tunix ## the losses in tunix's trainer, which it installs
+	$(VENV)-tunix/bin/python -m pytest tests/with_tunix
+
+$(VENV)-tunix/.has-test-tunix: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable ".[test-tunix]"
 	@touch $@
 
 lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy

@@ -349,7 +349,7 @@ def main() -> None:
         rows += static_memory(shape)
     show(rows)
     print(f"load before and after: {load}")
-    sizes = {"rows": ROWS, "prompt": PROMPT, "output": OUTPUT, "rank": RANK}
+    sizes = {"batch": ROWS, "prompt": PROMPT, "output": OUTPUT, "rank": RANK}
     print(f"stored in {common.save('decoder', rows, **sizes, load=load)}")
 
 

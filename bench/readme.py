@@ -420,6 +420,41 @@ def demo_chosen(result: dict) -> str:
     )
 
 
+def real(result: dict) -> str:
+    """README's table of `make real`, and texts."""
+    shown = {"kl": 3, "prevalence": 1, "prevalence_sampled": 1, "exact_match_clean": 1}
+    rows, texts, minutes = [], [], 0.0
+    for row in result["rows"]:
+        minutes += sum(row.get(f"{what}_s", 0.0) for what in ("annotate", "edit", "evaluate")) / 60
+        name = f"**{row['habit']}**, before" if row["edit"] is None else row["edit"]
+        measures = row["measures"]
+        numbers = [
+            f"{measures[k]['value']:.{n}f}" if k in measures else "" for k, n in shown.items()
+        ]
+        rows.append([name, *numbers, f"{row['perplexity']:.2f}"])
+        texts += list(row.get("texts", ())[:1])
+    peak = max(row.get(f"{what}_gib", 0.0) for row in result["rows"]
+               for what in ("annotate", "edit", "evaluate"))  # fmt: skip
+    table = _measured(
+        "`make real`: SmolLM2-135M-Instruct, fetched from the package index, sums up news in a "
+        "sentence. Two habits, each edited away with "
+        f"{result['steps']} updates: it talks *about* the article, and it says *names* that the "
+        "article does not hold. KL from the original at unmarked tokens; unwanted outputs, greedy "
+        "and sampled; clean outputs that stayed as they were; perplexity of unrelated news. "
+        f"{result['measured']} articles that no edit saw; {minutes:.0f} minutes, "
+        f"{peak:.1f} GiB.",
+        result["setting"],
+        ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
+        rows,
+    )
+    said = "\n".join(
+        f"- before: \u201c{' '.join(text['before'].split())}\u201d  \n  after: "
+        f"\u201c{' '.join(text[result['rows'][1]['edit']].split())}\u201d"
+        for text in texts
+    )
+    return f"{table}\n\n{said}"
+
+
 def demo(result: dict) -> str:
     """The whole table of `make demo`."""
     shown = {"kl": "KL", "prevalence": "unwanted, %", "prevalence_sampled": "sampled, %",
@@ -605,6 +640,7 @@ def take_in_demo(path: pathlib.Path) -> None:
 SECTIONS = {
     # README.md: one number a cell
     "tutorial": ("tutorial", tutorial),
+    "real": ("real", real),
     "demo_chosen": ("demo", demo_chosen),
     "cpu": ("host-cpu", cpu),
     "tpu": ("tpu_static", tpu),

@@ -204,7 +204,11 @@ def edit_habit(
         write_lines(place / f"{habit}-{name}.jsonl", [x for x in lines if bool(x["spans"]) == bad])
         for name, bad in (("marked", True), ("clean", False))
     ]
-    row: dict[str, Any] = {"habit": habit, "edit": None, "marked": sum(bool(x["spans"]) for x in lines)}
+    row: dict[str, Any] = {
+        "habit": habit,
+        "edit": None,
+        "marked": sum(bool(x["spans"]) for x in lines),
+    }
     rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
     folders = []
     for i, (name, options) in enumerate(EDITS.items()):
