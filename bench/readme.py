@@ -54,26 +54,23 @@ def _whose(variant: str) -> str:
 
 def cpu(result: dict) -> str:
     """README's table of `make bench`: medians."""
-    found = {(row["objective"], row["memory"]): row for row in result["rows"]}
     rows = []
-    for name in dict.fromkeys(row["objective"] for row in result["rows"]):
-        fresh, kept = found[name, "fresh"], found[name, "kept"]
-        times = (of[f"{what} ms"]["median"] for of in (fresh, kept) for what in ("dense", "fused"))
-        held = (fresh[f"{what} temporaries / TV"] for what in ("dense", "fused"))
-        rows.append([f"`{name}`", *(f"{x:.1f}" for x in times), *(f"{x:.2f}" for x in held)])
-    header = ["", "dense, ms", "fused, ms", "reused: dense, ms", "reused: fused, ms",
-              "dense: arrays held", "fused: arrays held"]  # fmt: skip
+    for row in result["rows"]:
+        if row["memory"] == "fresh":
+            times = (f"{row[f'{what} ms']['median']:.1f}" for what in ("dense", "fused"))
+            held = (f"{row[f'{what} temporaries / TV']:.2f}" for what in ("dense", "fused"))
+            rows.append([f"`{row['objective']}`", *times, *held])
     edit = {row["losses"]: row for row in _stored("edit-small")["rows"]}
     return _measured(
         "`make bench`: 512 tokens, V = 32128, float32, streaming XLA beside T5Patches' formula in "
-        "plain jnp (dense), median. Reused: in a process that reuses its memory; by default the "
-        "system clears new pages for each large array. Arrays held: float32, as large as the "
-        "logits, beyond inputs and outputs. A whole edit of a model of 77 million parameters "
+        "plain jnp (dense), median; in a process that reuses its memory the times are "
+        "[closer](bench/README.md#losses-on-a-cpu). Arrays held: float32, as large as the logits, "
+        "beyond inputs and outputs. A whole edit of a model of 77 million parameters "
         f"(`make bench-edit`): fused {edit['fused']['edit s']:.0f} s and "
         f"{edit['fused']['peak GiB']:.2f} GiB, dense {edit['dense']['edit s']:.0f} s and "
         f"{edit['dense']['peak GiB']:.2f} GiB.",
         result["setting"],
-        header,
+        ["", "dense, ms", "fused, ms", "dense: arrays held", "fused: arrays held"],
         rows,
     )
 
@@ -113,18 +110,16 @@ def tpu(result: dict) -> str:
     for v, name, dtype in itertools.product(
         vocabularies, ("tnff", "tnrf"), ("float32", "bfloat16")
     ):
-        of = {
-            chip: found[chip, name, dtype, v] for chip in chips if (chip, name, dtype, v) in found
-        }
-        dense = _dense_passes(of)
-        rows.append(
-            [
-                f"`{name}` {dtype} {v}",
-                *(f"{of[chip]['passes']:.3g}" if chip in of else "" for chip in chips),
-                f"{min(dense):.3g}" if dense else "",
-                *(f"{of[chip]['ratio']:.2f}" if chip in of else "" for chip in chips),
-            ]
+        keys = {chip: (chip, name, dtype, v) for chip in chips}
+        of = {chip: found[key] for chip, key in keys.items() if key in found}
+        if len(of) < len(chips):
+            continue
+        passes, ratios = (
+            [f"{row[k]:{digits}}" for row in of.values()]
+            for k, digits in (("passes", ".3g"), ("ratio", ".2f"))
         )
+        fewest = f"{min(_dense_passes(of)):.3g}"
+        rows.append([f"`{name}` {dtype} {v}", *passes, fewest, *ratios])
     header = ["", *(f"{chip}: passes" for chip in chips), "dense XLA: passes",
               *(f"{chip}: compute / copies" for chip in chips)]  # fmt: skip
     head = next(
@@ -141,7 +136,7 @@ def tpu(result: dict) -> str:
         f"hidden states at V = {head['V']} on a v4 (`tnff`, {head['T']} tokens), our chunks need "
         f"{head['chunked_copies_ms']:.0f} ms of copies and "
         f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, whole dense logits "
-        f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB. Empty: not compiled.",
+        f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB.",
         result["setting"],
         header,
         rows,
@@ -385,37 +380,6 @@ def gpu_linear(result: dict) -> str:
         "(least-most); MiB beyond inputs and outputs.",
         result["about"],
         ["", "ms", "MiB held"],
-        rows,
-    )
-
-
-CHOSEN = ("TNFF", "TNRR", "TNRF", "UL")
-
-
-def demo_chosen(result: dict) -> str:
-    """README's part of the table of `make demo`: the same negatives for several objectives."""
-    names = {row["name"] for row in result["rows"]}
-    (sets,) = {name.split(", ")[1] for name in names if ", sets of " in name}
-    measures = {row["name"]: row["measures"] for row in result["rows"]}
-    shown = {name: measures[f"{name}, {sets}, alpha 1"] for name in CHOSEN}
-    shown["corrective"] = measures["corrective"]
-    for name in ("UL, alpha 1, on sampled outputs", "corrective, on sampled outputs"):
-        shown[name.replace(", alpha 1", "").replace(", on", ", trained on")] = measures[name]
-    before = [result["before"][m]["value"] for m in ("prevalence", "prevalence_sampled")]
-    rows = [
-        [
-            name,
-            f"{of['kl']['value']:.3f}",
-            *(f"{of[m]['value']:.1f}" for m in ("prevalence", "prevalence_sampled", "exact_match")),
-        ]
-        for name, of in shown.items()
-    ]
-    return _measured(
-        "`make demo`: a tiny T5. KL: from the original at unmarked tokens. Unwanted: outputs with "
-        f"an invented name, {before[0]:.1f}% before the edit; of sampled outputs {before[1]:.1f}%. "
-        f"Unchanged: outputs equal to the original's. Negatives: {sets}, alpha 1.",
-        result["setting"],
-        ["", "KL", "unwanted, %", "sampled, %", "unchanged, %"],
         rows,
     )
 
@@ -681,8 +645,6 @@ def take_in_demo(path: pathlib.Path) -> None:
 SECTIONS = {
     # README.md: one number a cell
     "tutorial": ("tutorial", tutorial),
-    "real": ("real", real),
-    "demo_chosen": ("demo", demo_chosen),
     "cpu": ("host-cpu", cpu),
     "tpu": ("tpu_static", tpu),
     "gpu": ("gpu", gpu),
