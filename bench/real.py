@@ -225,8 +225,8 @@ def edit_habit(
         keeps = options[1] in tk.TARGETED_NEGATIVE  # to an original
         cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
         _, seconds, held = t5patches(
-            place, "edit", "--model", model, "--output", folders[-1], "--data", *parts, "--rates", "1",
-            "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
+            place, "edit", "--model", model, "--output", folders[-1], "--data", *parts,
+            "--rates", "1", "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(

@@ -391,7 +391,7 @@ def test_progress_shows_loss_prevalence_and_speed(tmp_path):
         again(tmp_path / "tnff-here", progress=progress)
     shown = out.getvalue()
     assert "tnff-here" in shown
-    assert re.search(r"6/6 loss \d\.\d+, prevalence \d+%, \d+ examples/s", shown)
+    assert re.search(r"6/6 loss \d\.\d+, prevalence \d+%, \d+(\.\d)? examples/s", shown)
 
 
 def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):

@@ -928,5 +928,5 @@ class _Display:
         if recent["marked"]:
             parts.append(f"prevalence {100 * recent['said'] / recent['marked']:.0f}%")
         rate = (done - self._first) * self._batch_size / (now - self._began)
-        parts.append(f"{rate:.0f} examples/s")
+        parts.append(f"{rate:.{0 if rate >= 10 else 1}f} examples/s")
         self._progress.update(self._task, completed=done, note=", ".join(parts))
