@@ -60,15 +60,11 @@ def cpu(result: dict) -> str:
             times = (f"{row[f'{what} ms']['median']:.1f}" for what in ("dense", "fused"))
             held = (f"{row[f'{what} temporaries / TV']:.2f}" for what in ("dense", "fused"))
             rows.append([f"`{row['objective']}`", *times, *held])
-    edit = {row["losses"]: row for row in _stored("edit-small")["rows"]}
     return _measured(
         "`make bench`: 512 tokens, V = 32128, float32, streaming XLA beside T5Patches' formula in "
         "plain jnp (dense), median; in a process that reuses its memory the times are "
         "[closer](bench/README.md#losses-on-a-cpu). Arrays held: float32, as large as the logits, "
-        "beyond inputs and outputs. A whole edit of a model of 77 million parameters "
-        f"(`make bench-edit`): fused {edit['fused']['edit s']:.0f} s and "
-        f"{edit['fused']['peak GiB']:.2f} GiB, dense {edit['dense']['edit s']:.0f} s and "
-        f"{edit['dense']['peak GiB']:.2f} GiB.",
+        "beyond inputs and outputs.",
         result["setting"],
         ["", "dense, ms", "fused, ms", "dense: arrays held", "fused: arrays held"],
         rows,
@@ -427,37 +423,44 @@ def decoder(result: dict) -> str:
 
 def real(result: dict) -> str:
     """README's table of `make real`, and texts."""
-    shown = {"kl": 3, "prevalence": 1, "prevalence_sampled": 1, "exact_match_clean": 1}
-    rows, texts, minutes = [], [], 0.0
+    shown = {"kl": 4, "prevalence": 1, "prevalence_sampled": 1, "exact_match_clean": 1}
+    habits = {
+        "about": "it talks *about* the article",
+        "names": "it says *names* that are not in it",
+    }
+    parts = ("annotate", "edit", "evaluate")
+    rows, texts = [], []
     for row in result["rows"]:
-        minutes += sum(row.get(f"{what}_s", 0.0) for what in ("annotate", "edit", "evaluate")) / 60
-        name = f"**{row['habit']}**, before" if row["edit"] is None else row["edit"]
+        name = (
+            f"{row['habit']}: before" if row["edit"] is None else f"{row['habit']}: {row['edit']}"
+        )
         measures = row["measures"]
-        numbers = [
+        numbers = (
             f"{measures[k]['value']:.{n}f}" if k in measures else "" for k, n in shown.items()
-        ]
+        )
         rows.append([name, *numbers, f"{row['perplexity']:.2f}"])
-        texts += list(row.get("texts", ())[:1])
-    peak = max(row.get(f"{what}_gib", 0.0) for row in result["rows"]
-               for what in ("annotate", "edit", "evaluate"))  # fmt: skip
+        texts += row.get("texts", ())[:1]
+    minutes = sum(row.get(f"{part}_s", 0.0) for row in result["rows"] for part in parts) / 60
+    peak = max(row.get(f"{part}_gib", 0.0) for row in result["rows"] for part in parts)
+    first = next(row["edit"] for row in result["rows"] if row["edit"])
+    found = "; ".join(
+        habits[name] for name in dict.fromkeys(row["habit"] for row in result["rows"])
+    )
     table = _measured(
-        "`make real`: SmolLM2-135M-Instruct, fetched from the package index, sums up news in a "
-        "sentence. Two habits, each edited away with "
-        f"{result['steps']} updates: it talks *about* the article, and it says *names* that the "
-        "article does not hold. KL from the original at unmarked tokens; unwanted outputs, greedy "
-        "and sampled; clean outputs that stayed as they were; perplexity of unrelated news. "
-        f"{result['measured']} articles that no edit saw; {minutes:.0f} minutes, "
-        f"{peak:.1f} GiB.",
+        f"`make real`: SmolLM2-135M-Instruct sums up news in a sentence, and {found}. Each edit is "
+        f"{result['steps']} updates on its own marked outputs; the rest of the table is of "
+        f"{result['measured']} other articles: KL from the original at unmarked tokens, unwanted "
+        "outputs (greedy, sampled), clean outputs that stayed word for word, perplexity of news "
+        f"that it was not asked about. {minutes:.0f} minutes in all, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
         rows,
     )
-    said = "\n".join(
-        f"- before: \u201c{' '.join(text['before'].split())}\u201d  \n  after: "
-        f"\u201c{' '.join(text[result['rows'][1]['edit']].split())}\u201d"
+    quoted = (
+        f"> {' '.join(text['before'].split())}\n>\n> → {' '.join(text[first].split())}"
         for text in texts
     )
-    return f"{table}\n\n{said}"
+    return "\n\n".join([table, f"Before, and after {first}:", *quoted])
 
 
 def demo(result: dict) -> str:
@@ -645,6 +648,7 @@ def take_in_demo(path: pathlib.Path) -> None:
 SECTIONS = {
     # README.md: one number a cell
     "tutorial": ("tutorial", tutorial),
+    "real": ("real", real),
     "cpu": ("host-cpu", cpu),
     "tpu": ("tpu_static", tpu),
     "gpu": ("gpu", gpu),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import re
@@ -196,7 +197,12 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
 
 
 def edit_habit(
-    habit: str, place: pathlib.Path, model: str, inputs: Sequence[str], texts: Sequence[str]
+    habit: str,
+    edits: Sequence[str],
+    place: pathlib.Path,
+    model: str,
+    inputs: Sequence[str],
+    texts: Sequence[str],
 ) -> list[dict]:
     """Marks, edits and measures one habit: a row for the original and for each edit."""
     sources = [{"inputs": INSTRUCTION + text} for text in inputs]
@@ -220,8 +226,9 @@ def edit_habit(
     }
     rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
     folders = []
-    for i, (name, options) in enumerate(EDITS.items()):
-        folders.append(str(place / f"{habit}-{i}"))
+    for name in edits:
+        options = EDITS[name]
+        folders.append(str(place / f"{habit}-{list(EDITS).index(name)}"))
         keeps = options[1] in tk.TARGETED_NEGATIVE  # to an original
         cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
         _, seconds, held = t5patches(
@@ -233,7 +240,7 @@ def edit_habit(
         place, "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
         "--report", str(place / f"{habit}.html"),
     )  # fmt: skip
-    names = dict(zip((edited["name"] for edited in results["rows"]), EDITS, strict=True))
+    names = dict(zip((edited["name"] for edited in results["rows"]), edits, strict=True))
     texts_said = [
         {"inputs": text["inputs"]} | {names.get(k, k): x for k, x in text["outputs"].items()}
         for text in results["texts"]
@@ -274,6 +281,7 @@ def main() -> None:
         help="work here, and go on with what is there; default: where all is removed",
     )
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
+    parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as passing:
         place = pathlib.Path(options.keep or passing)
@@ -288,10 +296,11 @@ def main() -> None:
         for habit in options.habits:
             rules = HABITS[habit].replace("{pipeline}", str(pipeline))
             (place / f"{habit}.toml").write_text(rules)
-            rows += edit_habit(habit, place, model, inputs, texts)
+            rows += edit_habit(habit, options.edits, place, model, inputs, texts)
         show(rows)
         about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
-        common.save("real", rows, model="SmolLM2-135M-Instruct", **about)
+        key = operator.itemgetter("habit", "edit")
+        common.add("real", rows, key, model="SmolLM2-135M-Instruct", **about)
 
 
 if __name__ == "__main__":
