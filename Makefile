@@ -70,17 +70,12 @@ bench-pods: t5x-checkouts $(VENV)-t5x/.has-aot ## that step on slices of a TPU p
 test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs
 	$(VENV)-hf/bin/python -m pytest tests/test_original_library.py
 
-$(VENV)-hf/.has-test-hf: pyproject.toml
-	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable ".[test-hf]"
-	@touch $@
-
 test-tunix: $(VENV)-tunix/.has-test-tunix ## the losses in tunix's trainer, which it installs
 	$(VENV)-tunix/bin/python -m pytest tests/with_tunix
 
-$(VENV)-tunix/.has-test-tunix: pyproject.toml
+$(VENV)-hf/.has-test-hf $(VENV)-tunix/.has-test-tunix: pyproject.toml
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable ".[test-tunix]"
+	$(@D)/bin/python -m pip install --quiet --editable ".[$(@F:.has-%=%)]"
 	@touch $@
 
 lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy

@@ -103,10 +103,7 @@ def tpu(result: dict) -> str:
     found = {(r["chip"], r["objective"], r["dtype"], r["V"]): r for r in result["rows"]}
     v, rows = common.VOCABULARIES["T5"], []
     for name, dtype in itertools.product(("tnff", "tnrf"), ("float32", "bfloat16")):
-        keys = {chip: (chip, name, dtype, v) for chip in chips}
-        of = {chip: found[key] for chip, key in keys.items() if key in found}
-        if len(of) < len(chips):
-            continue
+        of = {chip: found[chip, name, dtype, v] for chip in chips}
         passes, ratios = (
             [f"{row[k]:{digits}}" for row in of.values()]
             for k, digits in (("passes", ".3g"), ("ratio", ".2f"))
@@ -377,47 +374,6 @@ def gpu_linear(result: dict) -> str:
     )
 
 
-def decoder(result: dict) -> str:
-    """The tables of `make bench-decoder`."""
-    of = {what: [row for row in result["rows"] if row["what"] == what]
-          for what in ("update", "speak", "memory")}  # fmt: skip
-    rows = []
-    for row in (*of["update"], *of["speak"]):
-        name = f"{row['what']}, {', '.join(row['variant'])}".rstrip(", ")
-        numbers = (
-            f"{row['seconds']:.1f}",
-            *(f"{row[f'{k} GiB']:.2f}" for k in ("held", "working")),
-        )
-        rows.append([f"{name}: {row['library']}", *numbers])
-    load = " and ".join(f"{x:.1f}" for x in result["load"])
-    measured = _measured(
-        f"`make bench-decoder`: SmolLM2-135M's shape, random weights, float32. Update: TNFF with "
-        f"Adam, {result['batch']} examples of {result['prompt']} and {result['output']} tokens, "
-        f"all parameters or LoRA of rank {result['rank']}, the original run (live) or its states "
-        "cached; torch: transformers, peft, T5Patches' formula on whole logits of the outputs. "
-        f"Speak: {result['batch']} greedy outputs of {result['output']} tokens. Held: parameters "
-        "and optimizer; working: the process at its largest during updates, beyond these and its "
-        f"imports. Medians; load of the machine {load} before and after.",
-        result["setting"],
-        ["", "s", "held, GiB", "working, GiB"],
-        rows,
-    )
-    names = ("parameters", "optimizer", "original", "working", "total")
-    planned = [
-        [f"{row['shape']}, {', '.join(row['variant'])}, {row['losses']}",
-         *(f"{row[name]:.2f}" for name in names)]
-        for row in of["memory"]
-    ]  # fmt: skip
-    static = _measured(
-        "The same updates as the CPU's compiler plans them (static, nothing ran), GiB; dense: "
-        '`implementation="reference"`.',
-        result["setting"],
-        ["", *names],
-        planned,
-    )
-    return f"{measured}\n\n{static}"
-
-
 def real(result: dict) -> str:
     """README's table of `make real`, and texts."""
     shown = {"kl": 4, "prevalence": 1, "prevalence_sampled": 1, "exact_match_clean": 1}
@@ -428,9 +384,7 @@ def real(result: dict) -> str:
     parts = ("annotate", "edit", "evaluate")
     rows = []
     for row in result["rows"]:
-        name = (
-            f"{row['habit']}: before" if row["edit"] is None else f"{row['habit']}: {row['edit']}"
-        )
+        name = f"{row['habit']}: {row['edit'] or 'before'}"
         measures = row["measures"]
         numbers = (
             f"{measures[k]['value']:.{n}f}" if k in measures else "" for k, n in shown.items()

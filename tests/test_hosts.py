@@ -12,8 +12,6 @@ import two_processes
 from safetensors.numpy import load_file
 
 from t5patches import cli
-from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.runs import hosts
 
 TEXTS = ["a cat sat on a mat", "a dog sat on a cat", "on a mat a dog sat"]
@@ -28,9 +26,7 @@ FOUR_EACH = {"XLA_FLAGS": re.sub(r"(count=)\d+", r"\g<1>4", os.environ["XLA_FLAG
 @pytest.fixture
 def command(tmp_path):
     """Arguments of an edit of a tiny model."""
-    model = editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4)
-    save_checkpoint(tmp_path / "tiny", model, model.init(jax.random.key(0)))
-    (tmp_path / "tiny" / "spiece.model").write_bytes(train_sentencepiece(TEXTS * 20, 30))
+    editing_samples.model_folder(tmp_path / "tiny")
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
 
     def make(output, *more):
