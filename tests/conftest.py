@@ -1,5 +1,6 @@
 """What every test runs under: 8 CPU devices, a cache of programs, strict promotion, a pace."""
 
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -32,6 +33,10 @@ import pytest
 
 jax.devices("cpu")  # reads the flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
+
+# To trace programs makes many objects and little garbage: a tenth of the time went into searching
+# for it.
+gc.set_threshold(100_000, 20, 100)
 
 # In this process only `shared_programs` stores any: interpreted kernels are large programs that no
 # other test runs (to store one has once ended a worker), and those for a TPU cannot be loaded.

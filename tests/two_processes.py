@@ -56,7 +56,10 @@ def together(
     try:
         both = [process.communicate(timeout=300) for process in processes]
     except subprocess.TimeoutExpired:
-        pytest.fail("the two processes did not finish within 300 s")
+        for process in processes:
+            process.kill()
+        said = "".join(process.communicate()[1][-2000:] for process in processes)
+        pytest.fail(f"the two processes did not finish within 300 s: {said}")
     finally:
         for process in processes:
             process.kill()

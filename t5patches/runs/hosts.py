@@ -29,6 +29,9 @@ def connect(address: Sequence[str]) -> None:
             f"got {' '.join(address)}: HOST:PORT of the first process, their number and this "
             "one's, from 0, are needed, or nothing on a TPU pod, under Slurm or Open MPI"
         )
+    # Of programs that run at once in a CPU process, one may wait for another process that has begun
+    # with the other one. One after the other, all processes go through them in one order.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if address:
             jax.distributed.initialize(address[0], int(address[1]), int(address[2]))
