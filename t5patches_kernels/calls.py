@@ -235,6 +235,16 @@ def _run_driver(
     return outputs, (stats["zy"] >= 0)[:, 0] & ~stats["bad"][:, 0]
 
 
+def _without_ignored(
+    op: Operation, tokens: _Tokens, outputs: dict[str, Array], correct: Array
+) -> tuple[dict[str, Array], Array]:
+    """What is returned of tokens that were skipped: what a driver made of them is not said."""
+    if not op.skip_ignored:
+        return outputs, correct
+    counts = tokens.weights != 0
+    return {name: jnp.where(counts, x, 0.0) for name, x in outputs.items()}, correct & counts
+
+
 def _is_intermediate(x: Array) -> bool:
     """Whether `x` is computed inside the function being traced, and is not an argument of it.
 
@@ -254,6 +264,7 @@ def call(
     targets: Array | None,
     weights: Array | None,
     edits: Edits | None,
+    skip_ignored: bool,
     vocab_axis: str | None,
     implementation: str | None,
 ) -> tuple[dict[str, Array], Array]:
@@ -263,7 +274,8 @@ def call(
       Its outputs by name and whether the target holds the largest logit, with the tokens' leading
       dimensions.
     """
-    op = Operation(c, vocab_axis, inputs.head, _is_intermediate(inputs.model[0]))
+    donate = _is_intermediate(inputs.model[0])
+    op = Operation(c, vocab_axis, inputs.head, donate, bool(skip_ignored))
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
@@ -308,5 +320,6 @@ def _on_rows(
 
     run = _run_reference if implementation == "reference" else partial(_run_driver, implementation)
     rows = Operands(flat(operands.model), flat(operands.reference))
-    outputs, correct = run(op, rows, _flat_tokens(op.settings, tokens))
+    by_row = _flat_tokens(op.settings, tokens)
+    outputs, correct = _without_ignored(op, by_row, *run(op, rows, by_row))
     return {k: x.reshape(lead) for k, x in outputs.items()}, correct.reshape(lead)

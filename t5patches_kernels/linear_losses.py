@@ -47,6 +47,7 @@ def linear_targeted_negative_loss(
     z_loss: float = 0.0,
     divergence: bool = False,
     edits: Edits | None = None,
+    skip_ignored: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
 ) -> TokenLoss:
@@ -69,6 +70,7 @@ def linear_targeted_negative_loss(
       z_loss: see there.
       divergence: see there.
       edits: see there.
+      skip_ignored: see there.
       vocab_axis: see there.
       implementation: see there.
 
@@ -95,7 +97,9 @@ def linear_targeted_negative_loss(
     c = losses.targeted_negative_settings(
         calls.vocab_size(inputs, vocab_axis), objective, alpha, smoothing, z_loss, divergence
     )
-    return losses.run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+    return losses.run_loss(
+        c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation
+    )
 
 
 def linear_unlikelihood_loss(
@@ -110,6 +114,7 @@ def linear_unlikelihood_loss(
     alpha: float = 1.0,
     z_loss: float = 0.0,
     edits: Edits | None = None,
+    skip_ignored: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
 ) -> TokenLoss:
@@ -129,7 +134,9 @@ def linear_unlikelihood_loss(
         hidden, kernel, None, logit_scale, softcap, transposed, implementation
     )
     c = losses.unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
-    return losses.run_loss(c, inputs, targets, weights, edits, vocab_axis, implementation)
+    return losses.run_loss(
+        c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation
+    )
 
 
 def linear_negative_likelihood_loss(
@@ -144,6 +151,7 @@ def linear_negative_likelihood_loss(
     alpha: float = 1.0,
     threshold: float = -10.3,
     z_loss: float = 0.0,
+    skip_ignored: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
 ) -> TokenLoss:
@@ -164,7 +172,9 @@ def linear_negative_likelihood_loss(
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.negative_likelihood_settings(size, alpha, threshold, z_loss)
-    return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+    return losses.run_loss(
+        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation
+    )
 
 
 def linear_cross_entropy_loss(
@@ -178,6 +188,7 @@ def linear_cross_entropy_loss(
     transposed: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    skip_ignored: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
 ) -> TokenLoss:
@@ -197,7 +208,9 @@ def linear_cross_entropy_loss(
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.cross_entropy_settings(size, label_smoothing, z_loss)
-    return losses.run_loss(c, inputs, targets, weights, None, vocab_axis, implementation)
+    return losses.run_loss(
+        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation
+    )
 
 
 def linear_token_statistics(

@@ -61,7 +61,7 @@ def cross_entropy_with_logits(
         calls.vocab_size(inputs, None),
         z_loss=checks.number("z_loss", z_loss, least=0.0),
     )
-    out = losses.run_loss(c, inputs, None, None, None, None, implementation)
+    out = losses.run_loss(c, inputs, None, None, None, False, None, implementation)
     return autodiff.with_gradient_to_targets(out.loss, logits, targets), out.z_loss
 
 

@@ -20,6 +20,18 @@ LINES = [
     for i, text in enumerate(TEXTS * 3)
 ]
 ALWAYS = ("--batch-size", "8", "--model-parallel", "2", "--checkpoint-every", "2")
+# The command line of a process that looks for what is there when the first one has begun.
+SLOW = """
+import sys, time
+from t5patches import cli
+from t5patches.editing import edit
+quick = edit.finished_run
+def slow(*arguments):
+    time.sleep(3)
+    return quick(*arguments)
+edit.finished_run = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
 FOUR_EACH = {"XLA_FLAGS": re.sub(r"(count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])}
 
 
@@ -39,7 +51,7 @@ def command(tmp_path):
 def by_two(arguments):
     def of(port, number):
         address = ("--distributed", f"localhost:{port}", "2", str(number))
-        return ["-m", "t5patches.cli", *arguments, *address]
+        return [*(("-m", "t5patches.cli"), ("-c", SLOW))[number], *arguments, *address]
 
     return two_processes.together(of, FOUR_EACH)
 
@@ -47,7 +59,7 @@ def by_two(arguments):
 def test_two_hosts_make_the_model_that_one_makes(command, tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         assert cli.main(command("one", "--steps", "4")) == 0
-    first, second = by_two(command("two", "--steps", "4"))
+    first, second = by_two(command("two", "--steps", "4"))  # the second comes late to all it reads
     assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
     assert "4 updates" in first.stdout
     assert "updates" not in second.stdout  # but Gloo says that it has connected

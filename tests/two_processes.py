@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
+_LONGEST = 150  # seconds
 _TESTS = os.fspath(pathlib.Path(__file__).parent)
 
 # Four devices each; what comes after it sees all eight. The other flags are the test's own, so that
@@ -49,17 +51,19 @@ def together(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path} | dict(environment or {}),
+            env=os.environ
+            | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+            | dict(environment or {}),
         )
         for i in range(2)
     ]
     try:
-        both = [process.communicate(timeout=300) for process in processes]
+        both = [process.communicate(timeout=_LONGEST) for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
-            process.kill()
-        said = "".join(process.communicate()[1][-2000:] for process in processes)
-        pytest.fail(f"the two processes did not finish within 300 s: {said}")
+            process.send_signal(signal.SIGABRT)  # says where it is
+        said = "".join(process.communicate()[1][-6000:] for process in processes)
+        pytest.fail(f"the two processes did not finish within {_LONGEST} s: {said}")
     finally:
         for process in processes:
             process.kill()

@@ -189,7 +189,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
             remove(edited)  # of fewer steps than are asked for now
 
     hosts.once(begin)
-    if not edited.exists():
+    if not hosts.first_says(edited.exists):
         began = time.monotonic()
         try:
             trained = _trained(job, checked, work / "run", console)

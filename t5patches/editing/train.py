@@ -276,8 +276,9 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
         The trained parameters and their history; None where there is no run or an unfinished one.
     """
     directory = Path(directory).absolute()
-    steps = _steps(directory)
-    if steps is None:
+    # A run that another process is already beginning is none that was there.
+    steps = hosts.first_says(lambda: _steps(directory) or 0)
+    if not steps:
         return None
     with _checkpoints(directory) as checkpoints:
         if checkpoints.latest_step() != steps:
@@ -330,7 +331,7 @@ def token_loss(
         dropout_key: for dropout; None for none.
 
     Returns:
-        A `TokenLoss` of [B, L] arrays.
+        A `TokenLoss` of [B, L] arrays; of ignored tokens all of it is 0 and False.
     """
     targets, weights = batch["outputs"], batch["weights"]
     hidden = model.hidden(params, batch, dropout_key=dropout_key)
@@ -339,6 +340,7 @@ def token_loss(
         **head.loss_options(),
         "z_loss": settings.z_loss,
         "implementation": settings.implementation,
+        "skip_ignored": True,
     }
     edits = Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
     match settings.objective:

@@ -29,9 +29,6 @@ def connect(address: Sequence[str]) -> None:
             f"got {' '.join(address)}: HOST:PORT of the first process, their number and this "
             "one's, from 0, are needed, or nothing on a TPU pod, under Slurm or Open MPI"
         )
-    # Of programs that run at once in a CPU process, one may wait for another process that has begun
-    # with the other one. One after the other, all processes go through them in one order.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if address:
             jax.distributed.initialize(address[0], int(address[1]), int(address[2]))
@@ -74,6 +71,26 @@ def once(work: Callable[[], object]) -> None:
 
 
 _LONGEST = 4096
+
+
+def first_says(question: Callable[[], int]) -> int:
+    """The first process's answer, in every process.
+
+    What a process reads from a file may have changed by the time another one looks, and they must
+    not part ways over it.
+
+    Args:
+        question: what the first process alone is asked; as `once` has it where it raises.
+
+    Returns:
+        Its answer.
+    """
+    answers: list[int] = []
+    once(lambda: answers.append(question()))
+    if jax.process_count() == 1:
+        return answers[0]
+    held = np.asarray(answers[0] if answers else 0, np.int32)
+    return int(multihost_utils.broadcast_one_to_all(held))
 
 
 def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:

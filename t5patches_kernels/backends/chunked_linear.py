@@ -12,6 +12,7 @@ what follows.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -38,6 +39,9 @@ GPU_CHUNK_BYTES = 512 << 20
 # D = 1024, V = 250112 within a twentieth of what dense logits hold.
 TPU_CHUNK_BYTES = 237 << 20
 _LEAST_ROWS = 8
+# At least so many chunks where ignored tokens are skipped, as all but one token of the last may be
+# ignored; not more, as each chunk adds its gradient of the kernel to that of the others.
+_CHUNKS_TO_SKIP = 4
 _MATRIX_ROWS = 128
 
 
@@ -123,6 +127,7 @@ def _chunked(
     hidden, kernel = operands.model
     assert op.head is not None
     head = op.head
+    of_chunk = dataclasses.replace(op, skip_ignored=False)
 
     def body(block, donated, fresh):
         hidden, ref_hidden, tokens, stats, d_stats = block
@@ -131,18 +136,22 @@ def _chunked(
         if operands.reference:
             reference = (capped(product_of(ref_hidden, operands.reference[1], head), head),)
         logits = Operands((capped(z, head),), reference)
-        out = driver(op, stage, logits, tokens, stats, d_stats)
+        out = driver(of_chunk, stage, logits, tokens, stats, d_stats)
         if out.gradient is None:
             return out, donated, None
-        once = jnp.where(fresh[:, None], hidden, jnp.zeros_like(hidden))
+        summed = fresh & (tokens.weights != 0) if op.skip_ignored else fresh
+        once = jnp.where(summed[:, None], hidden, jnp.zeros_like(hidden))
         dh, dw = _pull(_uncapped(out.gradient[0], z, head), once, kernel, head)
         return Result(out.stats, (dh,)), donated, dw
 
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, stats, d_stats)
-    block = chunk_rows(rows, columns, chunk_bytes)
-    out, _, dw = tiling.for_row_blocks(body, inputs, rows, block)
+    block, counts = chunk_rows(rows, columns, chunk_bytes), None
+    if op.skip_ignored:
+        counts = tokens.weights != 0
+        block = min(block, max(_MATRIX_ROWS, -(-rows // _CHUNKS_TO_SKIP)))
+    out, _, dw = tiling.for_row_blocks(body, inputs, rows, block, counts=counts)
     if out.gradient is None:
         return out
     return Result(out.stats, (out.gradient[0].astype(hidden.dtype), dw))

@@ -67,11 +67,15 @@ def for_row_blocks(
     rows: int,
     block: int,
     donated: Any = (),
+    counts: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """Runs `body` on blocks of rows and puts the blocks of its results together.
 
     The last block of a ragged number of rows is moved back to end with the last row, so that every
     block has the same shape: it overlaps the one before it.
+
+    With `counts`, the rows that count are brought together, block by block, and blocks without one
+    are not run. How many there are is known when the program runs.
 
     Args:
       body: ``(block of inputs, block of donated, fresh) -> (rowwise, instead, summed)``. ``fresh``
@@ -83,6 +87,8 @@ def for_row_blocks(
       donated: arrays like `inputs`, over which `instead` is written: of its shapes and dtypes.
         Where nobody else reads them, no memory is needed for the results. Whatever is computed
         from a block of them must show in `instead`: else XLA copies all of them for every block.
+      counts: ``[rows]`` bool: `rowwise` may be 0 for other rows, and they may be left out of
+        `summed`. None: all rows count. Not with `donated`.
 
     Returns:
       `rowwise` and `instead` with `rows` rows, `summed` added over the blocks.
@@ -90,14 +96,33 @@ def for_row_blocks(
     if rows <= block:
         return body(inputs, donated, jnp.ones((rows,), jnp.bool_))
 
-    count, ragged = -(-rows // block), rows % block > 0
+    blocks, ragged = -(-rows // block), rows % block > 0
+    needed: Any = blocks
+    if counts is not None:
+        order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+        needed = (jnp.sum(counts, dtype=jnp.int32) + block - 1) // block
 
     def cut(x, start):
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), x)
+        if counts is None:
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), x)
+        at = jax.lax.dynamic_slice_in_dim(order, start, block)
+        return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), x)
+
+    def put(x, new, start, fresh):
+        if ragged:
+            again = jnp.expand_dims(~fresh, range(1, x.ndim))
+            new = jnp.where(again, cut(x, start), new)
+        if counts is None:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
+        at = jax.lax.dynamic_slice_in_dim(order, start, block)
+        return x.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
+
+    def place(step):
+        start = jnp.minimum(step * block, rows - block)
+        return start, start + jnp.arange(block) >= step * block
 
     def of_block(step, donated):
-        start = jnp.minimum(step * block, rows - block)
-        fresh = start + jnp.arange(block) >= step * block
+        start, fresh = place(step)
         return start, fresh, body(cut(inputs, start), cut(donated, start), fresh)
 
     *_, (rowwise, _, summed) = jax.eval_shape(lambda: of_block(jnp.int32(0), donated))
@@ -108,14 +133,8 @@ def for_row_blocks(
     def step(i, carry):
         done, total = carry
         start, fresh, (*made, more) = of_block(i, done[1])
+        done = jax.tree.map(lambda x, new: put(x, new, start, fresh), done, tuple(made))
+        return done, jax.tree.map(jnp.add, total, more)
 
-        def put(x, new):
-            if ragged:
-                again = jnp.expand_dims(~fresh, range(1, x.ndim))
-                new = jnp.where(again, cut(x, start), new)
-            return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
-
-        return jax.tree.map(put, done, tuple(made)), jax.tree.map(jnp.add, total, more)
-
-    done, total = jax.lax.fori_loop(0, count, step, ((whole, donated), zero))
+    done, total = jax.lax.fori_loop(0, needed, step, ((whole, donated), zero))
     return *done, total

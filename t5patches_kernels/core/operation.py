@@ -33,6 +33,7 @@ class Operation:
     vocab_axis: str | None = None
     head: Head | None = None  # None: the operands are logits
     donate: bool = False  # the gradient may be written over the model's logits
+    skip_ignored: bool = False  # statistics and gradient of a row of weight 0 may be all 0
 
 
 class Tokens(NamedTuple):

@@ -271,7 +271,36 @@ def _lowerable(f: Callable[[Any], Any], x: Any) -> Any:
 
 def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One stage on one row."""
-    row = _Row(call, interpret, dict(zip(names, refs, strict=True)))
+    named = dict(zip(names, refs, strict=True))
+    if not call.op.skip_ignored:
+        _whole_row(_Row(call, interpret, named))
+        return
+    counts = named["scalars"][jax.lax.axis_index("row"), 0] != 0
+    pl.when(counts)(lambda: _whole_row(_Row(call, interpret, named)))
+    pl.when(~counts)(lambda: _skip(call, named))
+
+
+def _skip(call: Call, refs: dict[str, Any]) -> None:
+    """Writes the zeros of an ignored token, of which nothing is read."""
+    index = jax.lax.axis_index("row")
+    for k in range(len(call.returned)):
+        refs["stats"][k, index] = jnp.float32(0)
+    if call.stage is not Stage.VALUE_AND_GRAD:
+        return
+    out, chunk = refs["out"], call.plan.chunk
+    out[0, :] = jnp.zeros((chunk,), out.dtype)
+    plgpu.commit_smem()
+
+    def copy(i: Array, _: None) -> None:
+        first = pl.multiple_of(jnp.minimum(i * chunk, call.columns - chunk), COPY_BYTES // 4)
+        plgpu.copy_smem_to_gmem(out.at[0], refs["dz"].at[index, pl.ds(first, chunk)])
+
+    jax.lax.fori_loop(0, call.plan.chunks, copy, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _whole_row(row: _Row) -> None:
+    call = row.call
     stats = row.first_pass() | {"zy": row.zy}
     if call.reference:
         stats["ry"] = row.ry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,18 @@ def scalars_of(call: Call, tokens: Tokens, blocks: int) -> list[Array]:
     return [x.reshape(blocks * call.tiles, 1, -1) for x in arrays]
 
 
+def sources_of(call: Call, tokens: Tokens, blocks: int) -> Array:
+    """Which block of logits is in the windows while each is worked on ``[blocks]``.
+
+    Its own, or where all of its tokens are ignored the one that is there already: then nothing is
+    fetched for it.
+    """
+    pad = (0, blocks * call.plan.rows - tokens.weights.shape[0])
+    counts = jnp.any(jnp.pad(tokens.weights, pad).reshape(blocks, -1) != 0, axis=1)
+    before = jax.lax.cummax(jnp.where(counts, jnp.arange(blocks, dtype=jnp.int32), -1))
+    return jnp.where(before < 0, jnp.argmax(counts).astype(jnp.int32), before)
+
+
 def lanes_of(call: Call, tokens: Tokens, stats: Stats | None, d_stats: Stats | None) -> Array:
     """What the kernel reads row by row ``[T, 128]``: a narrower array would be padded to that."""
     inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
@@ -100,23 +113,30 @@ def specs(call: Call, scalars: list[Array]) -> tuple[list[pl.BlockSpec], list[pl
     """The windows of inputs and outputs."""
     rows, tiles, held = call.plan.rows, call.tiles, call.plan.held
 
+    # Where ignored tokens are skipped, `sources_of` comes in as a last argument.
+    def read(at: Callable[..., Any]) -> pl.BlockSpec:
+        def index(i: Any, p: Any, j: Any, *sources: Any) -> tuple[Any, Any]:
+            return (sources[0][i] if sources else i), at(p, j)
+
+        return pl.BlockSpec((rows, call.plan.columns), index)
+
+    def write(at: Callable[..., Any]) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, call.plan.columns), lambda i, p, j, *_: (i, at(p, j)))
+
     if not call.plan.streamed:
-        window = reference = out = pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, j))
+        window = reference = read(lambda p, j: j)
+        out = write(lambda p, j: j)
     else:  # where a phase has no use for a window, the one before or after stays
-
-        def over(at: Callable[..., Array]) -> pl.BlockSpec:
-            return pl.BlockSpec((rows, call.plan.columns), lambda i, p, j: (i, at(p, j)))
-
         last = tiles - 1
         again = lambda j: last if held >= tiles else jnp.where(j < held, last, j)  # noqa: E731
-        window = over(lambda p, j: jnp.where(p == 0, 0, jnp.where(p == 1, j, again(j))))
-        reference = over(lambda p, j: jnp.where(p == 0, j, last))
-        out = over(lambda p, j: jnp.where(p == 2, j, 0))
-    lanes = pl.BlockSpec((rows, LANES), lambda i, p, j: (i, 0))
-    stats = pl.BlockSpec((1, rows, LANES), lambda i, p, j: (0 if call.phases > 1 else j, i, 0))
+        window = read(lambda p, j: jnp.where(p == 0, 0, jnp.where(p == 1, j, again(j))))
+        reference = read(lambda p, j: jnp.where(p == 0, j, last))
+        out = write(lambda p, j: jnp.where(p == 2, j, 0))
+    lanes = pl.BlockSpec((rows, LANES), lambda i, p, j, *_: (i, 0))
+    stats = pl.BlockSpec((1, rows, LANES), lambda i, p, j, *_: (0 if call.phases > 1 else j, i, 0))
 
     def entries(x: Array) -> pl.BlockSpec:
-        at = lambda i, p, j: (i * tiles + j, 0, 0)  # noqa: E731
+        at = lambda i, p, j, *_: (i * tiles + j, 0, 0)  # noqa: E731
         return pl.BlockSpec((1, *x.shape[1:]), at, memory_space=pltpu.SMEM)
 
     logits = [window] + [reference] * (call.reference == "given")

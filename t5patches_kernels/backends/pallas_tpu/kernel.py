@@ -20,6 +20,8 @@ it ends, so nothing crosses lanes inside one. Parts of a row that a later loop n
   never written to: what happens to one that is not fetched again is nowhere promised.
 * **The target's column of the gradient** is made by doing its group of 128 columns once more, for
   the eight rows that share its registers.
+* **Ignored tokens**, where they are to be skipped, are by blocks: one of nothing else is not read,
+  and zeros are written.
 * **Long rows.** Where a row's parts do not fit, `_windows` holds the reference's row and goes over
   the model's in windows; where not even that fits, each column loop is a kernel of its own
   (`_in_phases`).
@@ -80,11 +82,20 @@ Group = dict[Any, Array]  # what a column loop reads or writes of 128 columns, b
 
 def _kernel(call: Call, *refs: Any) -> None:
     """One stage on one block of rows, or on one window of it."""
-    block = _Block(call, dict(zip(call.refs, refs, strict=True)))
-    if call.plan.streamed:
-        _windows(block)
-    else:
-        _whole_rows(block)
+    whole = _windows if call.plan.streamed else _whole_rows
+    if not call.op.skip_ignored:
+        whole(_Block(call, dict(zip(call.refs, refs, strict=True))))
+        return
+    sources, *others = refs
+    named = dict(zip(call.refs, others, strict=True))
+    counts = sources[pl.program_id(0)] == pl.program_id(0)
+    pl.when(counts)(lambda: whole(_Block(call, named)))
+
+    @pl.when(~counts)
+    def _skip() -> None:
+        for name in ("stats", "dz"):
+            if name in named:
+                named[name][...] = jnp.zeros_like(named[name])
 
 
 def _whole_rows(block: _Block) -> None:
@@ -599,8 +610,11 @@ def _run(
     rows = z.shape[0]
     blocks = pl.cdiv(rows, call.plan.rows)
     scalars = inputs.scalars_of(call, tokens, blocks)
-    given = [*scalars, inputs.lanes_of(call, tokens, stats, d_stats), z, *operands.reference]
+    logits = (z, *operands.reference)
+    given = [*scalars, inputs.lanes_of(call, tokens, stats, d_stats), *logits]
     in_specs, out_specs = inputs.specs(call, scalars)
+    sources = [inputs.sources_of(call, tokens, blocks)] if call.op.skip_ignored else []
+    given = [*sources, *given]
     axes = tiling.all_axes(given)
     if interpret and axes:
         raise NotImplementedError(_NO_VMA)
@@ -612,13 +626,16 @@ def _run(
     out = pl.pallas_call(
         partial(_kernel, call),
         out_shape=[jax.ShapeDtypeStruct(*x, manual_axis_type=varying) for x in shapes],
-        grid=(blocks, call.phases, call.tiles),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=[
-            pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths
-        ],
-        input_output_aliases={len(scalars) + 1: len(shapes) - 1} if in_place else {},
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(sources),
+            grid=(blocks, call.phases, call.tiles),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[
+                pltpu.VMEM((call.plan.rows, width), jnp.float32) for width in call.plan.widths
+            ],
+        ),
+        input_output_aliases={len(given) - len(logits): len(shapes) - 1} if in_place else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", order, order),
             vmem_limit_bytes=call.plan.limit,

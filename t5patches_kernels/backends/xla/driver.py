@@ -142,13 +142,25 @@ def run(
         own = {"z": "zy", "r": "ry"}
         stats = {own[name]: target_logit(x, tokens.targets) for name, x in logits.items()}
 
+    rows, columns = z.shape
+    given = _Rows(logits, tokens, stats, d_stats)
+    if op.skip_ignored:  # zeros are the gradient of rows that are skipped: written first
+
+        def of_some(block: _Rows, donated, fresh):
+            out = _block(form.functions, op, stage, block)
+            gradient = jax.tree.map(lambda x: x.astype(z.dtype), out.gradient)
+            return Result(out.stats, gradient), donated, None
+
+        return tiling.for_row_blocks(
+            of_some, given, rows, block_rows(columns), counts=tokens.weights != 0
+        )[0]
+
     def body(block: _Rows, donated, fresh):
         del fresh  # nothing is summed over rows
         out = _block(form.functions, op, stage, block._replace(logits=block.logits | donated))
         gradient = zip(donated.items(), out.gradient or (), strict=True)
         return out.stats, {name: dz.astype(x.dtype) for (name, x), dz in gradient}, None
 
-    rows, columns = z.shape
-    inputs, donated = _rows(form.whole, stage, _Rows(logits, tokens, stats, d_stats))
+    inputs, donated = _rows(form.whole, stage, given)
     out, dz, _ = tiling.for_row_blocks(body, inputs, rows, block_rows(columns), donated)
     return Result(out, tuple(dz.values()) or None)
