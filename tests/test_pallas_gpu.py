@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import CASES, Batch, _compiled, assert_as_good_as_dense, batch, one_of_each
+from harness import (
+    CASES,
+    MAIN,
+    Batch,
+    _compiled,
+    assert_as_good_as_dense,
+    batch,
+    one_of_each,
+    slow_unless,
+)
 
 import t5patches_kernels as tk
 
@@ -27,7 +36,7 @@ def _small_chunks(monkeypatch):
     assert plans.plan(SIZE, (4, 4)) == plans.Plan(128, 4, 3, 2)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow_unless(x in MAIN or x.startswith("kl"), x) for x in CASES])
 def test_float32(name):
     assert_as_good_as_dense(name, NAME, one_of_each(batch(0, SIZE)))
 

@@ -56,7 +56,7 @@ def test_float32(name, size, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, size))
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", [slow_unless(i % 2 == 0, x) for i, x in enumerate(MAIN)])
 @settings(max_examples=2)
 @given(seed=SEEDS)
 def test_bfloat16(name, seed):
@@ -107,7 +107,13 @@ def test_sizes(name, size, dtype):
 
 @pytest.mark.usefixtures("_fresh_programs")
 @pytest.mark.parametrize(
-    ("name", "other"), [("tnff", -1.0), ("tnrll", -1.0), ("tnrll", 1.0), ("tnrf", 1.0)]
+    ("name", "other"),
+    [
+        ("tnff", -1.0),
+        slow_unless(False, "tnrll", -1.0),
+        ("tnrll", 1.0),
+        slow_unless(False, "tnrf", 1.0),
+    ],
 )
 def test_a_padded_vocabulary_is_not_done_twice(name, other, monkeypatch):
     """Masks in the last 128 columns are no reason to do a block again; elsewhere they are."""
@@ -206,7 +212,9 @@ def _simulated(monkeypatch, _fresh_programs):
 
 
 @pytest.mark.usefixtures("_simulated")
-@pytest.mark.parametrize("name", ["tnff", "tnrf", "tnfll", "ul", "ce"])
+@pytest.mark.parametrize(
+    "name", [slow_unless(x in ("tnrf", "ul"), x) for x in ("tnff", "tnrf", "tnfll", "ul", "ce")]
+)
 def test_no_race_and_nothing_uninitialised(name):
     edits = 3 if name in TAKES_EDITS else 0
     assert_as_good_as_dense(name, NAME, one_of_each(batch(3, 200, edits=edits)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from editing_samples import example, model_folder, tiny_model, tiny_params
+from harness import slow_unless
 
 from t5patches import cli
 from t5patches.editing.data import to_arrays, write_examples
@@ -224,8 +225,11 @@ def arrays():
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shards", [None, 2])
+@pytest.mark.parametrize(
+    ("dtype", "shards"),
+    [("float32", None), slow_unless(False, "float32", 2),
+     slow_unless(False, "bfloat16", None), ("bfloat16", 2)],
+)  # fmt: skip
 def test_training_from_a_cache_is_training_with_the_live_model(tmp_path, dtype, shards):
     mesh = None if shards is None else make_mesh(2, jax.devices()[:4])
     start, original = tiny_params(), tiny_params(1)
