@@ -1,5 +1,6 @@
 """Which run a directory holds, the parts of it that are finished, folders that appear whole."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -137,6 +138,25 @@ def test_a_folder_that_another_process_has_made_meanwhile_is_kept(tmp_path):
     with pytest.raises(ValueError, match=r"out exists now: another process has made it"):
         make("first")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
+
+
+def test_what_a_kill_left_is_removed_by_the_next_attempt_and_what_is_being_made_is_not(tmp_path):
+    killed = f"""
+import os
+from t5patches.runs.files import whole_folder
+with whole_folder({os.fspath(tmp_path / "out")!r}) as partial:
+    (partial / "file").touch()
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".out.mine").mkdir()
+    with whole_folder(tmp_path / "out") as first:
+        assert not left.exists()
+        with contextlib.suppress(KeyboardInterrupt), whole_folder(tmp_path / "out"):
+            raise KeyboardInterrupt
+        assert first.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.mine"}
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])

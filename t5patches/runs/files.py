@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import secrets
@@ -145,7 +147,8 @@ def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
     It is filled under another name beside `output`, and renamed once all of it is on the disk. An
-    exception inside removes it; a kill leaves it under its other name, which begins with a dot.
+    exception inside removes it; a kill leaves it under its other name, which begins with a dot, to
+    the next attempt to make `output`, which removes it.
 
     Args:
         output: the folder to make; missing folders above it are made.
@@ -172,31 +175,55 @@ def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(
             f"{output} exists: nothing is overwritten. Give another name or remove it."
         )
-    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     with folder_for_output(output.parent):
+        for left in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}"):
+            with contextlib.suppress(OSError), _locked(left) as nobody_is_at_work:
+                if nobody_is_at_work:
+                    _remove(left)
+        partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
         try:
             partial.mkdir()
-            yield partial
-            # As any new file, by the umask: safetensors lets nobody but the owner read its own.
-            readable = partial.stat().st_mode & 0o666
-            for folder, _, names in os.walk(partial):
-                for name in names:
-                    Path(folder, name).chmod(readable)
-                    _flush(Path(folder, name))
-                _flush(Path(folder))
-            try:
-                partial.rename(output)
-            except OSError as error:
-                if not output.exists():
-                    raise
-                raise ValueError(
-                    f"{output} exists now: another process has made it in the meantime, and "
-                    "nothing is overwritten"
-                ) from error
-            _flush(output.parent)
+            with _locked(partial):
+                yield partial
+                _finish(partial, output)
         except BaseException:
             _remove(partial)
             raise
+
+
+def _finish(partial: Path, output: Path) -> None:
+    # As any new file, by the umask: safetensors lets nobody but the owner read its own.
+    readable = partial.stat().st_mode & 0o666
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            Path(folder, name).chmod(readable)
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    try:
+        partial.rename(output)
+    except OSError as error:
+        if not output.exists():
+            raise
+        raise ValueError(
+            f"{output} exists now: another process has made it in the meantime, and nothing is "
+            "overwritten"
+        ) from error
+    _flush(output.parent)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder, until this process ends at the latest; says whether no other one has."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError:  # or the file system has no locks
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
 
 
 def _remove(folder: Path) -> None:
