@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -178,6 +179,21 @@ def head_total(what: str, objective: str, h, kernel, rh, rk, y, w) -> jax.Array:
 
 
 # --- How a figure is taken ------------------------------------------------------------------------
+
+
+def t5patches(*words: object) -> tuple[dict, float, float]:
+    """Runs a command: what it says as JSON, its seconds, and the GiB that it held at most."""
+    command = [sys.executable, "-m", "t5patches.cli", *map(str, words), "--json"]
+    path = os.pathsep.join([str(RESULTS.parent.parent), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.monotonic()
+        child = subprocess.Popen(command, stdout=said, env=os.environ | {"PYTHONPATH": path})
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - began
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed: {os.waitstatus_to_exitcode(status)}")
+        said.seek(0)
+        return json.load(said), seconds, usage.ru_maxrss / 2**20
 
 
 @dataclasses.dataclass(frozen=True)

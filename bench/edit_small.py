@@ -9,14 +9,10 @@ take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
 from flax import traverse_util
@@ -78,25 +74,17 @@ def write_data(path: pathlib.Path, tokenizer: SentencePieceTokenizer) -> None:
 
 def edit(place: pathlib.Path, losses: str, turn: int) -> dict:
     """Runs the command; seconds and the most memory that the process held."""
-    command = [sys.executable, "-m", "t5patches.cli", "edit", "--json", "--quiet"]
-    command += ["--model", place / "model", "--data", place / "edits.jsonl"]
-    command += ["--output", place / f"{losses}-{turn}", "--steps", STEPS, "--batch-size", BATCH]
-    command += ["--implementation", LOSSES[losses]]
-    with open(place / "out.json", "w+") as out:
-        began = time.monotonic()
-        child = subprocess.Popen([str(x) for x in command], stdout=out)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.monotonic() - began
-        if status:
-            raise SystemExit(f"the edit failed: {status}")
-        out.seek(0)
-        record = json.load(out)
+    files = ("--model", place / "model", "--data", place / "edits.jsonl")
+    output = ("--output", place / f"{losses}-{turn}", "--steps", STEPS, "--batch-size", BATCH)
+    record, seconds, peak = common.t5patches(
+        "edit", "--quiet", *files, *output, "--implementation", LOSSES[losses]
+    )
     memory = record["memory"]
     return {
         "losses": losses,
         "edit s": seconds,
         "training s": record["seconds"],
-        "peak GiB": usage.ru_maxrss / 2**20,
+        "peak GiB": peak,
         "working GiB": memory["working"] / 2**30,
         "last loss": record["history"]["loss"][-1],
     }

@@ -464,6 +464,27 @@ def _console(rows: list[dict], printed: list[dict]) -> str:
     return "```console\n" + "\n".join(lines).rstrip() + "\n```"
 
 
+def ignored(result: dict) -> str:
+    """Ignored tokens on a CPU."""
+    shares = [name for name in result["rows"][0] if name.endswith(" / not")]
+    rows = [
+        [
+            f"{row['of']}, `{row['objective']}`, {row['V']}",
+            f"{row['not skipping ms']['median']:.0f}",
+            *(f"{row[name]:.2f}" for name in shares),
+        ]
+        for row in result["rows"]
+    ]
+    return _measured(
+        "`python -m bench.ignored`: value and gradient, 1024 tokens (hidden states: D = 512), "
+        "float32; medians, and with `skip_ignored` the share of the time without it. Where half of "
+        "the tokens are ignored, it is every other one, or 64 of 128 in a row.",
+        result["setting"],
+        ["", "not skipping, ms", *(name.removesuffix(" / not") for name in shares)],
+        rows,
+    )
+
+
 def edit_small(result: dict) -> str:
     """The table of `make bench-edit`."""
     shown = {
@@ -605,6 +626,7 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "host-cpu": ("host-cpu", host_cpu),
+    "ignored": ("ignored", ignored),
     "edit-small": ("edit-small", edit_small),
     "tpu_static": ("tpu_static", tpu_static),
     "tpu_linear": ("tpu_linear", tpu_linear),

@@ -20,13 +20,11 @@ import argparse
 import hashlib
 import json
 import operator
-import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -164,29 +162,10 @@ def t5patches(place: pathlib.Path, *words: str) -> tuple[dict, float, float]:
     there = json.loads(done_there.read_text()) if done_there.exists() else {}
     if key in there:
         return tuple(there[key])
-    began = time.monotonic()
-    with tempfile.NamedTemporaryFile("r") as peak:
-        # The largest resident set is the child's, whose usage only its own parent is told.
-        watch = (
-            "import resource, subprocess, sys;"
-            "code = subprocess.run(sys.argv[2:]).returncode;"
-            "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
-            "open(sys.argv[1], 'w').write(str(peak));"
-            "sys.exit(code)"
-        )
-        command = [sys.executable, "-m", "t5patches.cli", *words, "--json"]
-        print("$ t5patches " + " ".join(words), flush=True)
-        done = subprocess.run(
-            [sys.executable, "-c", watch, peak.name, *command],
-            env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        held = int(peak.read()) / 2**20
-    seconds = time.monotonic() - began
+    print("$ t5patches " + " ".join(words), flush=True)
+    there[key] = common.t5patches(*words)
+    _, seconds, held = there[key]
     print(f"({seconds:.0f} s, {held:.2f} GiB)", flush=True)
-    there[key] = json.loads(done.stdout), seconds, held
     done_there.write_text(json.dumps(there))
     return there[key]
 

@@ -231,7 +231,7 @@ def fused(backend, c, second_row, z, r, y, ids, factors, edits):
         reference = r if second_row == "given" else None
         inputs = calls.logits_inputs(z, reference, implementation)
         some = calls.Edits(jnp.asarray(ids), jnp.asarray(factors)) if edits else None
-        outputs, _ = calls.call(c, inputs, y, WEIGHTS, some, axis, implementation)
+        outputs, _ = calls.call(c, inputs, y, WEIGHTS, some, False, axis, implementation)
         return outputs["loss"]
 
     if backend == "sharded":

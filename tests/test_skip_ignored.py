@@ -183,3 +183,23 @@ def test_an_ignored_tokens_log_probability_is_reported_by_default():
     assert (tk.cross_entropy_loss(Z, Y, w).log_prob < 0).all()
     assert not tk.cross_entropy_loss(Z, Y, w, skip_ignored=True).log_prob.any()
     assert (tk.linear_cross_entropy_loss(H, K, jnp.zeros(H.shape[:-1], int)).log_prob < 0).all()
+
+
+@pytest.mark.parametrize("losses", [LOSSES, LINEAR], ids=["logits", "hidden states"])
+def test_vmap_of_other_numbers(losses):
+    """Each batch has its own number of tokens that count."""
+    model = (HIDDEN, KERNEL) if losses is LINEAR else (Z,)
+    reference = (HIDDEN + 0.1, KERNEL) if losses is LINEAR else (R,)
+    weights = jnp.stack([jnp.where(counts, SIGNS, 0.0) for counts in COUNTS.values()])
+
+    def gradient(w, skip_ignored):
+        def total(model):
+            out = losses["tnff"](*model, *reference, Y, w, skip_ignored=skip_ignored)
+            return (out.loss * jnp.cos(ROW)).sum()
+
+        return jax.grad(total)(model)
+
+    dense = jax.jit(lambda w: gradient(w, False))
+    each = [dense(w) for w in weights]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    close(jax.jit(jax.vmap(lambda w: gradient(w, True)))(weights), stacked)
