@@ -232,6 +232,13 @@ def _add_machine(group: Any) -> None:
         "float32)",
     )
     group.add_argument(
+        "--remat",
+        action="store_true",
+        help="hold only what is between layers and run each layer again in the backward pass "
+        "(gradient checkpointing): much less memory for long texts and deep models, a third more "
+        "arithmetic",
+    )
+    group.add_argument(
         "--param-dtype",
         metavar="NAME",
         default="float32",

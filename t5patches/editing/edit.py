@@ -92,6 +92,8 @@ class Job:
         templates: a file of instructions to put around the inputs.
         dropout: of the model being trained.
         dtype: of activations; parameters, sums and the optimizer are float32.
+        remat: whether an update runs each layer again in its backward pass instead of holding what
+            is inside it.
         model_parallel: over how many devices the vocabulary is split.
         devices: how many to use; None is all.
         cache_teacher: where the frozen model's hidden states are kept, computed once and for any
@@ -118,6 +120,7 @@ class Job:
     templates: PathLike | None = None
     dropout: float = 0.0
     dtype: str = "float32"
+    remat: bool = False
     model_parallel: int = 1
     devices: int | None = None
     cache_teacher: PathLike | None = None
@@ -246,7 +249,7 @@ def check(job: Job) -> Checked:
                 "or one that it was merged with (--merge where it was made)"
             )
     model = inspect_checkpoint(job.model)
-    model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype))
+    model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype), remat=job.remat)
     tokenizer = load_tokenizer(job.model, chat=job.chat)
     check_tokenizer(tokenizer, model.config, job.model)
     _check_original(job)
@@ -273,7 +276,7 @@ def check(job: Job) -> Checked:
     cached, own = job.dtype if job.cache_teacher else None, job.original is not None
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     plan = plan_memory(step, settings, mesh)
-    require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16")
+    require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
     notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
     return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
 

@@ -102,7 +102,12 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
 
 
 def require_memory(
-    plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None = None, *, bfloat16: bool = False
+    plan: MemoryPlan,
+    settings: TrainSettings,
+    mesh: Mesh | None = None,
+    *,
+    bfloat16: bool = False,
+    remat: bool = False,
 ) -> None:
     """Refuses a plan that does not fit, and says what would.
 
@@ -111,13 +116,14 @@ def require_memory(
         settings: how to train.
         mesh: see `t5patches.editing.train.train`.
         bfloat16: whether activations are already that small.
+        remat: whether layers are already run again instead of being held.
 
     Raises:
         ValueError: naming what to change.
     """
     if plan.available is None or plan.total <= plan.available:
         return
-    advice = "; ".join(_advice(plan, settings, mesh, bfloat16))
+    advice = "; ".join(_advice(plan, settings, mesh, bfloat16, remat))
     raise ValueError(f"{plan.text()}: that does not fit. {advice}")
 
 
@@ -170,7 +176,7 @@ def yet_to_place(params: Any) -> int:
 
 
 def _advice(
-    plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None, bfloat16: bool
+    plan: MemoryPlan, settings: TrainSettings, mesh: Mesh | None, bfloat16: bool, remat: bool
 ) -> list[str]:
     rows = 1 if mesh is None else mesh.shape[placement.DATA]
     local = settings.batch_size // rows
@@ -182,6 +188,8 @@ def _advice(
     out = []
     if fitting >= 1:
         out.append(f"a batch size of {fitting * rows} should fit (--batch-size)")
+    if not remat:
+        out.append("an update need not hold what is inside the layers (--remat)")
     if settings.lora is None:
         out.append("an adapter has no gradients of the model and no second copy of it (--lora 8)")
     elif settings.param_dtype == "float32":

@@ -142,6 +142,7 @@ _LEAST = {
 MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = {
     "steps": operator.le,
     "checkpoint_every": lambda there, asked: True,
+    "remat": lambda there, asked: True,
 }
 """Settings in which a run that goes on may differ from what it was: it may get more steps."""
 

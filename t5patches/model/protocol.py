@@ -73,6 +73,8 @@ class ModelConfig(Protocol):
       emb_dim: width D of the hidden states.
       dtype: of activations; parameters and logits are float32.
       dropout_rate: of the model being trained.
+      remat: whether training runs each layer again in the backward pass instead of holding what is
+        inside it.
       pad_id: stands after the end of a row; no text has it. It may be -1, which is no id.
       begin_id: the first token that the network is given, of an output or of all.
       end_id: the last token of an output, where data has a text without ids.
@@ -97,6 +99,10 @@ class ModelConfig(Protocol):
 
     @property
     def dropout_rate(self) -> float:
+        """See the class."""
+
+    @property
+    def remat(self) -> bool:
         """See the class."""
 
     @property
@@ -181,7 +187,7 @@ class LanguageModel(Protocol):
         """See the class."""
 
     def replace(self, **changes: Any) -> Self:
-        """The same model with other fields in its config, such as `dtype` and `dropout_rate`."""
+        """The same model with other fields in its config, such as `dtype` and `remat`."""
 
     def init(self, key: Array) -> Params:
         """Random parameters, float32, as training begins with them."""

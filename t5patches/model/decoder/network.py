@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 
 from t5patches.model.protocol import Array, OutputHead, Params
+from t5patches.model.remat import remat
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -113,6 +114,8 @@ class DecoderConfig:
       logit_softcap: the same for the logits.
       scaled_embedding: whether the embedding is multiplied by `sqrt(emb_dim)`.
       tied: whether the embedding makes the logits.
+      remat: whether training runs each layer again in the backward pass instead of holding what is
+        inside it: less memory, a third more arithmetic. No property of the model.
     """
 
     family: str
@@ -149,6 +152,7 @@ class DecoderConfig:
     logit_softcap: float = 0.0
     scaled_embedding: bool = False
     tied: bool = False
+    remat: bool = False
 
     @property
     def pad_id(self) -> int:
@@ -499,24 +503,39 @@ def run(
         window: causal & (distance < window) if window else causal
         for window in {config.window(i) for i in range(config.num_layers)}
     }
-    dropped = itertools.count()
 
-    def drop(x: Array) -> Array:
-        if dropout_key is None or not config.dropout_rate:
+    def drop(number: int, key: Array | None, x: Array) -> Array:
+        if key is None or not config.dropout_rate:
             return x
-        key = jax.random.fold_in(dropout_key, next(dropped))
-        kept = jax.random.bernoulli(key, 1 - config.dropout_rate, x.shape)
+        kept = jax.random.bernoulli(
+            jax.random.fold_in(key, number), 1 - config.dropout_rate, x.shape
+        )
         return jnp.where(kept, x / jnp.asarray(1 - config.dropout_rate, x.dtype), 0)
 
-    x = drop(embed(config, params, tokens, positions))
-    made = []
-    for i in range(config.num_layers):
+    def read(
+        number: int, params: Params, x: Array, positions: Array, allowed: Array, key: Array | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """A layer, and its keys and values."""
+        made: list[tuple[Array, Array]] = []
+        drops = itertools.count(1 + 2 * number)  # after those of the embedding and other layers
 
-        def attend(query: Array, key: Array, value: Array, number: int = i) -> Array:
+        def attend(query: Array, key: Array, value: Array) -> Array:
             made.append((key, value))
-            return attend_within(config, query, key, value, allowed[config.window(number)])
+            return attend_within(config, query, key, value, allowed)
 
-        x = layer(config, params[f"layers_{i}"], x, positions, attend, number=i, drop=drop)
+        def drop_next(x: Array) -> Array:
+            return drop(next(drops), key, x)
+
+        x = layer(config, params, x, positions, attend, number=number, drop=drop_next)
+        return x, made[0]
+
+    x, made = drop(0, dropout_key, embed(config, params, tokens, positions)), []
+    for i in range(config.num_layers):
+        read_layer = functools.partial(read, i)
+        x, of_layer = (remat(read_layer) if config.remat else read_layer)(
+            params[f"layers_{i}"], x, positions, allowed[config.window(i)], dropout_key
+        )
+        made.append(of_layer)
     return x, made
 
 

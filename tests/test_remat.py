@@ -1,0 +1,116 @@
+"""Layers that are run again in the backward pass: the same numbers, and much less held."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from editing_samples import example, model_folder
+from harness import slow_unless
+
+from t5patches.cli import main
+from t5patches.editing.data import write_examples
+from t5patches.editing.train import Step, TrainSettings
+from t5patches.model.decoder.model import small_decoder
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.lora import Lora
+from t5patches.model.remat import remat
+from t5patches.model.t5.model import small_t5
+
+SMALL = {"decoder": small_decoder, "T5": small_t5}
+PROMPT, OUTPUT = 24, 8
+
+
+def batch(model, rows=2):
+    rng = np.random.default_rng(0)
+    shapes = {"inputs": (rows, PROMPT), "outputs": (rows, OUTPUT)}
+    ids = {name: rng.integers(2, model.config.vocab_size, x) for name, x in shapes.items()}
+    return {name: x.astype(np.int32) for name, x in ids.items()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_gradient_is_the_same(kind, dropout):
+    model = SMALL[kind](vocab_size=32, width=16, layers=2).replace(dropout_rate=dropout)
+    params, arrays = model.init(jax.random.key(0)), batch(model)
+
+    def gradient(remat):
+        def total(params):
+            key = jax.random.key(1) if dropout else None
+            hidden = model.replace(remat=remat).hidden(params, arrays, dropout_key=key)
+            return jnp.square(hidden).sum()
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(True), gradient(False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_inference_is_the_same(kind):
+    model = SMALL[kind](vocab_size=32, width=16, layers=2)
+    params, arrays = model.init(jax.random.key(0)), batch(model)
+
+    def logits(model):
+        _, length = arrays["outputs"].shape
+        cache = model.prefill(
+            params, arrays["inputs"], arrays["outputs"], 3, streams=2, max_length=length
+        )
+        return model.decode(params, cache, np.repeat(arrays["outputs"][:, 2:3], 2, axis=1))[0]
+
+    np.testing.assert_allclose(logits(model.replace(remat=True)), logits(model), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [("decoder", Lora(2)), slow_unless(False, "decoder", None), slow_unless(False, "T5", None),
+     slow_unless(False, "T5", Lora(2))],
+)  # fmt: skip
+def test_an_update_holds_what_is_between_layers(kind, lora):
+    model = SMALL[kind](vocab_size=32, width=32, layers=6 if kind == "decoder" else 3)
+    arrays = batch(model, rows=32)
+    arrays["weights"] = np.ones(arrays["outputs"].shape, np.float32)
+    settings = TrainSettings(objective="ul", batch_size=32, lora=lora)
+
+    def working(model):
+        return Step(model, settings, arrays).compiled.memory_analysis().temp_size_in_bytes
+
+    # The second is the control.
+    assert working(model.replace(remat=True)) < 0.5 * working(model)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    layer = remat(lambda params, x: x @ (params["kernel"] + params["adapter"]))
+    kernel, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+
+    def total(adapter):
+        return layer({"kernel": kernel, "adapter": adapter}, x).sum()
+
+    (cond,) = [
+        eqn for eqn in jax.make_jaxpr(jax.grad(total))(kernel).eqns if eqn.primitive.name == "cond"
+    ]
+    assert [x.aval.shape for x in cond.outvars] == [(8, 8)]
+
+
+def test_a_cotangent_of_zero_and_one_that_is_no_number():
+    layer = remat(lambda w, x: (w * x, x))
+    x = jnp.arange(3.0)
+    assert jax.grad(lambda w: 0.0 * layer(w, x)[0].sum())(2.0) == 0
+    assert jnp.isnan(jax.grad(lambda w: jnp.nan * layer(w, x)[0].sum())(2.0))
+
+
+def test_an_edit_with_it_is_the_same(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    data = tmp_path / "marked.jsonl"
+    write_examples(data, [example("a b", "a c", "c"), example("b", "c b", "b")])
+    made = {}
+    for name, flags in (("with", ["--remat"]), ("without", [])):
+        output = tmp_path / name
+        command = ["edit", "--model", folder, "--data", data, "--output", output, "--steps", 2]
+        command += ["--batch-size", 2, "--devices", 1, *flags]
+        assert main([*map(str, command), "--quiet"]) == 0
+        made[name] = load_checkpoint(output)[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *made.values()
+    )
