@@ -3,13 +3,14 @@
 Three questions, in one run on this machine, weights random:
 
 * update: one update of TNFF with Adam, 8 examples of 128 and 32 tokens, SmolLM2-135M's shape, all
-  parameters or an adapter of rank 16, the original run at each update (live) or its hidden states
-  read from a cache. Beside it the same loss of the same parameters in torch: transformers' network,
-  peft's adapter, T5Patches' formula on whole logits of the outputs. The first loss of both must
-  agree.
+  parameters or an adapter of rank 16, the original run at each update, what is inside layers held
+  or run again (`--remat`; in torch gradient checkpointing). Beside it the same loss of the same
+  parameters in torch: transformers' network, peft's adapter, T5Patches' formula on whole logits of
+  the outputs. The first loss of both must agree.
 * speak: 8 greedy outputs of 32 tokens for prompts of 128, with transformers' `generate` beside.
 * memory: what the compiled update holds by XLA's own figures, nothing run, for SmolLM2's shape and
-  Llama 3.2 1B's; beside it the same with the dense losses.
+  Llama 3.2 1B's, the original live or its hidden states read from a cache; beside it the same with
+  the dense losses.
 
 Each measurement is a process of its own, and they take turns. What is held counts from the imports
 on; "working" is the largest set of an update but the first, beyond parameters and the optimizer's.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -39,11 +41,10 @@ from rich.table import Table
 
 from bench import common, torch_dense
 from t5patches.editing.plan import plan_memory
-from t5patches.editing.train import Step, TrainSettings, cache_teacher
+from t5patches.editing.train import Step, TrainSettings
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, understand
 from t5patches.model.lora import Lora
-from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 
 _LLAMA = {
     "model_type": "llama",
@@ -77,8 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 ROWS, PROMPT, OUTPUT, RANK, RATE = 8, 128, 32, 16, 1e-5
-# What is trained, and where the original's states come from.
-UPDATES = [(trained, original) for trained in ("all", "LoRA") for original in ("live", "cached")]
+# What is trained, and what is inside layers: held or run again.
+UPDATES = [(trained, layers) for trained in ("all", "LoRA") for layers in ("held", "run again")]
 LIBRARIES = ("ours", "torch")
 
 
@@ -109,38 +110,35 @@ Work = tuple[Callable[[], float], Callable[[], int]]
 
 
 @contextlib.contextmanager
-def our_update(folder: str, trained: str, original: str) -> Iterator[Work]:
-    """An update as `t5patches edit` makes it; what comes from a cache is read at each."""
+def our_update(folder: str, trained: str, layers: str) -> Iterator[Work]:
+    """An update as `t5patches edit` makes it."""
     model, params = load_checkpoint(folder)
-    arrays, settings = batch(), settings_of(trained)
-    cached = "float32" if original == "cached" else None
-    with tempfile.TemporaryDirectory() as place:
-        teacher = cached and cache_teacher(
-            place, model, params, arrays, batch_size=ROWS, dtype=cached
-        )
-        step = Step(model, settings, arrays, cached=cached)
-        state, frozen = step.start(params), step.place(params, params)
-        del params
+    arrays = batch()
+    step = Step(model.replace(remat=layers == "run again"), settings_of(trained), arrays)
+    state, frozen = step.start(params), step.place(params, params)
+    del params
 
-        def call() -> float:
-            nonlocal state
-            more = {ORIGINAL_HIDDEN: teacher.read(arrays)} if teacher else {}
-            state, metrics = step(state, frozen, arrays | more, 0)
-            jax.block_until_ready(state)
-            return float(metrics["loss"])
+    def call() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, arrays, 0)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
 
-        yield call, lambda: sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
+    yield call, lambda: sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
 
 
 @contextlib.contextmanager
-def torch_update(folder: str, trained: str, original: str) -> Iterator[Work]:
-    """The same in torch; cached states lie in memory."""
+def torch_update(folder: str, trained: str, layers: str) -> Iterator[Work]:
+    """The same in torch."""
     import peft
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     frozen = None
+    if layers == "run again":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # which it wants; nothing drops
     if trained == "LoRA":
         lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
         adapted = peft.get_peft_model(model, lora)
@@ -161,14 +159,10 @@ def torch_update(folder: str, trained: str, original: str) -> Iterator[Work]:
         with torch.no_grad(), without():
             return hidden(frozen or model)
 
-    stored = frozen_hidden() if original == "cached" else None
     head = (frozen or model).lm_head.weight.detach()
-    if stored is not None:
-        frozen = None
 
     def call() -> float:
-        states = frozen_hidden() if stored is None else stored
-        z, r = hidden(model) @ model.lm_head.weight.T, states @ head.T
+        r, z = frozen_hidden() @ head.T, hidden(model) @ model.lm_head.weight.T
         losses = torch_dense.dense("tnff", z.flatten(0, 1), r.flatten(0, 1), targets, weights)
         loss = losses.sum() / (weights != 0).sum()
         loss.backward()
@@ -296,16 +290,19 @@ def static_memory(shape: str) -> list[dict]:
     """What updates of a shape hold, by the compiler."""
     model = understand(SHAPES[shape], {}, shape)
     rows = []
-    for trained, original in UPDATES:
+    for (trained, layers), original in itertools.product(UPDATES, ("live", "cached")):
         for losses in (None, "reference"):
             settings = settings_of(trained, losses)
             cached = "float32" if original == "cached" else None
-            plan = plan_memory(Step(model, settings, batch(), cached=cached), settings)
+            step = Step(
+                model.replace(remat=layers == "run again"), settings, batch(), cached=cached
+            )
+            plan = plan_memory(step, settings)
             gib = {
                 name: getattr(plan, name) / 2**30
                 for name in ("parameters", "optimizer", "original", "working", "total")
             }
-            about = {"what": "memory", "shape": shape, "variant": (trained, original)}
+            about = {"what": "memory", "shape": shape, "variant": (trained, layers, original)}
             rows.append(about | {"losses": "dense" if losses else "fused"} | gib)
     return rows
 
@@ -330,7 +327,7 @@ def main() -> None:
     """Prints the tables and stores them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=int, default=2, help="processes of each kind")
+    parser.add_argument("--turns", type=int, default=1, help="processes of each kind")
     parser.add_argument("--rounds", type=int, default=3, help="updates that count in each")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from editing_samples import assert_same_folder
+from harness import slow_unless
 
 from t5patches.editing.train import TrainSettings, token_loss, train
 from t5patches.model.decoder.model import small_decoder
@@ -62,7 +63,9 @@ def test_logits_are_those_of_the_original_library(name):
     assert np.std(expected["logits"][real]) > 0.5
 
 
-@pytest.mark.parametrize("name", decoder_folders.NAMES)
+@pytest.mark.parametrize(
+    "name", [slow_unless(i % 2 == 0, name) for i, name in enumerate(decoder_folders.NAMES)]
+)
 def test_greedy_outputs_are_those_of_the_original_library(name):
     model, params, expected = decoder_folders.load(name)
     length = expected["greedy"].shape[1]

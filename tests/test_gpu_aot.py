@@ -49,7 +49,7 @@ def program(name, implementation, dtype, *, gradient, rows=T, size=V, card="H200
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [slow_unless(name in MAIN or (i + j) % 2 == 0, name, dtype)
+    [slow_unless((i + j) % 2 == 0, name, dtype)
      for i, name in enumerate(CASES) for j, dtype in enumerate(DTYPES)],
 )  # fmt: skip
 def test_passes(name, dtype):
@@ -121,7 +121,7 @@ def test_spills_are_reported(spills):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "gradient"),
-    [slow_unless((i + j + gradient) % 2 == 0, name, dtype, gradient)
+    [slow_unless((i // 2 + j + gradient) % 2 == 0 and i % 2 == gradient, name, dtype, gradient)
      for i, name in enumerate(MAIN) for j, dtype in enumerate(DTYPES)
      for gradient in (False, True)],
 )  # fmt: skip

@@ -32,8 +32,8 @@ from t5patches_kernels.core.operation import Operation, Stage
 
 NAME = "pallas_tpu"
 SEEDS = st.integers(0, 2**32 - 1)
-SWEEP = [(name, 257) for name in CASES]
-SWEEP += [slow_unless(i % 2 == 0, name, 7) for i, name in enumerate(MAIN)]
+SWEEP = [slow_unless(name in MAIN or i % 2 == 0, name, 257) for i, name in enumerate(CASES)]
+SWEEP += [slow_unless(i % 4 == 0, name, 7) for i, name in enumerate(MAIN)]
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_float32(name, size, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, size))
 
 
-@pytest.mark.parametrize("name", [slow_unless(i % 2 == 0, x) for i, x in enumerate(MAIN)])
+@pytest.mark.parametrize("name", [slow_unless(i % 3 == 0, x) for i, x in enumerate(MAIN)])
 @settings(max_examples=2)
 @given(seed=SEEDS)
 def test_bfloat16(name, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, 257, dtype=jnp.bfloat16), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", TAKES_EDITS)
+@pytest.mark.parametrize("name", [slow_unless(i % 2 == 1, x) for i, x in enumerate(TAKES_EDITS)])
 @settings(max_examples=2)
 @given(seed=SEEDS)
 def test_sets_of_edits(name, seed):
@@ -152,7 +152,7 @@ def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.pla
 @pytest.mark.usefixtures("_little_vmem")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [slow_unless(dtype == often or name == "tnrf", name, dtype)
+    [slow_unless(dtype == often, name, dtype)
      for name, often in (("tnff", np.float32), ("tnrf", np.float32), ("ul", jnp.bfloat16),
                            ("ce-smoothed", np.float32))
      for dtype in (np.float32, jnp.bfloat16)],
@@ -282,7 +282,7 @@ def test_any_cotangent(name):
     close(grad(NAME), grad("reference"))
 
 
-@pytest.mark.parametrize("name", ["tnrf", "ce"])
+@pytest.mark.parametrize("name", ["tnrf", slow_unless(False, "ce")])
 def test_vmap_folds_into_rows_and_remat(name):
     def total(z, r, y, w, ct, implementation=NAME):
         return weighed(LOSSES[name](z, r, y, w, implementation=implementation), ct)

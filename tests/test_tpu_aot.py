@@ -48,11 +48,11 @@ def compiled(chip, name, dtype, mode, v, t):
 
 
 # Every chip with every objective, type and mode; vocabularies and numbers of rows take turns, so
-# that every two of these values meet. On every run a quarter of the types and modes of half of the
-# objectives, which take turns too.
+# that every two of these values meet. On every run each chip has two of the objectives and each
+# objective a chip at least, in one type and mode; they take turns too.
 GRID = [
     slow_unless(
-        (i + j) % 2 == 0 and (k, m) == ((i + j // 2) % 2, (i + j // 4) % 2),
+        (i + j) % 4 == 0 and (k, m) == ((i + j // 2) % 2, (i + j // 4) % 2),
         chip, name, dtype, mode, COLUMNS[(i + j + k) % 3], ROWS[(j + m + 2 * i) % 3],
     )
     for i, chip in enumerate(CHIPS)
@@ -71,7 +71,7 @@ def test_compiles(chip, name, dtype, mode, v, t):
 
 @pytest.mark.parametrize(
     ("chip", "what"),
-    [slow_unless((i + j) % 2 == 0, chip, what)
+    [slow_unless((i + j) % 4 == 0, chip, what)
      for i, chip in enumerate(CHIPS) for j, what in enumerate(("edits", "statistics"))],
 )  # fmt: skip
 def test_compiles_sets_of_edits_and_statistics(chip, what):
@@ -107,7 +107,7 @@ def test_control_xla_has_no_kernel():
 
 @pytest.mark.parametrize(
     ("chip", "name", "dtype"),
-    [slow_unless(chip == "v4" and (i + j) % 2 == 0, chip, name, dtype)
+    [slow_unless(chip == "v4" and (i + j) % 4 == 0, chip, name, dtype)
      for chip in CHIPS for i, name in enumerate(TARGETED_NEGATIVE)
      for j, dtype in enumerate(DTYPES)],
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_three_passes(chip, name, dtype):
     assert program.memory_analysis().temp_size_in_bytes < most
 
 
-@pytest.mark.parametrize("name", [slow_unless(i % 2 == 0, name) for i, name in enumerate(MAIN)])
+@pytest.mark.parametrize("name", [slow_unless(i % 4 == 0, name) for i, name in enumerate(MAIN)])
 def test_value_reads_every_array_once(name):
     program = compiled("v4", name, jnp.float32, "value", 32128, 2048)
     assert passes(program, (2048, 32128)) == (1 if name in ALONE else 2)
@@ -130,7 +130,7 @@ def test_value_reads_every_array_once(name):
 @pytest.mark.parametrize(
     ("chip", "name"),
     [slow_unless(name == "tnrf", "v4", name) for name in TARGETED_NEGATIVE]
-    + [slow_unless((i + j) % 2 == 0, chip, name)
+    + [slow_unless((i + j) % 4 == 0, chip, name)
        for i, chip in enumerate(CHIPS) if chip != "v4" for j, name in enumerate(("tnff", "tnrf"))],
 )  # fmt: skip
 def test_passes_of_a_large_vocabulary(chip, name):
@@ -145,9 +145,7 @@ def test_passes_of_a_large_vocabulary(chip, name):
     assert streamed.held / streamed.windows > 2 / 3  # 3.33 passes at most
 
 
-@pytest.mark.parametrize(
-    "name", [slow_unless(name in ("tnff", "tnrf"), name) for name in TARGETED_NEGATIVE]
-)
+@pytest.mark.parametrize("name", [slow_unless(name == "tnrf", name) for name in TARGETED_NEGATIVE])
 def test_gradient_takes_the_place_of_logits(name):
     """From hidden states to loss and gradients, the two logit arrays are all that is held."""
     t, d, v = 2048, 768, 32128
@@ -165,7 +163,7 @@ def test_gradient_takes_the_place_of_logits(name):
     assert passes(program, (t, v)) == 7  # two products in, the kernel's three, two products out
 
 
-@pytest.mark.parametrize("name", ["tnff", "tnrf"])
+@pytest.mark.parametrize("name", [slow_unless(False, "tnff"), "tnrf"])
 def test_linear_holds_no_logits(name):
     """Beyond the kernel's gradient in float32, 5% of what XLA holds on dense logits (10.24 GB)."""
     t, d, v = 4096, 1024, 250112
@@ -207,7 +205,7 @@ def test_a_split_vocabulary_compiles():
 
 @pytest.mark.parametrize(
     ("name", "dtype", "v"),
-    [("tnrf", "bfloat16", 32128), slow_unless(False, "tnff", "float32", 250112)],
+    [slow_unless(False, "tnrf", "bfloat16", 32128), slow_unless(False, "tnff", "float32", 250112)],
 )
 def test_schedules_have_not_grown(name, dtype, v):
     """A kernel's schedule on v4 is that of the table, or shorter: no time is taken."""
