@@ -28,9 +28,9 @@ def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
       A function of the same arguments, without a forward-mode derivative.
 
     Example:
-      >>> layer = remat(lambda w, x, mask: x + jnp.tanh(w * x) * mask)
-      >>> w, x, mask = jnp.float32(2), jnp.ones(3), jnp.array([True, True, False])
-      >>> print(jax.grad(lambda w: layer(w, x, mask).sum())(w))
+      >>> layer = remat(lambda w, x, kept: x + jnp.tanh(w * x) * kept)
+      >>> w, x, kept = jnp.float32(2), jnp.ones(3), jnp.array([1.0, 1.0, 0.0])
+      >>> print(jax.grad(lambda w: layer(w, x, kept).sum())(w))
       0.14130163
     """
 
