@@ -23,6 +23,7 @@ from t5patches_kernels.losses import (
     token_statistics,
     unlikelihood_loss,
 )
+from t5patches_kernels.preferences import pairwise_reward_loss, preference_loss
 from t5patches_kernels.sharding import mesh_axes
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "linear_unlikelihood_loss",
     "mesh_axes",
     "negative_likelihood_loss",
+    "pairwise_reward_loss",
+    "preference_loss",
     "targeted_negative_loss",
     "token_statistics",
     "unlikelihood_loss",
