@@ -368,6 +368,11 @@ class Call:
         return objectives.needs(self.op.settings)
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """What tokens bring to the operation, by lane."""
+        return objectives.numbers(self.op.settings)
+
+    @property
     def reference(self) -> str | None:
         """What the second row is, as `objectives.reference_of` has it."""
         return objectives.reference_of(self.op.settings)
