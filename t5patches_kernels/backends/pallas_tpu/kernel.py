@@ -206,6 +206,10 @@ def _windows(block: _Block) -> None:
         )
         block.put(of, now | sums)
 
+    def add_own(of: str) -> None:
+        """Adds the targets' logits that are in a window."""
+        block.put(f"own {of}", {name: x + block.own(of) for name, x in state(f"own {of}").items()})
+
     def whole_row(of: str) -> Stats:
         """The statistics of the rows, from those by lane."""
         lanes, m = state(of), statistics.MAXIMUM[of]
@@ -217,7 +221,11 @@ def _windows(block: _Block) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _reference() -> None:
         block.start("r")
+        block.start("own r")
         top, held = block.load("r")
+        if state("own r"):
+            block.read_rows()
+            add_own("r")
         add("r", block.edited(top["rm"]) if call.plan.private else top["rm"], {}, held, ())
 
         @pl.when(last)
@@ -228,16 +236,16 @@ def _windows(block: _Block) -> None:
     @pl.when(pl.program_id(1) == 1)
     def _model() -> None:
         block.start("z")
-        block.start("own")
+        block.start("own z")
         top, held = block.load("z")
         block.read_rows()
-        block.put("own", {name: x + block.own("z") for name, x in state("own").items()})
+        add_own("z")
         reference = {k: x for k, x in state("row").items() if k in ("rm", "rs", "qr")}
         add("z", top["m"], reference, [("copy", "r"), *held], call.plan.kept)
 
         @pl.when(last)
         def _() -> None:
-            row = whole_row("z") | statistics.row_sums(state("own"))
+            row = whole_row("z") | statistics.row_sums(state("own z") | state("own r"))
             stats = objectives.finish(block.spread(row | reference), block.of_tokens)
             block.store_statistics(stats)
             if call.makes_gradient:
