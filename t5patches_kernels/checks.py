@@ -63,6 +63,8 @@ def per_token(name: str, x: Any, like_name: str, like: Any) -> None:
     remedy = ""
     if _shape(x) == _shape(like):
         remedy = f" {name} takes one entry a token, not one a vocabulary entry (no one-hot)."
+    elif _shape(x) == need[:-1]:
+        remedy = f" One for all of a sequence is jnp.broadcast_to({name}[..., None], {need})."
     raise ValueError(
         f"{name} must have shape {need}, that of {like_name} {_shape(like)} without its last "
         f"dimension, got {_shape(x)}.{remedy}"

@@ -558,15 +558,17 @@ def policy_gradient_loss(
       logits: ``[..., V]`` float32 or bfloat16, of the policy.
       ref_logits: ``[..., V]`` float32 or bfloat16, of the reference, or None: then there is no KL.
       targets: ``[...]`` integer ids, the tokens that were sampled.
-      weights: ``[...]`` factors ``>= 0``, 0 for tokens that are ignored (the prompt, padding), or
+      weights: ``[...]`` factors w ``>= 0``, 0 for tokens that are ignored (the prompt, padding), or
         None for all 1. A negative one gives NaN: a token is pushed down by its advantage.
-      advantages: ``[...]`` floating point.
+      advantages: ``[...]`` floating point; GRPO's, one for a whole answer, is broadcast to it.
       old_log_probs: ``[...]`` floating point, ``log p[y]`` under the policy that y was sampled
         from. None: that is this policy, as in the first update after sampling; the ratio is then 1
         with the gradient of ``log p[y]``, and nothing is clipped.
       clip: how far the ratio may go below 1, in [0, 1], and above, ``>= 0``.
       kl: ``"exact"``, ``"k1"`` or ``"k3"``.
-      kl_coefficient: ``>= 0``; more than 0 needs `ref_logits`.
+      kl_coefficient: ``>= 0``; more than 0 needs `ref_logits`. It is compiled in: for one that is
+        adapted as training goes on, take 0 and add ``w * beta * kl`` (the logits are then read once
+        more for the gradient).
       entropy_coefficient: of the bonus.
       skip_ignored: see the module.
       vocab_axis: see the module.

@@ -233,6 +233,11 @@ BAD = {
         ValueError,
         r"advantages must have shape \(2, 3\).*got \(3,\)",
     ),
+    "advantages of sequences": (
+        lambda: policy(advantages=W[:, 0]),
+        ValueError,
+        r"got \(2,\).*jnp.broadcast_to\(advantages\[..., None\], \(2, 3\)\)",
+    ),
     "old_log_probs shape": (
         lambda: policy(old=Z),
         ValueError,
