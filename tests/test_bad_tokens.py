@@ -145,10 +145,9 @@ NO_ANSWER = {
     "+inf at the target": lambda x: x.at[:, 0].set(jnp.inf),
     "nothing unmasked": lambda x: x.at[:].set(-jnp.inf),
 }
-OF_PAIRS = ("kl_forward", "kl_reverse", "policy_gradient")
-WITH_REFERENCE = (*tk.TARGETED_NEGATIVE, *OF_PAIRS)
+WITH_REFERENCE = (*tk.TARGETED_NEGATIVE, "kl_forward", "kl_reverse")
 ON_BACKENDS = [
-    *((name, i) for name in (*MAIN, *OF_PAIRS) for i in IMPLEMENTATIONS),
+    *((name, i) for name in (*MAIN, "kl_forward", "kl_reverse") for i in IMPLEMENTATIONS),
     *((name, GPU_FORM) for name in ("tnff", "tnrf", "ul")),
     *((name, "pallas_tpu") for name in ("tnrf", "tnrll", "ul")),
     *((name, "pallas_gpu") for name in ("tnrr", "ul")),

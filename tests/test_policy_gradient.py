@@ -48,13 +48,13 @@ def by_formula(z, r, old, clip, kl, kl_coefficient, entropy_coefficient):
     return tk.PolicyLoss(loss, log_p[at], ratio, None, of_kl[kl], entropy)
 
 
-def gradients(*options):
+def gradients(**options):
     """Of each part's sum by the logits: central differences, a column at a time."""
     step, z, found = 1e-5, Z.astype(np.float64), {name: np.zeros((T, V)) for name in PARTS}
     for j in range(V):
         move = step * (np.arange(V) == j)
         ahead, behind = (
-            by_formula(x, R.astype(np.float64), *options) for x in (z + move, z - move)
+            by_formula(x, R.astype(np.float64), **options) for x in (z + move, z - move)
         )
         for name in PARTS:
             found[name][:, j] = (getattr(ahead, name) - getattr(behind, name)) / (2 * step)
@@ -81,54 +81,40 @@ def outcome(implementation, part, **options):
 # The exact one of logits is among the sweeps' objectives.
 @pytest.mark.parametrize(
     ("implementation", "kl", "part"),
-    [slow_unless((i < 2, kl, part) in ((True, "k1", "loss"), (True, "k3", "loss")), name, kl, part)
-     for i, name in enumerate(IMPLEMENTATIONS) for kl in objectives.KLS for part in PARTS],
+    [slow_unless(name in ("xla", "reference") and (kl, part) == ("k3", "loss"), name, kl, part)
+     for name in IMPLEMENTATIONS for kl in objectives.KLS for part in PARTS],
 )  # fmt: skip
 def test_every_part_is_that_of_the_papers(implementation, kl, part, monkeypatch):
     gpu_form_by_name(monkeypatch)
-    coefficients = {"kl_coefficient": 0.3, "entropy_coefficient": 0.2}
-    check(implementation, kl, part, coefficients)
+    check(implementation, part, kl)
 
 
-def check(implementation, kl, part, coefficients):
-    want = by_formula(*map(np.float64, (Z, R, OLD)), CLIP, kl, **coefficients)
-    got, gradient = outcome(implementation, part, kl=kl, **coefficients)
+SAID = {"clip": CLIP, "kl_coefficient": 0.3, "entropy_coefficient": 0.2}
+
+
+def check(implementation, part, kl, wrong=()):
+    """Holds a part and its gradient to the formulas, or to wrong ones."""
+    got, gradient = outcome(implementation, part, kl=kl, **SAID)
+    said = {"old": OLD.astype(np.float64), "kl": kl} | SAID | dict(wrong)
+    want = by_formula(*map(np.float64, (Z, R)), **said)
     for name in PARTS:
         np.testing.assert_allclose(
             getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name
         )
-    expected = gradients(OLD.astype(np.float64), CLIP, kl, *coefficients.values())[part]
-    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient, gradients(**said)[part], rtol=1e-4, atol=1e-5)
     held = (W != 0) & np.where(A > 0, LOG_RATIOS > 0.3, (A < 0) & (LOG_RATIOS < -0.3))
     assert held[A > 0].any()
     assert held[A < 0].any()
     np.testing.assert_array_equal(got.clipped, held)
 
 
-@pytest.fixture
-def _fresh_programs():
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("_fresh_programs")
 @pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        slow_unless(
-            True, "_held", lambda row, c: jnp.clip(objectives._log_ratio(row, c), -0.22, 0.26)
-        ),
-        slow_unless(False, "entropy", lambda row, c: row.log_s - row.pz / row.s + 1e-3),
-        slow_unless(False, "_k3", lambda row, c: jnp.square(objectives._k1(row, c)) / 2),
-    ],
+    "wrong",
+    [{"clip": (0.2, 0.301)}, {"clip": (0.201, 0.3)}, {"kl": "k1"}, {"entropy_coefficient": 0.201}],
 )
-def test_control_another_formula_is_seen(name, wrong, monkeypatch):
-    monkeypatch.setattr(objectives, name, wrong)
-    if name == "_k3":
-        monkeypatch.setitem(objectives.KLS, "k3", wrong)
+def test_control_another_formula_is_seen(wrong):
     with pytest.raises(AssertionError, match="Not equal"):
-        check("xla", "k3", "loss", {"kl_coefficient": 0.3, "entropy_coefficient": 0.2})
+        check("reference", "loss", "k3", wrong)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
@@ -198,35 +184,39 @@ def test_a_ratio_beyond_float32(implementation):
     "implementation", [slow_unless(x in ("xla", "reference"), x) for x in IMPLEMENTATIONS]
 )
 def test_what_is_no_answer_is_nan_where_it_counts(implementation, monkeypatch):
-    """In the loss and its whole row of the gradient; an ignored token's numbers do not matter."""
+    """In the loss and its whole row of the gradient; of an ignored token nothing matters."""
     gpu_form_by_name(monkeypatch)
 
     @jax.jit
-    def f(z, y, w, a, old):
+    def f(z, r, y, w, a, old):
         def total(z):
-            out = loss(z, implementation, y=y, w=w, a=a, old=old, kl_coefficient=0.1)
+            out = loss(z, implementation, r=r, y=y, w=w, a=a, old=old, kl_coefficient=0.1)
             return out.loss.sum(), out
 
         return jax.value_and_grad(total, has_aux=True)(z)
 
-    (_, plain), d_plain = f(Z, Y, W, A, OLD)
-    first = np.arange(T) < 6
-    counts = W != 0
+    good = {"z": Z, "r": R, "y": Y, "w": W, "a": A, "old": OLD}
+    (_, plain), d_plain = f(**good)
+    first, counts = np.arange(T) < 6, W != 0
     for name, fault in (
-        ("a", np.nan), ("a", np.inf), ("old", np.nan), ("old", -np.inf), ("y", -1), ("w", -1.0)
+        ("z", np.nan), ("z", np.inf), ("r", np.nan), ("y", -1), ("y", V), ("w", -1.0),
+        ("a", np.nan), ("a", np.inf), ("old", np.nan), ("old", -np.inf),
     ):  # fmt: skip
-        given = {"y": Y, "w": W, "a": A, "old": OLD}
-        spoilt = first & counts if name == "w" else first  # else it would not be ignored
-        given[name] = np.where(spoilt, fault, given[name]).astype(given[name].dtype)
-        (_, out), dz = f(Z, **given)
+        spoilt = good[name].copy()
+        # Of a row one entry; no weight of an ignored token, which it would not be any more.
+        at = (first, 7) if name in "zr" else first & counts if name == "w" else first
+        spoilt[at] = fault
+        (_, out), dz = f(**good | {name: spoilt})
         lost = first & counts
         np.testing.assert_array_equal(np.isnan(out.loss), lost, err_msg=name)
         np.testing.assert_array_equal(np.isnan(dz).all(-1), lost, err_msg=name)
         np.testing.assert_array_equal(np.isnan(dz).any(-1), lost, err_msg=name)
-        np.testing.assert_array_equal(out.loss[~lost], plain.loss[~lost], err_msg=name)
-        np.testing.assert_array_equal(np.asarray(dz)[~lost], d_plain[~lost], err_msg=name)
+        kept = ~first  # (a TPU's block with NaN takes another way, which rounds otherwise)
+        close((out.loss[kept], dz[kept]), (plain.loss[kept], d_plain[kept]))
+        np.testing.assert_array_equal(np.asarray(out.loss)[~counts], 0.0, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(dz)[~counts], 0.0, err_msg=name)
         for part in out:
-            assert np.isfinite(part[first & ~counts]).all(), name
+            assert np.isfinite(part[~lost]).all(), name
 
 
 def test_without_a_kl_in_the_loss_a_spoilt_reference_shows_in_the_kl_alone():
@@ -255,6 +245,7 @@ def test_nothing_is_computed_that_nobody_asks_for():
     assert objectives.differentiable(c, ("loss",)) == ("s", "zy")
 
 
+@pytest.mark.slow
 def test_skipped_tokens():
     kept = W != 0
 
@@ -282,8 +273,8 @@ def weighed(out):
 @pytest.mark.parametrize(
     ("linear", "by_jax"),
     [slow_unless(often, linear, by_jax)
-     for linear, by_jax, often in ((True, False, True), (False, True, True), (False, False, False),
-                                   (True, True, False))],
+     for linear, by_jax, often in ((True, False, True), (False, True, False),
+                                   (False, False, False), (True, True, False))],
 )  # fmt: skip
 def test_a_split_vocabulary(linear, by_jax):
     """Inside a shard_map or by JAX under a mesh: parts and gradients are those of one device."""
@@ -325,6 +316,7 @@ def test_vmap_with_advantages_of_each():
     close(jax.vmap(gradient, (None, 0))(Z, a), each)
 
 
+@pytest.mark.slow
 def test_bfloat16_numbers_and_logits():
     low = jnp.bfloat16
     z, r, a, old = (jnp.asarray(x).astype(low) for x in (Z, R, A, OLD))
