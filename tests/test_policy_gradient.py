@@ -150,7 +150,7 @@ def test_at_the_bound_the_gradient_flows(a, bound):
 
 
 @pytest.mark.parametrize(
-    "implementation", [slow_unless(x != "pallas_tpu", x) for x in IMPLEMENTATIONS]
+    "implementation", [slow_unless(not x.startswith("pallas"), x) for x in IMPLEMENTATIONS]
 )
 def test_on_policy_it_is_the_policy_gradient(implementation, monkeypatch):
     """Without old log-probabilities: REINFORCE, ``-A log p[y]``, whatever the clip."""
