@@ -47,7 +47,7 @@ def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) 
     if op.vocab_axis is None:
         return driver(op, Stage.STATISTICS, operands, tokens).stats
     stats = sharding.merge(driver(op, Stage.FIRST_PASS, operands, tokens).stats, op.vocab_axis)
-    stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+    stats = objectives.finish(stats, tokens.of_rows())
     if not objectives.needs_second_pass(op.settings):
         return stats
     more = driver(op, Stage.SECOND_PASS, operands, tokens, stats).stats

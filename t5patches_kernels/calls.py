@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -105,6 +104,7 @@ class _PerToken(NamedTuple):
     targets: Array
     weights: Array
     edits: Edits | None
+    numbers: dict[str, Array]
 
 
 class _Tokens(NamedTuple):
@@ -114,6 +114,7 @@ class _Tokens(NamedTuple):
     weights: Array
     bad: Array
     edits: Edits | None
+    numbers: dict[str, Array]
 
 
 def _per_token(
@@ -122,6 +123,7 @@ def _per_token(
     targets: Array | None,
     weights: Array | None,
     edits: Edits | None,
+    numbers: Mapping[str, Array],
 ) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
@@ -136,15 +138,19 @@ def _per_token(
     checks.weights(weights)
     checks.per_token("weights", weights, inputs.name, like)
     targets, weights = _int32_ids(targets), jnp.asarray(weights).astype(dtype)
+    for name, x in numbers.items():
+        checks.real_numbers(name, x)
+        checks.per_token(name, x, inputs.name, like)
     second_row = objectives.reference_of(c)
     if edits is not None:
         checks.edits(edits, inputs.name, like)
         edits = Edits(_int32_ids(edits.ids), jnp.asarray(edits.factors).astype(dtype))
-    elif weighted and second_row is not None:
+    elif weighted and second_row is not None and objectives.OBJECTIVES[c.objective].weigh is None:
         # What a weight says where no edits are given: the target of a pushed-down token.
         left = jnp.zeros_like(weights) if second_row == "self" else jnp.maximum(0.0, 1.0 + weights)
         edits = Edits(targets[..., None], jnp.where(weights < 0, left, 1.0)[..., None])
-    return _PerToken(targets, weights, edits)
+    own = {name: jnp.asarray(x).astype(dtype) for name, x in numbers.items()}
+    return _PerToken(targets, weights, edits, own)
 
 
 def _int32_ids(ids: Array | np.ndarray) -> Array:
@@ -162,15 +168,19 @@ def _int32_ids(ids: Array | np.ndarray) -> Array:
 def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     y, w = given.targets.reshape(-1), given.weights.reshape(-1)
     bad = (y < 0) | (y >= c.vocab_size)
+    numbers = {name: x.reshape(-1) for name, x in given.numbers.items()}
+    for name, x in numbers.items():
+        bad |= ~jnp.isfinite(x) & (w != 0)
+        numbers[name] = jnp.where(jnp.isfinite(x), x, 0.0)
     if given.edits is None:
-        return _Tokens(y, w, bad, None)
+        return _Tokens(y, w, bad, None, numbers)
     ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
     if ids.shape[-1] == 0:
-        return _Tokens(y, w, bad, None)
+        return _Tokens(y, w, bad, None, numbers)
     wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
     if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
         factors = (factors != 0).astype(factors.dtype)
-    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors))
+    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors), numbers)
 
 
 def _run_reference(
@@ -191,21 +201,28 @@ def _run_reference(
     clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
     z, r = clean[0], clean[1] if operands.reference else None
     statistics = dense.token_statistics(z, r, tokens.targets)
+    policy = c.objective == "policy_gradient"
     if c.objective in ("statistics", "pair_statistics"):
         outputs = statistics
+    elif policy:
+        outputs = dense.policy_gradient(
+            statistics, tokens.weights, **tokens.numbers, clip=c.clip, kl=c.kl,
+            kl_coefficient=c.kl_coefficient, entropy_coefficient=c.entropy_coefficient,
+        )  # fmt: skip
     else:
         factor = None if e is None else dense.edit_factors(z.shape[-1], e.ids, e.factors)
-        options = dataclasses.asdict(c)
-        del options["objective"], options["vocab_size"]
         total, z_part = dense.loss(
-            c.objective, z, r, tokens.targets, tokens.weights, factor, **options
-        )
+            c.objective, z, r, tokens.targets, tokens.weights, factor, alpha=c.alpha,
+            smoothing=c.smoothing, z_loss=c.z_loss, divergence=c.divergence,
+            label_smoothing=c.label_smoothing, threshold=c.threshold,
+        )  # fmt: skip
         outputs = {"loss": total, "z_loss": z_part, "log_prob": statistics["log_prob"]}
+    of_reference = {"ref_log_prob", "kl"} | ({"loss"} if c.kl_coefficient or not policy else set())
     for name, x in outputs.items():
         unanswered = no_model
-        if no_reference and name in ("loss", "ref_log_prob", "kl"):
+        if no_reference and name in of_reference:
             unanswered |= no_reference[0]
-        if name not in ("entropy", "kl"):
+        if policy or name not in ("entropy", "kl"):
             unanswered |= tokens.bad
         # A product, so that the gradient is NaN too.
         marked = x * jnp.where(unanswered & counts, math.nan, 1.0)
@@ -229,6 +246,7 @@ def _run_driver(
         tokens.bad,
         None if e is None else local(e.ids),
         None if e is None else jnp.maximum(jnp.log(e.factors), REMOVED),
+        tokens.numbers,
     )
     driver = dispatch.driver(implementation, linear=op.head is not None)
     outputs, stats = autodiff.apply(driver, op, operands, flat)
@@ -267,6 +285,7 @@ def call(
     skip_ignored: bool,
     vocab_axis: str | None,
     implementation: str | None,
+    numbers: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], Array]:
     """Runs an operation on checked inputs.
 
@@ -284,7 +303,7 @@ def call(
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"
-    tokens = jax.lax.stop_gradient(_per_token(c, inputs, targets, weights, edits))
+    tokens = jax.lax.stop_gradient(_per_token(c, inputs, targets, weights, edits, numbers or {}))
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)

@@ -63,6 +63,8 @@ def per_token(name: str, x: Any, like_name: str, like: Any) -> None:
     remedy = ""
     if _shape(x) == _shape(like):
         remedy = f" {name} takes one entry a token, not one a vocabulary entry (no one-hot)."
+    elif _shape(x) == need[:-1]:
+        remedy = f" One for all of a sequence is jnp.broadcast_to({name}[..., None], {need})."
     raise ValueError(
         f"{name} must have shape {need}, that of {like_name} {_shape(like)} without its last "
         f"dimension, got {_shape(x)}.{remedy}"
@@ -86,6 +88,32 @@ def weights(x: Any) -> None:
             f"weights must be real numbers (> 0 kept, < 0 pushed down, 0 ignored), got {dtype}: "
             "cast them with weights.astype(jnp.float32)."
         )
+
+
+def real_numbers(name: str, x: Any) -> None:
+    """What a token brings besides its weight."""
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating point, got {dtype}: cast them with "
+            f"{name}.astype(jnp.float32)."
+        )
+
+
+def clip(x: Any) -> tuple[float, float]:
+    """How far a ratio may leave 1, below and above."""
+    if not isinstance(x, tuple | list) or len(x) != 2:
+        raise TypeError(
+            "clip must be a pair (below, above), as in clip=(0.2, 0.2) for a ratio of 0.8 to 1.2, "
+            f"got {x!r}."
+        )
+    low, high = (number(f"clip[{k}]", side, least=0.0) for k, side in enumerate(x))
+    if low > 1.0:
+        raise ValueError(
+            f"clip[0] must be in [0, 1], got {low}: the ratio is kept above 1 - clip[0], and no "
+            "ratio is negative."
+        )
+    return low, high
 
 
 def edits(x: Any, like_name: str, like: Any) -> None:
@@ -197,6 +225,15 @@ def head(hidden_name: str, hidden: Any, kernel_name: str, kernel: Any, transpose
         raise ValueError(
             f"{kernel_name} must be {layout} with D = {_shape(hidden)[-1]}, the last dimension of "
             f"{hidden_name} {_shape(hidden)}, got {_shape(kernel)}.{remedy}"
+        )
+
+
+def reference_for_kl(reference: Any, what: str, kl_coefficient: float) -> None:
+    """A divergence needs something to diverge from."""
+    if not reference and kl_coefficient:
+        raise ValueError(
+            f"kl_coefficient={kl_coefficient} needs a reference, got {what}=None: pass the frozen "
+            "model's, or kl_coefficient=0."
         )
 
 

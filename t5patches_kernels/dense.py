@@ -221,3 +221,45 @@ def token_statistics(logits: Array, ref_logits: Array | None, targets: Array) ->
         out["ref_log_prob"] = jnp.sum(jnp.where(d.onehot > 0, d.log_q, 0.0), axis=-1)
         out["kl"] = reverse(d, 0.0)
     return out
+
+
+def policy_gradient(
+    of_tokens: dict[str, Array],
+    weights: Array,
+    advantages: Array,
+    old_log_probs: Array | None = None,
+    *,
+    clip: tuple[float, float] | None,
+    kl: str | None,
+    kl_coefficient: float,
+    entropy_coefficient: float,
+) -> dict[str, Array]:
+    """PPO's clipped objective with its parts ``[T]``, from `token_statistics`.
+
+    ``min(rho A, clip(rho) A)`` is ``A min(rho, 1 + high)`` where ``A >= 0`` and
+    ``A max(rho, 1 - low)`` where ``A < 0``.
+    """
+    log_prob = of_tokens["log_prob"]
+    old = jax.lax.stop_gradient(log_prob) if old_log_probs is None else old_log_probs
+    log_ratio = held = log_prob - old
+    if clip is not None:
+        low, high = jnp.log1p(-clip[0]), jnp.log1p(clip[1])
+        held = jnp.where(advantages < 0, jnp.maximum(log_ratio, low), jnp.minimum(log_ratio, high))
+    term = -advantages * jnp.exp(held) - entropy_coefficient * of_tokens["entropy"]
+    out = {"log_prob": log_prob, "entropy": of_tokens["entropy"], "ratio": jnp.exp(log_ratio)}
+    if kl is not None:
+        difference = of_tokens["ref_log_prob"] - log_prob
+        out["kl"] = {
+            "exact": of_tokens["kl"],
+            "k1": -difference,
+            "k3": jnp.exp(difference) - 1 - difference,
+        }[kl]
+        if kl_coefficient:
+            term += kl_coefficient * out["kl"]
+    counts = weights != 0
+    clipped = counts & (advantages != 0) & (held != log_ratio)
+    weight = jnp.where(weights < 0, jnp.nan, weights)
+    return out | {
+        "loss": jnp.where(counts, weight * term, 0.0),
+        "clipped": clipped.astype(log_prob.dtype),
+    }

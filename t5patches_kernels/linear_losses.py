@@ -25,9 +25,17 @@ import jax
 
 from t5patches_kernels import calls, losses
 from t5patches_kernels.calls import Edits
-from t5patches_kernels.losses import TokenLoss, TokenStatistics
+from t5patches_kernels.losses import PolicyLoss, TokenLoss, TokenStatistics
 
 Array = jax.Array
+
+
+def _both(ref_hidden: Array | None, ref_kernel: Array | None) -> tuple[Array, Array] | None:
+    """A reference that is given whole or not at all."""
+    if (ref_hidden is None) != (ref_kernel is None):
+        missing = "ref_hidden" if ref_hidden is None else "ref_kernel"
+        raise ValueError(f"{missing} is missing: give both ref_hidden and ref_kernel, or neither.")
+    return None if ref_hidden is None or ref_kernel is None else (ref_hidden, ref_kernel)
 
 
 def linear_targeted_negative_loss(
@@ -213,6 +221,51 @@ def linear_cross_entropy_loss(
     )
 
 
+def linear_policy_gradient_loss(
+    hidden: Array,
+    kernel: Array,
+    ref_hidden: Array | None,
+    ref_kernel: Array | None,
+    targets: Array,
+    weights: Array | None,
+    advantages: Array,
+    old_log_probs: Array | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    transposed: bool = False,
+    clip: tuple[float, float] = (0.2, 0.2),
+    kl: str = "exact",
+    kl_coefficient: float = 0.0,
+    entropy_coefficient: float = 0.0,
+    skip_ignored: bool = False,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> PolicyLoss:
+    """`policy_gradient_loss` of hidden states.
+
+    Args and returns: as for `linear_targeted_negative_loss` and `policy_gradient_loss`; the
+    reference is given whole or not at all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import linear_policy_gradient_loss
+      >>> h, w = jnp.zeros((2, 3)), jnp.ones((3, 4))
+      >>> out = linear_policy_gradient_loss(
+      ...     h, w, h, w, jnp.array([0, 1]), None, jnp.array([0.5, -2.0]), kl_coefficient=0.1)
+      >>> print(out.loss, out.kl, out.entropy.round(4))
+      [-0.5  2. ] [0. 0.] [1.3863 1.3863]
+    """
+    inputs = calls.linear_inputs(
+        hidden, kernel, _both(ref_hidden, ref_kernel), logit_scale, softcap, transposed,
+        implementation,
+    )  # fmt: skip
+    return losses.run_policy_gradient(
+        inputs, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
+        entropy_coefficient, skip_ignored, vocab_axis, implementation,
+    )  # fmt: skip
+
+
 def linear_token_statistics(
     hidden: Array,
     kernel: Array,
@@ -238,10 +291,7 @@ def linear_token_statistics(
       >>> print(out.entropy.round(4))
       [1.3863]
     """
-    if (ref_hidden is None) != (ref_kernel is None):
-        missing = "ref_hidden" if ref_hidden is None else "ref_kernel"
-        raise ValueError(f"{missing} is missing: give both ref_hidden and ref_kernel, or neither.")
-    ref = None if ref_hidden is None or ref_kernel is None else (ref_hidden, ref_kernel)
+    ref = _both(ref_hidden, ref_kernel)
     inputs = calls.linear_inputs(
         hidden, kernel, ref, logit_scale, softcap, transposed, implementation
     )

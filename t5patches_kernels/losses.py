@@ -10,11 +10,11 @@ reference wherever the objective has one, whether or not the token is of the kin
 Losses are per token: reduce them as you like, with any per-token factor.
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
-the reference, the targets, the weights or the edits. They work under `jax.jit`, `jax.vmap`,
-`jax.checkpoint` and `jax.shard_map`. Under `jax.jit` with a mesh in the context (`jax.set_mesh`, or
-T5X's partitioner) each device runs the kernel on its part of the tokens and of the vocabulary, and
-per-token sums are all that moves: `mesh_axes` says which axes split what. (The deprecated
-``with mesh:`` alone, without T5X's ``pjit``, does not tell JAX of the mesh.)
+the reference, the targets, the weights, the edits, or what else a token brings. They work under
+`jax.jit`, `jax.vmap`, `jax.checkpoint` and `jax.shard_map`. Under `jax.jit` with a mesh in the
+context (`jax.set_mesh`, or T5X's partitioner) each device runs the kernel on its part of the tokens
+and of the vocabulary, and per-token sums are all that moves: `mesh_axes` says which axes split
+what. (The deprecated ``with mesh:`` alone, without T5X's ``pjit``, does not tell JAX of the mesh.)
 
 Arguments that they share:
 
@@ -79,6 +79,30 @@ class TokenStatistics(NamedTuple):
     entropy: Array
     kl: Array | None
     correct: Array
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_gradient_loss` returns, per token.
+
+    Where a token is ignored, each part is still its own as far as it has one, and else 0.
+
+    Attributes:
+      loss: ``[...]`` float32; exactly 0 where the token is ignored.
+      log_prob: ``[...]`` float32, ``log p[target]``.
+      ratio: ``[...]`` float32, ``p[target] / p_old[target]``, before the clip; 1 on policy.
+      clipped: ``[...]`` bool, whether the clip holds the ratio, and so no gradient comes from the
+        advantage; False where the token is ignored, or its advantage is 0.
+      kl: ``[...]`` float32, the divergence from the reference in nats by the estimator asked for,
+        before its coefficient; None without a reference.
+      entropy: ``[...]`` float32, of the model's distribution in nats, before its coefficient.
+    """
+
+    loss: Array
+    log_prob: Array
+    ratio: Array
+    clipped: Array
+    kl: Array | None
+    entropy: Array
 
 
 # --- What the functions on logits and those on hidden states share --------------------------------
@@ -151,6 +175,43 @@ def cross_entropy_settings(size: int, label_smoothing: float, z_loss: float) -> 
         label_smoothing=checks.label_smoothing(label_smoothing, size),
         z_loss=checks.number("z_loss", z_loss, least=0.0),
     )
+
+
+def run_policy_gradient(
+    inputs: Inputs,
+    targets: Array,
+    weights: Array | None,
+    advantages: Array,
+    old_log_probs: Array | None,
+    clip: tuple[float, float],
+    kl: str,
+    kl_coefficient: float,
+    entropy_coefficient: float,
+    skip_ignored: bool,
+    vocab_axis: str | None,
+    implementation: str | None,
+) -> PolicyLoss:
+    """`policy_gradient_loss` on checked inputs."""
+    clip = checks.clip(clip)
+    checks.one_of("kl", kl, tuple(objectives.KLS))
+    kl_coefficient = checks.number("kl_coefficient", kl_coefficient, least=0.0)
+    checks.reference_for_kl(inputs.reference, f"ref_{inputs.name}", kl_coefficient)
+    c = Settings(
+        objective="policy_gradient",
+        vocab_size=calls.vocab_size(inputs, vocab_axis),
+        clip=None if old_log_probs is None else clip,
+        kl=kl if inputs.reference else None,
+        kl_coefficient=kl_coefficient,
+        entropy_coefficient=checks.number("entropy_coefficient", entropy_coefficient),
+    )
+    numbers = {"advantages": advantages}
+    if old_log_probs is not None:
+        numbers["old_log_probs"] = old_log_probs
+    outputs, _ = calls.call(
+        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation, numbers
+    )
+    clipped = outputs.pop("clipped") > 0
+    return PolicyLoss(clipped=clipped, kl=outputs.pop("kl", None), **outputs)
 
 
 def run_token_statistics(
@@ -453,6 +514,98 @@ def kl_divergence(
     size = calls.vocab_size(inputs, vocab_axis)
     c = Settings(f"kl_{direction}", size, smoothing=smoothing, divergence=True)
     return run_loss(c, inputs, None, None, edits, False, vocab_axis, implementation).loss
+
+
+def policy_gradient_loss(
+    logits: Array,
+    ref_logits: Array | None,
+    targets: Array,
+    weights: Array | None,
+    advantages: Array,
+    old_log_probs: Array | None = None,
+    *,
+    clip: tuple[float, float] = (0.2, 0.2),
+    kl: str = "exact",
+    kl_coefficient: float = 0.0,
+    entropy_coefficient: float = 0.0,
+    skip_ignored: bool = False,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> PolicyLoss:
+    r"""PPO's and GRPO's clipped objective, with a KL penalty and an entropy bonus, in one pass.
+
+    Of a token y of advantage A, with ``p = softmax(logits)``, ``q = softmax(ref_logits)`` and
+    ``rho = exp(log p[y] - old_log_prob)``::
+
+      loss = w (-min(rho A, clip(rho, 1 - clip[0], 1 + clip[1]) A)
+                + kl_coefficient KL(p, q) - entropy_coefficient H(p))
+
+    The first part has the gradient ``rho A (p_j - [j = y])``, and none where the clip holds: where
+    ``A > 0`` and ``rho > 1 + clip[1]``, or ``A < 0`` and ``rho < 1 - clip[0]``. The divergence is
+
+    ========= =================================== =================================================
+    ``kl``    value, ``d = log q[y] - log p[y]``  gradient
+    ========= =================================== =================================================
+    ``exact`` ``sum_j p_j (log p_j - log q_j)``   ``p_j (log p_j - log q_j - KL)``
+    ``k1``    ``-d``                              ``[j = y] - p_j``: 0 on average where y is drawn
+                                                  from p, so a number to log, not a penalty
+    ``k3``    ``exp(d) - 1 - d``                  ``(1 - exp(d)) ([j = y] - p_j)``
+    ========= =================================== =================================================
+
+    All of them and the entropy are returned, whatever their coefficients, and are differentiable.
+
+    Args:
+      logits: ``[..., V]`` float32 or bfloat16, of the policy.
+      ref_logits: ``[..., V]`` float32 or bfloat16, of the reference, or None: then there is no KL.
+      targets: ``[...]`` integer ids, the tokens that were sampled.
+      weights: ``[...]`` factors w ``>= 0``, 0 for tokens that are ignored (the prompt, padding), or
+        None for all 1. A negative one gives NaN: a token is pushed down by its advantage.
+      advantages: ``[...]`` floating point; GRPO's, one for a whole answer, is broadcast to it.
+      old_log_probs: ``[...]`` floating point, ``log p[y]`` under the policy that y was sampled
+        from. None: that is this policy, as in the first update after sampling; the ratio is then 1
+        with the gradient of ``log p[y]``, and nothing is clipped.
+      clip: how far the ratio may go below 1, in [0, 1], and above, ``>= 0``.
+      kl: ``"exact"``, ``"k1"`` or ``"k3"``.
+      kl_coefficient: ``>= 0``; more than 0 needs `ref_logits`. It is compiled in: for one that is
+        adapted as training goes on, take 0 and add ``w * beta * kl`` (the logits are then read once
+        more for the gradient).
+      entropy_coefficient: of the bonus.
+      skip_ignored: see the module.
+      vocab_axis: see the module.
+      implementation: see the module.
+
+    Returns:
+      A `PolicyLoss`. A target out of range, or an advantage or old log-probability that is not
+      finite, gives NaN for its token if it counts. A ratio beyond float32 (``e^88``) that no clip
+      holds, as where ``A < 0``, gives an infinite loss.
+
+    Raises:
+      ValueError: also a `kl_coefficient` without `ref_logits`.
+      TypeError, NotImplementedError: as for `targeted_negative_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from t5patches_kernels import policy_gradient_loss
+      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]] * 2))
+      >>> y, w, a = jnp.array([0, 1]), jnp.ones(2), jnp.array([1.0, -1.0])
+      >>> old = jnp.log(jnp.array([0.4, 0.2]))
+      >>> out = policy_gradient_loss(logits, None, y, w, a, old)
+      >>> print(out.ratio.round(4), out.clipped, [f"{x:.2f}" for x in out.loss])
+      [1.25 1.25] [ True False] ['-1.20', '1.25']
+      >>> print(jnp.where(out.clipped, w, 0.0).sum() / w.sum())  # the clipped share
+      0.5
+
+    References:
+      Eq. 7 of "Proximal Policy Optimization Algorithms" (Schulman et al., 2017); with k3 per token
+      eq. 3 and 4 of "DeepSeekMath" (Shao et al., 2024), GRPO; a clip that is wider above is the
+      "Clip-Higher" of "DAPO" (Yu et al., 2025); the estimators' names are those of "Approximating
+      KL Divergence" (Schulman, 2020).
+    """
+    inputs = calls.logits_inputs(logits, ref_logits, implementation)
+    return run_policy_gradient(
+        inputs, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
+        entropy_coefficient, skip_ignored, vocab_axis, implementation,
+    )  # fmt: skip
 
 
 def token_statistics(

@@ -152,6 +152,28 @@ def _kl(direction: str, smoothing: float) -> Case:
     return case
 
 
+def policy(function, *, advantage: float, **fixed):
+    """A policy-gradient loss in the form of the others: a weight's sign is that of the advantage.
+
+    On rows that are sure of their target the ratio is above the clip, on most others below.
+    """
+
+    def loss(*arguments, **options):
+        *model, y, w = arguments
+        advantages = jnp.where(w < 0, -advantage, 1.0)
+        old = -0.4 - 0.5 * (y % 3).astype(w.dtype)
+        out = function(*model, y, jnp.abs(w), advantages, old, **fixed, **options)
+        parts = out.ratio + out.entropy + (0.0 if out.kl is None else out.kl)
+        return tk.TokenLoss(out.loss, parts, out.log_prob, out.clipped)
+
+    return loss
+
+
+def _policy(**fixed) -> Case:
+    loss = policy(tk.policy_gradient_loss, advantage=ALPHA, **fixed)
+    return lambda z, r, y, w, edits, implementation: loss(z, r, y, w, implementation=implementation)
+
+
 # By the name under which an objective is found everywhere.
 CASES: dict[str, Case] = {
     **{name: _tn(name) for name in tk.TARGETED_NEGATIVE},
@@ -166,6 +188,7 @@ CASES: dict[str, Case] = {
     "kl_forward": _kl("forward", 0.0),
     "kl_reverse": _kl("reverse", 1e-6),
     "kl_reverse-unsmoothed": _kl("reverse", 0.0),
+    "policy_gradient": _policy(clip=(0.2, 0.3), kl_coefficient=0.1, entropy_coefficient=0.01),
 }
 TAKES_EDITS = (*tk.TARGETED_NEGATIVE, "ul", "kl_forward", "kl_reverse")
 

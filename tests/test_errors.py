@@ -18,6 +18,14 @@ def tn(logits=Z, ref=Z, targets=Y, weights=W, **options):
     return tk.targeted_negative_loss(logits, ref, targets, weights, **options)
 
 
+def policy(logits=Z, ref=Z, targets=Y, weights=W, advantages=W, old=W, **options):
+    return tk.policy_gradient_loss(logits, ref, targets, weights, advantages, old, **options)
+
+
+def preference(chosen=W, rejected=W, ref_chosen=W, ref_rejected=W, **options):
+    return tk.preference_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
+
+
 def linear(hidden=H, kernel=K, ref_hidden=H, ref_kernel=K, **options):
     return tk.linear_targeted_negative_loss(hidden, kernel, ref_hidden, ref_kernel, Y, W, **options)
 
@@ -189,6 +197,89 @@ BAD = {
         "same vocabulary, got 5 and 6",
     ),
     "hidden shapes": (lambda: linear(ref_hidden=H[:1]), ValueError, r"\(1, 3, 4\) and \(2, 3, 4\)"),
+    "clip of one": (lambda: policy(clip=0.2), TypeError, r"clip.*pair.*\(0.2, 0.2\).*got 0.2"),
+    "clip of three": (lambda: policy(clip=(0.1, 0.2, 0.3)), TypeError, r"pair.*\(0.1, 0.2, 0.3\)"),
+    "clip below": (lambda: policy(clip=(1.5, 0.2)), ValueError, r"clip\[0\].*\[0, 1\], got 1.5"),
+    "clip above": (lambda: policy(clip=(0.2, -0.1)), ValueError, r"clip\[1\].*>= 0.0, got -0.1"),
+    "clip traced": (
+        lambda: jax.jit(lambda c: policy(clip=(0.2, c)))(0.2),
+        TypeError,
+        r"clip\[1\].*traced.*static",
+    ),
+    "kl": (lambda: policy(kl="k2"), ValueError, "kl must be one of exact, k1, k3, got 'k2'"),
+    "kl_coefficient": (lambda: policy(kl_coefficient=-1.0), ValueError, "kl_coefficient.*>= 0"),
+    "kl from nothing": (
+        lambda: policy(ref=None, kl_coefficient=0.1),
+        ValueError,
+        "kl_coefficient=0.1 needs a reference, got ref_logits=None: pass.*kl_coefficient=0",
+    ),
+    "kl from no hidden": (
+        lambda: tk.linear_policy_gradient_loss(H, K, None, None, Y, W, W, kl_coefficient=0.1),
+        ValueError,
+        "got ref_hidden=None",
+    ),
+    "half a policy's reference": (
+        lambda: tk.linear_policy_gradient_loss(H, K, None, K, Y, W, W),
+        ValueError,
+        "ref_hidden is missing",
+    ),
+    "entropy_coefficient": (
+        lambda: policy(entropy_coefficient=float("inf")),
+        ValueError,
+        "entropy_coefficient must be finite",
+    ),
+    "advantages shape": (
+        lambda: policy(advantages=W[0]),
+        ValueError,
+        r"advantages must have shape \(2, 3\).*got \(3,\)",
+    ),
+    "advantages of sequences": (
+        lambda: policy(advantages=W[:, 0]),
+        ValueError,
+        r"got \(2,\).*jnp.broadcast_to\(advantages\[..., None\], \(2, 3\)\)",
+    ),
+    "old_log_probs shape": (
+        lambda: policy(old=Z),
+        ValueError,
+        "old_log_probs takes one entry a token",
+    ),
+    "integer advantages": (
+        lambda: policy(advantages=Y),
+        TypeError,
+        r"advantages must be floating point, got int32.*astype\(jnp.float32\)",
+    ),
+    "preference": (
+        lambda: preference(objective="kto"),
+        ValueError,
+        "objective must be one of dpo, ipo, npo, got 'kto'",
+    ),
+    "beta": (lambda: preference(beta=0.0), ValueError, "beta must be > 0, got 0.0"),
+    "beta < 0": (lambda: preference(beta=-1.0), ValueError, "beta must be finite and >= 0"),
+    "nothing chosen": (
+        lambda: preference(chosen=None, objective="ipo"),
+        ValueError,
+        "got chosen_log_probs=None.*npo",
+    ),
+    "chosen for npo": (
+        lambda: preference(ref_chosen=None, objective="npo"),
+        ValueError,
+        "no chosen answers, got chosen_log_probs: pass None",
+    ),
+    "preference shapes": (
+        lambda: preference(chosen=W[0]),
+        ValueError,
+        r"chosen_log_probs and rejected_log_probs must have the same shape.*\(3,\) and \(2, 3\)",
+    ),
+    "reward shapes": (
+        lambda: tk.pairwise_reward_loss(W, W[0]),
+        ValueError,
+        "rejected_rewards and chosen_rewards must have the same shape",
+    ),
+    "integer rewards": (
+        lambda: tk.pairwise_reward_loss(Y, Y),
+        TypeError,
+        "chosen_rewards must be float32 or bfloat16, got int32",
+    ),
     "half a reference": (
         lambda: tk.linear_token_statistics(H, K, Y, H),
         ValueError,

@@ -34,7 +34,11 @@ def test_float32(name, size, seed):
     assert_as_good_as_dense(name, "xla", batch(seed, size))
 
 
-@pytest.mark.parametrize(("name", "size"), [p for p in SWEEP if p.values[1] in (7, 257)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [slow_unless(not p.marks and p.values[0] != "policy_gradient", *p.values)
+     for p in SWEEP if p.values[1] in (7, 257)],
+)  # fmt: skip
 @settings(max_examples=5)
 @given(seed=SEEDS)
 def test_bfloat16(name, size, seed):

@@ -27,7 +27,7 @@ from t5patches_kernels.core.objectives import Objective, Settings
 class Textbook:
     """The distributions of rows: p, differentiable in z, and constants; ``[T, V]`` each."""
 
-    def __init__(self, z, present, r, y, factors):
+    def __init__(self, z, present, r, y, factors, numbers):
         self.size = size = z.shape[-1]
         self.present = present
         self.log_p = jax.nn.log_softmax(jnp.where(present, z, -1e30), axis=-1)
@@ -36,6 +36,7 @@ class Textbook:
         self.q = self.t / self.t.sum(-1, keepdims=True)
         self.onehot = np.arange(size) == y[:, None]
         self.left = factors > 0  # what is not in the set N
+        self.advantages, self.old_log_probs = numbers.values()
 
     def smoothed(self, q, eps, where=1.0):
         return (q + eps * where) / (1 + self.size * eps)
@@ -58,6 +59,13 @@ def label_smoothed(d, c):
     return cross_entropy(np.where(d.onehot, on, off * d.present), d) - entropy
 
 
+def policy_gradient(d, c):
+    (low, high), a = c.clip, d.advantages
+    ratio = jnp.exp(-cross_entropy(1.0 * d.onehot, d) - d.old_log_probs)
+    surrogate = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - low, 1 + high) * a)
+    return c.entropy_coefficient * jnp.where(d.present, d.p * d.log_p, 0.0).sum(-1) - surrogate
+
+
 DENSE = {
     objectives.likelihood: lambda d, c: cross_entropy(1.0 * d.onehot, d),
     objectives.forward: lambda d, c: cross_entropy(d.q, d, c.divergence),
@@ -74,6 +82,7 @@ DENSE = {
         -cross_entropy(1.0 * d.onehot, d), c.threshold
     ),
     objectives.label_smoothed: label_smoothed,
+    objectives.policy_gradient: policy_gradient,
 }
 OVER_THE_REFERENCE = [
     objectives.forward,
@@ -86,6 +95,7 @@ WITHOUT_REFERENCE = [
     objectives.smoothed_likelihood,
     objectives.negated_likelihood,
     objectives.label_smoothed,
+    objectives.policy_gradient,
 ]
 
 
@@ -176,6 +186,18 @@ def rows(m, size):
     return z, r, y, ids, factors
 
 
+def numbers_of(z, y):
+    """Advantages of both signs, and log-probabilities from which ratios of 0.6 to 1.6 follow."""
+    z = np.nan_to_num(np.asarray(z, np.float64), nan=0.0, neginf=-1e30)
+    own = (z - np.asarray(jax.nn.logsumexp(z, axis=-1, keepdims=True)))[np.arange(len(y)), y]
+    log_ratios = np.resize([0.0, 0.5, -0.5, 0.1, 0.5], len(y))
+    advantages = np.resize([1.0, -2.0, 0.5], len(y))
+    return {
+        name: np.asarray(x, np.float32)
+        for name, x in (("advantages", advantages), ("old_log_probs", own - log_ratios))
+    }
+
+
 def what_is_left(m, second_row, y, ids, factors, size):
     """What multiplies the mass of every entry ``[T, V]``."""
     if not m.edits:
@@ -192,13 +214,13 @@ def what_is_left(m, second_row, y, ids, factors, size):
 
 def dense(m, c, second_row, z, r, y, ids, factors):
     """Losses and gradients in float64."""
-    counts = WEIGHTS != 0
+    counts, numbers = WEIGHTS != 0, numbers_of(z, y)
     z, r = (np.where(counts[:, None], np.asarray(x, np.float64), 0.0) for x in (z, r))
     left = what_is_left(m, second_row, y, ids, factors, z.shape[-1])
     present = z > -1e30
 
     def losses(z):
-        d = Textbook(z, present, r, y, left)
+        d = Textbook(z, present, r, y, left, numbers)
         kept, pushed = (
             sum(factor * DENSE[term](d, c) for factor, term in terms)
             for terms in (m.kept, m.pushed)
@@ -225,13 +247,14 @@ SIZES = {
 
 def fused(backend, c, second_row, z, r, y, ids, factors, edits):
     """Losses and gradients of the loss that a public function would call."""
+    numbers = numbers_of(z, y)
 
     def losses(z, r):
         axis, implementation = ("model", "xla") if backend == "sharded" else (None, backend)
         reference = r if second_row == "given" else None
         inputs = calls.logits_inputs(z, reference, implementation)
         some = calls.Edits(jnp.asarray(ids), jnp.asarray(factors)) if edits else None
-        outputs, _ = calls.call(c, inputs, y, WEIGHTS, some, False, axis, implementation)
+        outputs, _ = calls.call(c, inputs, y, WEIGHTS, some, False, axis, implementation, numbers)
         return outputs["loss"]
 
     if backend == "sharded":
@@ -255,7 +278,8 @@ def check(backend, m, *, spoil=lambda m: m):
     with registered(said.kept, said.pushed) as name:
         c = Settings(
             name, size, alpha=3.0, smoothing=m.smoothing, z_loss=m.z_loss,
-            divergence=m.divergence, label_smoothing=0.1, threshold=-5.0,
+            divergence=m.divergence, label_smoothing=0.1, threshold=-5.0, clip=(0.2, 0.3),
+            entropy_coefficient=0.1,
         )  # fmt: skip
         second_row = objectives.reference_of(c)
         data = (z, r, y, ids, factors)

@@ -38,7 +38,7 @@ def _small_chunks(monkeypatch):
 
 # On every run half of the objectives in float32, and the other half in bfloat16.
 @pytest.mark.parametrize(
-    "name", [slow_unless(x in MAIN[::2] or x == "kl_reverse", x) for x in CASES]
+    "name", [slow_unless(x in (*MAIN[::2], "policy_gradient"), x) for x in CASES]
 )
 def test_float32(name):
     assert_as_good_as_dense(name, NAME, one_of_each(batch(0, SIZE)))

@@ -15,6 +15,7 @@ from harness import (
     assert_as_good_as_dense,
     batch,
     one_of_each,
+    policy,
     slow_unless,
 )
 from hypothesis import given, settings
@@ -22,12 +23,12 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.state.types import WriteEffect
 from jax.experimental.pallas import tpu as pltpu
-from test_transforms import CT, LINEAR, LOSSES, H, K, R, W, Y, Z, close, weighed
+from test_transforms import CT, LINEAR, LOSSES, POLICY, H, K, R, W, Y, Z, close, weighed
 
 import t5patches_kernels as tk
 from t5patches_kernels.backends.pallas_tpu import kernel as pallas_tpu
 from t5patches_kernels.backends.pallas_tpu import plan as plans
-from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.objectives import KLS, Settings
 from t5patches_kernels.core.operation import Operation, Stage
 
 NAME = "pallas_tpu"
@@ -180,6 +181,30 @@ def _some_vmem(monkeypatch, _fresh_programs):
 def test_in_windows(name):
     edits = 5 if name in TAKES_EDITS else 0
     assert_as_good_as_dense(name, NAME, batch(2, 1000, edits=edits))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_some_vmem")
+@pytest.mark.parametrize("kl", KLS)
+def test_a_policy_in_windows(kl):
+    """Also the reference's own logits of the targets, which are in one window each."""
+    c = Settings("policy_gradient", 1000, clip=(0.2, 0.3), kl=kl, kl_coefficient=0.1)
+    size = (Operation(c), Stage.VALUE_AND_GRAD, 1000, (4, 4), False, plans.LEAST.vmem)
+    assert plans.plan(*size) is None
+    assert plans.streamed(*size).windows > 2
+    rng = np.random.default_rng(4)
+    z, r = (jnp.asarray(rng.standard_normal((20, 1000)), jnp.float32) for _ in range(2))
+    y = jnp.asarray(rng.integers(1000, size=20))
+    loss = policy(tk.policy_gradient_loss, **POLICY, kl=kl)
+
+    def grad(implementation):
+        def total(z):
+            out = loss(z, r, y, jnp.cos(y.astype(jnp.float32)), implementation=implementation)
+            return out.loss.sum(), out
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(z)
+
+    close(grad(NAME), grad("reference"), rtol=1e-4)
 
 
 def test_plans_stay_within_every_chip():

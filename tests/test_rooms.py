@@ -22,7 +22,7 @@ ROOMS = {
 }
 # From top to bottom; each may import from its own line and from those below.
 KERNELS = (
-    {"", "losses", "linear_losses", "t5x_losses"},
+    {"", "losses", "linear_losses", "preferences", "t5x_losses"},
     {"calls", "checks", "dispatch", "autodiff", "sharding"},
     {"backends"},
     {"core"},

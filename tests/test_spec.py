@@ -1,5 +1,6 @@
 """The specification by itself: merging, tiles, derivatives, and that nothing is written twice."""
 
+import dataclasses
 import inspect
 import math
 
@@ -15,6 +16,7 @@ import t5patches_kernels
 from t5patches_kernels import dense, losses
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Tokens
 from t5patches_kernels.core.statistics import Functions, Tile
 
 # All but those that need the other row's normaliser first.
@@ -30,7 +32,12 @@ SETTINGS = {
     "kl_reverse-unsmoothed": Settings("kl_reverse", 130),
     "statistics": Settings("statistics", 130),
     "pair_statistics": Settings("pair_statistics", 130),
-}
+    "policy_gradient": Settings(
+        "policy_gradient", 130, clip=(0.2, 0.3), kl="k3", kl_coefficient=0.1,
+        entropy_coefficient=0.5,
+    ),
+    "policy_gradient-exact": Settings("policy_gradient", 130, kl="exact", kl_coefficient=0.1),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +85,12 @@ def numbers_of(c, z, r, y, w):
     ref = None if of is None else jnp.where(z < z[:, :1], z, -jnp.inf) if of == "self" else r
     stats = statistics.first_pass(z, ref, names)
     stats["zy"], stats["ry"] = (jnp.take_along_axis(x, y[:, None], -1) for x in (z, r))
-    stats = objectives.finish(stats, w[:, None], jnp.zeros_like(w[:, None], jnp.bool_))
+    own = jnp.where(w < 0, -1.0, 1.0), jnp.linspace(-4.0, -6.0, len(w))
+    numbers = dict(zip(("advantages", "old_log_probs"), own, strict=True))
+    if c.objective == "policy_gradient":  # another's negative weight is no answer there
+        w = jnp.abs(w)
+    tokens = Tokens(y, w, jnp.zeros_like(w, jnp.bool_), numbers=numbers)
+    stats = objectives.finish(stats, tokens.of_rows())
     if objectives.needs_second_pass(c):
         tile = Tile(z, ref, stats, c.smoothing)
         stats = stats | statistics.second_pass(tile, names)
@@ -139,6 +151,15 @@ def test_an_objective_asks_for_no_more_than_it_needs():
     assert objectives.needs(Settings("tnff", 10)) == {"s", "rs", "qz"}
     assert objectives.needs(Settings("tnrr", 10, smoothing=1e-6)) == {"s", "rs", "rkl"}
     assert not objectives.needs_second_pass(Settings("pair_statistics", 10))
+    alone = SETTINGS["policy_gradient"]
+    assert objectives.needs(alone) == {"s", "pz", "rs"}
+    assert objectives.needs(dataclasses.replace(alone, kl=None)) == {"s", "pz"}
+
+
+def test_a_token_brings_what_a_line_reads():
+    assert objectives.numbers(SETTINGS["policy_gradient"]) == ("advantages", "old_log_probs")
+    assert objectives.numbers(SETTINGS["policy_gradient-exact"]) == ("advantages",)  # on policy
+    assert not any(objectives.numbers(c) for c in SETTINGS.values() if c.clip is c.kl is None)
 
 
 def test_one_name_everywhere():

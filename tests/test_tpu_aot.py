@@ -121,6 +121,22 @@ def test_three_passes(chip, name, dtype):
     assert program.memory_analysis().temp_size_in_bytes < most
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "chip", "dtype", "mode", "v"),
+    [("policy_gradient", "v4", jnp.float32, "gradient", 32128),
+     ("kl_reverse-unsmoothed", "v4", jnp.float32, "gradient", 32128),
+     ("policy_gradient", "v6e", jnp.bfloat16, "gradient", 32128),
+     ("policy_gradient", "v4", jnp.float32, "value", 32128),
+     ("policy_gradient", "v4", jnp.float32, "gradient", 250112)],
+)  # fmt: skip
+def test_passes_of_a_policy(name, chip, dtype, mode, v):
+    """As many as for its divergence from the reference alone."""
+    program = compiled(chip, name, dtype, mode, v, 2048)
+    assert passes(program, (2048, v)) == {"gradient": 3, "value": 2}[mode]
+    assert program.memory_analysis().temp_size_in_bytes < 0.01 * 2048 * v * dtype.dtype.itemsize
+
+
 @pytest.mark.parametrize("name", [slow_unless(i % 4 == 0, name) for i, name in enumerate(MAIN)])
 def test_value_reads_every_array_once(name):
     program = compiled("v4", name, jnp.float32, "value", 32128, 2048)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import slow_unless
+from harness import MAIN, policy, slow_unless
 
 import t5patches_kernels as tk
 from t5patches_kernels import dispatch, t5x_losses
@@ -24,6 +24,7 @@ W = jax.random.choice(KEYS[5], jnp.array([1.0, -1.0, 0.0, -0.5]), (B, L))
 CT = jax.random.normal(KEYS[6], (B, L))
 
 OPTIONS = {"alpha": 3.0, "z_loss": 1e-2}
+POLICY = {"advantage": 3.0, "clip": (0.2, 0.3), "kl_coefficient": 0.1, "entropy_coefficient": 0.5}
 LOSSES = {
     name: functools.partial(tk.targeted_negative_loss, objective=name, **OPTIONS)
     for name in TARGETED_NEGATIVE
@@ -33,6 +34,7 @@ LOSSES = {
     "ce": lambda z, r, y, w, **k: tk.cross_entropy_loss(
         z, y, w, label_smoothing=0.1, z_loss=1e-2, **k
     ),
+    "policy_gradient": policy(tk.policy_gradient_loss, **POLICY),
 }
 LINEAR = {
     name: functools.partial(tk.linear_targeted_negative_loss, objective=name, **OPTIONS)
@@ -43,6 +45,7 @@ LINEAR = {
         h, k, y, w, **OPTIONS, **o
     ),
     "ce": lambda h, k, rh, rk, y, w, **o: tk.linear_cross_entropy_loss(h, k, y, w, **o),
+    "policy_gradient": policy(tk.linear_policy_gradient_loss, **POLICY),
 }
 
 
@@ -59,7 +62,7 @@ def close(got, want, rtol=2e-5):
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [slow_unless(x in MAIN, x) for x in LOSSES])
 def test_any_cotangent(name):
     def grad(implementation, z):
         return jax.grad(lambda z: weighed(LOSSES[name](z, R, Y, W, implementation=implementation)))(
@@ -72,7 +75,9 @@ def test_any_cotangent(name):
     close(jitted("xla", Z), want)
 
 
-@pytest.mark.parametrize("name", [slow_unless(i % 4 == 2, x) for i, x in enumerate(LOSSES)])
+@pytest.mark.parametrize(
+    "name", [slow_unless(i % 4 == 2 and x in MAIN, x) for i, x in enumerate(LOSSES)]
+)
 def test_vmap_and_remat(name):
     def total(z):
         return weighed(LOSSES[name](z, R[0], Y[0], W[0]), CT[0])
@@ -90,7 +95,7 @@ def test_vmap_and_remat(name):
 
 @pytest.mark.parametrize(
     ("name", "transposed", "softcap"),
-    [slow_unless((i + j) % 2 == 0, name, transposed, softcap)
+    [slow_unless((i + j) % 2 == 0 and name in MAIN, name, transposed, softcap)
      for i, name in enumerate(LINEAR)
      for j, (transposed, softcap) in enumerate(((False, None), (True, 0.5)))],
 )  # fmt: skip
@@ -133,10 +138,10 @@ def test_linear_of_many_chunks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "of_model", "of_reference"),
-    [slow_unless((i + j) % 4 == 0, name, x, y)
+    [slow_unless((i + j) % 4 == 0 and name in MAIN, name, x, y)
      for i, name in enumerate(LOSSES)
      for j, (x, y) in enumerate(itertools.product(("float32", "bfloat16"), repeat=2))
-     if name in TARGETED_NEGATIVE or x == y],  # the others have no reference
+     if name in TARGETED_NEGATIVE or x == y],  # of most others there is no reference
 )  # fmt: skip
 def test_logits_of_many_blocks(name, of_model, of_reference, monkeypatch):
     """A ragged last block finds gradients where it would read logits, and must not use them."""

@@ -2,9 +2,10 @@ r"""Every objective as one line over a row's statistics: only here is `tnrf` kno
 
 A *term* is a function ``(row, settings) -> [R, 1]`` of a row's statistics (`statistics.py`); an
 objective says which term a kept token gets and which a pushed-down one. Nothing else is written
-per objective: which statistics it needs is read off by running its line once (`needs`), and its
-gradient follows from differentiating the line by the statistics (`derivatives`) and from the
-statistics' own derivatives. To add an objective, add an entry to `OBJECTIVES`.
+per objective: which statistics it needs is read off by running its line once (`needs`), as is what
+each token must bring (`numbers`), and its gradient follows from differentiating the line by the
+statistics (`derivatives`) and from the statistics' own derivatives. To add an objective, add an
+entry to `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ class Settings:
     divergence: bool = False
     label_smoothing: float = 0.0
     threshold: float = 0.0
+    clip: tuple[float, float] | None = None  # of a ratio, below and above 1; None: on policy
+    kl: str | None = None  # one of `KLS`; None: a policy without a reference
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
 
 
 class Row:
-    """The statistics of a row by name, and what every term builds from them."""
+    """The statistics of a row and its token's numbers by name, and what terms build from them."""
 
     def __init__(self, stats: Mapping[str, Array]):
         self._numbers = stats
@@ -54,6 +59,11 @@ class Row:
     def log_prob(self) -> Array:
         """``log p[y]``."""
         return self.zy - self.log_s
+
+    @property
+    def ref_log_prob(self) -> Array:
+        """``log q[y]``, of a reference that is not edited."""
+        return self.ry - jnp.log(self.rs)
 
     @property
     def entropy_of_q(self) -> Array:
@@ -170,6 +180,53 @@ def label_smoothed(row: Row, c: Settings) -> Array:
     return (on - off) * -row.log_prob + off * uniform - entropy
 
 
+def entropy(row: Row, c: Settings) -> Array:
+    """``H(p)``; ``d/dz_j = -p_j (log p_j + H)``."""
+    return row.log_s - row.pz / row.s
+
+
+def _k1(row: Row, c: Settings) -> Array:
+    return row.log_prob - row.ref_log_prob
+
+
+def _k3(row: Row, c: Settings) -> Array:
+    return jnp.exp(-_k1(row, c)) - 1 + _k1(row, c)
+
+
+# ``KL(p, q)`` by the name of its estimator: over the whole row, or from the target alone.
+KLS: Mapping[str, Term] = {"exact": reverse, "k1": _k1, "k3": _k3}
+
+
+def _log_ratio(row: Row, c: Settings) -> Array:
+    on_policy = c.clip is None
+    return row.log_prob - (jax.lax.stop_gradient(row.log_prob) if on_policy else row.old_log_probs)
+
+
+def _held(row: Row, c: Settings) -> Array:
+    """The log-ratio as far as the clip lets the advantage push it."""
+    log_ratio = _log_ratio(row, c)
+    if c.clip is None:
+        return log_ratio
+    low, high = c.clip
+    least, most = math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
+    above = jnp.where(log_ratio < least, least, log_ratio)
+    below = jnp.where(log_ratio > most, most, log_ratio)
+    return jnp.where(row.advantages < 0, above, below)
+
+
+def policy_gradient(row: Row, c: Settings) -> Array:
+    """``-min(rho A, clip(rho) A) + kl_coefficient KL(p, q) - entropy_coefficient H(p)``.
+
+    With ``rho = p[y] / p_old[y]`` the first part is ``-A rho``, ``d/dz_j = A rho (p_j - [j = y])``,
+    but where A has pushed rho out of the clip: there it is constant. The clip is one of the
+    logarithm, so that where it holds, a ratio beyond float32 is neither infinite nor NaN.
+    """
+    loss = -row.advantages * jnp.exp(_held(row, c))
+    if c.kl is not None and c.kl_coefficient:
+        loss += c.kl_coefficient * KLS[c.kl](row, c)
+    return loss - c.entropy_coefficient * entropy(row, c) if c.entropy_coefficient else loss
+
+
 # --- Objectives -----------------------------------------------------------------------------------
 
 
@@ -179,8 +236,9 @@ class Objective:
 
     kept: Term
     pushed: Term
-    # What multiplies a token's loss, by its weight.
-    weigh: Callable[[Array], Array] = jnp.ones_like
+    # What multiplies a token's loss, by its weight. None: nothing does, and a negative weight says
+    # what is left of the target's mass in the second row.
+    weigh: Callable[[Array], Array] | None = None
     # Whether a model is trained with it by name; else a public function has it for itself.
     for_training: bool = True
 
@@ -197,6 +255,12 @@ OBJECTIVES: Mapping[str, Objective] = {
     "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy, for_training=False),
     "kl_forward": Objective(smoothed_forward, smoothed_forward, for_training=False),
     "kl_reverse": Objective(reverse, reverse, for_training=False),
+    "policy_gradient": Objective(
+        policy_gradient,
+        policy_gradient,
+        weigh=lambda w: jnp.where(w < 0, math.nan, w),  # no token is pushed down but by A
+        for_training=False,
+    ),
 }
 # The names to choose from in training, and those of `targeted_negative_loss`: every other list of
 # objectives in the repository is made of these two.
@@ -206,7 +270,8 @@ TARGETED_NEGATIVE = tuple(name for name in TRAINING_OBJECTIVES if name.startswit
 
 def _scale(row: Row, c: Settings) -> Array:
     # A bad id in a token that counts must not pass for a number, in the value or in the gradient.
-    return jnp.where(row.bad, math.nan, OBJECTIVES[c.objective].weigh(row.w))
+    weigh = OBJECTIVES[c.objective].weigh or jnp.ones_like
+    return jnp.where(row.bad, math.nan, weigh(row.w))
 
 
 def _z_part(row: Row, c: Settings) -> Array:
@@ -224,35 +289,61 @@ def _z_loss(row: Row, c: Settings) -> Array:
     return jnp.where(row.w != 0, _scale(row, c) * _z_part(row, c), 0.0)
 
 
-def _log_prob(row: Row, c: Settings) -> Array:
-    log_prob = jnp.where(row.bad, math.nan, row.log_prob)
+def _reported(row: Row, x: Array) -> Array:
+    x = jnp.where(row.bad, math.nan, x)
     # An ignored token may have no target and no logits: 0, not NaN.
-    return jnp.where((row.w != 0) | jnp.isfinite(log_prob), log_prob, 0.0)
+    return jnp.where((row.w != 0) | jnp.isfinite(x), x, 0.0)
+
+
+def _log_prob(row: Row, c: Settings) -> Array:
+    return _reported(row, row.log_prob)
 
 
 def _ref_log_prob(row: Row, c: Settings) -> Array:
-    return jnp.where(row.bad, math.nan, row.ry - jnp.log(row.rs))
+    return jnp.where(row.bad, math.nan, row.ref_log_prob)
+
+
+def _ratio(row: Row, c: Settings) -> Array:
+    return _reported(row, jnp.exp(_log_ratio(row, c)))
+
+
+def _clipped(row: Row, c: Settings) -> Array:
+    held = (_held(row, c) != _log_ratio(row, c)) & (row.advantages != 0)
+    return jnp.where(held & (row.w != 0) & ~row.bad, 1.0, 0.0)
+
+
+def _kl(row: Row, c: Settings) -> Array:
+    assert c.kl is not None
+    return _reported(row, KLS[c.kl](row, c))
 
 
 def _entropy(row: Row, c: Settings) -> Array:
-    return row.log_s - row.pz / row.s
+    return _reported(row, entropy(row, c))
 
 
 _LOSS_LINES: Mapping[str, Term] = {"loss": _loss, "z_loss": _z_loss, "log_prob": _log_prob}
-_STATISTICS_LINES: Mapping[str, Mapping[str, Term]] = {
-    "statistics": {"log_prob": _log_prob, "entropy": _entropy},
+_OTHER_LINES: Mapping[str, Mapping[str, Term]] = {
+    "statistics": {"log_prob": _log_prob, "entropy": entropy},
     "pair_statistics": {
         "log_prob": _log_prob,
-        "entropy": _entropy,
+        "entropy": entropy,
         "ref_log_prob": _ref_log_prob,
         "kl": reverse,
+    },
+    "policy_gradient": {
+        "loss": _loss,
+        "log_prob": _log_prob,
+        "ratio": _ratio,
+        "clipped": _clipped,
+        "entropy": _entropy,
     },
 }
 
 
 def lines_of(c: Settings) -> Mapping[str, Term]:
     """What an operation returns for a row: its lines by name."""
-    return _STATISTICS_LINES.get(c.objective, _LOSS_LINES)
+    lines = _OTHER_LINES.get(c.objective, _LOSS_LINES)
+    return lines if c.kl is None else {**lines, "kl": _kl}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -310,6 +401,13 @@ def _read_by(c: Settings, outputs: tuple[str, ...]) -> frozenset[str]:
 def reads(c: Settings) -> frozenset[str]:
     """Every statistic that the lines of an operation read."""
     return _read_by(c, tuple(lines_of(c)))
+
+
+@functools.lru_cache(maxsize=1024)
+def numbers(c: Settings) -> tuple[str, ...]:
+    """What the lines of an operation read of a token besides its weight and its ids, sorted."""
+    of_row = statistics.SUMS.keys() | statistics.SECOND_PASS.keys() | {*statistics.MAXIMA}
+    return tuple(sorted(reads(c) - of_row - {"zy", "ry", "w", "bad"}))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -412,21 +510,21 @@ def finish_reference(stats: Stats) -> Stats:
     return {"rm": stats["rm"], "rs": jnp.where(stats["rm"] <= FLOOR, 1.0, stats["rs"])}
 
 
-def finish(stats: Stats, w: Array, bad: Array) -> Stats:
+def finish(stats: Stats, of_tokens: Stats) -> Stats:
     """Joins the sums of whole rows with what belongs to their tokens.
 
     Args:
-      numbers: the sums over the whole row, with ``zy`` (and ``ry`` where there is a reference) the
+      stats: the sums over the whole row, with ``zy`` (and ``ry`` where there is a reference) the
         target's own logits as they are, as far as they are read; ``[R, 1]`` each.
-      w: weights ``[R, 1]``.
-      bad: whether an id of the token is out of range ``[R, 1]``.
+      of_tokens: the weights ``w``, whether a token has no answer ``bad``, and its `numbers`;
+        ``[R, 1]`` each.
 
     Returns:
       The numbers that every line can be evaluated on. A row with nothing unmasked is bad; a
       reference with no mass left gets a harmless normaliser (`of_q` sees to its terms).
     """
     empty = stats["m"] <= FLOOR
-    out = dict(stats) | {"w": w, "bad": bad | empty}
+    out = stats | of_tokens | {"bad": of_tokens["bad"] | empty}
     out["s"] = jnp.where(empty, 1.0, stats["s"])
     out["zy"] = jnp.maximum(stats["zy"] - stats["m"], FLOOR)
     if "rm" in stats:

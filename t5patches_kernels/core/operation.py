@@ -41,9 +41,15 @@ class Tokens(NamedTuple):
 
     targets: Array  # [T] int32
     weights: Array  # [T] float32
-    bad: Array  # [T] bool: an id is out of range
+    bad: Array  # [T] bool: an id is out of range, or a number is none
     edit_ids: Array | None = None  # [T, K] int32
     log_factors: Array | None = None  # [T, K] float32
+    numbers: dict[str, Array] | None = None  # [T] float32 each: `objectives.numbers`, by name
+
+    def of_rows(self) -> Stats:
+        """What lines read of them besides row statistics ``[T, 1]``."""
+        found = {"w": self.weights, "bad": self.bad} | (self.numbers or {})
+        return {name: x[:, None] for name, x in found.items()}
 
 
 class Operands(NamedTuple):
@@ -103,7 +109,7 @@ def returned(op: Operation, stage: Stage) -> tuple[str, ...]:
     of_row |= {"rm"} if objectives.reference_of(op.settings) else set()
     if stage is Stage.FIRST_PASS:
         return tuple(sorted(of_row | (names - second)))
-    return tuple(sorted(of_row | names | {"w", "bad"}))
+    return tuple(sorted(of_row | names | {"w", "bad", *objectives.numbers(op.settings)}))
 
 
 def columns_of(op: Operation, operands: Operands) -> int:

@@ -50,10 +50,12 @@ class _Row:
         self.index = jax.lax.axis_index("row")
         ids, scalars = refs["ids"], refs["scalars"]
         self.target = ids[self.index, 0]
-        self.weight, bad, self.zy, self.ry = (scalars[self.index, k] for k in range(4))
-        self.bad = bad != 0.0
+        first = 4 + len(call.numbers)  # of the edits' factors
+        w, bad, self.zy, self.ry, *numbers = (scalars[self.index, k] for k in range(first))
+        self.of_token: Stats = {"w": w, "bad": bad != 0.0}
+        self.of_token |= dict(zip(call.numbers, numbers, strict=True))
         self.edits = [
-            (ids[self.index, 1 + k], scalars[self.index, 4 + k]) for k in range(call.edits)
+            (ids[self.index, 1 + k], scalars[self.index, first + k]) for k in range(call.edits)
         ]
         self.loops_done = 0
         self.rings = [name for name in ("z", "r") if name in refs]
@@ -242,7 +244,11 @@ def _power(x: Array, y: int) -> Array:
     return product if y > 0 else 1 / product
 
 
-_REPLACED: dict[str, Callable[..., Array]] = {"add_any": jnp.add, "integer_pow": _power}
+_REPLACED: dict[str, Callable[..., Array]] = {
+    "add_any": jnp.add,
+    "integer_pow": _power,
+    "stop_gradient": lambda x: x,
+}
 
 
 def _lowerable(f: Callable[[Any], Any], x: Any) -> Any:
@@ -304,7 +310,7 @@ def _whole_row(row: _Row) -> None:
     stats = row.first_pass() | {"zy": row.zy}
     if call.reference:
         stats["ry"] = row.ry
-    stats = objectives.finish(stats, row.weight, row.bad)
+    stats = objectives.finish(stats, row.of_token)
     if objectives.needs_second_pass(call.op.settings):
         stats = stats | row.second_pass(stats)
     if call.stage is Stage.VALUE_AND_GRAD:
@@ -337,6 +343,7 @@ def _inputs(call: Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
     plain = (operands.reference or operands.model)[0]
     own = [gpu_form.target_logit(x, tokens.targets) for x in (z, plain)]
     scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
+    scalars += [(tokens.numbers or {})[name][:, None] for name in call.numbers]
     ids = [tokens.targets[:, None]]
     if tokens.edit_ids is not None and tokens.log_factors is not None:
         ids.append(tokens.edit_ids)
@@ -381,7 +388,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     )
     found, *dz = kernel(*tiling.vary_over(tuple(inputs.values()), axes))
     stats = {name: found[k][:, None] for k, name in enumerate(call.returned)}
-    stats |= {"w": tokens.weights[:, None], "bad": stats["bad"] != 0.0}
+    stats = tokens.of_rows() | stats | {"bad": stats["bad"] != 0.0}
     return Result(stats, tuple(dz) or None)
 
 

@@ -84,6 +84,11 @@ class Call:
         return objectives.reference_of(self.op.settings)
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """What tokens bring to the operation, in order."""
+        return objectives.numbers(self.op.settings)
+
+    @property
     def names(self) -> frozenset[str]:
         """The statistics that the operation needs."""
         return objectives.needs(self.op.settings)

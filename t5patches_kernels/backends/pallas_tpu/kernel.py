@@ -132,7 +132,7 @@ def _whole_rows(block: _Block) -> None:
             sums = statistics.in_nats(statistics.row_sums(sums | own), FUNCTIONS)
             row = row | block.spread(sums)
             if stage is not Stage.FIRST_PASS:
-                row = objectives.finish(row, block.w, block.bad)
+                row = objectives.finish(row, block.of_tokens)
 
         def rest(needed: frozenset[str]) -> Array:
             # Second column loop.
@@ -206,6 +206,10 @@ def _windows(block: _Block) -> None:
         )
         block.put(of, now | sums)
 
+    def add_own(of: str) -> None:
+        """Adds the targets' logits that are in a window."""
+        block.put(f"own {of}", {name: x + block.own(of) for name, x in state(f"own {of}").items()})
+
     def whole_row(of: str) -> Stats:
         """The statistics of the rows, from those by lane."""
         lanes, m = state(of), statistics.MAXIMUM[of]
@@ -217,7 +221,11 @@ def _windows(block: _Block) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _reference() -> None:
         block.start("r")
+        block.start("own r")
         top, held = block.load("r")
+        if state("own r"):
+            block.read_rows()
+            add_own("r")
         add("r", block.edited(top["rm"]) if call.plan.private else top["rm"], {}, held, ())
 
         @pl.when(last)
@@ -228,17 +236,17 @@ def _windows(block: _Block) -> None:
     @pl.when(pl.program_id(1) == 1)
     def _model() -> None:
         block.start("z")
-        block.start("own")
+        block.start("own z")
         top, held = block.load("z")
         block.read_rows()
-        block.put("own", {name: x + block.own("z") for name, x in state("own").items()})
+        add_own("z")
         reference = {k: x for k, x in state("row").items() if k in ("rm", "rs", "qr")}
         add("z", top["m"], reference, [("copy", "r"), *held], call.plan.kept)
 
         @pl.when(last)
         def _() -> None:
-            row = whole_row("z") | statistics.row_sums(state("own"))
-            stats = objectives.finish(block.spread(row | reference), block.w, block.bad)
+            row = whole_row("z") | statistics.row_sums(state("own z") | state("own r"))
+            stats = objectives.finish(block.spread(row | reference), block.of_tokens)
             block.store_statistics(stats)
             if call.makes_gradient:
                 d_stats = objectives.derivatives(stats, settings, {"loss": block.full(1.0)})
@@ -286,13 +294,16 @@ class _Block:
     def read_rows(self) -> None:
         """Reads what comes in row by row; beside a column loop, as it crosses the lanes."""
         call, lanes = self.call, self.refs["lanes"][...]
-        columns = range(4 + len(call.given) + len(call.d_stats))
-        self.w, bad, group, lane, *rest = (
-            jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in columns
+        names = (*call.numbers, *call.given, *call.d_stats)
+        w, bad, group, lane, *rest = (
+            jnp.broadcast_to(lanes[:, k : k + 1], self.shape) for k in range(4 + len(names))
         )
-        self.bad = bad != 0.0
-        self.given = dict(zip(call.given, rest, strict=False))
-        self.d_stats = dict(zip(call.d_stats, rest[len(call.given) :], strict=True))
+        found = iter(rest)
+        numbers, self.given, self.d_stats = (
+            {name: next(found) for name in part}
+            for part in (call.numbers, call.given, call.d_stats)
+        )
+        self.of_tokens: Stats = {"w": w, "bad": bad != 0.0} | numbers
         group, lane = (x.astype(jnp.int32) for x in (group, lane))
         target = group * LANES + lane - (call.columns - self.columns)
         inside = (target >= 0) & (target < call.plan.columns)
@@ -712,7 +723,7 @@ def _in_phases(
     """STATISTICS or VALUE_AND_GRAD of rows that do not fit: every column loop reads them anew."""
     c = op.settings
     stats = run(op, Stage.FIRST_PASS, operands, tokens).stats
-    stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+    stats = objectives.finish(stats, tokens.of_rows())
     if objectives.needs_second_pass(c):
         stats = stats | run(op, Stage.SECOND_PASS, operands, tokens, stats).stats
     if stage is Stage.STATISTICS:

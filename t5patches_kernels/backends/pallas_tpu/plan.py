@@ -194,7 +194,8 @@ def streamed(
 
     Takes what `plan` takes; None where it does not fit, or where there is no such kernel.
     """
-    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) or not _streams(op.settings):
+    whole = stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD)
+    if not whole or objectives.reference_of(op.settings) != "given":
         return None
     parts = _streamed_parts(op.settings, stage)
     state = _state(op.settings, stage)
@@ -214,11 +215,6 @@ def streamed(
                 out, parts=parts, buffers=tuple(fixed), held=held, windows=windows, state=state
             )
     return None
-
-
-def _streams(c: Settings) -> bool:
-    """Whether rows can go through in windows."""
-    return objectives.reference_of(c) == "given" and "ry" not in objectives.reads(c)
 
 
 def _streamed_parts(c: Settings, stage: Stage) -> tuple[Part, ...]:
@@ -241,7 +237,8 @@ def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
     beside = statistics.with_normalisers(
         frozenset(statistics.SECOND_PASS.get(name, name) for name in names - alone)
     )
-    found = {"r": {"rm", *alone}, "z": {"m", *beside}, "own": {"zy"}, "row": {"rm", *alone}}
+    found = {"r": {"rm", *alone}, "z": {"m", *beside}, "row": {"rm", *alone}}
+    found |= {"own r": {"ry"} & objectives.reads(c), "own z": {"zy"}}
     if stage is Stage.VALUE_AND_GRAD:
         found["row"] |= {"m", *names}
         found["by"] = set(objectives.differentiable(c, ("loss",)))
@@ -366,6 +363,11 @@ class Call:
     def names(self) -> frozenset[str]:
         """The statistics that the operation needs."""
         return objectives.needs(self.op.settings)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What tokens bring to the operation, by lane."""
+        return objectives.numbers(self.op.settings)
 
     @property
     def reference(self) -> str | None:

@@ -95,7 +95,7 @@ def _block(functions: Functions, op: Operation, stage: Stage, rows: _Rows) -> Re
         stats = stats | statistics.first_pass(z, r, names, functions, stats)
         if stage is Stage.FIRST_PASS:
             return Result(stats)
-        stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+        stats = objectives.finish(stats, tokens.of_rows())
 
     def tile(row: Stats) -> Tile:
         return Tile(z, r, row, c.smoothing, functions=functions)

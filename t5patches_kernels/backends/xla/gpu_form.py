@@ -110,7 +110,7 @@ def run(
             stats["ry"] = target_logit((operands.reference or operands.model)[0], tokens.targets)
         if stage is Stage.FIRST_PASS:
             return Result(stats)
-        stats = objectives.finish(stats, tokens.weights[:, None], tokens.bad[:, None])
+        stats = objectives.finish(stats, tokens.of_rows())
         if stage is Stage.STATISTICS:
             return Result(stats)
         d_stats = objectives.derivatives(stats, c, {"loss": jnp.ones_like(stats["m"])})
