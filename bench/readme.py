@@ -510,6 +510,53 @@ def edit_small(result: dict) -> str:
     )
 
 
+def decoder(result: dict) -> str:
+    """The measured part of `make bench-decoder`."""
+    rows: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["what"] == "memory":
+            continue
+        name = "8 outputs of 32 tokens"
+        if row["what"] == "update":
+            trained, layers = row["variant"]
+            of = {"all": "all parameters", "LoRA": f"an adapter of rank {result['rank']}"}
+            name = f"{of[trained]}, layers {layers}"
+        rows.setdefault(name, [name]).extend((f"{row['seconds']:.1f}", f"{row['working GiB']:.2f}"))
+    before, after = result["load"]
+    return _measured(
+        "`make bench-decoder`: SmolLM2-135M's shape, random weights, float32. An update of TNFF "
+        f"with Adam, {result['batch']} examples of {result['prompt']} and {result['output']} "
+        "tokens, beside the same in torch and transformers, peft's adapter for ours, with whole "
+        "logits of the outputs; below it greedy outputs. Seconds: medians; GiB: the process at its "
+        "largest, without what it had imported, parameters, original and optimizer. Load of the "
+        f"machine {before:.1f} before and {after:.1f} after.",
+        result["setting"],
+        ["", "ours, s", "ours, GiB", "torch, s", "torch, GiB"],
+        list(rows.values()),
+    )
+
+
+def decoder_memory(result: dict) -> str:
+    """Its static part."""
+    rows: dict[tuple, list[str]] = {}
+    for row in result["rows"]:
+        if row["what"] != "memory":
+            continue
+        trained, layers, original = row["variant"]
+        of = {"all": "all parameters", "LoRA": "adapter"}[trained]
+        key = row["shape"], *row["variant"]
+        name = f"{row['shape']}: {of}, layers {layers}, original {original}"
+        rows.setdefault(key, [name]).extend(f"{row[k]:.2f}" for k in ("working", "total"))
+    return _measured(
+        "`make bench-decoder`: what such an update holds by XLA's figures for this CPU, nothing "
+        "run, GiB: working is beside parameters, original and optimizer. The original's states are "
+        "live, or read from a cache; dense: `--implementation reference`.",
+        result["setting"],
+        ["", "working", "in all", "dense: working", "dense: in all"],
+        list(rows.values()),
+    )
+
+
 def t5x_step(result: dict) -> str:
     """The table of `make bench-t5x`, this machine's part."""
     rows = []
@@ -628,6 +675,8 @@ SECTIONS = {
     "host-cpu": ("host-cpu", host_cpu),
     "ignored": ("ignored", ignored),
     "edit-small": ("edit-small", edit_small),
+    "decoder": ("decoder", decoder),
+    "decoder-memory": ("decoder", decoder_memory),
     "tpu_static": ("tpu_static", tpu_static),
     "tpu_linear": ("tpu_linear", tpu_linear),
     "gpu_all": ("gpu", gpu_all),
