@@ -276,15 +276,21 @@ def _is_intermediate(x: Array) -> bool:
     return False
 
 
+class How(NamedTuple):
+    """How a call is to be run: what the public functions share."""
+
+    skip_ignored: bool = False
+    vocab_axis: str | None = None
+    implementation: str | None = None
+
+
 def call(
     c: Settings,
     inputs: Inputs,
-    targets: Array | None,
-    weights: Array | None,
-    edits: Edits | None,
-    skip_ignored: bool,
-    vocab_axis: str | None,
-    implementation: str | None,
+    how: How,
+    targets: Array | None = None,
+    weights: Array | None = None,
+    edits: Edits | None = None,
     numbers: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], Array]:
     """Runs an operation on checked inputs.
@@ -293,8 +299,8 @@ def call(
       Its outputs by name and whether the target holds the largest logit, with the tokens' leading
       dimensions.
     """
-    donate = _is_intermediate(inputs.model[0])
-    op = Operation(c, vocab_axis, inputs.head, donate, bool(skip_ignored))
+    donate, implementation = _is_intermediate(inputs.model[0]), how.implementation
+    op = Operation(c, how.vocab_axis, inputs.head, donate, bool(how.skip_ignored))
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),

@@ -24,7 +24,7 @@ from __future__ import annotations
 import jax
 
 from t5patches_kernels import calls, losses
-from t5patches_kernels.calls import Edits
+from t5patches_kernels.calls import Edits, How
 from t5patches_kernels.losses import PolicyLoss, TokenLoss, TokenStatistics
 
 Array = jax.Array
@@ -105,9 +105,8 @@ def linear_targeted_negative_loss(
     c = losses.targeted_negative_settings(
         calls.vocab_size(inputs, vocab_axis), objective, alpha, smoothing, z_loss, divergence
     )
-    return losses.run_loss(
-        c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation
-    )
+    how = How(skip_ignored, vocab_axis, implementation)
+    return losses.run_loss(c, inputs, how, targets, weights, edits)
 
 
 def linear_unlikelihood_loss(
@@ -142,9 +141,8 @@ def linear_unlikelihood_loss(
         hidden, kernel, None, logit_scale, softcap, transposed, implementation
     )
     c = losses.unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
-    return losses.run_loss(
-        c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation
-    )
+    how = How(skip_ignored, vocab_axis, implementation)
+    return losses.run_loss(c, inputs, how, targets, weights, edits)
 
 
 def linear_negative_likelihood_loss(
@@ -180,9 +178,8 @@ def linear_negative_likelihood_loss(
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.negative_likelihood_settings(size, alpha, threshold, z_loss)
-    return losses.run_loss(
-        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation
-    )
+    how = How(skip_ignored, vocab_axis, implementation)
+    return losses.run_loss(c, inputs, how, targets, weights)
 
 
 def linear_cross_entropy_loss(
@@ -216,9 +213,8 @@ def linear_cross_entropy_loss(
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.cross_entropy_settings(size, label_smoothing, z_loss)
-    return losses.run_loss(
-        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation
-    )
+    how = How(skip_ignored, vocab_axis, implementation)
+    return losses.run_loss(c, inputs, how, targets, weights)
 
 
 def linear_policy_gradient_loss(
@@ -260,9 +256,10 @@ def linear_policy_gradient_loss(
         hidden, kernel, _both(ref_hidden, ref_kernel), logit_scale, softcap, transposed,
         implementation,
     )  # fmt: skip
+    how = How(skip_ignored, vocab_axis, implementation)
     return losses.run_policy_gradient(
-        inputs, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
-        entropy_coefficient, skip_ignored, vocab_axis, implementation,
+        inputs, how, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
+        entropy_coefficient,
     )  # fmt: skip
 
 
@@ -295,4 +292,5 @@ def linear_token_statistics(
     inputs = calls.linear_inputs(
         hidden, kernel, ref, logit_scale, softcap, transposed, implementation
     )
-    return losses.run_token_statistics(inputs, targets, vocab_axis, implementation)
+    how = How(vocab_axis=vocab_axis, implementation=implementation)
+    return losses.run_token_statistics(inputs, how, targets)

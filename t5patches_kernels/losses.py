@@ -38,7 +38,7 @@ from typing import NamedTuple
 import jax
 
 from t5patches_kernels import calls, checks
-from t5patches_kernels.calls import Edits, Inputs
+from t5patches_kernels.calls import Edits, How, Inputs
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 
@@ -111,17 +111,13 @@ class PolicyLoss(NamedTuple):
 def run_loss(
     c: Settings,
     inputs: Inputs,
-    targets: Array | None,
-    weights: Array | None,
-    edits: Edits | None,
-    skip_ignored: bool,
-    vocab_axis: str | None,
-    implementation: str | None,
+    how: How,
+    targets: Array | None = None,
+    weights: Array | None = None,
+    edits: Edits | None = None,
 ) -> TokenLoss:
     """Runs an operation whose outputs are those of a loss."""
-    outputs, correct = calls.call(
-        c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation
-    )
+    outputs, correct = calls.call(c, inputs, how, targets, weights, edits)
     return TokenLoss(correct=correct, **outputs)
 
 
@@ -179,6 +175,7 @@ def cross_entropy_settings(size: int, label_smoothing: float, z_loss: float) -> 
 
 def run_policy_gradient(
     inputs: Inputs,
+    how: How,
     targets: Array,
     weights: Array | None,
     advantages: Array,
@@ -187,9 +184,6 @@ def run_policy_gradient(
     kl: str,
     kl_coefficient: float,
     entropy_coefficient: float,
-    skip_ignored: bool,
-    vocab_axis: str | None,
-    implementation: str | None,
 ) -> PolicyLoss:
     """`policy_gradient_loss` on checked inputs."""
     clip = checks.clip(clip)
@@ -198,7 +192,7 @@ def run_policy_gradient(
     checks.reference_for_kl(inputs.reference, f"ref_{inputs.name}", kl_coefficient)
     c = Settings(
         objective="policy_gradient",
-        vocab_size=calls.vocab_size(inputs, vocab_axis),
+        vocab_size=calls.vocab_size(inputs, how.vocab_axis),
         clip=None if old_log_probs is None else clip,
         kl=kl if inputs.reference else None,
         kl_coefficient=kl_coefficient,
@@ -207,20 +201,16 @@ def run_policy_gradient(
     numbers = {"advantages": advantages}
     if old_log_probs is not None:
         numbers["old_log_probs"] = old_log_probs
-    outputs, _ = calls.call(
-        c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation, numbers
-    )
+    outputs, _ = calls.call(c, inputs, how, targets, weights, numbers=numbers)
     clipped = outputs.pop("clipped") > 0
     return PolicyLoss(clipped=clipped, kl=outputs.pop("kl", None), **outputs)
 
 
-def run_token_statistics(
-    inputs: Inputs, targets: Array, vocab_axis: str | None, implementation: str | None
-) -> TokenStatistics:
+def run_token_statistics(inputs: Inputs, how: How, targets: Array) -> TokenStatistics:
     """`token_statistics` on checked inputs."""
     name = "pair_statistics" if inputs.reference else "statistics"
-    c = Settings(name, calls.vocab_size(inputs, vocab_axis))
-    outputs, correct = calls.call(c, inputs, targets, None, None, False, vocab_axis, implementation)
+    c = Settings(name, calls.vocab_size(inputs, how.vocab_axis))
+    outputs, correct = calls.call(c, inputs, how, targets)
     return TokenStatistics(
         log_prob=outputs["log_prob"],
         ref_log_prob=outputs.get("ref_log_prob"),
@@ -314,7 +304,8 @@ def targeted_negative_loss(
     inputs = calls.logits_inputs(logits, ref_logits, implementation)
     size = calls.vocab_size(inputs, vocab_axis)
     c = targeted_negative_settings(size, objective, alpha, smoothing, z_loss, divergence)
-    return run_loss(c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation)
+    how = How(skip_ignored, vocab_axis, implementation)
+    return run_loss(c, inputs, how, targets, weights, edits)
 
 
 def unlikelihood_loss(
@@ -366,7 +357,8 @@ def unlikelihood_loss(
     """
     inputs = calls.logits_inputs(logits, None, implementation)
     c = unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
-    return run_loss(c, inputs, targets, weights, edits, skip_ignored, vocab_axis, implementation)
+    how = How(skip_ignored, vocab_axis, implementation)
+    return run_loss(c, inputs, how, targets, weights, edits)
 
 
 def negative_likelihood_loss(
@@ -418,7 +410,7 @@ def negative_likelihood_loss(
     inputs = calls.logits_inputs(logits, None, implementation)
     size = calls.vocab_size(inputs, vocab_axis)
     c = negative_likelihood_settings(size, alpha, threshold, z_loss)
-    return run_loss(c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation)
+    return run_loss(c, inputs, How(skip_ignored, vocab_axis, implementation), targets, weights)
 
 
 def cross_entropy_loss(
@@ -466,7 +458,7 @@ def cross_entropy_loss(
     """
     inputs = calls.logits_inputs(logits, None, implementation)
     c = cross_entropy_settings(calls.vocab_size(inputs, vocab_axis), label_smoothing, z_loss)
-    return run_loss(c, inputs, targets, weights, None, skip_ignored, vocab_axis, implementation)
+    return run_loss(c, inputs, How(skip_ignored, vocab_axis, implementation), targets, weights)
 
 
 def kl_divergence(
@@ -513,7 +505,8 @@ def kl_divergence(
         checks.smoothing_for_reverse(smoothing, 'direction="reverse" with edits')
     size = calls.vocab_size(inputs, vocab_axis)
     c = Settings(f"kl_{direction}", size, smoothing=smoothing, divergence=True)
-    return run_loss(c, inputs, None, None, edits, False, vocab_axis, implementation).loss
+    how = How(vocab_axis=vocab_axis, implementation=implementation)
+    return run_loss(c, inputs, how, edits=edits).loss
 
 
 def policy_gradient_loss(
@@ -602,9 +595,10 @@ def policy_gradient_loss(
       KL Divergence" (Schulman, 2020).
     """
     inputs = calls.logits_inputs(logits, ref_logits, implementation)
+    how = How(skip_ignored, vocab_axis, implementation)
     return run_policy_gradient(
-        inputs, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
-        entropy_coefficient, skip_ignored, vocab_axis, implementation,
+        inputs, how, targets, weights, advantages, old_log_probs, clip, kl, kl_coefficient,
+        entropy_coefficient,
     )  # fmt: skip
 
 
@@ -642,4 +636,5 @@ def token_statistics(
       [-1.3863] [1.3863] None
     """
     inputs = calls.logits_inputs(logits, ref_logits, implementation)
-    return run_token_statistics(inputs, targets, vocab_axis, implementation)
+    how = How(vocab_axis=vocab_axis, implementation=implementation)
+    return run_token_statistics(inputs, how, targets)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels import autodiff, calls, checks, dense, losses
+from t5patches_kernels.calls import How
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.statistics import REMOVED
 
@@ -61,7 +62,7 @@ def cross_entropy_with_logits(
         calls.vocab_size(inputs, None),
         z_loss=checks.number("z_loss", z_loss, least=0.0),
     )
-    out = losses.run_loss(c, inputs, None, None, None, False, None, implementation)
+    out = losses.run_loss(c, inputs, How(implementation=implementation))
     return autodiff.with_gradient_to_targets(out.loss, logits, targets), out.z_loss
 
 

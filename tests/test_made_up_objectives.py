@@ -253,8 +253,9 @@ def fused(backend, c, second_row, z, r, y, ids, factors, edits):
         axis, implementation = ("model", "xla") if backend == "sharded" else (None, backend)
         reference = r if second_row == "given" else None
         inputs = calls.logits_inputs(z, reference, implementation)
+        how = calls.How(vocab_axis=axis, implementation=implementation)
         some = calls.Edits(jnp.asarray(ids), jnp.asarray(factors)) if edits else None
-        outputs, _ = calls.call(c, inputs, y, WEIGHTS, some, False, axis, implementation, numbers)
+        outputs, _ = calls.call(c, inputs, how, y, WEIGHTS, some, numbers)
         return outputs["loss"]
 
     if backend == "sharded":

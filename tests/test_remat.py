@@ -13,6 +13,7 @@ from t5patches.editing.train import Step, TrainSettings
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.huggingface import load_checkpoint
 from t5patches.model.lora import Lora
+from t5patches.model.placement import make_mesh
 from t5patches.model.remat import remat
 from t5patches.model.t5.model import small_t5
 
@@ -78,6 +79,21 @@ def test_an_update_holds_what_is_between_layers(kind, lora):
 
     # The second is the control.
     assert working(model.replace(remat=True)) < 0.5 * working(model)
+
+
+def test_devices_share_such_an_update():
+    model = small_decoder(vocab_size=32, width=16, layers=2, num_kv_heads=2, remat=True)
+    params, arrays = model.init(jax.random.key(0)), batch(model, rows=4)
+    arrays["weights"] = np.ones(arrays["outputs"].shape, np.float32)
+    settings = TrainSettings(objective="ul", batch_size=4, learning_rate=1e-2)
+    losses = []
+    for mesh in (None, make_mesh(2, jax.devices()[:4])):
+        step = Step(model, settings, arrays, mesh)
+        state, frozen = step.start(params), step.place(params, params)
+        for number in range(3):
+            state, metrics = step(state, frozen, arrays, number)
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_what_is_frozen_gets_no_gradient():

@@ -111,7 +111,7 @@ def test_a_made_up_objective():
 
         def total(z):
             inputs = calls.linear_inputs(z, eye, (r, eye), 1.0, CAP, False, None)
-            losses = calls.call(c, inputs, y, WEIGHTS, None, False, None, None)[0]["loss"]
+            losses = calls.call(c, inputs, calls.How(), y, WEIGHTS)[0]["loss"]
             return (losses * COTANGENTS).sum(), losses
 
         (_, got), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(z)
