@@ -297,6 +297,7 @@ def test_sets_of_negatives():
         tokens["decoder_target_tokens"],
         tokens["decoder_loss_weights"].astype(jnp.float32),
         objective="tnrr",
+        alpha=1e4,  # T5Patches' own
         edits=t5patches_kernels.Edits(ids, factors),
     )
     got = loss_of(model(OURS, "TNRR"), tokens, params, ref)
