@@ -9,7 +9,7 @@ from harness import slow_unless
 
 from t5patches.cli import main
 from t5patches.editing.data import write_examples
-from t5patches.editing.train import Step, TrainSettings
+from t5patches.editing.train import Step, TrainSettings, train
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.huggingface import load_checkpoint
 from t5patches.model.lora import Lora
@@ -94,6 +94,20 @@ def test_devices_share_such_an_update():
             state, metrics = step(state, frozen, arrays, number)
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_run_that_was_begun_without_it_goes_on_with_it(tmp_path):
+    model = small_decoder(vocab_size=32, width=16, layers=2)
+    params, arrays = model.init(jax.random.key(0)), batch(model, rows=4)
+    arrays["weights"] = np.ones(arrays["outputs"].shape, np.float32)
+
+    def losses(model, steps, name):
+        settings = TrainSettings(objective="ul", batch_size=4, learning_rate=1e-2, steps=steps)
+        return train(model, params, arrays, settings, tmp_path / name).history["loss"]
+
+    losses(model, 1, "resumed")
+    resumed = losses(model.replace(remat=True), 3, "resumed")
+    np.testing.assert_allclose(resumed, losses(model, 3, "whole"), rtol=1e-4)
 
 
 def test_what_is_frozen_gets_no_gradient():

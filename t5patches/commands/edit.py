@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="go on with this edit where it was killed; --steps may be more by then, and "
-        "--checkpoint-every another",
+        "--checkpoint-every and --remat others",
     )
     files.add_argument(
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"

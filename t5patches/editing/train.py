@@ -144,7 +144,8 @@ MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = {
     "checkpoint_every": lambda there, asked: True,
     "remat": lambda there, asked: True,
 }
-"""Settings in which a run that goes on may differ from what it was: it may get more steps."""
+"""In what a run that goes on may differ from what it was: it may get more steps, and whether layers
+are run again (`remat`) changes rounding alone."""
 
 
 class Trained(NamedTuple):

@@ -504,16 +504,20 @@ def run(
         for window in {config.window(i) for i in range(config.num_layers)}
     }
 
-    def drop(number: int, key: Array | None, x: Array) -> Array:
-        if key is None or not config.dropout_rate:
+    def drop(number: int, dropout_key: Array | None, x: Array) -> Array:
+        if dropout_key is None or not config.dropout_rate:
             return x
-        kept = jax.random.bernoulli(
-            jax.random.fold_in(key, number), 1 - config.dropout_rate, x.shape
-        )
+        key = jax.random.fold_in(dropout_key, number)
+        kept = jax.random.bernoulli(key, 1 - config.dropout_rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - config.dropout_rate, x.dtype), 0)
 
     def read(
-        number: int, params: Params, x: Array, positions: Array, allowed: Array, key: Array | None
+        number: int,
+        params: Params,
+        x: Array,
+        positions: Array,
+        allowed: Array,
+        dropout_key: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """A layer, and its keys and values."""
         made: list[tuple[Array, Array]] = []
@@ -524,7 +528,7 @@ def run(
             return attend_within(config, query, key, value, allowed)
 
         def drop_next(x: Array) -> Array:
-            return drop(next(drops), key, x)
+            return drop(next(drops), dropout_key, x)
 
         x = layer(config, params, x, positions, attend, number=number, drop=drop_next)
         return x, made[0]

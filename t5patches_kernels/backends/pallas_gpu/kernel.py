@@ -342,8 +342,9 @@ def _inputs(call: Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
     (z,) = operands.model
     plain = (operands.reference or operands.model)[0]
     own = [gpu_form.target_logit(x, tokens.targets) for x in (z, plain)]
-    scalars = [tokens.weights[:, None], tokens.bad[:, None].astype(jnp.float32), *own]
-    scalars += [(tokens.numbers or {})[name][:, None] for name in call.numbers]
+    of_rows = tokens.of_rows()
+    scalars = [of_rows["w"], of_rows["bad"].astype(jnp.float32), *own]
+    scalars += [of_rows[name] for name in call.numbers]
     ids = [tokens.targets[:, None]]
     if tokens.edit_ids is not None and tokens.log_factors is not None:
         ids.append(tokens.edit_ids)

@@ -102,8 +102,9 @@ def lanes_of(call: Call, tokens: Tokens, stats: Stats | None, d_stats: Stats | N
     inside = (tokens.targets >= 0) & (tokens.targets < call.columns)
     target = jnp.where(inside, tokens.targets, -1)
     parts = divmod(target, LANES)  # float32 has not every whole number beyond 2^24
-    columns = [x[:, None] for x in (tokens.weights, tokens.bad, *parts)]
-    columns += [(tokens.numbers or {})[name][:, None] for name in call.numbers]
+    of_rows = tokens.of_rows()
+    columns = [of_rows["w"], of_rows["bad"], *(x[:, None] for x in parts)]
+    columns += [of_rows[name] for name in call.numbers]
     columns += [(stats or {})[name] for name in call.given]
     columns += [(d_stats or {})[name] for name in call.d_stats]
     lanes = jnp.concatenate([x.astype(jnp.float32) for x in columns], axis=1)
