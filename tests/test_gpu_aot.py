@@ -162,3 +162,16 @@ def test_a_head_in_chunks_takes_little_memory():
         compiled = compile_for(device(), f, h, k, h, k, y, w)
         temporaries[what] = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries["xla"] < 0.05 * temporaries["dense"]
+
+
+def test_a_head_stores_the_gradient_as_its_products_take_it():
+    """The kernel's gradient to a chunk's logits is bfloat16, and no pass converts it."""
+    rows, width = 1024, 64
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width, V)))
+    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
+    f = jax.value_and_grad(functools.partial(common.head_total, "pallas_gpu", "tnff"), (0, 1))
+
+    text = compile_for(device(), f, h, k, h, k, y, w).as_text()
+    kernel = re.findall(r"= \(f32\[\S+ (\w+)\[1024,32128\]\S* custom-call\(", text)
+    converted = re.findall(r"= (\w+)\[1024,32128\]\S* fusion\(.*calls=%wrapped_convert", text)
+    assert (kernel, converted) == (["bf16"], [])
