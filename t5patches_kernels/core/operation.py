@@ -33,8 +33,8 @@ class Operation:
     vocab_axis: str | None = None
     head: Head | None = None  # None: the operands are logits
     donate: bool = False  # the gradient may be written over the model's logits
-    gradient_dtype: str | None = None  # of the gradient to logits; None: theirs
     skip_ignored: bool = False  # statistics and gradient of a row of weight 0 may be all 0
+    gradient_dtype: str | None = None  # of the gradient to logits; None: theirs
 
 
 class Tokens(NamedTuple):
