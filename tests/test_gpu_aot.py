@@ -103,10 +103,10 @@ def spills(tmp_path, monkeypatch):
     return read
 
 
-def check_kernel(name, dtype, gradient, size, spills):
+def check_kernel(name, dtype, gradient, size, spills, card="H200"):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
-    text = program(name, "pallas_gpu", dtype, gradient=gradient, rows=264, size=size).as_text()
-    assert "mosaic_gpu" in text
+    compiled = program(name, "pallas_gpu", dtype, gradient=gradient, rows=264, size=size, card=card)
+    assert "mosaic_gpu" in compiled.as_text()
     assert not any(spills())  # none at all where the same kernel was compiled before
 
 
@@ -127,6 +127,17 @@ def test_spills_are_reported(spills):
 )  # fmt: skip
 def test_kernel(name, dtype, gradient, spills):
     check_kernel(name, dtype, gradient, V, spills)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [slow_unless((name, dtype) in (("tnrf", "float32"), ("tnrr", "bfloat16")), name, dtype)
+     for name in MAIN for dtype in DTYPES],
+)  # fmt: skip
+def test_kernel_for_blackwell(name, dtype, spills, tmp_path):
+    check_kernel(name, dtype, True, V, spills, card="B200")
+    if spills():  # none where the same kernel was compiled before
+        assert all(".target sm_100a" in x.read_text() for x in tmp_path.glob("*.ptx"))
 
 
 @pytest.mark.slow
