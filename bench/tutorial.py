@@ -19,7 +19,7 @@ from bench import common
 COMMANDS = (
     "t5patches demo --prepare --output tutorial",
     "t5patches annotate --model tutorial/model --inputs tutorial/inputs.txt \\\n"
-    "    --rules tutorial/rules.toml --temperature 1 --expand 32 --output tutorial/edits.jsonl",
+    "    --rules tutorial/rules.toml --expand 32 --output tutorial/edits.jsonl",
     "t5patches edit --model tutorial/model --data tutorial/edits.jsonl --output tutorial/edited",
     "t5patches evaluate --before tutorial/model --after tutorial/edited \\\n"
     "    --inputs tutorial/held-out.jsonl --rules tutorial/rules.toml --references \\\n"

@@ -49,7 +49,7 @@ TINY = {
     "edit_batch_size": 4,
     "held_out": 8,
     "negatives": 3,
-    "edits": (Edit("tnff", with_sets=True), Edit("ce")),
+    "edits": (Edit("tnff", with_sets=True), Edit("ce", on_sampled=True)),
 }
 
 
@@ -105,7 +105,7 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
 def check_results(output):
     results = json.loads((output / "results.json").read_text())
     names = [row["name"] for row in results["rows"]]
-    assert names == ["TNFF, sets of 3, alpha 1", "corrective"]
+    assert names == ["TNFF, sets of 3, alpha 1", "corrective, on sampled outputs"]
     assert results["settings"]["held_out"] == 8
     assert results["before"]["prevalence"]["value"] > 0
     assert all(row["measures"]["kl"]["value"] >= 0 for row in results["rows"])

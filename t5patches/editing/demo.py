@@ -56,21 +56,23 @@ class Edit:
         objective: one of `t5patches.editing.train.OBJECTIVES`.
         alpha: factor on the loss of pushed-down tokens.
         with_sets: push down sets of negatives and not the emitted token only.
+        on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
+            distribution to objectives that know it from nowhere else.
     """
 
     objective: str
     alpha: float = 1.0
     with_sets: bool = False
+    on_sampled: bool = False
 
 
-# What `t5patches edit` does unless told otherwise, its two neighbours, the emitted token alone; and
-# the objectives that have no original.
+# What `t5patches edit` does unless told otherwise, its two neighbours, and the objectives that have
+# no original; of these the last on sampled outputs too, which bring it closest.
 EDITS = (
-    *(Edit(objective, with_sets=True) for objective in ("tnrf", "tnff", "tnrr")),
-    Edit("tnff"),
-    Edit("ul", with_sets=True),
+    *(Edit(objective, with_sets=True) for objective in ("tnrf", "tnff", "tnrr", "ul")),
     Edit("nl", 0.3),
     Edit("ce"),
+    Edit("ce", on_sampled=True),
 )
 
 
@@ -266,11 +268,13 @@ absent_from_source = true
 
 def _repetition(stage: _Stage, base: LoadedModel) -> _Repetition:
     model, original, tokenizer = base
-    marked = _marked_outputs(stage, model, original, tokenizer)
+    greedy = _greedy_outputs(stage, model, original, tokenizer)
+    sampled = _sampled_outputs(stage, model, original, tokenizer)
     held_out, before = _before(stage, model, original, tokenizer)
     stage.tell("before", before)
     rows: list[Row] = []
     for edit in stage.config.edits:
+        marked = sampled if edit.on_sampled else greedy
         row = _edited(stage, edit, model, original, marked, held_out, tokenizer)
         stage.tell(f"{len(rows) + 1}/{len(stage.config.edits)} {row.name}", row.measures)
         rows.append(row)
@@ -321,33 +325,16 @@ def _measuring(config: DemoConfig) -> Measuring:
     return Measuring(places_not_in_source(), config.max_length, well_formed)
 
 
-def _marked_outputs(
+def _greedy_outputs(
     stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
 ) -> list[Example]:
-    """Outputs drawn from the base model, marked, with sets of negatives and corrections.
-
-    Drawn, as greedy ones hold little of what the model says when it is sampled.
-    """
+    """The base model's own outputs, marked, with sets of negatives and corrections."""
     path = stage.directory / "edits.jsonl"
     if path.exists():
         return read_examples(path, tokenizer)
-    rule = places_not_in_source()
-    spoken = speak(
-        model,
-        params,
-        stage.news(stage.config.edit_inputs, _EDIT),
-        rule,
-        tokenizer,
-        max_length=stage.config.max_length,
-        temperature=1.0,
-        seed=stage.seed,
-    )
     outputs = expand_negatives(
-        [
-            dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
-            for e in spoken
-        ],
-        rule,
+        _own_outputs(stage, model, params, tokenizer, temperature=0.0),
+        places_not_in_source(),
         tokenizer,
         model,
         params,
@@ -357,6 +344,33 @@ def _marked_outputs(
     )
     write_examples(path, outputs)
     return outputs
+
+
+def _sampled_outputs(
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
+) -> list[Example]:
+    path = stage.directory / "sampled.jsonl"
+    if not path.exists():
+        write_examples(path, _own_outputs(stage, model, params, tokenizer, temperature=1.0))
+    return read_examples(path, tokenizer)
+
+
+def _own_outputs(
+    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer, *, temperature: float
+) -> list[Example]:
+    outputs = speak(
+        model,
+        params,
+        stage.news(stage.config.edit_inputs, _EDIT),
+        places_not_in_source(),
+        tokenizer,
+        max_length=stage.config.max_length,
+        temperature=temperature,
+    )
+    return [
+        dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
+        for e in outputs
+    ]
 
 
 def _edited(
@@ -382,6 +396,7 @@ def _edited(
     )
     examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
     name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
+    name += "-sampled" * edit.on_sampled
     trained = _run(stage, name, model, original, examples, settings)
     found = evaluate(model, trained.params, original, held_out, tokenizer, _measuring(config))
     return Row(
@@ -391,6 +406,7 @@ def _edited(
         found.measures,
         trained.history,
         found.outputs,
+        "on sampled outputs" if edit.on_sampled else "",
     )
 
 
@@ -439,9 +455,10 @@ def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: flo
 
 _ABOUT = (
     "A tiny T5 was trained on {texts} pieces of news with summaries that name places which the "
-    "news does not. Each edit makes {edit_steps} updates on {edit_inputs} summaries drawn from "
-    "that model, in which such places are marked; sets of {negatives} also hold what else the "
-    "model would name there. All is measured on {held_out} other pieces of news."
+    "news does not. Each edit makes {edit_steps} updates on {edit_inputs} summaries by that model "
+    "(greedy ones, where it does not say sampled), in which such places are marked; sets of "
+    "{negatives} also hold what else the model would name there. All is measured on {held_out} "
+    "other pieces of news."
 )
 
 
