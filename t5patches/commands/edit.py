@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--resume",
         action="store_true",
-        help="go on with this edit where it was killed; --steps may be more by then, and "
-        "--checkpoint-every and --remat others",
+        help="go on with this edit where it was killed; --steps may be more by then (where "
+        "--schedule is constant), and --checkpoint-every and --remat others",
     )
     files.add_argument(
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"
@@ -120,6 +120,22 @@ def _add_training(group: Any) -> None:
     )
     group.add_argument(
         "--warmup-steps", metavar="N", type=common.count, default=0, help="(default: 0)"
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="NAME",
+        default="constant",
+        help="of the learning rate after the warm-up: constant, or linear or cosine, which fall to "
+        "0 over --steps; these are then fixed, also for --resume (default: constant)",
+    )
+    group.add_argument(
+        "--average",
+        metavar="DECAY",
+        type=float,
+        default=0.0,
+        help="write an exponential average of the trained weights, which reaches over about "
+        "1 / (1 - DECAY) updates: 0.95 over the last 20 or so. One more copy of what is trained is "
+        "held (default: 0, none)",
     )
     group.add_argument(
         "--dropout",

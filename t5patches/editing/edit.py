@@ -36,7 +36,6 @@ from t5patches.editing.mixing import mixing_rates, mixture_order
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_examples
 from t5patches.editing.train import (
-    MAY_DIFFER,
     OBJECTIVES,
     Batches,
     Params,
@@ -46,6 +45,7 @@ from t5patches.editing.train import (
     cache_teacher,
     finished_run,
     in_dtype,
+    may_differ,
     train,
     training_progress,
 )
@@ -160,8 +160,8 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
 
     Args:
         job: what to do.
-        resume: go on with the same job where it was killed, or begin it. More steps than then,
-            and checkpoints at other steps, are no other job.
+        resume: go on with the same job where it was killed, or begin it. More steps than then
+            (where the rate is constant), and checkpoints at other steps, are no other job.
         console: where progress is shown; None shows nothing.
 
     Returns:
@@ -187,7 +187,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     def begin() -> None:
         _require_space(job, checked)
         hold(work)
-        claim(work, described, may_differ=MAY_DIFFER)
+        claim(work, described, may_differ=may_differ(job.settings))
         if edited.exists() and read_rounds(edited)[-1]["job"] != described:
             remove(edited)  # of fewer steps than are asked for now
 
@@ -671,6 +671,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
             f"- An adapter (LoRA) of rank {lora['rank']}, alpha {lora['alpha'] or lora['rank']:g}, "
             f"{left}.\n"
         )
+    average = f", weights averaged ({settings['average']:g})" if settings["average"] else ""
     loss = record["history"]["loss"]
     chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
     return (
@@ -682,9 +683,10 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"{adapter}"
         f"- Kept close to: {teacher}.\n"
         f"- {settings['steps']} updates of {settings['batch_size']} examples, "
-        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, warm-up "
-        f"{settings['warmup_steps']}, dropout {job_['dropout']:g}, {job_['dtype']}, seed "
-        f"{settings['seed']}{chat}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} "
+        f"({settings['schedule']}), warm-up {settings['warmup_steps']}{average}, dropout "
+        f"{job_['dropout']:g}, {job_['dtype']}, seed {settings['seed']}{chat}; loss "
+        f"{loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
         "`t5patches evaluate` does.\n"

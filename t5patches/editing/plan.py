@@ -33,6 +33,7 @@ class MemoryPlan:
         working: gradients and activations of one update, and its batch.
         available: what a device has left; None where it does not say. CPU devices share the
             machine's memory, and this is one's share.
+        copies: the average of what is trained.
         saved: what training all parameters would take beyond this, of parameters, gradients,
             optimizer and original; 0 where all are trained.
     """
@@ -44,16 +45,18 @@ class MemoryPlan:
     original: int
     working: int
     available: int | None
+    copies: int = 0
     saved: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.optimizer + self.original + self.working
+        return self.parameters + self.copies + self.optimizer + self.original + self.working
 
     def text(self) -> str:
         """The plan in a line."""
-        parts = ("parameters", "optimizer", "original", "working")
+        copies = ("copies",) if self.copies else ()
+        parts = ("parameters", *copies, "optimizer", "original", "working")
         listed = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         of = "" if self.available is None else f" of {_size(self.available)}"
         saved = f"; training all parameters would take {_size(self.saved)} more" * (self.saved > 0)
@@ -83,8 +86,9 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
     saved = 0
     if settings.lora is not None:
         full = step.of_all()
-        saved = 2 * _held(full.state.params) + _held(full.state.optimizer) + _held(full.frozen)
-        saved -= 2 * trained + _held(step.state.optimizer) + _held(step.frozen)
+        # The gradients are as large as what is trained.
+        saved = _held((full.state, full.state.params, full.frozen))
+        saved -= _held((step.state, step.state.params, step.frozen))
     if used[0].platform == "cpu" and (settings.lora is None or step.cached):
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
@@ -93,6 +97,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         device=used[0].device_kind,
         count=len(used),
         parameters=base + trained,
+        copies=_held(step.state.average),
         optimizer=_held(step.state.optimizer),
         original=original,
         working=working,
@@ -196,6 +201,8 @@ def _advice(
         out.append("the frozen parameters in bfloat16 are half as large (--param-dtype bfloat16)")
     if settings.optimizer == "adam" and settings.lora is None:
         out.append(f"Adafactor keeps {_size(plan.optimizer)} less (--optimizer adafactor)")
+    if plan.copies:
+        out.append(f"without an average there are {_size(plan.copies)} less (--average 0)")
     if not bfloat16:
         out.append("activations in bfloat16 are half as large (--dtype bfloat16)")
     out.append(

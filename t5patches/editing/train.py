@@ -51,6 +51,7 @@ from t5patches_kernels import (
 
 TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 OPTIMIZERS = ("adafactor", "adam")
+SCHEDULES = ("constant", "linear", "cosine")
 _PARAM_DTYPES = ("float32", "bfloat16")
 
 History = dict[str, list[float]]
@@ -67,8 +68,14 @@ class TrainSettings:
         negatives: 0 pushes down the token that was said, K > 0 a set of at most K ids.
         steps: updates to make.
         batch_size: examples in an update.
-        learning_rate: constant after the warm-up. Adam wants about a tenth of Adafactor's.
+        learning_rate: after the warm-up. Adam wants about a tenth of Adafactor's.
         warmup_steps: the rate rises linearly over them.
+        schedule: one of `SCHEDULES`, of the rate after the warm-up: it stays, or falls to 0, which
+            it would reach with the update after the last (Loshchilov and Hutter 2017 for the
+            cosine). Where it falls, `steps` is a fact of the run, which gets no more later.
+        average: 0, or the decay of an exponential average of what is trained, which then is what
+            training makes (Polyak and Juditsky 1992). With a decay d it reaches over about
+            1 / (1 - d) updates.
         optimizer: one of `OPTIMIZERS`.
         z_loss: coefficient of the squared log-normaliser.
         label_smoothing: `ce` only.
@@ -90,6 +97,8 @@ class TrainSettings:
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    schedule: str = "constant"
+    average: float = 0.0
     optimizer: str = "adafactor"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -103,7 +112,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
-        for name, known in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS)):
+        for name, known in _ONE_OF.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
         for name, least in _LEAST.items():
@@ -111,6 +120,16 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        if self.schedule != "constant" and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
+                f"the {self.schedule} schedule; make more steps, or warm up over fewer"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"average is {self.average}: a decay from 0 (none) to below 1 is needed, such as "
+                "0.95"
+            )
         if self.negatives and self.objective in ("nl", "ce"):
             raise NotImplementedError(
                 f"{self.objective} pushes down one token a position, and negatives is "
@@ -128,6 +147,7 @@ class TrainSettings:
             )
 
 
+_ONE_OF = {"objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 _LEAST = {
     "alpha": 0,
     "negatives": 0,
@@ -139,20 +159,34 @@ _LEAST = {
 }
 
 
-MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = {
-    "steps": operator.le,
-    "checkpoint_every": lambda there, asked: True,
-    "remat": lambda there, asked: True,
-}
-"""In what a run that goes on may differ from what it was: it may get more steps, and whether layers
-are run again (`remat`) changes rounding alone."""
+def may_differ(settings: TrainSettings) -> dict[str, Callable[[Any, Any], bool]]:
+    """In what a run that goes on may differ from what it was.
+
+    It may get more steps where the rate does not fall towards its last one. Whether layers are run
+    again (`remat`) changes rounding alone.
+
+    Args:
+        settings: how to train now.
+
+    Returns:
+        By name, whether the value there may become the one asked for, as `claim` takes it.
+    """
+    names: dict[str, Callable[[Any, Any], bool]] = {"checkpoint_every": _any, "remat": _any}
+    if settings.schedule == "constant":
+        names["steps"] = operator.le
+    return names
+
+
+def _any(there: Any, asked: Any) -> bool:
+    return True
 
 
 class Trained(NamedTuple):
     """What training made.
 
     Attributes:
-        params: the new parameters; with `TrainSettings.lora` those of the adapter alone.
+        params: the new parameters, or their average where `TrainSettings.average` asks for it;
+            with `TrainSettings.lora` those of the adapter alone.
         history: for every step `loss` (mean over the tokens that count), `marked` (how many
             tokens of the batch are pushed down) and `said` (for how many of them the model,
             given what comes before, still finds no token likelier).
@@ -165,6 +199,12 @@ class Trained(NamedTuple):
 class _State(NamedTuple):
     params: Params  # what is trained: the model's, or the adapter's
     optimizer: optax.OptState
+    average: Params | None = None  # of what is trained, over the updates
+
+    @property
+    def result(self) -> Params:
+        """What training makes, should it end here."""
+        return self.params if self.average is None else self.average
 
 
 class Frozen(NamedTuple):
@@ -235,8 +275,11 @@ def train(
     described = _describe(model, params, original, arrays, settings, order, cached)
 
     def claimed() -> None:
-        may_differ = {**MAY_DIFFER, **_longer(directory, order, settings)}
-        claim(directory, described, may_differ=may_differ)
+        claim(
+            directory,
+            described,
+            may_differ=may_differ(settings) | _longer(directory, order, settings),
+        )
 
     hosts.once(claimed)
     with _checkpoints(directory) as checkpoints:
@@ -264,7 +307,7 @@ def train(
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 history = _fetch(history)
                 _save(checkpoints, step + 1, state, history)
-    return Trained(state.params, history)
+    return Trained(state.result, history)
 
 
 def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained | None:
@@ -282,16 +325,17 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
     steps = hosts.first_says(lambda: _steps(directory) or 0)
     if not steps:
         return None
+    made = "average" if _settings(directory).get("average") else "params"
     with _checkpoints(directory) as checkpoints:
         if checkpoints.latest_step() != steps:
             return None
         found = checkpoints.restore(
             steps,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), history=ocp.args.JsonRestore()
+                **{made: ocp.args.StandardRestore(params)}, history=ocp.args.JsonRestore()
             ),
         )
-    return Trained(found.params, found.history)
+    return Trained(found[made], found.history)
 
 
 def training_progress(console: Console | None = None) -> Progress:
@@ -540,7 +584,10 @@ class Step:
             self.state.params,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
-        return _State(placed, jax.jit(self._init, out_shardings=shardings)(placed))
+        optimizer = jax.jit(self._init, out_shardings=shardings)(placed)
+        # The first update puts its own in the place of the zeros.
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), placed)
+        return _State(placed, optimizer, zeros if self._settings.average else None)
 
     def place(self, params: Params, original: Params) -> Frozen:
         """Puts what is frozen where it lies, once and not at every update.
@@ -649,8 +696,9 @@ def _program(
     def placed(x: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
-    state = _State(
-        *(jax.tree.map(placed, x, of_x) for x, of_x in ((trained, of_trained), (inner, of_inner)))
+    of_state = _State(of_trained, of_inner, of_trained if settings.average else None)
+    state = jax.tree.map(
+        placed, _State(trained, inner, trained if settings.average else None), of_state
     )
     held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
     params: Any = jax.tree.map(held, shapes, of_shapes)
@@ -665,7 +713,7 @@ def _program(
     program = jax.jit(
         functools.partial(update, model=model, settings=settings),
         donate_argnums=0,
-        out_shardings=(_State(of_trained, of_inner), None),
+        out_shardings=(of_state, None),
     )
     return (state, frozen, batch, number, number), program
 
@@ -709,24 +757,53 @@ def update(
 
     (loss, tokens), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        share = _share_of_newest(settings.average, step)
+        average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = weights < 0
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
-    return _State(optax.apply_updates(state.params, updates), optimizer), metrics
+    return _State(params, optimizer, average), metrics
+
+
+def _share_of_newest(decay: float, step: jax.Array) -> jax.Array:
+    """``1 / (1 + d + ... + d**step)``: 1 at first, so that where training began counts nothing.
+
+    An average that began there would stay closer to the original by not having been trained.
+    """
+    log = np.float32(np.log(decay))
+    return jnp.expm1(log) / jnp.expm1(log * (jnp.asarray(step, jnp.float32) + 1))
 
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
     """What the compiled update depends on: runs that differ in the rest share it."""
-    return dataclasses.replace(settings, seed=0, steps=1, batch_size=1, checkpoint_every=1)
+    steps = 1 if settings.schedule == "constant" else settings.steps
+    return dataclasses.replace(settings, seed=0, steps=steps, batch_size=1, checkpoint_every=1)
 
 
 def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    rate: optax.ScalarOrSchedule = settings.learning_rate
-    if settings.warmup_steps:
-        rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    rate = _rate(settings)
     if settings.optimizer == "adam":
         return optax.adam(rate)
     # An adapter begins with a matrix of zeros: steps in proportion to it would lead nowhere.
     return optax.adafactor(rate, multiply_by_parameter_scale=settings.lora is None)
+
+
+def _rate(settings: TrainSettings) -> optax.ScalarOrSchedule:
+    """The learning rate by the number of updates before."""
+    rate, warmup = settings.learning_rate, settings.warmup_steps
+    falling = settings.steps - warmup
+    match settings.schedule:
+        case "linear":
+            after: optax.ScalarOrSchedule = optax.linear_schedule(rate, 0.0, falling)
+        case "cosine":
+            after = optax.cosine_decay_schedule(rate, falling)
+        case _:
+            return optax.linear_schedule(0.0, rate, warmup) if warmup else rate
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
 
 
 def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | None) -> None:
@@ -853,16 +930,18 @@ def _longer(
     return {"order": lambda there, asked: there == fingerprint(before)}
 
 
+def _settings(directory: Path) -> dict[str, Any]:
+    """The settings of the run in a directory."""
+    run = directory / "run.json"
+    settings = read_object(run).get("settings")
+    if not isinstance(settings, dict) or type(settings.get("steps")) is not int:
+        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
+    return settings
+
+
 def _steps(directory: Path) -> int | None:
     """How many steps the run in a directory is to have; None where there is no run."""
-    run = directory / "run.json"
-    if not run.exists():
-        return None
-    settings = read_object(run).get("settings")
-    steps = settings.get("steps") if isinstance(settings, dict) else None
-    if type(steps) is not int:
-        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
-    return steps
+    return _settings(directory)["steps"] if (directory / "run.json").exists() else None
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:
@@ -879,29 +958,25 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
+    trees = {name: ocp.args.StandardSave(x) for name, x in _trees(state).items()}
     with writing(f"the checkpoint of step {step}", "the one before it, if any, is"):
-        checkpoints.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                history=ocp.args.JsonSave(history),
-            ),
-        )
+        checkpoints.save(step, args=ocp.args.Composite(**trees, history=ocp.args.JsonSave(history)))
 
 
 def _restore(
     checkpoints: ocp.CheckpointManager, like: _State
 ) -> tuple[_State, dict[str, list[Any]]]:
+    trees = {name: ocp.args.StandardRestore(x) for name, x in _trees(like).items()}
     found = checkpoints.restore(
         checkpoints.latest_step(),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
-            optimizer=ocp.args.StandardRestore(like.optimizer),
-            history=ocp.args.JsonRestore(),
-        ),
+        args=ocp.args.Composite(**trees, history=ocp.args.JsonRestore()),
     )
-    return _State(found.params, found.optimizer), found.history
+    return _State(**{name: found[name] for name in trees}), found.history
+
+
+def _trees(state: _State) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by name."""
+    return {name: x for name, x in state._asdict().items() if x is not None}
 
 
 def _fetch(history: Mapping[str, list[Any]]) -> History:
