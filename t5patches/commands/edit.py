@@ -52,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", nargs="+", required=True, help="marked outputs, JSON lines"
     )
     files.add_argument(
+        "--keep",
+        metavar="FILE",
+        help="inputs to which the model is to answer as the original does, one a line or "
+        '{"inputs": "..."} a line of a .jsonl file: nobody need mark anything, as nothing is '
+        "pushed down. The original makes the outputs (sampled at temperature 1, at most as long as "
+        'the longest in --data) but for lines that have "outputs". Take inputs to which it does '
+        "not say what is edited away: what it says to these is kept",
+    )
+    files.add_argument(
         "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
     )
     files.add_argument(
@@ -202,6 +211,13 @@ def _add_data(group: Any) -> None:
         type=float,
         nargs="+",
         help="with several data files: how often to draw from each (default: by size)",
+    )
+    group.add_argument(
+        "--keep-share",
+        metavar="S",
+        type=float,
+        default=0.5,
+        help="how much of what is drawn is of --keep, whatever its size (default: 0.5)",
     )
     group.add_argument(
         "--cap", metavar="N", type=common.positive, help="a larger data file counts as N examples"
