@@ -530,6 +530,31 @@ def test_what_is_kept_goes_with_the_other_options_of_data(place, capsys):
         check(dataclasses.replace(job, keep_share=1.5))
 
 
+def test_an_edit_stops_by_what_it_holds_out(place, capsys):
+    place = place()
+    lines = [line | {"inputs": f"{line['inputs']} {word}"} for line in LINES for word in TEXTS]
+    lines[0]["edits"] = [{"position": 1, "ids": [5, 6]}]
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep = keep_file(place, [KEPT[0], {"inputs": lines[0]["inputs"]}])
+    more = ("--until", "0.001", "--steps", "10", "--keep", keep)
+    assert run(place, *more, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "held out to stop by: 1 outputs to 1 inputs, of 12 to 12" in said
+    assert "copies" in said
+    assert run(place, *more) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the state after \d+ updates is kept, with [\d.]+% left on inputs held", said)
+    (record,) = read_rounds(place / "edited")
+    found = record["held out"]
+    assert (found["why"], found["step"]) == ("steps", [0, 10])
+    assert found["updates"] == found["step"][int(np.argmin(found["left"]))]
+    assert found["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert record["counts"]["examples"] == 11 + 2
+    assert "Kept is the state after" in (place / "edited" / "README.md").read_text()
+    assert run(place, "--until", "0.9", output="other") == 2
+    assert "steps is 4, and until looks at every 10th update" in capsys.readouterr().err
+
+
 def test_data_files_of_one_name_are_told_apart(tmp_path):
     files = [tmp_path / "a" / "edits.jsonl", tmp_path / "b" / "edits.jsonl", tmp_path / "c.jsonl"]
     for number, file in enumerate(files):

@@ -35,6 +35,7 @@ from t5patches.editing.data import (
     to_arrays,
     within,
 )
+from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_items
@@ -154,6 +155,7 @@ class Checked:
         unsaid: by row of `arrays`, the inputs whose outputs the original is yet to make; until then
             they stand there as long as they may become.
         most: tokens that such an output may have.
+        held_out: the data that is not trained on, with `settings.until`.
     """
 
     model: LanguageModel
@@ -167,6 +169,7 @@ class Checked:
     notes: Sequence[str] = ()
     unsaid: Mapping[int, Inputs] = dataclasses.field(default_factory=dict)
     most: int = 0
+    held_out: Batch | None = None
 
 
 def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -275,6 +278,11 @@ def check(job: Job) -> Checked:
     examples = [example for part in sets for example in part]
     settings = _with_negatives(job, examples)
     most = max(len(example.output_ids) for example in examples)
+    held_out = None
+    if settings.until is not None:
+        sets, kept, held_out, note = _hold_out(job, sets, kept, model.config.pad_id)
+        examples = [example for part in sets for example in part]
+        notes.append(note)
     first, unsaid = len(examples), {}
     for row, item in enumerate(kept, start=first):
         if isinstance(item, Source):
@@ -302,7 +310,18 @@ def check(job: Job) -> Checked:
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
     notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
     return Checked(
-        model, arrays, order, settings, mesh, step, plan, counts, notes, unsaid=unsaid, most=most
+        model,
+        arrays,
+        order,
+        settings,
+        mesh,
+        step,
+        plan,
+        counts,
+        notes,
+        unsaid=unsaid,
+        most=most,
+        held_out=held_out,
     )
 
 
@@ -511,6 +530,30 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
             )
 
 
+def _hold_out(
+    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example], pad_id: int
+) -> tuple[list[list[Example]], list[Source | Example], Batch, str]:
+    """The data without what is held out, what is held out, and a note of it."""
+    examples = [example for part in sets for example in part]
+    prompts = held_out_inputs(examples, job.settings.seed)
+    held, known = held_out_examples(examples, prompts), frozenset(prompts)
+    texts = {example.inputs for example in held}
+    left = [[example for example in part if example.input_ids not in known] for part in sets]
+    for file, part in zip(job.data, left, strict=True):
+        if not part:
+            raise ValueError(
+                f"{file}: until holds out all that it has, {len(known)} inputs of all files being "
+                "held out: give more data, or leave until out"
+            )
+    note = (
+        f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
+        f"{len({example.input_ids for example in examples})}"
+    )
+    named = max(1 + len(ids) for example in held for ids in [*example.negatives.values(), ()])
+    arrays = to_arrays(held, pad_id=pad_id, negatives=named)
+    return left, [item for item in kept if item.inputs not in texts], arrays, note
+
+
 def _to_be_said(inputs: Inputs, most: int, tokenizer: Tokenizer) -> Example:
     """An example in the place of the one that the original will make."""
     prompt = tokenizer.encode_prompt(inputs)
@@ -607,10 +650,11 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
         if checked.unsaid:
             checked = _said(job, checked, original, work, progress)
         teacher = _cached(job, checked, original, progress)
-        if teacher is None and jax.process_count() == 1:  # others' devices cannot be read here
+        # Other processes' devices cannot be read here.
+        if not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
         finished = finished_run(directory, checked.step.state.params)
-        if finished is not None and len(finished.history["loss"]) == checked.settings.steps:
+        if finished is not None and _is_finished(finished, checked.settings):
             return finished, checked
         trained = train(
             checked.model,
@@ -622,9 +666,16 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
             order=checked.order,
             mesh=checked.mesh,
             teacher=teacher,
+            held_out=checked.held_out,
             progress=progress,
         )
         return trained, checked
+
+
+def _is_finished(trained: Trained, settings: TrainSettings) -> bool:
+    """Whether a finished run made all steps that are asked for now, or stopped before."""
+    stopped = trained.looks and verdict(trained.looks, settings.until or 0).why
+    return bool(stopped) or len(trained.history["loss"]) == settings.steps
 
 
 def _said(job: Job, checked: Checked, original: Params, work: Path, progress: Progress) -> Checked:
@@ -741,6 +792,15 @@ def _record(
     described: Mapping[str, Any], checked: Checked, directory: Path, trained: Trained
 ) -> dict[str, Any]:
     run = json.loads((directory / "run.json").read_text())
+    looks, until = {}, run["settings"]["until"]
+    if until is not None:
+        found = verdict(trained.looks, until)
+        looks["held out"] = {
+            "why": found.why or "steps",
+            "updates": trained.looks[found.best].step,
+            "fingerprint": run["held_out"],
+            **{name: [getattr(x, name) for x in trained.looks] for name in Look._fields},
+        }
     return {
         "job": described,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -749,6 +809,7 @@ def _record(
         "fingerprints": {name: run[name] for name in ("data", "params", "original")}
         | {"edited": fingerprint(trained.params)},
         "history": trained.history,
+        **looks,
         "memory": dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
         "jax": jax.__version__,
         "devices": f"{checked.plan.count} x {checked.plan.device}",
@@ -780,7 +841,14 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
             f"- Outputs to `{name}` (sha256 `{digest}`) are {share:.0%} of what was drawn, with "
             "nothing pushed down.\n"
         )
-    loss = record["history"]["loss"]
+    loss, made = record["history"]["loss"], ""
+    if found := record.get("held out"):
+        left = found["left"][found["step"].index(found["updates"])]
+        made = (
+            f"- Kept is the state after {found['updates']} updates, the best on inputs held out: "
+            f"{left:.2%} left there of {found['left'][0]:.2%} (asked for: "
+            f"{settings['until']:.2%}).\n"
+        )
     chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
     return (
         f"{before}{_EDITED}\n\n"
@@ -790,11 +858,12 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
         f"{adapter}{kept}"
         f"- Kept close to: {teacher}.\n"
-        f"- {settings['steps']} updates of {settings['batch_size']} examples, "
+        f"- {len(loss)} updates of {settings['batch_size']} examples, "
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} "
         f"({settings['schedule']}), warm-up {settings['warmup_steps']}{average}, dropout "
         f"{job_['dropout']:g}, {job_['dtype']}, seed {settings['seed']}{chat}; loss "
         f"{loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"{made}"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
         "`t5patches evaluate` does.\n"

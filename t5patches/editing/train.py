@@ -15,7 +15,7 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t5patches.editing.data import Batch, batch_indices
+from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
 from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
@@ -76,6 +77,9 @@ class TrainSettings:
         average: 0, or the decay of an exponential average of what is trained, which then is what
             training makes (Polyak and Juditsky 1992). With a decay d it reaches over about
             1 / (1 - d) updates.
+        until: stops training, see `t5patches.editing.held_out.verdict`, by what every tenth update
+            has left of the unwanted in the part of the data that is held out; None makes all
+            steps.
         optimizer: one of `OPTIMIZERS`.
         z_loss: coefficient of the squared log-normaliser.
         label_smoothing: `ce` only.
@@ -99,6 +103,7 @@ class TrainSettings:
     warmup_steps: int = 0
     schedule: str = "constant"
     average: float = 0.0
+    until: float | None = None
     optimizer: str = "adafactor"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -129,6 +134,15 @@ class TrainSettings:
             raise ValueError(
                 f"average is {self.average}: a decay from 0 (none) to below 1 is needed, such as "
                 "0.95"
+            )
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(
+                f"until is {self.until}: a probability above 0 and below 1 is needed, such as 0.02"
+            )
+        if self.until is not None and self.steps % CHECK_EVERY:
+            raise ValueError(
+                f"steps is {self.steps}, and until looks at every {CHECK_EVERY}th update: give a "
+                f"multiple of {CHECK_EVERY}"
             )
         if self.negatives and self.objective in ("nl", "ce"):
             raise NotImplementedError(
@@ -185,15 +199,18 @@ class Trained(NamedTuple):
     """What training made.
 
     Attributes:
-        params: the new parameters, or their average where `TrainSettings.average` asks for it;
+        params: the new parameters, or their average where `TrainSettings.average` asks for it,
+            or the best of either where `TrainSettings.until` does;
             with `TrainSettings.lora` those of the adapter alone.
         history: for every step `loss` (mean over the tokens that count), `marked` (how many
             tokens of the batch are pushed down) and `said` (for how many of them the model,
             given what comes before, still finds no token likelier).
+        looks: with `TrainSettings.until`, what was measured on what is held out.
     """
 
     params: Params
     history: History
+    looks: Sequence[Look] = ()
 
 
 class _State(NamedTuple):
@@ -213,7 +230,7 @@ class Frozen(NamedTuple):
     Attributes:
         base: the model beneath an adapter; None where there is no adapter.
         original: the model to stay close to; None where the objective stays close to none, or
-            where it is the base.
+            where it is the base. Its head alone where nothing asks for more of it.
     """
 
     base: Params | None
@@ -231,6 +248,7 @@ def train(
     order: np.ndarray | None = None,
     mesh: Mesh | None = None,
     teacher: TeacherCache | None = None,
+    held_out: Batch | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Trains a model, from the start or from where the same run was killed.
@@ -250,6 +268,8 @@ def train(
             its devices; None is the first device alone. The sums differ by rounding.
         teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
             of which only the head is then needed.
+        held_out: with `TrainSettings.until`, arrays like `arrays` of other inputs, with something
+            pushed down; their sets may be of another size.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -263,6 +283,7 @@ def train(
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    _check_held_out(held_out, settings)
     lengths = (row_lengths(arrays[x], model.config.pad_id) for x in ("inputs", "outputs"))
     require_positions(model.config, *lengths)
     cached = None if teacher is None else str(teacher.dtype)
@@ -272,7 +293,7 @@ def train(
         teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    described = _describe(model, params, original, arrays, settings, order, cached)
+    described = _describe(model, params, original, arrays, settings, order, cached, held_out)
 
     def claimed() -> None:
         claim(
@@ -282,18 +303,52 @@ def train(
         )
 
     hosts.once(claimed)
+    watch = None
+    if held_out is not None and settings.until is not None:
+        watch = HeldOut(
+            model,
+            held_out,
+            cache_teacher(
+                directory / "held_out",
+                model,
+                original,
+                held_out,
+                batch_size=settings.batch_size,
+                dtype=jnp.dtype(model.config.dtype).name,
+                mesh=mesh,
+            ),
+            until=settings.until,
+            batch_size=settings.batch_size,
+            lora=settings.lora,
+            implementation=settings.implementation,
+            mesh=mesh,
+        )
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
-        if first == settings.steps:
+        if first:
+            state, history = _restore(checkpoints, step_of.state, watch)
+        else:
+            state, history = step_of.start(params), {}
+        if first == settings.steps or (watch is not None and watch.why):
             raise ValueError(
                 f"{directory} holds a finished run: load it with `finished_run`, or choose another "
                 "directory"
             )
-        if first:
-            state, history = _restore(checkpoints, step_of.state)
-        else:
-            state, history = step_of.start(params), {}
         frozen = step_of.place(params, original)
+
+        def look(done: int, trained: Params) -> str | None:
+            """Why to stop, where what is held out says so."""
+            close_to = frozen.base if frozen.original is None else frozen.original
+            if watch is None or close_to is None or done % CHECK_EVERY:
+                return None
+            watch.look(done, trained, frozen.base, close_to)
+            return watch.why
+
+        if watch is not None and not first and look(0, state.params):
+            raise ValueError(
+                f"{watch.looks[0].left:.3g} is left before any update, and until is "
+                f"{settings.until}: ask for less, in another directory"
+            )
         display = _Display(progress, settings, directory.name, first)
         batches = Batches(arrays, settings, model.config.pad_id, order)
         for step in range(first, settings.steps):
@@ -304,10 +359,15 @@ def train(
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value)
             display.update(step + 1, history)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            stop = look(step + 1, state.result)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop:
                 history = _fetch(history)
-                _save(checkpoints, step + 1, state, history)
-    return Trained(state.result, history)
+                _save(checkpoints, step + 1, state, history, watch)
+            if stop:
+                break
+    if watch is None or watch.best is None:
+        return Trained(state.result, history)
+    return Trained(watch.best, history, watch.looks)
 
 
 def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained | None:
@@ -325,9 +385,20 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
     steps = hosts.first_says(lambda: _steps(directory) or 0)
     if not steps:
         return None
-    made = "average" if _settings(directory).get("average") else "params"
+    settings = _settings(directory)
+    watched = settings.get("until") is not None
+    made = "best" if watched else "average" if settings.get("average") else "params"
+    looks: Sequence[Look] = ()
     with _checkpoints(directory) as checkpoints:
-        if checkpoints.latest_step() != steps:
+        there = checkpoints.latest_step()
+        if watched and there is not None:
+            found = checkpoints.restore(
+                there, args=ocp.args.Composite(looks=ocp.args.JsonRestore())
+            )
+            looks = [Look(*look) for look in found.looks]
+            if verdict(looks, settings["until"]).why:
+                steps = there
+        if there != steps:
             return None
         found = checkpoints.restore(
             steps,
@@ -335,7 +406,7 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
                 **{made: ocp.args.StandardRestore(params)}, history=ocp.args.JsonRestore()
             ),
         )
-    return Trained(found[made], found.history)
+    return Trained(found[made], found.history, looks)
 
 
 def training_progress(console: Console | None = None) -> Progress:
@@ -508,6 +579,7 @@ class Step:
         state: the first of them, what the update changes.
         frozen: the second, what it does not change.
         cached: dtype of the original's cached states; None where it runs itself.
+        head_only: whether no more of the original is held than its head, as nothing runs it.
     """
 
     def __init__(
@@ -552,6 +624,9 @@ class Step:
             tokens, _ = rows["outputs"]
             rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
         own_original = own_original and settings.lora is not None
+        self.head_only = cached is not None or (
+            settings.objective not in TARGETED and settings.until is not None
+        )
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
         self.arguments, _ = _program(*self._key)
         self.state, self.frozen, *_ = self.arguments
@@ -604,7 +679,7 @@ class Step:
             held = in_dtype(tree, self._settings.param_dtype)
             return jax.tree.map(lambda x, y: hosts.place(x, y.sharding), dict(held), like)
 
-        if self.cached is not None:
+        if self.head_only and self.frozen.original is not None:
             original = self._model.head_params(original)
         return Frozen(
             None if self.frozen.base is None else placed(params, self.frozen.base),
@@ -703,8 +778,11 @@ def _program(
     held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
     params: Any = jax.tree.map(held, shapes, of_shapes)
     original = None
-    if settings.objective in TARGETED and (lora is None or own_original):
-        original = model.head_params(params) if ORIGINAL_HIDDEN in dict(rows) else params
+    if lora is None or own_original:
+        if settings.objective in TARGETED and ORIGINAL_HIDDEN not in dict(rows):
+            original = params
+        elif settings.objective in TARGETED or settings.until is not None:
+            original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
@@ -778,8 +856,14 @@ def _share_of_newest(decay: float, step: jax.Array) -> jax.Array:
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
     """What the compiled update depends on: runs that differ in the rest share it."""
-    steps = 1 if settings.schedule == "constant" else settings.steps
-    return dataclasses.replace(settings, seed=0, steps=steps, batch_size=1, checkpoint_every=1)
+    return dataclasses.replace(
+        settings,
+        seed=0,
+        steps=CHECK_EVERY if settings.schedule == "constant" else settings.steps,
+        until=None if settings.until is None else 0.5,
+        batch_size=1,
+        checkpoint_every=1,
+    )
 
 
 def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
@@ -830,6 +914,19 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
         raise ValueError(
             f"order has {len(order)} places from row {order.min()} to {order.max()}: needed are "
             f"{places} (steps times batch size), within the {rows} rows of the arrays"
+        )
+
+
+def _check_held_out(held_out: Batch | None, settings: TrainSettings) -> None:
+    if (held_out is None) != (settings.until is None):
+        raise ValueError(
+            "until and held_out go together: the one says when to stop, the other by what data"
+        )
+    if held_out is not None and not (held_out["weights"] < 0).any():
+        raise ValueError("held_out has nothing that is pushed down, so nothing of it can be left")
+    if held_out is not None and jax.process_count() > 1:
+        raise NotImplementedError(
+            "several processes do not look at what is held out: leave until out"
         )
 
 
@@ -905,6 +1002,7 @@ def _describe(
     settings: TrainSettings,
     order: np.ndarray | None,
     cached: str | None,
+    held_out: Batch | None,
 ) -> dict[str, Any]:
     sizes = {name: str(value) for name, value in dataclasses.asdict(model.config).items()}
     start = fingerprint(params)
@@ -914,6 +1012,7 @@ def _describe(
         "data": fingerprint(arrays),
         **({} if order is None else {"order": fingerprint(order)}),
         **({} if cached is None else {"cached": cached}),
+        **({} if held_out is None else {"held_out": fingerprint(held_out)}),
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
@@ -950,7 +1049,13 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory / "checkpoints", options=options)
 
 
-def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history: History) -> None:
+def _save(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: _State,
+    history: History,
+    watch: HeldOut | None,
+) -> None:
     finite = np.isfinite(history["loss"])
     if not finite.all():
         raise FloatingPointError(
@@ -958,19 +1063,26 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
-    trees = {name: ocp.args.StandardSave(x) for name, x in _trees(state).items()}
+    items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in _trees(state).items()}
+    items["history"] = ocp.args.JsonSave(history)
+    if watch is not None:
+        items["best"] = ocp.args.StandardSave(watch.best)
+        items["looks"] = ocp.args.JsonSave(watch.looks)
     with writing(f"the checkpoint of step {step}", "the one before it, if any, is"):
-        checkpoints.save(step, args=ocp.args.Composite(**trees, history=ocp.args.JsonSave(history)))
+        checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
 def _restore(
-    checkpoints: ocp.CheckpointManager, like: _State
+    checkpoints: ocp.CheckpointManager, like: _State, watch: HeldOut | None
 ) -> tuple[_State, dict[str, list[Any]]]:
     trees = {name: ocp.args.StandardRestore(x) for name, x in _trees(like).items()}
-    found = checkpoints.restore(
-        checkpoints.latest_step(),
-        args=ocp.args.Composite(**trees, history=ocp.args.JsonRestore()),
-    )
+    items: dict[str, Any] = {**trees, "history": ocp.args.JsonRestore()}
+    if watch is not None:
+        items["best"] = ocp.args.StandardRestore(like.params)
+        items["looks"] = ocp.args.JsonRestore()
+    found = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
+    if watch is not None:
+        watch.restored(found.looks, found.best)
     return _State(**{name: found[name] for name in trees}), found.history
 
 
