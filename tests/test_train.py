@@ -24,7 +24,6 @@ from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import (
-    OBJECTIVES,
     TARGETED,
     Batches,
     Step,
@@ -124,7 +123,7 @@ def dense_loss(objective, logits, frozen, batch, settings):
 @pytest.mark.parametrize(
     ("objective", "tied"),
     [slow_unless((i + tied) % 2 == 0, objective, tied)
-     for i, objective in enumerate(OBJECTIVES) for tied in (False, True)],
+     for i, objective in enumerate(kernels.TRAINING_OBJECTIVES) for tied in (False, True)],
 )  # fmt: skip
 def test_the_loss_is_that_of_the_logits(objective, tied):
     model = tiny_model(logits_via_embedding=tied)

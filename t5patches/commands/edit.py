@@ -23,6 +23,12 @@ Objectives: tnff, tnrr and tnrf keep the original model's distribution for all b
 tokens (start with tnrf, alpha 1); tnfll and tnrll keep only its outputs; ul, nl and ce are the
 usual baselines (unlikelihood, negative likelihood, fine-tuning on `corrected_targets`).
 
+Other methods, to compare: undial (Dong et al. 2024) takes beta off the logit of a marked token in
+the original's distribution; ceu (Yang 2025) and unilogit (Vasilev et al. 2025) take a marked token
+out of the model's own distribution, or leave it 1 / vocabulary; npo (Zhang et al. 2024) pushes down
+whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 2023) prefers
+`corrected_targets` to them; ftpo (Paech et al. 2025) wants a margin of logits and tethers the rest.
+
   t5patches edit --model flan-t5-small --data edits.jsonl --output flan-t5-small-edited
 """
 
@@ -97,12 +103,18 @@ def _add_training(group: Any) -> None:
         "hardly more and costs closeness",
     )
     group.add_argument(
+        "--beta",
+        metavar="B",
+        type=float,
+        help="of undial (default: 10), npo and dpo (default: 0.1)",
+    )
+    group.add_argument(
         "--negatives",
         metavar="K",
         type=common.count,
         help="ids that a marked position loses at most: 0 only the token that was said, more the "
         "alternatives in the data, from `annotate --expand` (default: all that the data names; "
-        "none for nl and ce, which take none)",
+        "none for nl, ce, unilogit, npo and dpo, which take none)",
     )
     group.add_argument(
         "--learning-rate",

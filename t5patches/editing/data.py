@@ -571,6 +571,35 @@ def to_arrays(
     return arrays
 
 
+CHOSEN, CHOSEN_WEIGHTS = "chosen", "chosen_weights"
+"""What pairs have beside the arrays of `to_arrays`: the corrections, padded as the outputs."""
+
+
+def pair_arrays(examples: Sequence[Example], tokenizer: Tokenizer, *, pad_id: int) -> Batch:
+    """Pads outputs and their corrections, for objectives that compare the two.
+
+    Args:
+        examples: N of them.
+        tokenizer: splits the corrections.
+        pad_id: see `to_arrays`.
+
+    Returns:
+        The arrays of `to_arrays`, `chosen` [N, L] and `chosen_weights` [N, L]: 1 for the tokens of
+        a correction, 0 for padding and where nothing of the output is pushed down.
+
+    Raises:
+        ValueError: a marked output has no correction.
+    """
+    corrected = corrected_examples(examples, tokenizer)
+    length = max(len(e.output_ids) for e in (*examples, *corrected))
+    arrays, chosen = (
+        to_arrays(part, pad_id=pad_id, output_length=length) for part in (examples, corrected)
+    )
+    is_pair = (arrays["weights"] < 0).any(-1, keepdims=True)
+    weights = np.where(is_pair, chosen["weights"], np.float32(0))
+    return arrays | {CHOSEN: chosen["outputs"], CHOSEN_WEIGHTS: weights}
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
     """Puts token ids into an array.
 

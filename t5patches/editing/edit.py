@@ -30,6 +30,7 @@ from t5patches.editing.data import (
     Limits,
     Source,
     corrected_examples,
+    pair_arrays,
     read_examples,
     read_kept,
     to_arrays,
@@ -40,6 +41,8 @@ from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
+    KEEPING,
+    NO_SETS,
     OBJECTIVES,
     Batches,
     Params,
@@ -259,6 +262,11 @@ def check(job: Job) -> Checked:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
     if job.merge and job.settings.lora is None:
         raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    if job.keep is not None and job.settings.objective not in KEEPING:
+        raise ValueError(
+            f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
+            f"down: leave --keep out, or use one of {KEEPING}"
+        )
     for folder in (job.model, job.original):
         if folder is not None and is_adapter(folder):
             raise ValueError(
@@ -295,7 +303,10 @@ def check(job: Job) -> Checked:
         _require_room_to_say(job, model, [*unsaid.values()], tokenizer, most)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
-    arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
+    if settings.objective == "dpo":
+        arrays = pair_arrays(examples, tokenizer, pad_id=model.config.pad_id)
+    else:
+        arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
     counts = _counts(arrays)
     if settings.objective != "ce" and not counts["marked"]:
         raise ValueError(
@@ -588,7 +599,7 @@ def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
     negatives = job.negatives
     if negatives is None:
         named = [1 + len(ids) for e in examples for ids in e.negatives.values() if ids]
-        negatives = 0 if job.settings.objective in ("nl", "ce") else max(named, default=0)
+        negatives = 0 if job.settings.objective in NO_SETS else max(named, default=0)
     return dataclasses.replace(job.settings, negatives=negatives)
 
 
@@ -822,6 +833,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, counts, job_ = record["settings"], record["counts"], record["job"]
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
+    beta = f", beta {settings['beta']:g}" if settings["beta"] else ""
     data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     adapter, lora = "", settings["lora"]
@@ -853,7 +865,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     return (
         f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
-        f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
+        f"`{settings['objective']}`, alpha {settings['alpha']:g}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
         f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
         f"{adapter}{kept}"

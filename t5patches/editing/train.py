@@ -28,8 +28,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import Batch, batch_indices
+from t5patches.editing.data import CHOSEN, CHOSEN_WEIGHTS, Batch, batch_indices
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
+from t5patches.editing.rivals import RIVALS, Chosen, Given
 from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
@@ -50,7 +51,10 @@ from t5patches_kernels import (
     linear_unlikelihood_loss,
 )
 
-TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
+TARGETED, OBJECTIVES = TARGETED_NEGATIVE, (*TRAINING_OBJECTIVES, *RIVALS)
+WITH_ORIGINAL = (*TARGETED, *(name for name, rival in RIVALS.items() if rival.original))
+KEEPING = tuple(name for name in OBJECTIVES if name not in RIVALS or RIVALS[name].keeps)
+NO_SETS = ("nl", "ce", *(name for name, rival in RIVALS.items() if not rival.sets))
 OPTIMIZERS = ("adafactor", "adam")
 SCHEDULES = ("constant", "linear", "cosine")
 _PARAM_DTYPES = ("float32", "bfloat16")
@@ -64,7 +68,9 @@ class TrainSettings:
 
     Attributes:
         objective: one of `OBJECTIVES`: targeted negative training (`tnff tnrr tnrf tnfll tnrll`),
-            unlikelihood (`ul`), negative likelihood (`nl`), cross-entropy (`ce`).
+            unlikelihood (`ul`), negative likelihood (`nl`), cross-entropy (`ce`), and the methods
+            of `t5patches.editing.rivals`.
+        beta: of `undial`, `npo` and `dpo`; None is their own default.
         alpha: factor on the loss of pushed-down tokens; `ce` has none.
         negatives: 0 pushes down the token that was said, K > 0 a set of at most K ids.
         steps: updates to make.
@@ -95,6 +101,7 @@ class TrainSettings:
     """
 
     objective: str = "tnff"
+    beta: float | None = None
     alpha: float = 1.0
     negatives: int = 0
     steps: int = 100
@@ -144,16 +151,29 @@ class TrainSettings:
                 f"steps is {self.steps}, and until looks at every {CHECK_EVERY}th update: give a "
                 f"multiple of {CHECK_EVERY}"
             )
-        if self.negatives and self.objective in ("nl", "ce"):
+        if self.negatives and self.objective in NO_SETS:
+            takers = tuple(name for name in OBJECTIVES if name not in NO_SETS)
             raise NotImplementedError(
                 f"{self.objective} pushes down one token a position, and negatives is "
-                f"{self.negatives}: use 0, or one of {(*TARGETED, 'ul')}"
+                f"{self.negatives}: use 0, or one of {takers}"
+            )
+        rival = RIVALS.get(self.objective)
+        if self.beta is not None and (rival is None or rival.beta is None or not self.beta > 0):
+            takers = tuple(name for name, other in RIVALS.items() if other.beta is not None)
+            raise ValueError(
+                f"beta is {self.beta} and the objective {self.objective}: it is above 0, and of "
+                f"{takers} alone"
+            )
+        if self.z_loss and rival is not None and not rival.z_loss:
+            raise NotImplementedError(
+                f"{self.objective} has no z-loss, and z_loss is {self.z_loss}"
             )
         if self.param_dtype not in _PARAM_DTYPES:
             raise ValueError(
                 f"param_dtype is {self.param_dtype!r}: one of {_PARAM_DTYPES} is needed"
             )
-        if self.param_dtype != "float32" and self.lora is None and self.objective not in TARGETED:
+        frozen = self.lora is not None or self.objective in WITH_ORIGINAL
+        if self.param_dtype != "float32" and not frozen:
             raise ValueError(
                 f"param_dtype is {self.param_dtype} and there are no frozen parameters: "
                 f"{self.objective} without an adapter trains all there are, which is done in "
@@ -441,8 +461,8 @@ def token_loss(
     Args:
         model: the network.
         params: of the model being trained.
-        original: parameters of the frozen model; the targeted objectives need them, of a cached
-            one (`original_hidden` in `batch`) the head's alone.
+        original: parameters of the frozen model; the objectives of `WITH_ORIGINAL` need them, of
+            a cached one (`original_hidden` in `batch`) the head's alone.
         batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
         settings: the objective and its numbers.
         dropout_key: for dropout; None for none.
@@ -484,24 +504,54 @@ def token_loss(
             return linear_unlikelihood_loss(
                 hidden, head.kernel, targets, weights, alpha=settings.alpha, edits=edits, **common
             )
-    if original is None:
-        raise ValueError(f"{settings.objective} needs the parameters of the original model")
-    if ORIGINAL_HIDDEN in batch:
-        original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
-    else:
-        original_hidden = model.hidden(original, batch)
-    return linear_targeted_negative_loss(
-        hidden,
-        head.kernel,
-        original_hidden,
-        model.head(original).kernel,
-        targets,
-        weights,
-        objective=settings.objective,
-        alpha=settings.alpha,
-        smoothing=settings.smoothing,
-        edits=edits,
-        **common,
+    # What stays close to no original may be given itself for one.
+    ref_hidden, ref_head = hidden, head
+    if settings.objective in WITH_ORIGINAL:
+        if original is None:
+            raise ValueError(f"{settings.objective} needs the parameters of the original model")
+        ref_head = model.head(original)
+        if ORIGINAL_HIDDEN in batch:
+            ref_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
+        else:
+            ref_hidden = model.hidden(original, batch)
+    if settings.objective in TARGETED:
+        return linear_targeted_negative_loss(
+            hidden,
+            head.kernel,
+            ref_hidden,
+            ref_head.kernel,
+            targets,
+            weights,
+            objective=settings.objective,
+            alpha=settings.alpha,
+            smoothing=settings.smoothing,
+            edits=edits,
+            **common,
+        )
+    chosen = None
+    if CHOSEN in batch and original is not None:
+        pair = {"inputs": batch["inputs"], "outputs": batch[CHOSEN]}
+        chosen = Chosen(
+            batch[CHOSEN],
+            batch[CHOSEN_WEIGHTS],
+            model.hidden(params, pair, dropout_key=dropout_key),
+            model.hidden(original, pair),
+        )
+    rival = RIVALS[settings.objective]
+    return rival.loss(
+        Given(
+            hidden=hidden,
+            head=head,
+            ref_hidden=ref_hidden,
+            ref_head=ref_head,
+            targets=targets,
+            weights=weights,
+            edits=edits,
+            alpha=settings.alpha,
+            beta=settings.beta or rival.beta or 0.0,
+            options=common,
+            chosen=chosen,
+        )
     )
 
 
@@ -525,6 +575,8 @@ class Batches:
         """
         self._arrays, self._settings, self._order = arrays, settings, order
         said = (arrays["outputs"] != pad_id) | (arrays["weights"] != 0)
+        if CHOSEN in arrays:
+            said |= arrays[CHOSEN_WEIGHTS] != 0
         self._input_lengths = row_lengths(arrays["inputs"], pad_id)
         self._output_lengths = row_lengths(said, False)
 
@@ -616,16 +668,21 @@ class Step:
             for name, array in sorted(arrays.items())
         }
         if cached is not None:
-            if settings.objective not in TARGETED:
+            if settings.objective not in WITH_ORIGINAL:
                 raise ValueError(
                     f"{settings.objective} keeps to no original model, so there is nothing to "
-                    f"cache: leave the cache out, or use one of {TARGETED}"
+                    f"cache: leave the cache out, or use one of {WITH_ORIGINAL}"
+                )
+            if settings.objective == "dpo":
+                raise NotImplementedError(
+                    "dpo runs the original on the corrections too, and a cache is of the outputs: "
+                    "leave the cache out"
                 )
             tokens, _ = rows["outputs"]
             rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
         own_original = own_original and settings.lora is not None
         self.head_only = cached is not None or (
-            settings.objective not in TARGETED and settings.until is not None
+            settings.objective not in WITH_ORIGINAL and settings.until is not None
         )
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
         self.arguments, _ = _program(*self._key)
@@ -779,9 +836,9 @@ def _program(
     params: Any = jax.tree.map(held, shapes, of_shapes)
     original = None
     if lora is None or own_original:
-        if settings.objective in TARGETED and ORIGINAL_HIDDEN not in dict(rows):
+        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in dict(rows):
             original = params
-        elif settings.objective in TARGETED or settings.until is not None:
+        elif settings.objective in WITH_ORIGINAL or settings.until is not None:
             original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
     batch = {
@@ -908,6 +965,10 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
         raise ValueError(
             "cross-entropy learns every token, and some are marked to be pushed down: train on "
             "`corrected_examples`, or choose another objective"
+        )
+    if settings.objective == "dpo" and CHOSEN not in arrays:
+        raise ValueError(
+            "dpo compares with corrections, and the arrays have none: make them with pair_arrays"
         )
     places, rows = settings.steps * settings.batch_size, len(arrays["inputs"])
     if order is not None and (len(order) < places or not 0 <= order.min() <= order.max() < rows):
