@@ -283,7 +283,7 @@ def test_pairs_have_their_corrections_and_outputs_without_marks_have_none():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_model_is_trained_with_a_method(name, tmp_path):
-    model = tiny_model(dropout_rate=0.1)
+    model = tiny_model()
     if name == "dpo":
         arrays = pair_arrays(corrected(), tokenizer(), pad_id=0)
     else:
@@ -296,7 +296,11 @@ def test_a_model_is_trained_with_a_method(name, tmp_path):
         told = token_loss(tiny_model(), params, tiny_params(), arrays, settings)
         return float(np.asarray(told.log_prob)[arrays["weights"] < 0].mean())
 
-    assert pushed(trained.params) < pushed(tiny_params()) - 0.01
+    after, before = pushed(trained.params), pushed(tiny_params())
+    if name == "unilogit":
+        assert abs(after + math.log(330)) < 0.3 < abs(before + math.log(330))
+    else:
+        assert after < before - 0.01
     if RIVALS[name].original:
         with pytest.raises(ValueError, match=f"{name} needs the parameters of the original"):
             token_loss(model, tiny_params(), None, arrays, settings)
