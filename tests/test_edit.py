@@ -500,9 +500,11 @@ def test_what_is_wrong_with_what_is_kept_is_told_by_line(place, monkeypatch, cap
     assert not unfinished(place / "edited").exists()
 
 
-def test_what_is_kept_goes_with_the_other_options_of_data(place, capsys):
-    """A text file of inputs, cut, under a template and beside two files; planned, nothing read."""
+def test_what_is_kept_goes_with_the_other_options_of_data(place, monkeypatch):
+    """A text file of inputs, cut, under a template and beside two files."""
     place = place()
+    for name in ("plan_memory", "require_memory", "require_room_to_speak"):
+        monkeypatch.setattr(edit_module, name, lambda *_, **__: None)
     (place / "kept.txt").write_text("a cat sat on a mat on a mat\n\na dog\n")
     (place / "templates.txt").write_text("on {inputs}\n")
     job = Job(
@@ -528,6 +530,21 @@ def test_what_is_kept_goes_with_the_other_options_of_data(place, capsys):
     assert "kept.txt: 1 inputs truncated to 5 tokens" in "".join(checked.notes)
     with pytest.raises(ValueError, match=r"keep_share is 1\.5"):
         check(dataclasses.replace(job, keep_share=1.5))
+    settings = dataclasses.replace(job.settings, objective="ftpo")
+    with pytest.raises(ValueError, match="ftpo learns nothing from outputs of which nothing"):
+        check(dataclasses.replace(job, settings=settings))
+
+
+@pytest.mark.slow
+def test_an_edit_may_compare_with_corrections(place):
+    place = place()
+    assert run(place, "--objective", "dpo") == 2
+    lines = [{**line, "corrected_targets": "a cat"} for line in LINES]
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(place, "--objective", "dpo", "--beta", "0.5") == 0
+    (record,) = read_rounds(place / "edited")
+    assert (record["settings"]["beta"], record["counts"]["marked"]) == (0.5, 4)
+    assert "`dpo`, alpha 1, beta 0.5" in (place / "edited" / "README.md").read_text()
 
 
 def test_an_edit_stops_by_what_it_holds_out(place, capsys):

@@ -208,14 +208,19 @@ def test_closeness_is_to_the_original_whatever_is_trained(often, tmp_path, chang
     assert test_train.equal(found.params, trained.params)
 
 
-def test_only_the_originals_head_is_held_to_measure_closeness_and_the_best_state_is_planned():
-    arrays = to_arrays(test_train.examples(), pad_id=0)
-    settings = TrainSettings(objective="ul", steps=10, batch_size=2, until=0.1)
-    step = Step(MODEL, settings, arrays)
-    frozen = step.place(tiny_params(), tiny_params(1))
-    (head,) = jax.tree.leaves(frozen)
+UNLIKELY = TrainSettings(objective="ul", steps=10, batch_size=2, until=0.1)
+
+
+def test_only_the_originals_head_is_held_to_measure_closeness():
+    step = Step(MODEL, UNLIKELY, to_arrays(test_train.examples(), pad_id=0))
+    (head,) = jax.tree.leaves(step.place(tiny_params(), tiny_params(1)))
     np.testing.assert_array_equal(head, *jax.tree.leaves(MODEL.head_params(tiny_params(1))))
-    plan = plan_memory(step, settings)
+
+
+@pytest.mark.slow
+def test_the_best_state_is_planned_where_it_lies_in_the_same_memory():
+    step = Step(MODEL, UNLIKELY, to_arrays(test_train.examples(), pad_id=0))
+    plan = plan_memory(step, UNLIKELY)
     assert plan.copies == plan.parameters
 
 

@@ -226,6 +226,7 @@ def test_a_method_is_its_formula(name, sets):
     assert not np.asarray(told.loss)[WEIGHTS == 0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_formulas_differ_by_what_they_are_given(name):
     """A control: alpha, beta and the sets each change the loss where they are said to."""

@@ -645,7 +645,8 @@ def _counts(arrays: Batch) -> dict[str, int]:
 
 def _require_space(job: Job, checked: Checked) -> None:
     """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state))
+    held = [checked.step.state, checked.step.state.params if checked.held_out else None]
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
     folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
     if checked.settings.lora is not None and not job.merge:
         folder = state
