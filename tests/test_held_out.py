@@ -48,12 +48,12 @@ def looks(*pairs):
         ([(0.5, 0), (0.4, 0.1), (0.02, 0.2)], 2, "reached"),
         # The first look may find it so.
         ([(0.01, 0)], 0, "reached"),
-        ([(0.5, 0), (0.2, 0.1), (0.3, 0.2), (0.2, 0.3)], 1, None),
-        ([(0.5, 0), (0.2, 0.1), (0.3, 0.2), (0.2, 0.3), (0.21, 0.2)], 1, "closeness"),
+        ([(0.5, 0), (0.2, 0.1), *[(0.3, 0.2), (0.2, 0.3)] * 2], 1, None),
+        ([(0.5, 0), (0.2, 0.1), *[(0.3, 0.2), (0.2, 0.3)] * 2, (0.21, 0.2)], 1, "closeness"),
         # No less is left, but the model comes closer again.
-        ([(0.5, 0), (0.2, 0.3), (0.3, 0.2), (0.2, 0.1), (0.21, 0.1)], 1, None),
-        ([(0.5, 0), (0.2, 0.3), (0.3, 0.4), (0.2, 0.2), (0.21, 0.4)], 1, None),
-        ([(0.5, 0), (0.6, 0.3), (0.6, 0.4), (0.7, 0.2)], 0, "closeness"),
+        ([(0.5, 0), (0.2, 0.3), *[(0.3, 0.2)] * 9], 1, None),
+        ([(0.5, 0), (0.2, 0.3), *[(0.3, 0.4)] * 3, (0.2, 0.2), *[(0.21, 0.4)] * 4], 1, None),
+        ([(0.5, 0), *[(0.6, 0.3), (0.6, 0.4)] * 3], 0, "closeness"),
     ],
 )
 def test_training_stops_when_it_is_reached_or_closeness_turns(pairs, best, why):
@@ -112,7 +112,7 @@ def test_what_is_measured_is_the_mass_of_the_sets_and_the_divergence_of_the_rest
 
 
 SETTINGS = TrainSettings(
-    objective="tnff", negatives=3, steps=10, batch_size=2, checkpoint_every=3, learning_rate=1e-2,
+    objective="tnff", negatives=3, steps=10, batch_size=2, checkpoint_every=5, learning_rate=1e-2,
     until=0.001,
 )  # fmt: skip
 
@@ -175,14 +175,14 @@ def test_the_state_that_is_kept_is_the_best_and_not_the_last(often, tmp_path, mo
 
     def look(self, step, trained, base, original):
         seen.append(jax.device_get(trained))
-        left = [0.5, 0.2, 0.3, 0.3, 0.3, 0.3][len(seen) - 1]
+        left = [0.5, 0.2, *[0.3] * 5][len(seen) - 1]
         self.looks.append(Look(step, left, 0.1 * len(seen)))
         if left == 0.2:
             self.best = seen[-1]
 
     monkeypatch.setattr(HeldOut, "look", look)
-    trained = run(tmp_path / "run")
-    assert [found.step for found in trained.looks] == [0, 2, 4, 6, 8]
+    trained = run(tmp_path / "run", dataclasses.replace(SETTINGS, steps=20))
+    assert [found.step for found in trained.looks] == [0, 2, 4, 6, 8, 10, 12]
     assert test_train.equal(trained.params, seen[1])
     assert not test_train.equal(trained.params, seen[-1])
     assert test_train.equal(finished_run(tmp_path / "run", tiny_params()).params, seen[1])

@@ -200,7 +200,7 @@ def value_and_gradient(loss, x, compiled=jax.jit):
 
 @pytest.mark.parametrize(
     ("name", "sets"),
-    [slow_unless(sets == RIVALS[name].sets, name, sets)
+    [slow_unless(sets == RIVALS[name].sets and name != "ftpo", name, sets)
      for name in RIVALS for sets in (False, True) if not sets or RIVALS[name].sets],
 )  # fmt: skip
 def test_a_method_is_its_formula(name, sets):
@@ -239,6 +239,7 @@ def test_the_formulas_differ_by_what_they_are_given(name):
     assert by_sets != RIVALS[name].sets
 
 
+@pytest.mark.slow
 def test_a_sure_model_has_a_finite_loss_and_gradient():
     """Of a token of which the model is sure there is nothing left in float32."""
     for name in RIVALS:

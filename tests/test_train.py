@@ -536,7 +536,8 @@ def test_a_run_with_an_average_alone_gets_more_steps(tmp_path):
     assert equal(more.params, whole.params)
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
 def test_the_memory_of_an_average_is_planned(rank):
     lora = None if rank is None else Lora(rank)
     plain = dataclasses.replace(SETTINGS, lora=lora)

@@ -163,9 +163,9 @@ def _add_training(group: Any) -> None:
         metavar="VALUE",
         type=float,
         help="hold out a tenth of the inputs (at most 64 with something marked and 64 without) "
-        "and stop when what is left there is VALUE, such as 0.02: the probability that the model "
+        "and stop when what is left there is VALUE, such as 0.1: the probability that the model "
         "gives the sets which the marked tokens name, the mean over these tokens. Stops too when "
-        "closeness turns: three looks without less left and with more KL from the original. A "
+        "closeness turns: five looks without less left and with more KL from the original. A "
         "look every 10 updates, --steps at the most; the best state is kept (default: make all "
         "steps)",
     )

@@ -144,7 +144,7 @@ class TrainSettings:
             )
         if self.until is not None and not 0 < self.until < 1:
             raise ValueError(
-                f"until is {self.until}: a probability above 0 and below 1 is needed, such as 0.02"
+                f"until is {self.until}: a probability above 0 and below 1 is needed, such as 0.1"
             )
         if self.until is not None and self.steps % CHECK_EVERY:
             raise ValueError(
