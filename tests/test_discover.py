@@ -1,7 +1,6 @@
 """Phrases that a model says more often than people, and the rules that are offered for them."""
 
 import json
-import math
 
 import pytest
 from editing_samples import TEXTS, model_folder
@@ -37,8 +36,9 @@ def test_phrases_are_ranked_by_how_much_they_are_overused_at_least():
     assert phrase.outputs == 13
     assert phrase.rate == pytest.approx(1000 * 13 / words)
     assert phrase.ratio == pytest.approx((13.5 / words) / (0.5 / theirs))
-    error = math.sqrt(1 / 13.5 + 1 / 0.5)
-    assert phrase.at_least == pytest.approx(phrase.ratio * math.exp(-1.96 * error))
+    # Of 13 occurrences all are the model's: Wilson's interval begins at 1 / (1 + z^2 / 13).
+    assert phrase.at_least == pytest.approx(13 / 1.96**2 * theirs / words)
+    assert discover_module._least_share(30, 20) == pytest.approx(0.4618, abs=1e-4)
     ranked = overused(SAID, HUMAN)
     assert [p.at_least for p in ranked] == sorted((p.at_least for p in ranked), reverse=True)
     assert len(overused(SAID, HUMAN, most=2)) == 2

@@ -55,10 +55,11 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
 
     .. math:: \rho = \frac{(a + 1/2) / A}{(b + 1/2) / B}
 
-    and :math:`\log \rho` has a standard error of about
-    :math:`\sqrt{1 / (a + 1/2) + 1 / (b + 1/2)}`. Phrases are ranked by how large the ratio is at
-    least. They have one to four words with nothing but spaces between them, as the rule `words`
-    finds them; a phrase that hardly occurs but in a longer one of the list is left out.
+    Of the a + b occurrences the model's share :math:`\theta` is at least :math:`\theta_0`, the
+    lower end of Wilson's interval of 95% (1927), and so the ratio at least
+    :math:`\theta_0 / (1 - \theta_0) \cdot B / A`, by which phrases are ranked. They have one to
+    four words with nothing but spaces between them, as the rule `words` finds them; a phrase that
+    hardly occurs but in a longer one of the list is left out.
 
     Args:
         outputs: of the model.
@@ -86,11 +87,12 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
     for text, count in said.items():
         if outputs_with[text] < _LEAST:
             continue
-        own, other = count + 0.5, theirs[text] + 0.5
-        ratio = own / words / (other / their_words)
-        at_least = ratio * math.exp(-_SURE * math.sqrt(1 / own + 1 / other))
+        other = theirs[text]
+        share = _least_share(count, other)
+        at_least = share / (1 - share) * their_words / words
         if at_least > 2:
-            rates = (1000 * count / words, 1000 * other / their_words)
+            rates = (1000 * count / words, 1000 * (other + 0.5) / their_words)
+            ratio = (count + 0.5) / (other + 0.5) * their_words / words
             found.append(Phrase(text, outputs_with[text], *rates, ratio, at_least))
     found = [phrase for phrase in found if not _only_inside(phrase.text, found, said)]
     return sorted(found, key=lambda phrase: (-phrase.at_least, phrase.text))[:most]
@@ -166,6 +168,14 @@ def discover(
     write_file(output, rules_text(phrases, about))
     parts.remove()
     return phrases
+
+
+def _least_share(count: int, other: int) -> float:
+    """The lower end of Wilson's interval of ``count / (count + other)``."""
+    n, z = count + other, _SURE
+    share = count / n
+    error = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (share + z * z / (2 * n) - error) / (1 + z * z / n)
 
 
 def _counts(texts: Iterable[str]) -> tuple[collections.Counter[str], collections.Counter[str]]:
