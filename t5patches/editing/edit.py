@@ -663,7 +663,7 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
             checked = _said(job, checked, original, work, progress)
         teacher = _cached(job, checked, original, progress)
         # Other processes' devices cannot be read here.
-        if not checked.step.head_only and jax.process_count() == 1:
+        if teacher is None and not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
         finished = finished_run(directory, checked.step.state.params)
         if finished is not None and _is_finished(finished, checked.settings):

@@ -94,7 +94,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         # The gradients are as large as what is trained.
         saved = _held((full.state, full.state.params, full.frozen))
         saved -= _held((step.state, step.state.params, step.frozen))
-    if on_cpu and (settings.lora is None or step.cached):
+    if on_cpu and (settings.lora is None or step.cached or step.head_only):
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
         original = max(original, read) if settings.param_dtype == "float32" else original + read

@@ -681,12 +681,11 @@ class Step:
             tokens, _ = rows["outputs"]
             rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
         own_original = own_original and settings.lora is not None
-        self.head_only = cached is not None or (
-            settings.objective not in WITH_ORIGINAL and settings.until is not None
-        )
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
         self.arguments, _ = _program(*self._key)
         self.state, self.frozen, *_ = self.arguments
+        runs_it = cached is None and settings.objective in WITH_ORIGINAL
+        self.head_only = self.frozen.original is not None and not runs_it
 
     def of_all(self) -> Step:
         """The update that trains all parameters where this one trains an adapter, to compare."""
@@ -736,7 +735,7 @@ class Step:
             held = in_dtype(tree, self._settings.param_dtype)
             return jax.tree.map(lambda x, y: hosts.place(x, y.sharding), dict(held), like)
 
-        if self.head_only and self.frozen.original is not None:
+        if self.head_only:
             original = self._model.head_params(original)
         return Frozen(
             None if self.frozen.base is None else placed(params, self.frozen.base),
