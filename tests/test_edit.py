@@ -1,5 +1,6 @@
 """`t5patches edit`: a folder in, a folder like it out, whatever happens in between."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -18,6 +19,7 @@ from t5patches.editing import train as train_module
 from t5patches.editing.edit import Job, check, read_rounds, unfinished
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
+from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.runs import claims
@@ -409,6 +411,162 @@ def test_sets_mixtures_and_templates_reach_the_arrays(place):
     assert checked.arrays["edit_ids"].shape[0] == 5
     assert 0.5 < (checked.order == 4).mean() < 1
     assert tokenizer.decode(checked.arrays["inputs"][0]).text == "on a mat a cat sat"
+
+
+KEPT = [
+    {"inputs": "on a mat", "references": ["a dog"]},
+    {"inputs": "a cat sat", "outputs": "on a mat a dog"},
+    {"inputs": "a dog sat", "outputs": "a cat", "spans": [], "tokens": None},
+    {"inputs": "sat on a dog"},
+]
+
+
+def keep_file(place, lines=KEPT):
+    """What is kept, in a file beside the data."""
+    tokens = list(load_model(place / "tiny").tokenizer.encode("a cat").ids)
+    lines = [line | ({"tokens": tokens} if "tokens" in line else {}) for line in lines]
+    (place / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place / "kept.jsonl"
+
+
+def test_outputs_to_keep_are_the_originals_own(place, monkeypatch):
+    """Killed after they are made, they are not made again."""
+    place, seen = place(), []
+    more = ("--keep", keep_file(place), "--keep-share", "0.75", "--seed", "3")
+    real = edit_module.train
+
+    def noted(model, params, arrays, settings, *arguments, **options):
+        seen.append((arrays, options["order"]))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return real(model, params, arrays, settings, *arguments, **options)
+
+    monkeypatch.setattr(edit_module, "train", noted)
+    assert run(place, *more) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.editing.annotate.generate", None)
+        assert run(place, *more, "--resume") == 0
+    (arrays, order), again = seen
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, again[0][name])
+    np.testing.assert_array_equal(order, again[1])
+    assert not (arrays["weights"][len(LINES) :] < 0).any()
+    # What is made is what the original says, and what was given stands.
+    (_, params), tokenizer = load_checkpoint(place / "tiny"), load_model(place / "tiny").tokenizer
+    made = generate(
+        TINY, params, arrays["inputs"][[4, 7]], max_length=checked_most(place), temperature=1.0,
+        rng=jax.random.key(3), batch_size=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(arrays["outputs"][[4, 7], : made.shape[1]], made)
+    counted = [(row != TINY.config.pad_id).sum() for row in made]
+    assert list((arrays["weights"][[4, 7]] > 0).sum(-1)) == counted
+    ids = (*tokenizer.encode("on a mat a dog").ids, tokenizer.eos_id)
+    assert tuple(arrays["outputs"][5][: len(ids)]) == ids
+    (record,) = read_rounds(place / "edited")
+    assert record["job"]["keep"]["share"] == 0.75
+    assert record["counts"]["examples"] == 8
+    assert record["counts"]["tokens"] == int((arrays["weights"] != 0).sum())
+    assert "75% of what was drawn" in (place / "edited" / "README.md").read_text()
+    assert run(place, *more[:-1], "4", "--resume") == 2
+
+
+def checked_most(place):
+    tokenizer = load_model(place / "tiny").tokenizer
+    return max(len(tokenizer.encode(line["outputs"]).ids) for line in LINES) + 1
+
+
+def test_what_is_wrong_with_what_is_kept_is_told_by_line(place, monkeypatch, capsys):
+    place = place()
+    monkeypatch.setattr(edit_module, "load_checkpoint", None)
+    bad = [
+        {"inputs": "a cat", "outputs": "a dog", "spans": [[2, 5]]},
+        {"inputs": "a cat"},
+        {"inputs": "a cat", "outputs": "a dog", "tokens": [3]},
+        {"input": "a cat"},
+    ]
+    (place / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    (place / "edits.jsonl").write_text("{}\n")
+    assert run(place, "--keep", place / "kept.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "edits.jsonl: 1 bad line" in said
+    assert "kept.jsonl: 3 bad lines" in said
+    assert "line 1: 'spans' marks 1 tokens, and this is a file of what is kept" in said
+    assert "line 3: 'tokens' spell" in said
+    assert "line 4: got the fields ['input']" in said
+    assert not unfinished(place / "edited").exists()
+
+
+def test_what_is_kept_goes_with_the_other_options_of_data(place, monkeypatch):
+    """A text file of inputs, cut, under a template and beside two files."""
+    place = place()
+    for name in ("plan_memory", "require_memory", "require_room_to_speak"):
+        monkeypatch.setattr(edit_module, name, lambda *_, **__: None)
+    (place / "kept.txt").write_text("a cat sat on a mat on a mat\n\na dog\n")
+    (place / "templates.txt").write_text("on {inputs}\n")
+    job = Job(
+        place / "tiny",
+        [place / "edits.jsonl"] * 2,
+        place / "out",
+        TrainSettings(steps=400, batch_size=4),
+        keep=place / "kept.txt",
+        keep_share=0.25,
+        rates=[1, 2],
+        truncate_inputs=5,
+        templates=place / "templates.txt",
+        devices=1,
+    )
+    checked = check(job)
+    assert list(checked.unsaid) == [8, 9]
+    assert checked.unsaid[9] == "on a dog"
+    assert checked.most == checked.arrays["outputs"].shape[1] == checked_most(place)
+    shares = [
+        ((checked.order >= a) & (checked.order < b)).mean() for a, b in ((0, 4), (4, 8), (8, 10))
+    ]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+    assert "kept.txt: 1 inputs truncated to 5 tokens" in "".join(checked.notes)
+    with pytest.raises(ValueError, match=r"keep_share is 1\.5"):
+        check(dataclasses.replace(job, keep_share=1.5))
+    settings = dataclasses.replace(job.settings, objective="ftpo")
+    with pytest.raises(ValueError, match="ftpo learns nothing from outputs of which nothing"):
+        check(dataclasses.replace(job, settings=settings))
+
+
+@pytest.mark.slow
+def test_an_edit_may_compare_with_corrections(place):
+    place = place()
+    assert run(place, "--objective", "dpo") == 2
+    lines = [{**line, "corrected_targets": "a cat"} for line in LINES]
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(place, "--objective", "dpo", "--beta", "0.5") == 0
+    (record,) = read_rounds(place / "edited")
+    assert (record["settings"]["beta"], record["counts"]["marked"]) == (0.5, 4)
+    assert "`dpo`, alpha 1, beta 0.5" in (place / "edited" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_edit_stops_by_what_it_holds_out(place, capsys):
+    place = place()
+    lines = [line | {"inputs": f"{line['inputs']} {word}"} for line in LINES for word in TEXTS]
+    lines[0]["edits"] = [{"position": 1, "ids": [5, 6]}]
+    (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep = keep_file(place, [KEPT[0], {"inputs": lines[0]["inputs"]}])
+    more = ("--until", "0.001", "--steps", "10", "--keep", keep)
+    assert run(place, *more, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "held out to stop by: 1 outputs to 1 inputs, of 12 to 12" in said
+    assert "copies" in said
+    assert run(place, *more) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the state after \d+ updates is kept, with [\d.]+% left on inputs held", said)
+    (record,) = read_rounds(place / "edited")
+    found = record["held out"]
+    assert (found["why"], found["step"]) == ("steps", [0, 10])
+    assert found["updates"] == found["step"][int(np.argmin(found["left"]))]
+    assert found["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert record["counts"]["examples"] == 11 + 2
+    assert "Kept is the state after" in (place / "edited" / "README.md").read_text()
+    assert run(place, "--until", "0.9", output="other") == 2
+    assert "steps is 4, and until looks at every 10th update" in capsys.readouterr().err
 
 
 def test_data_files_of_one_name_are_told_apart(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from editing_samples import example, tokenizer
 
-from t5patches.editing.mixing import mixing_rates, mixture_order
-from t5patches.editing.templates import read_templates, template_examples, with_templates
+from t5patches.editing.data import Source
+from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
+from t5patches.editing.templates import read_templates, template_items, with_templates
 
 
 def test_rates_go_by_size_with_a_cap_and_a_temperature():
@@ -89,7 +90,20 @@ def test_each_example_draws_a_template_by_its_number_and_the_seed():
 
 def test_templates_change_the_input_of_an_example_and_nothing_else():
     plain = example("news", "a fire in Paris", "Paris")
-    (changed,) = template_examples([plain], ["Short: {inputs}"], tokenizer(), seed=0)
+    (changed,) = template_items([plain], ["Short: {inputs}"], tokenizer(), seed=0)
     assert changed.inputs == "Short: news"
     assert changed.input_ids == (*tokenizer().encode("Short: news").ids, tokenizer().eos_id)
     assert dataclasses.replace(changed, inputs="news", input_ids=plain.input_ids) == plain
+    items = [Source("news", ("a", "b")), plain]
+    source, _ = template_items(items, ["Short: {inputs}"], tokenizer(), seed=0)
+    assert source == Source("Short: news", ("a", "b"))
+
+
+def test_a_share_is_drawn_whatever_the_sizes():
+    rates = with_share(mixing_rates([10, 30]), 0.2)
+    assert rates == pytest.approx((0.2, 0.6, 0.2))
+    drawn = mixture_order((10, 30, 5000), rates, 6400, seed=3)
+    assert (drawn >= 40).mean() == pytest.approx(0.2, abs=0.02)
+    for share in (0, 1, -0.5, math.nan):
+        with pytest.raises(ValueError, match=r"keep_share is .*: above 0 and below 1"):
+            with_share((1.0,), share)

@@ -22,16 +22,18 @@ from rich.console import Console
 import t5patches_kernels as kernels
 from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, to_arrays
+from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import (
-    OBJECTIVES,
     TARGETED,
     Batches,
+    Step,
     TrainSettings,
     finished_run,
     token_loss,
     train,
     training_progress,
 )
+from t5patches.model.lora import Lora
 from t5patches.model.placement import make_mesh
 from t5patches.runs.fingerprints import fingerprint
 
@@ -121,7 +123,7 @@ def dense_loss(objective, logits, frozen, batch, settings):
 @pytest.mark.parametrize(
     ("objective", "tied"),
     [slow_unless((i + tied) % 2 == 0, objective, tied)
-     for i, objective in enumerate(OBJECTIVES) for tied in (False, True)],
+     for i, objective in enumerate(kernels.TRAINING_OBJECTIVES) for tied in (False, True)],
 )  # fmt: skip
 def test_the_loss_is_that_of_the_logits(objective, tied):
     model = tiny_model(logits_via_embedding=tied)
@@ -419,6 +421,139 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
     assert trained.history["loss"][1] == pytest.approx(trained.history["loss"][0], rel=1e-5)
 
 
+# Schedules and averages.
+
+
+def test_the_rate_rises_stays_and_falls():
+    def rates(**changes):
+        rate = train_module._rate(TrainSettings(learning_rate=1.0, **changes))
+        return [float(rate(step)) if callable(rate) else rate for step in range(6)]
+
+    assert rates(warmup_steps=0) == [1] * 6
+    assert rates(warmup_steps=2) == [0, 0.5, 1, 1, 1, 1]
+    assert rates(schedule="linear", steps=8) == [1 - i / 8 for i in range(6)]
+    falling = [0, 0.5, 1, 0.75, 0.5, 0.25]
+    assert rates(schedule="linear", steps=6, warmup_steps=2) == falling
+    np.testing.assert_allclose(
+        rates(schedule="cosine", steps=6, warmup_steps=2),
+        [0, 0.5, *((1 + np.cos(np.pi * i / 4)) / 2 for i in range(4))],
+        rtol=1e-6,
+    )
+
+
+FALLING = dataclasses.replace(SETTINGS, schedule="cosine", average=0.7)
+
+
+def scheduled(*arguments, **changes):
+    # Optax's cosine takes the lesser of an integer count and a float.
+    with jax.numpy_dtype_promotion("standard"):
+        return again(*arguments, **changes)
+
+
+def with_states(*arguments, **changes):
+    """A run, and the parameters after each of its updates."""
+    seen = []
+
+    def kept(self, *arguments, real=train_module.Step.__call__):
+        state, metrics = real(self, *arguments)
+        seen.append(jax.tree.map(np.array, state.params))
+        return state, metrics
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_module.Step, "__call__", kept)
+        return scheduled(*arguments, **changes), seen
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("averaged") / "run"
+    return directory, *with_states(directory, settings=FALLING)
+
+
+def test_the_average_is_of_the_updates_and_not_of_where_they_began(averaged):
+    _, trained, states = averaged
+    shares = 0.7 ** np.arange(5, -1, -1)
+    want = jax.tree.map(lambda *x: np.tensordot(shares / shares.sum(), np.stack(x), 1), *states)
+    jax.tree.map(close, trained.params, want)
+    with pytest.raises(AssertionError):
+        jax.tree.map(close, trained.params, states[-1])
+
+
+@pytest.mark.slow
+def test_the_rate_falls_over_the_steps_of_this_run_and_no_other(averaged, tmp_path):
+    states = averaged[2]
+    two = dataclasses.replace(FALLING, steps=2)
+    _, short = with_states(tmp_path / "two", settings=two)
+    jax.tree.map(close, short[0], states[0])
+
+    def size(a, b):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return sum(float(np.abs(x - y).sum()) for x, y in pairs)
+
+    rates = [(1 + np.cos(np.pi / steps)) / 2 for steps in (2, 6)]
+    sizes = [size(x[1], x[0]) for x in (short, states)]
+    assert sizes[0] / sizes[1] == pytest.approx(rates[0] / rates[1], rel=0.02)
+    # The average over one update is what that has made.
+    one = scheduled(tmp_path / "one", settings=dataclasses.replace(FALLING, steps=1))
+    jax.tree.map(close, one.params, states[0])
+
+
+def test_a_killed_run_with_an_average_ends_where_an_unbroken_one_does(
+    averaged, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        real = Batches.at
+        patched.setattr(Batches, "at", lambda self, step: real(self, step) if step < 5 else None)
+        with pytest.raises(TypeError):
+            scheduled(tmp_path / "run", settings=FALLING)
+    assert finished_run(tmp_path / "run", tiny_params()) is None
+    resumed = scheduled(tmp_path / "run", settings=FALLING)
+    assert equal(resumed.params, averaged[1].params)
+    assert resumed.history == averaged[1].history
+    assert equal(finished_run(tmp_path / "run", tiny_params()).params, resumed.params)
+
+
+def test_the_length_of_a_schedule_is_a_fact_of_the_run(averaged):
+    longer = dataclasses.replace(FALLING, steps=8)
+    with pytest.raises(ValueError, match=r"differs in steps \(6 there, 8 asked for\)"):
+        scheduled(averaged[0], settings=longer)
+    for changes in ({"schedule": "linear"}, {"average": 0.5}, {"schedule": "constant"}):
+        with pytest.raises(ValueError, match=rf"; {next(iter(changes))} \(|in schedule \("):
+            scheduled(averaged[0], settings=dataclasses.replace(longer, **changes))
+
+
+@pytest.mark.slow
+def test_a_run_with_an_average_alone_gets_more_steps(tmp_path):
+    constant = dataclasses.replace(FALLING, schedule="constant")
+    scheduled(tmp_path / "run", settings=dataclasses.replace(constant, steps=4))
+    more, whole = (
+        scheduled(tmp_path / "run", settings=constant),
+        scheduled(tmp_path / "b", settings=constant),
+    )
+    assert equal(more.params, whole.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_memory_of_an_average_is_planned(rank):
+    lora = None if rank is None else Lora(rank)
+    plain = dataclasses.replace(SETTINGS, lora=lora)
+    arrays = to_arrays(examples(), pad_id=0)
+    without, with_average = (
+        plan_memory(Step(tiny_model(), settings, arrays), settings)
+        for settings in (plain, dataclasses.replace(plain, average=0.9))
+    )
+    step = Step(tiny_model(), plain, arrays)
+    trained = sum(4 * x.size for x in jax.tree.leaves(step.state.params))
+    assert (without.copies, with_average.copies) == (0, trained)
+    assert with_average.total - without.total == pytest.approx(trained, abs=0.1 * without.working)
+    assert "copies" in with_average.text()
+    assert "copies" not in without.text()
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroken, tmp_path):
     arrays = to_arrays(examples(), pad_id=0)
     arrays["outputs"][:, 0] = -1  # no token: the loss is nan by its contract
@@ -442,6 +577,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         ({"alpha": float("nan")}, "alpha is nan: at least 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
         ({"negatives": -1}, "negatives is -1: at least 0"),
+        ({"schedule": "step"}, "schedule is 'step': one of ('constant', 'linear', 'cosine')"),
+        (
+            {"schedule": "cosine", "steps": 3, "warmup_steps": 3},
+            "warmup_steps is 3 and steps 3: nothing is left for the cosine schedule",
+        ),
+        ({"average": 1.0}, "average is 1.0: a decay from 0 (none) to below 1"),
+        ({"average": float("nan")}, "average is nan: a decay"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -20,6 +20,13 @@ With --expand K, the model's K likeliest alternatives are tried at each marked t
 goes on from each of them, and what the rules forbid there joins the token's set of negatives, so
 that an edit does not trade one unwanted word for the next.
 
+Who does not know what to forbid lets the model speak against text by people: --discover writes a
+rule for each phrase that it overuses, with the rates and their ratio, to choose from. Phrases that
+the inputs ask for are among them.
+
+  t5patches annotate --model SmolLM2-135M-Instruct --inputs news.txt --temperature 1 \
+      --discover --against written-by-people.txt --output rules.toml
+
 An input may be a conversation: {"messages": [{"role": "user", "content": "..."}]} a line.
 
 Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on.
@@ -38,6 +45,7 @@ from t5patches.commands import common
 
 if TYPE_CHECKING:
     from t5patches.editing.data import Example, Source
+    from t5patches.editing.discover import Phrase
     from t5patches.editing.rules import Rules
 
 
@@ -60,9 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
     )
     add_input_arguments(parser)
-    parser.add_argument("--rules", metavar="FILE", required=True, help="what is unwanted (TOML)")
+    parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="the file to write, one JSON object a line"
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="the file to write, one JSON object a line; with --discover the rules (TOML)",
+    )
+    parser.add_argument(
+        "--discover",
+        metavar="N",
+        nargs="?",
+        type=common.positive,
+        const=30,
+        help="instead of marking by rules, offer rules: at most N (default: 30) phrases that the "
+        "model says more than twice as often as the text of --against",
+    )
+    parser.add_argument(
+        "--against", metavar="FILE", help="with --discover: text by people, one a line"
     )
     parser.add_argument(
         "--samples",
@@ -174,11 +197,20 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.collect import CollectSettings, collect
+    from t5patches.editing.data import read_lines
+    from t5patches.editing.discover import discover
     from t5patches.editing.edit import check_chat
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
     from t5patches.model.folder import load_model, whole_model
 
+    discovers = options.discover is not None
+    if discovers != (options.against is not None) or discovers == (options.rules is not None):
+        raise ValueError(
+            "give either --rules, or --discover with --against: rules are to be known or found"
+        )
+    if discovers and options.expand:
+        raise ValueError("--expand tries alternatives by rules, and --discover has none yet")
     settings = CollectSettings(
         temperature=options.temperature,
         samples=options.samples,
@@ -187,12 +219,27 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    rules = read_rules(options.rules)
+    rules = None if discovers else read_rules(options.rules)
+    human = read_lines(options.against, str, "texts: write one a line") if discovers else []
     whole = str(whole_model(options.model, options.base))
     check_chat(options.model, options.chat, options.base)
     inputs = [source.inputs for source in read_sources(options, whole)]
     model = load_model(options.model, options.base, chat=options.chat)
     with training_progress(common.progress_console(options)) as progress:
+        if rules is None:
+            phrases = discover(
+                model,
+                inputs,
+                human,
+                options.output,
+                settings,
+                most=options.discover,
+                progress=progress,
+            )
+            found = [phrase._asdict() for phrase in phrases]
+            result = {"output": options.output, "phrases": found}
+            common.print_result(options, result, _text_of_phrases(options, phrases))
+            return 0
         examples = collect(model, inputs, rules, options.output, settings, progress)
     result = _result(examples, rules, model.tokenizer.end_ids)
     shown = [_marked(e) for e in examples if e.spans][: options.examples]
@@ -241,6 +288,17 @@ def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[s
             "raise --max-length if they should"
         )
     return "\n".join([*lines, f"written: {options.output}"])
+
+
+def _text_of_phrases(options: argparse.Namespace, phrases: Sequence[Phrase]) -> str:
+    from t5patches.editing.display import visible
+
+    lines = [
+        f"{phrase.ratio:8.3g} times as often as people (at least {phrase.at_least:.3g}), in "
+        f"{phrase.outputs} outputs: {visible(phrase.text)}"
+        for phrase in phrases
+    ]
+    return "\n".join([*lines, f"written: {options.output}, rules to choose from"])
 
 
 def _marked(example: Example) -> str:

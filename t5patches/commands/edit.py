@@ -23,6 +23,12 @@ Objectives: tnff, tnrr and tnrf keep the original model's distribution for all b
 tokens (start with tnrf, alpha 1); tnfll and tnrll keep only its outputs; ul, nl and ce are the
 usual baselines (unlikelihood, negative likelihood, fine-tuning on `corrected_targets`).
 
+Other methods, to compare: undial (Dong et al. 2024) takes beta off the logit of a marked token in
+the original's distribution; ceu (Yang 2025) and unilogit (Vasilev et al. 2025) take a marked token
+out of the model's own distribution, or leave it 1 / vocabulary; npo (Zhang et al. 2024) pushes down
+whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 2023) prefers
+`corrected_targets` to them; ftpo (Paech et al. 2025) wants a margin of logits and tethers the rest.
+
   t5patches edit --model flan-t5-small --data edits.jsonl --output flan-t5-small-edited
 """
 
@@ -52,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", nargs="+", required=True, help="marked outputs, JSON lines"
     )
     files.add_argument(
+        "--keep",
+        metavar="FILE",
+        help="inputs to which the model is to answer as the original does, one a line or "
+        '{"inputs": "..."} a line of a .jsonl file: nobody need mark anything, as nothing is '
+        "pushed down. The original makes the outputs (sampled at temperature 1, at most as long as "
+        'the longest in --data) but for lines that have "outputs". Take inputs to which it does '
+        "not say what is edited away: what it says to these is kept",
+    )
+    files.add_argument(
         "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
     )
     files.add_argument(
@@ -63,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--resume",
         action="store_true",
-        help="go on with this edit where it was killed; --steps may be more by then, and "
-        "--checkpoint-every and --remat others",
+        help="go on with this edit where it was killed; --steps may be more by then (where "
+        "--schedule is constant), and --checkpoint-every and --remat others",
     )
     files.add_argument(
         "--plan", action="store_true", help="check everything, print the memory plan, and stop"
@@ -88,12 +103,18 @@ def _add_training(group: Any) -> None:
         "hardly more and costs closeness",
     )
     group.add_argument(
+        "--beta",
+        metavar="B",
+        type=float,
+        help="of undial (default: 10), npo and dpo (default: 0.1)",
+    )
+    group.add_argument(
         "--negatives",
         metavar="K",
         type=common.count,
         help="ids that a marked position loses at most: 0 only the token that was said, more the "
         "alternatives in the data, from `annotate --expand` (default: all that the data names; "
-        "none for nl and ce, which take none)",
+        "none for nl, ce, unilogit, npo and dpo, which take none)",
     )
     group.add_argument(
         "--learning-rate",
@@ -120,6 +141,33 @@ def _add_training(group: Any) -> None:
     )
     group.add_argument(
         "--warmup-steps", metavar="N", type=common.count, default=0, help="(default: 0)"
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="NAME",
+        default="constant",
+        help="of the learning rate after the warm-up: constant, or linear or cosine, which fall to "
+        "0 over --steps; these are then fixed, also for --resume (default: constant)",
+    )
+    group.add_argument(
+        "--average",
+        metavar="DECAY",
+        type=float,
+        default=0.0,
+        help="write an exponential average of the trained weights, which reaches over about "
+        "1 / (1 - DECAY) updates: 0.95 over the last 20 or so. One more copy of what is trained is "
+        "held (default: 0, none)",
+    )
+    group.add_argument(
+        "--until",
+        metavar="VALUE",
+        type=float,
+        help="hold out a tenth of the inputs (at most 64 with something marked and 64 without) "
+        "and stop when what is left there is VALUE, such as 0.1: the probability that the model "
+        "gives the sets which the marked tokens name, the mean over these tokens. Stops too when "
+        "closeness turns: five looks without less left and with more KL from the original. A "
+        "look every 10 updates, --steps at the most; the best state is kept (default: make all "
+        "steps)",
     )
     group.add_argument(
         "--dropout",
@@ -186,6 +234,13 @@ def _add_data(group: Any) -> None:
         type=float,
         nargs="+",
         help="with several data files: how often to draw from each (default: by size)",
+    )
+    group.add_argument(
+        "--keep-share",
+        metavar="S",
+        type=float,
+        default=0.5,
+        help="how much of what is drawn is of --keep, whatever its size (default: 0.5)",
     )
     group.add_argument(
         "--cap", metavar="N", type=common.positive, help="a larger data file counts as N examples"
@@ -284,12 +339,18 @@ def run(options: argparse.Namespace) -> int:
         common.print_result(options, vars(checked.plan), text)
         return 0
     record = edit(job, resume=options.resume, console=common.progress_console(options))
-    loss = record["history"]["loss"]
+    loss, stopped = record["history"]["loss"], ""
+    if held_out := record.get("held out"):
+        stopped = (
+            f"the state after {held_out['updates']} updates is kept, with "
+            f"{min(held_out['left']):.2%} left on inputs held out, of {held_out['left'][0]:.2%} "
+            f"(stopped by: {held_out['why']}). "
+        )
     common.print_result(
         options,
         record,
-        f"{options.output}: {record['settings']['steps']} updates, loss {loss[0]:.4g} to "
-        f"{loss[-1]:.4g}. Next: t5patches evaluate --before {options.model} "
+        f"{options.output}: {len(loss)} updates, loss {loss[0]:.4g} to "
+        f"{loss[-1]:.4g}. {stopped}Next: t5patches evaluate --before {options.model} "
         f"--after {options.output}",
     )
     return 0

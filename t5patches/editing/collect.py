@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from t5patches.editing.annotate import (
+    Rule,
     check_count,
     expand_negatives,
     require_room_to_expand,
@@ -101,38 +102,9 @@ def collect(
         raise ValueError(exists)
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
-    sizes: dict[str, int] = {
-        "max_length": settings.max_length,
-        "batch_size": settings.batch_size,
-        "beside": yet_to_place(model.params),
-    }
-    require_room_to_speak(
-        model.model,
-        inputs,
-        model.tokenizer,
-        temperature=settings.temperature,
-        samples=settings.samples,
-        **sizes,
-    )
-    if settings.negatives:
-        require_room_to_expand(
-            model.model, inputs, model.tokenizer, count=settings.negatives, **sizes
-        )
+    require_room(model, inputs, settings)
     parts = Parts(work, described)
-    examples = speak(
-        model.model,
-        model.params,
-        inputs,
-        rules,
-        model.tokenizer,
-        max_length=settings.max_length,
-        temperature=settings.temperature,
-        samples=settings.samples,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        keep=parts.get,
-        progress=progress,
-    )
+    examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
         marked = marked_tokens(examples)
         if progress:
@@ -159,6 +131,73 @@ def collect(
     write_file(output, text)
     parts.remove()
     return examples
+
+
+def require_room(model: LoadedModel, inputs: Sequence[Inputs], settings: CollectSettings) -> None:
+    """Refuses what would run out of memory, before anything is said.
+
+    Args:
+        model: the model.
+        inputs: the source texts, or conversations.
+        settings: how many outputs, and how.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    sizes: dict[str, int] = {
+        "max_length": settings.max_length,
+        "batch_size": settings.batch_size,
+        "beside": yet_to_place(model.params),
+    }
+    require_room_to_speak(
+        model.model,
+        inputs,
+        model.tokenizer,
+        temperature=settings.temperature,
+        samples=settings.samples,
+        **sizes,
+    )
+    if settings.negatives:
+        require_room_to_expand(
+            model.model, inputs, model.tokenizer, count=settings.negatives, **sizes
+        )
+
+
+def let_speak(
+    model: LoadedModel,
+    inputs: Sequence[Inputs],
+    rule: Rule,
+    settings: CollectSettings,
+    parts: Parts,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """The outputs of a model to inputs.
+
+    Args:
+        model: the model.
+        inputs: the source texts, or conversations.
+        rule: says what is unwanted.
+        settings: how many outputs, and how.
+        parts: keeps what is made.
+        progress: shows how far it is.
+
+    Returns:
+        The outputs, marked.
+    """
+    return speak(
+        model.model,
+        model.params,
+        inputs,
+        rule,
+        model.tokenizer,
+        max_length=settings.max_length,
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        keep=parts.get,
+        progress=progress,
+    )
 
 
 def marked_tokens(examples: Sequence[Example]) -> int:

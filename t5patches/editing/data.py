@@ -182,7 +182,7 @@ def read_examples(
     """
 
     def parse(line: str) -> Example:
-        example = _parse(line, tokenizer)
+        example = _example(_fields(line), tokenizer)
         _check_length("inputs", len(example.input_ids), max_input_length)
         _check_length("outputs", len(example.output_ids), max_output_length)
         return example
@@ -219,8 +219,55 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
             none.
     """
     if Path(path).suffix.lower() == ".jsonl":
-        return read_lines(path, _source, 'inputs: write {"inputs": "..."} a line')
+        return read_lines(
+            path, lambda line: _source(_fields(line)), 'inputs: write {"inputs": "..."} a line'
+        )
     return read_lines(path, Source, "inputs: write one a line")
+
+
+def read_kept(
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    max_input_length: int | None = None,
+    max_output_length: int | None = None,
+) -> list[Source | Example]:
+    """Reads inputs to which the model is to answer as it does, with or without what it answers.
+
+    Args:
+        path: see `read_inputs`. A line of a `.jsonl` file may also have `outputs`, with `tokens`,
+            `chat` and `prompt` as a marked output may; `spans`, where there are any, are empty.
+        tokenizer: the model's.
+        max_input_length: see `read_examples`.
+        max_output_length: see `read_examples`.
+
+    Returns:
+        In the order of the file, a source where there is no output, and else an example with
+        nothing marked.
+
+    Raises:
+        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+            none.
+    """
+
+    def parse(line: str) -> Source | Example:
+        fields = _fields(line) if json_lines else {}
+        if "outputs" not in fields:
+            source = _source(fields) if json_lines else Source(line)
+            _check_length("inputs", len(tokenizer.encode_prompt(source.inputs)), max_input_length)
+            return source
+        example = _example({"spans": [], **fields}, tokenizer)
+        if any(example.marked):
+            raise ValueError(
+                f"'spans' marks {sum(example.marked)} tokens, and this is a file of what is kept: "
+                "give the line as data"
+            )
+        _check_length("inputs", len(example.input_ids), max_input_length)
+        _check_length("outputs", len(example.output_ids), max_output_length)
+        return example
+
+    json_lines = Path(path).suffix.lower() == ".jsonl"
+    return read_lines(path, parse, "inputs to keep the outputs of")
 
 
 def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing: str) -> list[T]:
@@ -524,6 +571,35 @@ def to_arrays(
     return arrays
 
 
+CHOSEN, CHOSEN_WEIGHTS = "chosen", "chosen_weights"
+"""What pairs have beside the arrays of `to_arrays`: the corrections, padded as the outputs."""
+
+
+def pair_arrays(examples: Sequence[Example], tokenizer: Tokenizer, *, pad_id: int) -> Batch:
+    """Pads outputs and their corrections, for objectives that compare the two.
+
+    Args:
+        examples: N of them.
+        tokenizer: splits the corrections.
+        pad_id: see `to_arrays`.
+
+    Returns:
+        The arrays of `to_arrays`, `chosen` [N, L] and `chosen_weights` [N, L]: 1 for the tokens of
+        a correction, 0 for padding and where nothing of the output is pushed down.
+
+    Raises:
+        ValueError: a marked output has no correction.
+    """
+    corrected = corrected_examples(examples, tokenizer)
+    length = max(len(e.output_ids) for e in (*examples, *corrected))
+    arrays, chosen = (
+        to_arrays(part, pad_id=pad_id, output_length=length) for part in (examples, corrected)
+    )
+    is_pair = (arrays["weights"] < 0).any(-1, keepdims=True)
+    weights = np.where(is_pair, chosen["weights"], np.float32(0))
+    return arrays | {CHOSEN: chosen["outputs"], CHOSEN_WEIGHTS: weights}
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
     """Puts token ids into an array.
 
@@ -582,8 +658,7 @@ def _decoded(line: bytes) -> str:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _source(line: str) -> Source:
-    fields = _fields(line)
+def _source(fields: Mapping[str, Any]) -> Source:
     names = _names(fields)
     if not {"inputs"} <= names <= {"inputs", "references"}:
         raise ValueError(
@@ -598,8 +673,7 @@ def _source(line: str) -> Source:
     return Source(inputs, tuple(references))
 
 
-def _parse(line: str, tokenizer: Tokenizer) -> Example:
-    fields = _fields(line)
+def _example(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
     names = _names(fields)
     if names != PAIR_FIELDS and not SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
         raise ValueError(

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,26 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from t5patches.editing.annotate import require_room_to_speak, speak
 from t5patches.editing.data import (
     Batch,
     Example,
     Limits,
+    Source,
     corrected_examples,
+    pair_arrays,
     read_examples,
+    read_kept,
     to_arrays,
     within,
 )
-from t5patches.editing.mixing import mixing_rates, mixture_order
+from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
+from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
-from t5patches.editing.templates import read_templates, template_examples
+from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
-    MAY_DIFFER,
+    KEEPING,
+    NO_SETS,
     OBJECTIVES,
     Batches,
     Params,
@@ -46,6 +52,7 @@ from t5patches.editing.train import (
     cache_teacher,
     finished_run,
     in_dtype,
+    may_differ,
     train,
     training_progress,
 )
@@ -55,10 +62,10 @@ from t5patches.model.lora import is_adapter, merged, save_adapter, whole_model
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
-from t5patches.model.tokenizer import Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
-from t5patches.runs.claims import claim, hold, remove, require_space
+from t5patches.runs.claims import Parts, claim, hold, remove, require_space
 from t5patches.runs.files import read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
@@ -88,6 +95,10 @@ class Job:
         skip_longer: examples with more tokens on either side are left out; None leaves out none.
         rates: how often each data file is drawn from; None goes by size.
         cap: a larger file counts as this many examples.
+        keep: a file of inputs to which the model is to answer as the original does, see
+            `t5patches.editing.data.read_kept`. Where a line has no output, the original makes one,
+            sampled at temperature 1 and cut at the length of the longest output in `data`.
+        keep_share: how much of what is drawn is of `keep`, whatever its size.
         temperature: evens the rates out, see `t5patches.editing.mixing.mixing_rates`.
         templates: a file of instructions to put around the inputs.
         dropout: of the model being trained.
@@ -117,6 +128,8 @@ class Job:
     rates: Sequence[float] | None = None
     cap: int | None = None
     temperature: float = 1.0
+    keep: PathLike | None = None
+    keep_share: float = 0.5
     templates: PathLike | None = None
     dropout: float = 0.0
     dtype: str = "float32"
@@ -142,6 +155,10 @@ class Checked:
         plan: the memory.
         counts: examples, tokens that count, and marked ones.
         notes: for each data file, what was cut or left out of it; the lengths of batches.
+        unsaid: by row of `arrays`, the inputs whose outputs the original is yet to make; until then
+            they stand there as long as they may become.
+        most: tokens that such an output may have.
+        held_out: the data that is not trained on, with `settings.until`.
     """
 
     model: LanguageModel
@@ -153,6 +170,9 @@ class Checked:
     plan: MemoryPlan
     counts: Mapping[str, int]
     notes: Sequence[str] = ()
+    unsaid: Mapping[int, Inputs] = dataclasses.field(default_factory=dict)
+    most: int = 0
+    held_out: Batch | None = None
 
 
 def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -160,8 +180,8 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
 
     Args:
         job: what to do.
-        resume: go on with the same job where it was killed, or begin it. More steps than then,
-            and checkpoints at other steps, are no other job.
+        resume: go on with the same job where it was killed, or begin it. More steps than then
+            (where the rate is constant), and checkpoints at other steps, are no other job.
         console: where progress is shown; None shows nothing.
 
     Returns:
@@ -187,7 +207,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     def begin() -> None:
         _require_space(job, checked)
         hold(work)
-        claim(work, described, may_differ=MAY_DIFFER)
+        claim(work, described, may_differ=may_differ(job.settings))
         if edited.exists() and read_rounds(edited)[-1]["job"] != described:
             remove(edited)  # of fewer steps than are asked for now
 
@@ -195,7 +215,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     if not hosts.first_says(edited.exists):
         began = time.monotonic()
         try:
-            trained = _trained(job, checked, work / "run", console)
+            trained, checked = _trained(job, checked, work, console)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
@@ -242,6 +262,11 @@ def check(job: Job) -> Checked:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
     if job.merge and job.settings.lora is None:
         raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    if job.keep is not None and job.settings.objective not in KEEPING:
+        raise ValueError(
+            f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
+            f"down: leave --keep out, or use one of {KEEPING}"
+        )
     for folder in (job.model, job.original):
         if folder is not None and is_adapter(folder):
             raise ValueError(
@@ -257,28 +282,58 @@ def check(job: Job) -> Checked:
     read_rounds(job.model)
     card_before_edits(job.model)
     check_chat(job.model, job.chat)
-    sets, notes = _read_all(job, tokenizer, model.config.vocab_size)
+    sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
     examples = [example for part in sets for example in part]
+    settings = _with_negatives(job, examples)
+    most = max(len(example.output_ids) for example in examples)
+    held_out = None
+    if settings.until is not None:
+        sets, kept, held_out, note = _hold_out(job, sets, kept, model.config.pad_id)
+        examples = [example for part in sets for example in part]
+        notes.append(note)
+    first, unsaid = len(examples), {}
+    for row, item in enumerate(kept, start=first):
+        if isinstance(item, Source):
+            unsaid[row] = item.inputs
+            item = _to_be_said(item.inputs, most, tokenizer)
+        examples.append(item)
     lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
     require_positions(model.config, *lengths.T)
-    settings = _with_negatives(job, examples)
+    if unsaid:
+        _require_room_to_say(job, model, [*unsaid.values()], tokenizer, most)
     if settings.objective == "ce":
         examples = corrected_examples(examples, tokenizer)
-    arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
+    if settings.objective == "dpo":
+        arrays = pair_arrays(examples, tokenizer, pad_id=model.config.pad_id)
+    else:
+        arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
     counts = _counts(arrays)
     if settings.objective != "ce" and not counts["marked"]:
         raise ValueError(
-            f"{', '.join(map(str, job.data))}: nothing is marked in any of {len(examples)} "
+            f"{', '.join(map(str, job.data))}: nothing is marked in any of {first} "
             "examples, so there is nothing to edit away: give spans (or run `t5patches annotate`)"
         )
-    order = _order(job, settings, [len(part) for part in sets])
+    order = _order(job, settings, [len(part) for part in sets], len(kept))
     mesh = _mesh(job)
     cached, own = job.dtype if job.cache_teacher else None, job.original is not None
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
     notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
-    return Checked(model, arrays, order, settings, mesh, step, plan, counts, notes)
+    return Checked(
+        model,
+        arrays,
+        order,
+        settings,
+        mesh,
+        step,
+        plan,
+        counts,
+        notes,
+        unsaid=unsaid,
+        most=most,
+        held_out=held_out,
+    )
 
 
 def _told_lengths(shapes: Mapping[tuple[int, int], int]) -> list[str]:
@@ -438,64 +493,129 @@ def _check_original(job: Job) -> None:
 
 def _read_all(
     job: Job, tokenizer: Tokenizer, vocab_size: int
-) -> tuple[list[list[Example]], list[str]]:
-    """The examples of each data file, and what was cut or left out of it.
+) -> tuple[list[list[Example]], list[Source | Example], list[str]]:
+    """The examples of each data file, what is kept, and what was cut or left out of them.
 
     What is wrong with any of the files is told of all.
     """
     limits = Limits(job.truncate_inputs, job.skip_longer)
-    sets, notes, problems = [], [], []
-    for file in job.data:
+    longest: dict[str, Any] = {
+        "max_input_length": job.max_input_length,
+        "max_output_length": job.max_output_length,
+    }
+    templates = None if job.templates is None else read_templates(job.templates)
+    files: list[tuple[PathLike, Callable[..., Sequence[Any]]]]
+    files = [(file, read_examples) for file in job.data]
+    if job.keep is not None:
+        files.append((job.keep, read_kept))
+    found: list[list[Any]] = []
+    notes, problems = [], []
+    for file, read in files:
         try:
-            left = within(_read(job, file, tokenizer, vocab_size), limits, tokenizer)
+            items = read(file, tokenizer, **longest)
+            _check_ids(file, items, vocab_size)
+            left = within(items, limits, tokenizer)
         except ValueError as error:
             named = os.fspath(file) in str(error)
             problems.append(str(error) if named else f"{os.fspath(file)}: {error}")
             continue
         if limits != Limits():
             notes.append(f"{os.fspath(file)}: {left.text(limits)}")
-        sets.append(left.kept)
+        found.append(left.kept)
     if problems:
         raise ValueError("\n".join(problems))
-    if job.templates is None:
-        return sets, notes
-    templates, seed = read_templates(job.templates), job.settings.seed
-    return [template_examples(part, templates, tokenizer, seed) for part in sets], notes
+    if templates is not None:
+        found = [template_items(part, templates, tokenizer, job.settings.seed) for part in found]
+    return found[: len(job.data)], found[-1] if job.keep is not None else [], notes
 
 
-def _read(job: Job, file: PathLike, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
-    examples = read_examples(
-        file,
-        tokenizer,
-        max_input_length=job.max_input_length,
-        max_output_length=job.max_output_length,
-    )
-    for number, example in enumerate(examples, start=1):
+def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: int) -> None:
+    for number, example in enumerate(items, start=1):
+        if isinstance(example, Source):
+            continue
         largest = max(*example.output_ids, *example.input_ids)
         if largest >= vocab_size:
             raise ValueError(
                 f"{file}: example {number} has the token {largest} and the model "
                 f"{vocab_size} ids: was the file made with another model?"
             )
-    return examples
+
+
+def _hold_out(
+    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example], pad_id: int
+) -> tuple[list[list[Example]], list[Source | Example], Batch, str]:
+    """The data without what is held out, what is held out, and a note of it."""
+    examples = [example for part in sets for example in part]
+    prompts = held_out_inputs(examples, job.settings.seed)
+    held, known = held_out_examples(examples, prompts), frozenset(prompts)
+    texts = {example.inputs for example in held}
+    left = [[example for example in part if example.input_ids not in known] for part in sets]
+    for file, part in zip(job.data, left, strict=True):
+        if not part:
+            raise ValueError(
+                f"{file}: until holds out all that it has, {len(known)} inputs of all files being "
+                "held out: give more data, or leave until out"
+            )
+    note = (
+        f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
+        f"{len({example.input_ids for example in examples})}"
+    )
+    named = max(1 + len(ids) for example in held for ids in [*example.negatives.values(), ()])
+    arrays = to_arrays(held, pad_id=pad_id, negatives=named)
+    return left, [item for item in kept if item.inputs not in texts], arrays, note
+
+
+def _to_be_said(inputs: Inputs, most: int, tokenizer: Tokenizer) -> Example:
+    """An example in the place of the one that the original will make."""
+    prompt = tokenizer.encode_prompt(inputs)
+    return Example(inputs, "", (), prompt, (tokenizer.eos_id,) * most, (False,) * most)
+
+
+def _require_room_to_say(
+    job: Job, model: LanguageModel, inputs: Sequence[Inputs], tokenizer: Tokenizer, most: int
+) -> None:
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"several processes let no model speak, and {len(inputs)} of the inputs to keep have "
+            "no outputs: make them with `t5patches annotate`, and give its file"
+        )
+    require_room_to_speak(
+        model,
+        inputs,
+        tokenizer,
+        max_length=most,
+        temperature=_TEMPERATURE,
+        batch_size=job.settings.batch_size,
+        beside=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.param_shapes())),
+    )
+
+
+# What the original says of itself: the mean of a divergence over its samples is that of the whole
+# distribution of its outputs.
+_TEMPERATURE = 1.0
 
 
 def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
     negatives = job.negatives
     if negatives is None:
         named = [1 + len(ids) for e in examples for ids in e.negatives.values() if ids]
-        negatives = 0 if job.settings.objective in ("nl", "ce") else max(named, default=0)
+        negatives = 0 if job.settings.objective in NO_SETS else max(named, default=0)
     return dataclasses.replace(job.settings, negatives=negatives)
 
 
-def _order(job: Job, settings: TrainSettings, sizes: Sequence[int]) -> np.ndarray | None:
+def _order(job: Job, settings: TrainSettings, sizes: Sequence[int], kept: int) -> np.ndarray | None:
     if len(sizes) > 1:
         rates = mixing_rates(sizes, cap=job.cap, temperature=job.temperature, rates=job.rates)
-        places = settings.steps * settings.batch_size
-        return mixture_order(sizes, rates, places, settings.seed)
-    if job.rates is not None or job.cap is not None or job.temperature != 1:
+    elif job.rates is not None or job.cap is not None or job.temperature != 1:
         raise ValueError("rates, cap and temperature mix several data files, and there is one")
-    return None
+    else:
+        rates = (1.0,)
+    if kept:
+        rates = with_share(rates, job.keep_share)
+        sizes = [*sizes, kept]
+    if len(sizes) == 1:
+        return None
+    return mixture_order(sizes, rates, settings.steps * settings.batch_size, settings.seed)
 
 
 def _mesh(job: Job) -> Mesh | None:
@@ -525,7 +645,8 @@ def _counts(arrays: Batch) -> dict[str, int]:
 
 def _require_space(job: Job, checked: Checked) -> None:
     """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(checked.step.state))
+    held = [checked.step.state, checked.step.state.params if checked.held_out else None]
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
     folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
     if checked.settings.lora is not None and not job.merge:
         folder = state
@@ -533,16 +654,21 @@ def _require_space(job: Job, checked: Checked) -> None:
     require_space(unfinished(job.output), needed, "the edit")
 
 
-def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> Trained:
+def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[Trained, Checked]:
+    """What training makes, and what it was made of, with all that the original had to say."""
+    directory = work / "run"
     params, original = _loaded(job, checked)
     with training_progress(console) as progress:
+        if checked.unsaid:
+            checked = _said(job, checked, original, work, progress)
         teacher = _cached(job, checked, original, progress)
-        if teacher is None and jax.process_count() == 1:  # others' devices cannot be read here
+        # Other processes' devices cannot be read here.
+        if teacher is None and not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
         finished = finished_run(directory, checked.step.state.params)
-        if finished is not None and len(finished.history["loss"]) == checked.settings.steps:
-            return finished
-        return train(
+        if finished is not None and _is_finished(finished, checked.settings):
+            return finished, checked
+        trained = train(
             checked.model,
             params,
             checked.arrays,
@@ -552,8 +678,45 @@ def _trained(job: Job, checked: Checked, directory: Path, console: Console) -> T
             order=checked.order,
             mesh=checked.mesh,
             teacher=teacher,
+            held_out=checked.held_out,
             progress=progress,
         )
+        return trained, checked
+
+
+def _is_finished(trained: Trained, settings: TrainSettings) -> bool:
+    """Whether a finished run made all steps that are asked for now, or stopped before."""
+    stopped = trained.looks and verdict(trained.looks, settings.until or 0).why
+    return bool(stopped) or len(trained.history["loss"]) == settings.steps
+
+
+def _said(job: Job, checked: Checked, original: Params, work: Path, progress: Progress) -> Checked:
+    """The same with the outputs that the original makes, once for all resumptions."""
+    inputs, seed = [*checked.unsaid.values()], checked.settings.seed
+    parts = Parts(work / "kept", {"outputs": len(inputs), "most": checked.most, "seed": seed})
+    said = speak(
+        checked.model,
+        original,
+        inputs,
+        lambda inputs, output: [],
+        load_tokenizer(job.model, chat=job.chat),
+        max_length=checked.most,
+        temperature=_TEMPERATURE,
+        seed=seed,
+        batch_size=checked.settings.batch_size,
+        keep=parts.get,
+        progress=progress,
+    )
+    arrays, rows = dict(checked.arrays), [*checked.unsaid]
+    made = to_arrays(
+        said,
+        pad_id=checked.model.config.pad_id,
+        output_length=arrays["outputs"].shape[1],
+    )
+    for name in ("outputs", "weights"):
+        arrays[name] = arrays[name].copy()
+        arrays[name][rows] = made[name]
+    return dataclasses.replace(checked, arrays=arrays, counts=_counts(arrays))
 
 
 def _loaded(job: Job, checked: Checked) -> tuple[Params, Params]:
@@ -609,6 +772,7 @@ def _described(job: Job) -> dict[str, Any]:
         "templates": None if job.templates is None else file_fingerprint(job.templates),
         "chat": uses_chat(job.model, job.chat),
         "negatives": job.negatives,
+        "keep": None if job.keep is None else {"file": _named([job.keep]), "share": job.keep_share},
         "rates": None if job.rates is None else list(job.rates),
         "cap": job.cap,
         "temperature": job.temperature,
@@ -640,6 +804,15 @@ def _record(
     described: Mapping[str, Any], checked: Checked, directory: Path, trained: Trained
 ) -> dict[str, Any]:
     run = json.loads((directory / "run.json").read_text())
+    looks, until = {}, run["settings"]["until"]
+    if until is not None:
+        found = verdict(trained.looks, until)
+        looks["held out"] = {
+            "why": found.why or "steps",
+            "updates": trained.looks[found.best].step,
+            "fingerprint": run["held_out"],
+            **{name: [getattr(x, name) for x in trained.looks] for name in Look._fields},
+        }
     return {
         "job": described,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -648,6 +821,7 @@ def _record(
         "fingerprints": {name: run[name] for name in ("data", "params", "original")}
         | {"edited": fingerprint(trained.params)},
         "history": trained.history,
+        **looks,
         "memory": dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
         "jax": jax.__version__,
         "devices": f"{checked.plan.count} x {checked.plan.device}",
@@ -660,6 +834,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, counts, job_ = record["settings"], record["counts"], record["job"]
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
+    beta = f", beta {settings['beta']:g}" if settings["beta"] else ""
     data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     adapter, lora = "", settings["lora"]
@@ -671,20 +846,37 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
             f"- An adapter (LoRA) of rank {lora['rank']}, alpha {lora['alpha'] or lora['rank']:g}, "
             f"{left}.\n"
         )
-    loss = record["history"]["loss"]
+    average = f", weights averaged ({settings['average']:g})" if settings["average"] else ""
+    kept = ""
+    if job_["keep"]:
+        ((name, digest),), share = job_["keep"]["file"].items(), job_["keep"]["share"]
+        kept = (
+            f"- Outputs to `{name}` (sha256 `{digest}`) are {share:.0%} of what was drawn, with "
+            "nothing pushed down.\n"
+        )
+    loss, made = record["history"]["loss"], ""
+    if found := record.get("held out"):
+        left = found["left"][found["step"].index(found["updates"])]
+        made = (
+            f"- Kept is the state after {found['updates']} updates, the best on inputs held out: "
+            f"{left:.2%} left there of {found['left'][0]:.2%} (asked for: "
+            f"{settings['until']:.2%}).\n"
+        )
     chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
     return (
         f"{before}{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
-        f"`{settings['objective']}`, alpha {settings['alpha']:g}{sets}.\n\n"
+        f"`{settings['objective']}`, alpha {settings['alpha']:g}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
         f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
-        f"{adapter}"
+        f"{adapter}{kept}"
         f"- Kept close to: {teacher}.\n"
-        f"- {settings['steps']} updates of {settings['batch_size']} examples, "
-        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, warm-up "
-        f"{settings['warmup_steps']}, dropout {job_['dropout']:g}, {job_['dtype']}, seed "
-        f"{settings['seed']}{chat}; loss {loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"- {len(loss)} updates of {settings['batch_size']} examples, "
+        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} "
+        f"({settings['schedule']}), warm-up {settings['warmup_steps']}{average}, dropout "
+        f"{job_['dropout']:g}, {job_['dtype']}, seed {settings['seed']}{chat}; loss "
+        f"{loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
+        f"{made}"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
         "`t5patches evaluate` does.\n"

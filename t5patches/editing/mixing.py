@@ -60,6 +60,31 @@ def mixing_rates(
     return tuple(share / math.fsum(shares) for share in shares)
 
 
+def with_share(rates: Sequence[float], share: float) -> tuple[float, ...]:
+    """Makes room for one more set, whatever its size.
+
+    Args:
+        rates: of the other sets, which sum to 1.
+        share: of the one more.
+
+    Returns:
+        The rates of the others and of this one; they sum to 1.
+
+    Raises:
+        ValueError: the share leaves nothing for it or for the others.
+
+    Example:
+        >>> with_share([0.25, 0.75], 0.5)
+        (0.125, 0.375, 0.5)
+    """
+    if not 0 < share < 1:
+        raise ValueError(
+            f"keep_share is {share}: above 0 and below 1 is needed, for both what is kept and what "
+            "is marked are to be drawn"
+        )
+    return (*((1 - share) * rate for rate in rates), share)
+
+
 def _given(
     rates: Sequence[float], sets: int, cap: int | None, temperature: float
 ) -> Sequence[float]:

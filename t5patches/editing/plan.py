@@ -33,6 +33,8 @@ class MemoryPlan:
         working: gradients and activations of one update, and its batch.
         available: what a device has left; None where it does not say. CPU devices share the
             machine's memory, and this is one's share.
+        copies: of what is trained: its average, and the best state so far where that lies in the
+            same memory.
         saved: what training all parameters would take beyond this, of parameters, gradients,
             optimizer and original; 0 where all are trained.
     """
@@ -44,16 +46,18 @@ class MemoryPlan:
     original: int
     working: int
     available: int | None
+    copies: int = 0
     saved: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.optimizer + self.original + self.working
+        return self.parameters + self.copies + self.optimizer + self.original + self.working
 
     def text(self) -> str:
         """The plan in a line."""
-        parts = ("parameters", "optimizer", "original", "working")
+        copies = ("copies",) if self.copies else ()
+        parts = ("parameters", *copies, "optimizer", "original", "working")
         listed = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         of = "" if self.available is None else f" of {_size(self.available)}"
         saved = f"; training all parameters would take {_size(self.saved)} more" * (self.saved > 0)
@@ -80,12 +84,17 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
     memory = step.compiled.memory_analysis()
     inputs = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     working = memory.temp_size_in_bytes + max(0, inputs - base - original)
+    on_cpu = used[0].platform == "cpu"
+    copies = _held(step.state.average)
+    if settings.until is not None and on_cpu:
+        copies += trained
     saved = 0
     if settings.lora is not None:
         full = step.of_all()
-        saved = 2 * _held(full.state.params) + _held(full.state.optimizer) + _held(full.frozen)
-        saved -= 2 * trained + _held(step.state.optimizer) + _held(step.frozen)
-    if used[0].platform == "cpu" and (settings.lora is None or step.cached):
+        # The gradients are as large as what is trained.
+        saved = _held((full.state, full.state.params, full.frozen))
+        saved -= _held((step.state, step.state.params, step.frozen))
+    if on_cpu and (settings.lora is None or step.cached or step.head_only):
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
         original = max(original, read) if settings.param_dtype == "float32" else original + read
@@ -93,6 +102,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         device=used[0].device_kind,
         count=len(used),
         parameters=base + trained,
+        copies=copies,
         optimizer=_held(step.state.optimizer),
         original=original,
         working=working,
@@ -196,6 +206,8 @@ def _advice(
         out.append("the frozen parameters in bfloat16 are half as large (--param-dtype bfloat16)")
     if settings.optimizer == "adam" and settings.lora is None:
         out.append(f"Adafactor keeps {_size(plan.optimizer)} less (--optimizer adafactor)")
+    if settings.average:
+        out.append("without an average there is a copy less of what is trained (--average 0)")
     if not bfloat16:
         out.append("activations in bfloat16 are half as large (--dtype bfloat16)")
     out.append(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from t5patches.editing.data import Example, read_lines
+from t5patches.editing.data import Example, Source, read_lines
 from t5patches.model.tokenizer import Inputs, Tokenizer
 
 PLACE = "{inputs}"
@@ -69,24 +70,26 @@ def with_templates(inputs: Sequence[Inputs], templates: Sequence[str], seed: int
     ]
 
 
-def template_examples(
-    examples: Sequence[Example], templates: Sequence[str], tokenizer: Tokenizer, seed: int
-) -> list[Example]:
-    """Puts a template around the input of each example; outputs and marks stay.
+def template_items(
+    items: Sequence[Source | Example], templates: Sequence[str], tokenizer: Tokenizer, seed: int
+) -> list[Any]:
+    """Puts a template around each input; outputs and marks stay.
 
     Args:
-        examples: to change.
+        items: examples and sources, to change.
         templates: see `with_templates`.
         tokenizer: splits the new inputs.
         seed: of the draws.
 
     Returns:
-        As many examples.
+        As many of them.
     """
-    texts = with_templates([example.inputs for example in examples], templates, seed)
+    texts = with_templates([item.inputs for item in items], templates, seed)
     return [
-        dataclasses.replace(example, inputs=text, input_ids=tokenizer.encode_prompt(text))
-        for example, text in zip(examples, texts, strict=True)
+        item._replace(inputs=text)
+        if isinstance(item, Source)
+        else dataclasses.replace(item, inputs=text, input_ids=tokenizer.encode_prompt(text))
+        for item, text in zip(items, texts, strict=True)
     ]
 
 

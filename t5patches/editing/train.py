@@ -15,7 +15,7 @@ import functools
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import Batch, batch_indices
+from t5patches.editing.data import CHOSEN, CHOSEN_WEIGHTS, Batch, batch_indices
+from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
+from t5patches.editing.rivals import RIVALS, Chosen, Given
 from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
@@ -49,8 +51,12 @@ from t5patches_kernels import (
     linear_unlikelihood_loss,
 )
 
-TARGETED, OBJECTIVES = TARGETED_NEGATIVE, TRAINING_OBJECTIVES
+TARGETED, OBJECTIVES = TARGETED_NEGATIVE, (*TRAINING_OBJECTIVES, *RIVALS)
+WITH_ORIGINAL = (*TARGETED, *(name for name, rival in RIVALS.items() if rival.original))
+KEEPING = tuple(name for name in OBJECTIVES if name not in RIVALS or RIVALS[name].keeps)
+NO_SETS = ("nl", "ce", *(name for name, rival in RIVALS.items() if not rival.sets))
 OPTIMIZERS = ("adafactor", "adam")
+SCHEDULES = ("constant", "linear", "cosine")
 _PARAM_DTYPES = ("float32", "bfloat16")
 
 History = dict[str, list[float]]
@@ -62,13 +68,24 @@ class TrainSettings:
 
     Attributes:
         objective: one of `OBJECTIVES`: targeted negative training (`tnff tnrr tnrf tnfll tnrll`),
-            unlikelihood (`ul`), negative likelihood (`nl`), cross-entropy (`ce`).
+            unlikelihood (`ul`), negative likelihood (`nl`), cross-entropy (`ce`), and the methods
+            of `t5patches.editing.rivals`.
+        beta: of `undial`, `npo` and `dpo`; None is their own default.
         alpha: factor on the loss of pushed-down tokens; `ce` has none.
         negatives: 0 pushes down the token that was said, K > 0 a set of at most K ids.
         steps: updates to make.
         batch_size: examples in an update.
-        learning_rate: constant after the warm-up. Adam wants about a tenth of Adafactor's.
+        learning_rate: after the warm-up. Adam wants about a tenth of Adafactor's.
         warmup_steps: the rate rises linearly over them.
+        schedule: one of `SCHEDULES`, of the rate after the warm-up: it stays, or falls to 0, which
+            it would reach with the update after the last (Loshchilov and Hutter 2017 for the
+            cosine). Where it falls, `steps` is a fact of the run, which gets no more later.
+        average: 0, or the decay of an exponential average of what is trained, which then is what
+            training makes (Polyak and Juditsky 1992). With a decay d it reaches over about
+            1 / (1 - d) updates.
+        until: stops training, see `t5patches.editing.held_out.verdict`, by what every tenth update
+            has left of the unwanted in the part of the data that is held out; None makes all
+            steps.
         optimizer: one of `OPTIMIZERS`.
         z_loss: coefficient of the squared log-normaliser.
         label_smoothing: `ce` only.
@@ -84,12 +101,16 @@ class TrainSettings:
     """
 
     objective: str = "tnff"
+    beta: float | None = None
     alpha: float = 1.0
     negatives: int = 0
     steps: int = 100
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    schedule: str = "constant"
+    average: float = 0.0
+    until: float | None = None
     optimizer: str = "adafactor"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -103,7 +124,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
-        for name, known in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS)):
+        for name, known in _ONE_OF.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
         for name, least in _LEAST.items():
@@ -111,16 +132,48 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
-        if self.negatives and self.objective in ("nl", "ce"):
+        if self.schedule != "constant" and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
+                f"the {self.schedule} schedule; make more steps, or warm up over fewer"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"average is {self.average}: a decay from 0 (none) to below 1 is needed, such as "
+                "0.95"
+            )
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(
+                f"until is {self.until}: a probability above 0 and below 1 is needed, such as 0.1"
+            )
+        if self.until is not None and self.steps % CHECK_EVERY:
+            raise ValueError(
+                f"steps is {self.steps}, and until looks at every {CHECK_EVERY}th update: give a "
+                f"multiple of {CHECK_EVERY}"
+            )
+        if self.negatives and self.objective in NO_SETS:
+            takers = tuple(name for name in OBJECTIVES if name not in NO_SETS)
             raise NotImplementedError(
                 f"{self.objective} pushes down one token a position, and negatives is "
-                f"{self.negatives}: use 0, or one of {(*TARGETED, 'ul')}"
+                f"{self.negatives}: use 0, or one of {takers}"
+            )
+        rival = RIVALS.get(self.objective)
+        if self.beta is not None and (rival is None or rival.beta is None or not self.beta > 0):
+            takers = tuple(name for name, other in RIVALS.items() if other.beta is not None)
+            raise ValueError(
+                f"beta is {self.beta} and the objective {self.objective}: it is above 0, and of "
+                f"{takers} alone"
+            )
+        if self.z_loss and rival is not None and not rival.z_loss:
+            raise NotImplementedError(
+                f"{self.objective} has no z-loss, and z_loss is {self.z_loss}"
             )
         if self.param_dtype not in _PARAM_DTYPES:
             raise ValueError(
                 f"param_dtype is {self.param_dtype!r}: one of {_PARAM_DTYPES} is needed"
             )
-        if self.param_dtype != "float32" and self.lora is None and self.objective not in TARGETED:
+        frozen = self.lora is not None or self.objective in WITH_ORIGINAL
+        if self.param_dtype != "float32" and not frozen:
             raise ValueError(
                 f"param_dtype is {self.param_dtype} and there are no frozen parameters: "
                 f"{self.objective} without an adapter trains all there are, which is done in "
@@ -128,6 +181,7 @@ class TrainSettings:
             )
 
 
+_ONE_OF = {"objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 _LEAST = {
     "alpha": 0,
     "negatives": 0,
@@ -139,32 +193,55 @@ _LEAST = {
 }
 
 
-MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = {
-    "steps": operator.le,
-    "checkpoint_every": lambda there, asked: True,
-    "remat": lambda there, asked: True,
-}
-"""In what a run that goes on may differ from what it was: it may get more steps, and whether layers
-are run again (`remat`) changes rounding alone."""
+def may_differ(settings: TrainSettings) -> dict[str, Callable[[Any, Any], bool]]:
+    """In what a run that goes on may differ from what it was.
+
+    It may get more steps where the rate does not fall towards its last one. Whether layers are run
+    again (`remat`) changes rounding alone.
+
+    Args:
+        settings: how to train now.
+
+    Returns:
+        By name, whether the value there may become the one asked for, as `claim` takes it.
+    """
+    names: dict[str, Callable[[Any, Any], bool]] = {"checkpoint_every": _any, "remat": _any}
+    if settings.schedule == "constant":
+        names["steps"] = operator.le
+    return names
+
+
+def _any(there: Any, asked: Any) -> bool:
+    return True
 
 
 class Trained(NamedTuple):
     """What training made.
 
     Attributes:
-        params: the new parameters; with `TrainSettings.lora` those of the adapter alone.
+        params: the new parameters, or their average where `TrainSettings.average` asks for it,
+            or the best of either where `TrainSettings.until` does;
+            with `TrainSettings.lora` those of the adapter alone.
         history: for every step `loss` (mean over the tokens that count), `marked` (how many
             tokens of the batch are pushed down) and `said` (for how many of them the model,
             given what comes before, still finds no token likelier).
+        looks: with `TrainSettings.until`, what was measured on what is held out.
     """
 
     params: Params
     history: History
+    looks: Sequence[Look] = ()
 
 
 class _State(NamedTuple):
     params: Params  # what is trained: the model's, or the adapter's
     optimizer: optax.OptState
+    average: Params | None = None  # of what is trained, over the updates
+
+    @property
+    def result(self) -> Params:
+        """What training makes, should it end here."""
+        return self.params if self.average is None else self.average
 
 
 class Frozen(NamedTuple):
@@ -173,7 +250,7 @@ class Frozen(NamedTuple):
     Attributes:
         base: the model beneath an adapter; None where there is no adapter.
         original: the model to stay close to; None where the objective stays close to none, or
-            where it is the base.
+            where it is the base. Its head alone where nothing asks for more of it.
     """
 
     base: Params | None
@@ -191,6 +268,7 @@ def train(
     order: np.ndarray | None = None,
     mesh: Mesh | None = None,
     teacher: TeacherCache | None = None,
+    held_out: Batch | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Trains a model, from the start or from where the same run was killed.
@@ -210,6 +288,8 @@ def train(
             its devices; None is the first device alone. The sums differ by rounding.
         teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
             of which only the head is then needed.
+        held_out: with `TrainSettings.until`, arrays like `arrays` of other inputs, with something
+            pushed down; their sets may be of another size.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -223,6 +303,7 @@ def train(
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
+    _check_held_out(held_out, settings)
     lengths = (row_lengths(arrays[x], model.config.pad_id) for x in ("inputs", "outputs"))
     require_positions(model.config, *lengths)
     cached = None if teacher is None else str(teacher.dtype)
@@ -232,25 +313,62 @@ def train(
         teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
-    described = _describe(model, params, original, arrays, settings, order, cached)
+    described = _describe(model, params, original, arrays, settings, order, cached, held_out)
 
     def claimed() -> None:
-        may_differ = {**MAY_DIFFER, **_longer(directory, order, settings)}
-        claim(directory, described, may_differ=may_differ)
+        claim(
+            directory,
+            described,
+            may_differ=may_differ(settings) | _longer(directory, order, settings),
+        )
 
     hosts.once(claimed)
+    watch = None
+    if held_out is not None and settings.until is not None:
+        watch = HeldOut(
+            model,
+            held_out,
+            cache_teacher(
+                directory / "held_out",
+                model,
+                original,
+                held_out,
+                batch_size=settings.batch_size,
+                dtype=jnp.dtype(model.config.dtype).name,
+                mesh=mesh,
+            ),
+            until=settings.until,
+            batch_size=settings.batch_size,
+            lora=settings.lora,
+            implementation=settings.implementation,
+            mesh=mesh,
+        )
     with _checkpoints(directory) as checkpoints:
         first = checkpoints.latest_step() or 0
-        if first == settings.steps:
+        if first:
+            state, history = _restore(checkpoints, step_of.state, watch)
+        else:
+            state, history = step_of.start(params), {}
+        if first == settings.steps or (watch is not None and watch.why):
             raise ValueError(
                 f"{directory} holds a finished run: load it with `finished_run`, or choose another "
                 "directory"
             )
-        if first:
-            state, history = _restore(checkpoints, step_of.state)
-        else:
-            state, history = step_of.start(params), {}
         frozen = step_of.place(params, original)
+
+        def look(done: int, trained: Params) -> str | None:
+            """Why to stop, where what is held out says so."""
+            close_to = frozen.base if frozen.original is None else frozen.original
+            if watch is None or close_to is None or done % CHECK_EVERY:
+                return None
+            watch.look(done, trained, frozen.base, close_to)
+            return watch.why
+
+        if watch is not None and not first and look(0, state.params):
+            raise ValueError(
+                f"{watch.looks[0].left:.3g} is left before any update, and until is "
+                f"{settings.until}: ask for less, in another directory"
+            )
         display = _Display(progress, settings, directory.name, first)
         batches = Batches(arrays, settings, model.config.pad_id, order)
         for step in range(first, settings.steps):
@@ -261,10 +379,15 @@ def train(
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value)
             display.update(step + 1, history)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            stop = look(step + 1, state.result)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop:
                 history = _fetch(history)
-                _save(checkpoints, step + 1, state, history)
-    return Trained(state.params, history)
+                _save(checkpoints, step + 1, state, history, watch)
+            if stop:
+                break
+    if watch is None or watch.best is None:
+        return Trained(state.result, history)
+    return Trained(watch.best, history, watch.looks)
 
 
 def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained | None:
@@ -282,16 +405,28 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
     steps = hosts.first_says(lambda: _steps(directory) or 0)
     if not steps:
         return None
+    settings = _settings(directory)
+    watched = settings.get("until") is not None
+    made = "best" if watched else "average" if settings.get("average") else "params"
+    looks: Sequence[Look] = ()
     with _checkpoints(directory) as checkpoints:
-        if checkpoints.latest_step() != steps:
+        there = checkpoints.latest_step()
+        if watched and there is not None:
+            found = checkpoints.restore(
+                there, args=ocp.args.Composite(looks=ocp.args.JsonRestore())
+            )
+            looks = [Look(*look) for look in found.looks]
+            if verdict(looks, settings["until"]).why:
+                steps = there
+        if there != steps:
             return None
         found = checkpoints.restore(
             steps,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), history=ocp.args.JsonRestore()
+                **{made: ocp.args.StandardRestore(params)}, history=ocp.args.JsonRestore()
             ),
         )
-    return Trained(found.params, found.history)
+    return Trained(found[made], found.history, looks)
 
 
 def training_progress(console: Console | None = None) -> Progress:
@@ -326,8 +461,8 @@ def token_loss(
     Args:
         model: the network.
         params: of the model being trained.
-        original: parameters of the frozen model; the targeted objectives need them, of a cached
-            one (`original_hidden` in `batch`) the head's alone.
+        original: parameters of the frozen model; the objectives of `WITH_ORIGINAL` need them, of
+            a cached one (`original_hidden` in `batch`) the head's alone.
         batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
         settings: the objective and its numbers.
         dropout_key: for dropout; None for none.
@@ -369,24 +504,54 @@ def token_loss(
             return linear_unlikelihood_loss(
                 hidden, head.kernel, targets, weights, alpha=settings.alpha, edits=edits, **common
             )
-    if original is None:
-        raise ValueError(f"{settings.objective} needs the parameters of the original model")
-    if ORIGINAL_HIDDEN in batch:
-        original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
-    else:
-        original_hidden = model.hidden(original, batch)
-    return linear_targeted_negative_loss(
-        hidden,
-        head.kernel,
-        original_hidden,
-        model.head(original).kernel,
-        targets,
-        weights,
-        objective=settings.objective,
-        alpha=settings.alpha,
-        smoothing=settings.smoothing,
-        edits=edits,
-        **common,
+    # What stays close to no original may be given itself for one.
+    ref_hidden, ref_head = hidden, head
+    if settings.objective in WITH_ORIGINAL:
+        if original is None:
+            raise ValueError(f"{settings.objective} needs the parameters of the original model")
+        ref_head = model.head(original)
+        if ORIGINAL_HIDDEN in batch:
+            ref_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
+        else:
+            ref_hidden = model.hidden(original, batch)
+    if settings.objective in TARGETED:
+        return linear_targeted_negative_loss(
+            hidden,
+            head.kernel,
+            ref_hidden,
+            ref_head.kernel,
+            targets,
+            weights,
+            objective=settings.objective,
+            alpha=settings.alpha,
+            smoothing=settings.smoothing,
+            edits=edits,
+            **common,
+        )
+    chosen = None
+    if CHOSEN in batch and original is not None:
+        pair = {"inputs": batch["inputs"], "outputs": batch[CHOSEN]}
+        chosen = Chosen(
+            batch[CHOSEN],
+            batch[CHOSEN_WEIGHTS],
+            model.hidden(params, pair, dropout_key=dropout_key),
+            model.hidden(original, pair),
+        )
+    rival = RIVALS[settings.objective]
+    return rival.loss(
+        Given(
+            hidden=hidden,
+            head=head,
+            ref_hidden=ref_hidden,
+            ref_head=ref_head,
+            targets=targets,
+            weights=weights,
+            edits=edits,
+            alpha=settings.alpha,
+            beta=settings.beta or rival.beta or 0.0,
+            options=common,
+            chosen=chosen,
+        )
     )
 
 
@@ -410,6 +575,8 @@ class Batches:
         """
         self._arrays, self._settings, self._order = arrays, settings, order
         said = (arrays["outputs"] != pad_id) | (arrays["weights"] != 0)
+        if CHOSEN in arrays:
+            said |= arrays[CHOSEN_WEIGHTS] != 0
         self._input_lengths = row_lengths(arrays["inputs"], pad_id)
         self._output_lengths = row_lengths(said, False)
 
@@ -464,6 +631,7 @@ class Step:
         state: the first of them, what the update changes.
         frozen: the second, what it does not change.
         cached: dtype of the original's cached states; None where it runs itself.
+        head_only: whether no more of the original is held than its head, as nothing runs it.
     """
 
     def __init__(
@@ -500,10 +668,15 @@ class Step:
             for name, array in sorted(arrays.items())
         }
         if cached is not None:
-            if settings.objective not in TARGETED:
+            if settings.objective not in WITH_ORIGINAL:
                 raise ValueError(
                     f"{settings.objective} keeps to no original model, so there is nothing to "
-                    f"cache: leave the cache out, or use one of {TARGETED}"
+                    f"cache: leave the cache out, or use one of {WITH_ORIGINAL}"
+                )
+            if settings.objective == "dpo":
+                raise NotImplementedError(
+                    "dpo runs the original on the corrections too, and a cache is of the outputs: "
+                    "leave the cache out"
                 )
             tokens, _ = rows["outputs"]
             rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
@@ -511,6 +684,8 @@ class Step:
         self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
         self.arguments, _ = _program(*self._key)
         self.state, self.frozen, *_ = self.arguments
+        runs_it = cached is None and settings.objective in WITH_ORIGINAL
+        self.head_only = self.frozen.original is not None and not runs_it
 
     def of_all(self) -> Step:
         """The update that trains all parameters where this one trains an adapter, to compare."""
@@ -540,7 +715,10 @@ class Step:
             self.state.params,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
-        return _State(placed, jax.jit(self._init, out_shardings=shardings)(placed))
+        optimizer = jax.jit(self._init, out_shardings=shardings)(placed)
+        # The first update puts its own in the place of the zeros.
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), placed)
+        return _State(placed, optimizer, zeros if self._settings.average else None)
 
     def place(self, params: Params, original: Params) -> Frozen:
         """Puts what is frozen where it lies, once and not at every update.
@@ -557,7 +735,7 @@ class Step:
             held = in_dtype(tree, self._settings.param_dtype)
             return jax.tree.map(lambda x, y: hosts.place(x, y.sharding), dict(held), like)
 
-        if self.cached is not None:
+        if self.head_only:
             original = self._model.head_params(original)
         return Frozen(
             None if self.frozen.base is None else placed(params, self.frozen.base),
@@ -649,14 +827,18 @@ def _program(
     def placed(x: Any, sharding: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
-    state = _State(
-        *(jax.tree.map(placed, x, of_x) for x, of_x in ((trained, of_trained), (inner, of_inner)))
+    of_state = _State(of_trained, of_inner, of_trained if settings.average else None)
+    state = jax.tree.map(
+        placed, _State(trained, inner, trained if settings.average else None), of_state
     )
     held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
     params: Any = jax.tree.map(held, shapes, of_shapes)
     original = None
-    if settings.objective in TARGETED and (lora is None or own_original):
-        original = model.head_params(params) if ORIGINAL_HIDDEN in dict(rows) else params
+    if lora is None or own_original:
+        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in dict(rows):
+            original = params
+        elif settings.objective in WITH_ORIGINAL or settings.until is not None:
+            original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
@@ -665,7 +847,7 @@ def _program(
     program = jax.jit(
         functools.partial(update, model=model, settings=settings),
         donate_argnums=0,
-        out_shardings=(_State(of_trained, of_inner), None),
+        out_shardings=(of_state, None),
     )
     return (state, frozen, batch, number, number), program
 
@@ -709,24 +891,59 @@ def update(
 
     (loss, tokens), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        share = _share_of_newest(settings.average, step)
+        average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = weights < 0
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
-    return _State(optax.apply_updates(state.params, updates), optimizer), metrics
+    return _State(params, optimizer, average), metrics
+
+
+def _share_of_newest(decay: float, step: jax.Array) -> jax.Array:
+    """``1 / (1 + d + ... + d**step)``: 1 at first, so that where training began counts nothing.
+
+    An average that began there would stay closer to the original by not having been trained.
+    """
+    log = np.float32(np.log(decay))
+    return jnp.expm1(log) / jnp.expm1(log * (jnp.asarray(step, jnp.float32) + 1))
 
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
     """What the compiled update depends on: runs that differ in the rest share it."""
-    return dataclasses.replace(settings, seed=0, steps=1, batch_size=1, checkpoint_every=1)
+    return dataclasses.replace(
+        settings,
+        seed=0,
+        steps=CHECK_EVERY if settings.schedule == "constant" else settings.steps,
+        until=None if settings.until is None else 0.5,
+        batch_size=1,
+        checkpoint_every=1,
+    )
 
 
 def _optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    rate: optax.ScalarOrSchedule = settings.learning_rate
-    if settings.warmup_steps:
-        rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    rate = _rate(settings)
     if settings.optimizer == "adam":
         return optax.adam(rate)
     # An adapter begins with a matrix of zeros: steps in proportion to it would lead nowhere.
     return optax.adafactor(rate, multiply_by_parameter_scale=settings.lora is None)
+
+
+def _rate(settings: TrainSettings) -> optax.ScalarOrSchedule:
+    """The learning rate by the number of updates before."""
+    rate, warmup = settings.learning_rate, settings.warmup_steps
+    falling = settings.steps - warmup
+    match settings.schedule:
+        case "linear":
+            after: optax.ScalarOrSchedule = optax.linear_schedule(rate, 0.0, falling)
+        case "cosine":
+            after = optax.cosine_decay_schedule(rate, falling)
+        case _:
+            return optax.linear_schedule(0.0, rate, warmup) if warmup else rate
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
 
 
 def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | None) -> None:
@@ -748,11 +965,28 @@ def _check_arrays(arrays: Batch, settings: TrainSettings, order: np.ndarray | No
             "cross-entropy learns every token, and some are marked to be pushed down: train on "
             "`corrected_examples`, or choose another objective"
         )
+    if settings.objective == "dpo" and CHOSEN not in arrays:
+        raise ValueError(
+            "dpo compares with corrections, and the arrays have none: make them with pair_arrays"
+        )
     places, rows = settings.steps * settings.batch_size, len(arrays["inputs"])
     if order is not None and (len(order) < places or not 0 <= order.min() <= order.max() < rows):
         raise ValueError(
             f"order has {len(order)} places from row {order.min()} to {order.max()}: needed are "
             f"{places} (steps times batch size), within the {rows} rows of the arrays"
+        )
+
+
+def _check_held_out(held_out: Batch | None, settings: TrainSettings) -> None:
+    if (held_out is None) != (settings.until is None):
+        raise ValueError(
+            "until and held_out go together: the one says when to stop, the other by what data"
+        )
+    if held_out is not None and not (held_out["weights"] < 0).any():
+        raise ValueError("held_out has nothing that is pushed down, so nothing of it can be left")
+    if held_out is not None and jax.process_count() > 1:
+        raise NotImplementedError(
+            "several processes do not look at what is held out: leave until out"
         )
 
 
@@ -828,6 +1062,7 @@ def _describe(
     settings: TrainSettings,
     order: np.ndarray | None,
     cached: str | None,
+    held_out: Batch | None,
 ) -> dict[str, Any]:
     sizes = {name: str(value) for name, value in dataclasses.asdict(model.config).items()}
     start = fingerprint(params)
@@ -837,6 +1072,7 @@ def _describe(
         "data": fingerprint(arrays),
         **({} if order is None else {"order": fingerprint(order)}),
         **({} if cached is None else {"cached": cached}),
+        **({} if held_out is None else {"held_out": fingerprint(held_out)}),
         "params": start,
         "original": start if original is params else fingerprint(original),
     }
@@ -853,16 +1089,18 @@ def _longer(
     return {"order": lambda there, asked: there == fingerprint(before)}
 
 
+def _settings(directory: Path) -> dict[str, Any]:
+    """The settings of the run in a directory."""
+    run = directory / "run.json"
+    settings = read_object(run).get("settings")
+    if not isinstance(settings, dict) or type(settings.get("steps")) is not int:
+        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
+    return settings
+
+
 def _steps(directory: Path) -> int | None:
     """How many steps the run in a directory is to have; None where there is no run."""
-    run = directory / "run.json"
-    if not run.exists():
-        return None
-    settings = read_object(run).get("settings")
-    steps = settings.get("steps") if isinstance(settings, dict) else None
-    if type(steps) is not int:
-        raise ValueError(f"{run} says nothing of steps: it is of no training; remove {directory}")
-    return steps
+    return _settings(directory)["steps"] if (directory / "run.json").exists() else None
 
 
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:
@@ -871,7 +1109,13 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory / "checkpoints", options=options)
 
 
-def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history: History) -> None:
+def _save(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    state: _State,
+    history: History,
+    watch: HeldOut | None,
+) -> None:
     finite = np.isfinite(history["loss"])
     if not finite.all():
         raise FloatingPointError(
@@ -879,29 +1123,32 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: _State, history:
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
+    items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in _trees(state).items()}
+    items["history"] = ocp.args.JsonSave(history)
+    if watch is not None:
+        items["best"] = ocp.args.StandardSave(watch.best)
+        items["looks"] = ocp.args.JsonSave(watch.looks)
     with writing(f"the checkpoint of step {step}", "the one before it, if any, is"):
-        checkpoints.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                history=ocp.args.JsonSave(history),
-            ),
-        )
+        checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
 def _restore(
-    checkpoints: ocp.CheckpointManager, like: _State
+    checkpoints: ocp.CheckpointManager, like: _State, watch: HeldOut | None
 ) -> tuple[_State, dict[str, list[Any]]]:
-    found = checkpoints.restore(
-        checkpoints.latest_step(),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
-            optimizer=ocp.args.StandardRestore(like.optimizer),
-            history=ocp.args.JsonRestore(),
-        ),
-    )
-    return _State(found.params, found.optimizer), found.history
+    trees = {name: ocp.args.StandardRestore(x) for name, x in _trees(like).items()}
+    items: dict[str, Any] = {**trees, "history": ocp.args.JsonRestore()}
+    if watch is not None:
+        items["best"] = ocp.args.StandardRestore(like.params)
+        items["looks"] = ocp.args.JsonRestore()
+    found = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
+    if watch is not None:
+        watch.restored(found.looks, found.best)
+    return _State(**{name: found[name] for name in trees}), found.history
+
+
+def _trees(state: _State) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by name."""
+    return {name: x for name, x in state._asdict().items() if x is not None}
 
 
 def _fetch(history: Mapping[str, list[Any]]) -> History:

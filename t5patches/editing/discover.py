@@ -1,0 +1,211 @@
+"""What a model says more often than people do: phrases, their rates, and rules to choose from."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.progress import Progress
+
+from t5patches.editing.collect import CollectSettings, asked, let_speak, require_room
+from t5patches.model.folder import LoadedModel
+from t5patches.model.tokenizer import Inputs
+from t5patches.runs.claims import Parts
+from t5patches.runs.files import write_file
+from t5patches.runs.fingerprints import json_fingerprint
+
+_WORD = re.compile(r"\w[\w'’\-]*")
+_LONGEST = 4  # words in a phrase
+_LEAST = 3  # outputs with it: what one or two of them say is no habit
+_SURE = 1.96  # standard errors
+_WITHIN = 0.8  # of a phrase's occurrences inside a longer one, from which on it is no other
+
+
+class Phrase(NamedTuple):
+    """A phrase of the model.
+
+    Attributes:
+        text: its words, in small letters.
+        outputs: how many outputs have it.
+        rate: occurrences in 1000 words of the model.
+        human_rate: the same of the human text, half an occurrence added.
+        ratio: of the two rates.
+        at_least: what the ratio is at least, with 95% confidence.
+    """
+
+    text: str
+    outputs: int
+    rate: float
+    human_rate: float
+    ratio: float
+    at_least: float
+
+
+def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) -> list[Phrase]:
+    r"""Finds what is said more than twice as often as by people.
+
+    Of a phrase with a occurrences in A words of the model and b in B words of people, the ratio is
+
+    .. math:: \rho = \frac{(a + 1/2) / A}{(b + 1/2) / B}
+
+    Of the a + b occurrences the model's share :math:`\theta` is at least :math:`\theta_0`, the
+    lower end of Wilson's interval of 95% (1927), and so the ratio at least
+    :math:`\theta_0 / (1 - \theta_0) \cdot B / A`, by which phrases are ranked. They have one to
+    four words with nothing but spaces between them, as the rule `words` finds them; a phrase that
+    hardly occurs but in a longer one of the list is left out.
+
+    Args:
+        outputs: of the model.
+        human: texts by people, of the same kind.
+        most: phrases to return at the most.
+
+    Returns:
+        The phrases, the most overused first.
+
+    Raises:
+        ValueError: either has no words.
+
+    Example:
+        >>> said = ["a testament to the city", "It is a testament to Ann", "a testament to it"]
+        >>> [(p.text, p.outputs) for p in overused(said, ["the city is a city", "it is Ann"] * 40)]
+        [('a testament to', 3)]
+    """
+    said, outputs_with = _counts(outputs)
+    theirs, _ = _counts(human)
+    words, their_words = (sum(n for p, n in c.items() if " " not in p) for c in (said, theirs))
+    for count, of in ((words, "the model's outputs"), (their_words, "the human text")):
+        if not count:
+            raise ValueError(f"{of} have no words, so there is nothing to compare")
+    found = []
+    for text, count in said.items():
+        if outputs_with[text] < _LEAST:
+            continue
+        other = theirs[text]
+        share = _least_share(count, other)
+        at_least = share / (1 - share) * their_words / words
+        if at_least > 2:
+            rates = (1000 * count / words, 1000 * (other + 0.5) / their_words)
+            ratio = (count + 0.5) / (other + 0.5) * their_words / words
+            found.append(Phrase(text, outputs_with[text], *rates, ratio, at_least))
+    found = [phrase for phrase in found if not _only_inside(phrase.text, found, said)]
+    return sorted(found, key=lambda phrase: (-phrase.at_least, phrase.text))[:most]
+
+
+def rules_text(phrases: Sequence[Phrase], about: str) -> str:
+    """Offers a rule for each phrase.
+
+    Args:
+        phrases: of `overused`.
+        about: the first line, of what was compared.
+
+    Returns:
+        TOML, as `t5patches.editing.rules.read_rules` takes it.
+    """
+    lines = [f"# {about}", "# Delete the rules for what the model may say."]
+    for phrase in phrases:
+        lines += [
+            "",
+            f"# in {phrase.outputs} outputs; {phrase.rate:.3g} in 1000 words, people "
+            f"{phrase.human_rate:.3g} at most: {phrase.ratio:.3g} times as often, at least "
+            f"{phrase.at_least:.3g} times",
+            "[[rule]]",
+            f"words = [{json.dumps(phrase.text, ensure_ascii=False)}]",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def discover(
+    model: LoadedModel,
+    inputs: Sequence[Inputs],
+    human: Sequence[str],
+    output: str | os.PathLike[str],
+    settings: CollectSettings,
+    *,
+    most: int = 30,
+    progress: Progress | None = None,
+) -> list[Phrase]:
+    """Lets a model speak and writes rules against what it says more often than people.
+
+    Args:
+        model: see `t5patches.model.folder.load_model`.
+        inputs: the source texts, or conversations.
+        human: texts by people.
+        output: the TOML file to write; it appears whole or not at all. Until then `OUTPUT.work`
+            holds the outputs that are made.
+        settings: how many outputs, and how.
+        most: rules to offer at the most.
+        progress: shows how far it is.
+
+    Returns:
+        The phrases that rules are offered for.
+
+    Raises:
+        ValueError: the file exists, `OUTPUT.work` is of another run, a batch does not fit into
+            memory, or there are no words to compare.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+    described = asked(model, inputs) | {
+        "human": json_fingerprint(list(human)),
+        "settings": dataclasses.asdict(settings),
+    }
+    require_room(model, inputs, settings)
+    parts = Parts(f"{output}.work", described)
+    examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
+    phrases = overused([example.outputs for example in examples], human, most=most)
+    about = (
+        f"{len(phrases)} phrases that {len(examples)} outputs of the model have more than twice as "
+        f"often as {len(human)} texts by people."
+    )
+    write_file(output, rules_text(phrases, about))
+    parts.remove()
+    return phrases
+
+
+def _least_share(count: int, other: int) -> float:
+    """The lower end of Wilson's interval of ``count / (count + other)``."""
+    n, z = count + other, _SURE
+    share = count / n
+    error = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (share + z * z / (2 * n) - error) / (1 + z * z / n)
+
+
+def _counts(texts: Iterable[str]) -> tuple[collections.Counter[str], collections.Counter[str]]:
+    """How often each phrase occurs, and in how many of the texts."""
+    occurrences: collections.Counter[str] = collections.Counter()
+    texts_with: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        found = list(_phrases(text))
+        occurrences.update(found)
+        texts_with.update(set(found))
+    return occurrences, texts_with
+
+
+def _phrases(text: str) -> Iterator[str]:
+    run: list[str] = []
+    last = 0
+    for match in _WORD.finditer(text):
+        if text[last : match.start()].strip():
+            run = []
+        run = [*run[-_LONGEST + 1 :], match.group().lower()]
+        last = match.end()
+        for start in range(len(run)):
+            yield " ".join(run[start:])
+
+
+def _only_inside(text: str, found: Sequence[Phrase], said: collections.Counter[str]) -> bool:
+    """Whether a longer phrase that was found has nearly all of its occurrences."""
+    return any(
+        len(other.text) > len(text)
+        and f" {text} " in f" {other.text} "
+        and said[other.text] >= _WITHIN * said[text]
+        for other in found
+    )

@@ -1,0 +1,117 @@
+"""Phrases that a model says more often than people, and the rules that are offered for them."""
+
+import json
+
+import pytest
+from editing_samples import TEXTS, model_folder
+
+from t5patches import cli
+from t5patches.editing import discover as discover_module
+from t5patches.editing.discover import overused, rules_text
+from t5patches.editing.rules import read_rules
+
+HUMAN = ["the mayor sold the bridge in Rome", "a fire closed the library, said Ann"] * 500
+SAID = [
+    *["It is a testament to the mayor. Not only that"] * 8,
+    *["the bridge is a testament to Rome, a rich tapestry"] * 5,
+    *["the mayor sold the bridge"] * 20,
+    "once in a while",
+    "once in a while",
+]
+
+
+def test_phrases_are_ranked_by_how_much_they_are_overused_at_least():
+    found = {phrase.text: phrase for phrase in overused(SAID, HUMAN)}
+    # Words that people say as often, and what too few outputs have, are left out; of a phrase
+    # and its parts the longest stays. Nothing runs over a comma or a full stop.
+    assert next(iter(found)) == "is a testament to"
+    assert "not only that" in found
+    assert "a rich tapestry" in found
+    for text in ("the", "the mayor", "testament", "a testament to", "once in a while", "rich"):
+        assert text not in found
+    assert not any("mayor not" in text or "rome a" in text for text in found)
+    words = sum(len(text.replace(".", "").replace(",", "").split()) for text in SAID)
+    theirs = 500 * 14
+    phrase = found["is a testament to"]
+    assert phrase.outputs == 13
+    assert phrase.rate == pytest.approx(1000 * 13 / words)
+    assert phrase.ratio == pytest.approx((13.5 / words) / (0.5 / theirs))
+    # Of 13 occurrences all are the model's: Wilson's interval begins at 1 / (1 + z^2 / 13).
+    assert phrase.at_least == pytest.approx(13 / 1.96**2 * theirs / words)
+    assert discover_module._least_share(30, 20) == pytest.approx(0.4618, abs=1e-4)
+    ranked = overused(SAID, HUMAN)
+    assert [p.at_least for p in ranked] == sorted((p.at_least for p in ranked), reverse=True)
+    assert len(overused(SAID, HUMAN, most=2)) == 2
+    # A control: what people say as often is no habit of the model's.
+    assert overused(SAID, SAID) == []
+
+
+@pytest.mark.parametrize(("said", "human"), [(["... !"], HUMAN), (SAID, ["—"])])
+def test_without_words_there_is_nothing_to_compare(said, human):
+    with pytest.raises(ValueError, match="have no words, so there is nothing to compare"):
+        overused(said, human)
+
+
+def test_the_rules_offered_mark_what_was_counted(tmp_path):
+    said = [*SAID, *['a "quoted\\thing" l\'été rock-’n’-roll'] * 4]
+    phrases = overused(said, HUMAN)
+    (tmp_path / "rules.toml").write_text(rules_text(phrases, "of a test"))
+    rules = read_rules(tmp_path / "rules.toml")
+    assert "l'été rock-’n’-roll" in [phrase.text for phrase in phrases]
+    counted = {phrase.text: 0 for phrase in phrases}
+    for text in said:
+        for start, end in rules("", text):
+            assert text[start:end].lower() in " ".join(counted)
+    for phrase in phrases:
+        (tmp_path / "rules.toml").write_text(rules_text([phrase], "of a test"))
+        rule = read_rules(tmp_path / "rules.toml")
+        assert sum(bool(list(rule("", text))) for text in said) == phrase.outputs
+
+
+def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
+    tmp_path, monkeypatch, capsys
+):
+    model = model_folder(tmp_path / "model")
+    (tmp_path / "inputs.txt").write_text("\n".join(TEXTS * 2))
+    (tmp_path / "human.txt").write_text("\n".join(HUMAN))
+
+    def annotate(*more):
+        given = ["--model", model, "--inputs", tmp_path / "inputs.txt"]
+        given += ["--output", tmp_path / "rules.toml", "--max-length", 12, "--temperature", 1]
+        try:
+            return cli.main([str(x) for x in ("annotate", *given, *more)])
+        except SystemExit as left:
+            return left.code
+
+    against = ("--discover", "5", "--against", tmp_path / "human.txt", "--samples", "2")
+    for wrong in ((), against[:2], (*against, "--rules", tmp_path / "inputs.txt"), against[2:]):
+        assert annotate(*wrong) == 2
+        assert "give either --rules, or --discover with --against" in capsys.readouterr().err
+    assert annotate(*against, "--expand", "2") == 2
+    assert "--discover has none yet" in capsys.readouterr().err
+    said = []
+    real = overused
+
+    def kept(outputs, human, **options):
+        said.append(list(outputs))
+        if len(said) == 1:
+            raise KeyboardInterrupt
+        return real([*outputs, *SAID], human, **options)
+
+    monkeypatch.setattr(discover_module, "overused", kept)
+    assert annotate(*against) == 130
+    assert not (tmp_path / "rules.toml").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.editing.annotate.generate", None)
+        assert annotate(*against, "--json") == 0
+    assert said[0] == said[1]
+    assert len(said[0]) == 16
+    found = json.loads(capsys.readouterr().out)["phrases"]
+    assert found[0]["text"] == "is a testament to"
+    assert read_rules(tmp_path / "rules.toml")
+    assert "more than twice as often as 1000 texts by people" in (
+        (tmp_path / "rules.toml").read_text()
+    )
+    assert not (tmp_path / "rules.toml.work").exists()
+    assert annotate(*against) == 2
+    assert "exists: nothing is overwritten" in capsys.readouterr().err
