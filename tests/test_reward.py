@@ -40,7 +40,7 @@ TOKENIZER = SentencePieceTokenizer(SPIECE)
 
 @functools.cache
 def tiny_params():
-    return TINY.init(jax.random.key(0))
+    return jax.jit(TINY.init)(jax.random.key(0))
 
 
 def line(inputs, chosen, rejected):
@@ -160,7 +160,9 @@ def test_repeats_are_counted_and_never_on_both_sides(tmp_path):
 def test_the_loss_is_that_of_rewards_read_one_by_one(tmp_path):
     """Unpadded, each alone: the state that predicts the end token, times the head."""
     rng = np.random.default_rng(0)
-    pairs = read_pairs(write(tmp_path / "pairs.jsonl", cats(2)), TOKENIZER)
+    # Of two lengths, each with both prompts: few programs.
+    lines = [line("sat on", "a mat sat", "mat a"), line("on sat", "sat a mat", "a mat")]
+    pairs = read_pairs(write(tmp_path / "pairs.jsonl", lines), TOKENIZER)
     how = How(0.1, Lora(2))
     below = jax.tree.map(
         lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32),
@@ -254,6 +256,7 @@ def test_a_reward_model_tells_pairs_apart_that_it_has_not_seen(place):
     assert not (place / "reward.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_one_goes_on_to_the_same_numbers(place, monkeypatch, capsys):
     update, calls = reward_module.compiled_update, []
 

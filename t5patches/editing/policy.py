@@ -393,8 +393,9 @@ class _Run:
         parts = []
         for start in range(0, settings.outputs, settings.update_size):
             part = {name: x[start : start + settings.update_size] for name, x in arrays.items()}
-            reading = compiled_reading(self._model, self._how, rows_of(part))
-            parts.append(jax.tree.map(np.asarray, reading(state.params, self._base, part)))
+            program = compiled_reading(self._model, self._how, rows_of(part))
+            found = jax.block_until_ready(program(state.params, self._base, part))
+            parts.append(jax.tree.map(np.asarray, found))
         old_log_probs, kl, ref_hidden = map(np.concatenate, zip(*parts, strict=True))
         arrays |= {"old_log_probs": old_log_probs, REF_HIDDEN: ref_hidden}
         return _Sampled(
@@ -421,9 +422,9 @@ class _Run:
         ):
             batch = {name: x[rows] for name, x in arrays.items()}
             text = self._other_text(step * settings.updates + len(found))
-            update = compiled_update(self._model, self._how, rows_of(batch), rows_of(text))
-            state, metrics = update(state, self._base, batch, text, np.float32(beta))
-            found.append(metrics)
+            program = compiled_update(self._model, self._how, rows_of(batch), rows_of(text))
+            state, metrics = program(state, self._base, batch, text, np.float32(beta))
+            found.append(jax.block_until_ready(metrics))
         return state, {name: float(np.mean([m[name] for m in found])) for name in found[0]}
 
     def _other_text(self, number: int) -> Batch:
