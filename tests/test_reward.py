@@ -316,6 +316,10 @@ def test_what_is_no_reward_model_is_refused(place, tmp_path, capsys):
     for weight in (record["weight"][1:], [*record["weight"][1:], float("nan")]):
         (spoilt / "reward.json").write_text(json.dumps(record | {"weight": weight}))
         assert "8 finite numbers are needed as the weight of the head" in refused(spoilt)
+    # As `edit` or `align --merge` leave it, who copy what they do not know.
+    (spoilt / "reward.json").write_text(json.dumps(record))
+    (spoilt / "model.safetensors").write_bytes((place / "tiny/model.safetensors").read_bytes())
+    assert "the head there was trained on other weights" in refused(spoilt)
     for content in ("{", "[]", "{}", json.dumps(record | {"weight": "x"})):
         (spoilt / "reward.json").write_text(content)
         assert "reward.json cannot be read" in refused(spoilt)

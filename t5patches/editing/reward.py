@@ -70,6 +70,7 @@ from t5patches_kernels import pairwise_reward_loss
 
 RECORD = "reward.json"
 WEIGHT, BELOW = "weight", "below"
+BENEATH = "weights"  # in the record: the fingerprint of the model that the head was trained on
 
 
 class Pair(NamedTuple):
@@ -631,19 +632,28 @@ def _read_head(folder: Path) -> tuple[np.ndarray, str]:
     try:
         found = read_object(path)
         chat = {None: "auto", True: "on", False: "off"}[found["job"]["chat"]]
-        return np.array(found[WEIGHT], np.float32).reshape(-1), chat
+        weight, of = np.array(found[WEIGHT], np.float32).reshape(-1), found[BENEATH]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    # What edits or aligns a folder copies such files of it: its head would score nonsense.
+    if of != weights_fingerprint(folder):
+        raise ValueError(
+            f"{folder} is no reward model, though {RECORD} is in it: the head there was trained "
+            "on other weights, and the model has been changed since"
+        )
+    return weight, chat
 
 
-def record_text(record: Mapping[str, Any], weight: np.ndarray) -> str:
+def record_text(record: Mapping[str, Any], weight: np.ndarray, beneath: str) -> str:
     """What `reward.json` holds.
 
     Args:
         record: what was done.
         weight: [D], of the head.
+        beneath: `t5patches.model.lora.weights_fingerprint` of the folder that it lies in.
 
     Returns:
         A JSON object; float32 numbers survive it.
     """
-    return json.dumps({**record, WEIGHT: np.asarray(weight, np.float64).tolist()}, indent=1)
+    head = {BENEATH: beneath, WEIGHT: np.asarray(weight, np.float64).tolist()}
+    return json.dumps({**record, **head}, indent=1)

@@ -153,13 +153,14 @@ def reward_folder(
             checked.model,
             below if lora is None else merged(params, below, lora),
             like=job.model,
-            files={RECORD: record_text(record, weight)},
         )
+        beneath = weights_fingerprint(written)
+        write_file(written / RECORD, record_text(record, weight, beneath))
         # By the folder itself: its numbers may be rounded to the model's own type.
         accuracy = _accuracy(Reward(written, batch_size=job.settings.batch_size), checked.held_out)
         record |= {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
         write_file(written / CARD, _card(job, record))
-        write_file(written / RECORD, record_text(record, weight))
+        write_file(written / RECORD, record_text(record, weight, beneath))
         written.rename(output.made)
 
     return output.make(described, _disk_space(job, checked), write)
