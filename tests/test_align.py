@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from t5patches import cli
 from t5patches.editing import align as align_module
 from t5patches.editing import policy as policy_module
+from t5patches.editing.data import to_arrays
+from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.policy import (
     How,
@@ -399,6 +401,39 @@ def test_other_text_is_whole_cut_or_an_answer(tmp_path):
     assert only.input_ids == TOKENIZER.encode_prompt("a")
 
 
+@pytest.mark.slow
+def test_a_decoder_keeps_other_text_told_with_its_middle_last(tmp_path):
+    """No prompt at all: such a text begins where the model begins. With it its likelihood rises."""
+    tokenizer = load_tokenizer(decoder_folder(tmp_path))
+    params = load_checkpoint(tmp_path / "decoder")[1]
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 3))
+    fim = FillInTheMiddle(0.7, ("<s>", "<|im_start|>", "<|im_end|>"))
+    examples = read_other_text(tmp_path / "text.txt", tokenizer, tokenizer, 24, fim)
+    text = to_arrays(examples, pad_id=DECODER.config.pad_id)
+    assert text["inputs"].shape == (9, 0)
+    changes = {"steps": 3, "lora": None, "learning_rate": 0.01}
+    settings = PolicySettings(**vars(SETTINGS) | changes)
+
+    def likelihood(params):
+        logits = DECODER.head(params).logits(DECODER.hidden(params, text))
+        found = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.maximum(text["outputs"], 0)[..., None], -1
+        )
+        return float((found[..., 0] * text["weights"]).sum() / text["weights"].sum())
+
+    found = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for name, given in (("beside", text), ("alone", None)):
+            made = align(
+                DECODER, params, tokenizer, INPUTS, of_a, settings, tmp_path / name,
+                pretraining=given,
+            )  # fmt: skip
+            found[name] = likelihood(made.params)
+        found["before"] = likelihood(params)
+    assert found["beside"] > found["before"] + 0.5
+    assert found["beside"] > found["alone"] + 0.5
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -571,6 +606,10 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "give --lora RANK too" in refused("--lora", "0", "--lora-alpha", "2")
     assert "update_size is 5" in refused("--update-size", "5")
     assert "dtype is 'float16'" in refused("--dtype", "float16")
+    assert "need one another" in refused("--fim", "0.5")
+    fim = ("--fim", "0.5", "--fim-sentinels", "<a>", "<b>", "<c>")
+    assert "fim transforms other text, and there is none (--pretraining)" in refused(*fim)
+    assert "no special token '<a>'" in refused(*fim, "--pretraining", "text.txt")
     (place / "text.jsonl").write_text('{"inputs": "a"}')
     assert "line 1: got the fields ['inputs']" in refused("--pretraining", "text.jsonl")
     monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: 1000)

@@ -149,6 +149,29 @@ def _add_closeness(group: Any) -> None:
         help="longer texts are cut to N tokens (default: 256)",
     )
     group.add_argument(
+        "--fim",
+        metavar="RATE",
+        type=float,
+        help="of the texts in a text file for --pretraining, the share that is told with its "
+        "middle last, so that the model keeps or learns filling gaps: cut at two characters into "
+        "prefix, middle and suffix (default: none)",
+    )
+    group.add_argument(
+        "--fim-spm",
+        metavar="SHARE",
+        type=float,
+        default=0.5,
+        help="of these, the share that is told suffix, prefix, middle; the rest is told prefix, "
+        "suffix, middle (default: 0.5)",
+    )
+    group.add_argument(
+        "--fim-sentinels",
+        metavar=("PREFIX", "SUFFIX", "MIDDLE"),
+        nargs=3,
+        help="special tokens of the model's tokenizer in front of the three, such as "
+        "'<fim_prefix>' '<fim_suffix>' '<fim_middle>'",
+    )
+    group.add_argument(
         "--most-kl",
         metavar="NATS",
         type=float,
@@ -207,7 +230,7 @@ def run(options: argparse.Namespace) -> int:
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
     settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}
     inputs = [source.inputs for source in read_sources(options, options.model)]
-    given |= {"inputs": inputs, "settings": PolicySettings(**settings)}
+    given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
     job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
     if options.plan:
         checked = check(job)
@@ -237,3 +260,14 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _fim(options: argparse.Namespace) -> Any:
+    """How other text is told; None for as it is."""
+    from t5patches.editing.fim import FillInTheMiddle
+
+    if (options.fim is None) != (options.fim_sentinels is None):
+        raise ValueError("--fim RATE and --fim-sentinels PREFIX SUFFIX MIDDLE need one another")
+    if options.fim is None:
+        return None
+    return FillInTheMiddle(options.fim, tuple(options.fim_sentinels), options.fim_spm)

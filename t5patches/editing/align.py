@@ -21,6 +21,7 @@ from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
 from t5patches.editing.edit import CARD, card_before_edits, check_chat, read_rounds
+from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import Output
 from t5patches.editing.plan import MemoryPlan, require_room
@@ -68,6 +69,7 @@ class Job:
         reward: the folder of one, see `t5patches.editing.reward`; None where a function scores.
         pretraining: a file of other text, see `t5patches.editing.other_text`; None for none.
         pretraining_length: tokens of it that are taken of each line.
+        fim: which of its texts are told with their middle last; None for none.
         chat: whether inputs are put into the folder's chat template, "on", "off" or "auto".
         dtype: of activations; parameters, sums and the optimizer are float32.
         remat: whether an update runs each layer again in its backward pass instead of holding what
@@ -84,6 +86,7 @@ class Job:
     reward: PathLike | None = None
     pretraining: PathLike | None = None
     pretraining_length: int = 256
+    fim: FillInTheMiddle | None = None
     chat: str = "auto"
     dtype: str = "float32"
     remat: bool = False
@@ -235,9 +238,19 @@ def plan_lines(job: Job, checked: Checked) -> list[str]:
 
 def _other_text(job: Job, tokenizer: Tokenizer, model: LanguageModel) -> Batch | None:
     if job.pretraining is None:
+        if job.fim is not None:
+            raise ValueError("fim transforms other text, and there is none (--pretraining)")
         return None
     plain = load_tokenizer(job.model, chat="off")
-    examples = read_other_text(job.pretraining, tokenizer, plain, job.pretraining_length)
+    examples = read_other_text(
+        job.pretraining, tokenizer, plain, job.pretraining_length, job.fim, job.settings.seed
+    )
+    largest = max(max(example.output_ids) for example in examples)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"{job.pretraining}: a text has the token {largest} and the model "
+            f"{model.config.vocab_size} ids: a sentinel is none of its own"
+        )
     lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
     require_positions(model.config, *lengths.T)
     return to_arrays(examples, pad_id=model.config.pad_id)
@@ -317,6 +330,7 @@ def _described(job: Job) -> dict[str, Any]:
         "reward": None if job.reward is None else reward_fingerprint(job.reward),
         "pretraining": None if job.pretraining is None else file_fingerprint(job.pretraining),
         "pretraining_length": job.pretraining_length,
+        "fim": None if job.fim is None else dataclasses.asdict(job.fim),
         "chat": tokenizer.chat,
         "dtype": job.dtype,
         "merge": job.merge,
