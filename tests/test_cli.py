@@ -139,6 +139,11 @@ def check_task(output):
             ["edit", "--help"],
             ["start with tnrf, alpha 1", "spans", "--resume", "--plan", "exit codes"],
         ),
+        (
+            ["align", "--help"],
+            ["function(outputs)", "--reward DIR", "--most-kl", "last\ncheckpoint"],
+        ),
+        (["reward", "--help"], ["chosen", "--held-out", "align --reward OUTPUT"]),
         (["convert", "--help"], ["T5X is not needed", "--like DIR", "--tokenizer FILE"]),
         (["demo", "--help"], ["five targeted ones", "--seeds N", "--output DIR", "goes on"]),
     ],
@@ -338,7 +343,7 @@ def test_a_signal_is_not_lost_where_nothing_can_be_raised(monkeypatch, number, c
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("name", ["annotate", "edit", "evaluate"])
+@pytest.mark.parametrize("name", ["annotate", "edit", "reward", "align", "evaluate"])
 def test_what_takes_less_memory_are_options_of_the_command(name, capsys):
     less = importlib.import_module(f"t5patches.commands.{name}").LESS_MEMORY
     assert run(name, "--help") == 0

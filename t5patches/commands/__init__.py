@@ -15,4 +15,4 @@ and `LESS_MEMORY`, which says what to change where memory runs out.
 `--quiet` and `--json` are added to every command; `common` has what they mean.
 """
 
-NAMES = ("demo", "annotate", "edit", "evaluate", "convert")
+NAMES = ("demo", "annotate", "edit", "reward", "align", "evaluate", "convert")

@@ -74,6 +74,54 @@ def add_chat_option(container: Any) -> None:
     )
 
 
+def add_adapter_options(container: Any) -> None:
+    """Adds the adapter that is trained, for `lora`.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--lora",
+        metavar="RANK",
+        type=count,
+        default=8,
+        help="train an adapter of this rank and leave the parameters as they are; 0 trains all "
+        "parameters (default: 8)",
+    )
+    container.add_argument(
+        "--lora-alpha",
+        metavar="A",
+        type=float,
+        help="the adapter is multiplied by A / RANK (default: RANK)",
+    )
+    container.add_argument(
+        "--lora-targets",
+        metavar="REGEX",
+        help="modules in whose name this is found get an adapter (default: every linear layer)",
+    )
+
+
+def lora(options: argparse.Namespace) -> Any:
+    """The adapter that is asked for.
+
+    Args:
+        options: of the command, see `add_adapter_options`.
+
+    Returns:
+        A `t5patches.model.lora.Lora`; None where all parameters are trained.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    from t5patches.model.lora import Lora
+
+    if options.lora:
+        return Lora(options.lora, options.lora_alpha, options.lora_targets)
+    if options.lora_alpha is not None or options.lora_targets is not None:
+        raise ValueError("--lora-alpha and --lora-targets are of an adapter: give --lora RANK too")
+    return None
+
+
 def progress_console(options: argparse.Namespace) -> Console:
     """Where progress is shown.
 

@@ -11,8 +11,10 @@ original's outputs.
                 {"inputs": "...", "references": ["..."]} a line
   --scorer      adds a meter of the worst of several sampled outputs to each input: the mean of the
                 largest score, and how often it reaches the threshold. my_module:function takes a
-                list of outputs and returns as many numbers; a toxicity classifier, for one.
-                The module is looked for where Python looks, and in this directory
+                list of outputs and returns as many numbers; with a second parameter named
+                `inputs` it is also given what the model was given for each. The module is looked
+                for where Python looks, and in this directory. t5patches.scorers:toxicity is ready
+                to use (pip install 't5patches[toxicity]')
 
 Several edits (two rounds, say) stand side by side:
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references", action="store_true", help="compare with the references of the inputs"
     )
-    parser.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
+    scored = parser.add_mutually_exclusive_group()
+    scored.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
+    scored.add_argument(
+        "--reward", metavar="DIR", help="a reward model as the scorer, see `t5patches reward`"
+    )
     parser.add_argument(
         "--samples",
         metavar="N",
@@ -101,15 +108,15 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         _check_report(Path(options.report), options.force)
     sources = read_sources(options, str(whole_model(options.before, options.base)))
+    inputs = [source.inputs for source in sources]
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,
-        meter=_meter(options),
+        meter=_meter(options, inputs),
         max_length=options.max_length,
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    inputs = [source.inputs for source in sources]
     console = common.progress_console(options)
     work = f"{options.report}.work" if options.report else None
     results = compare(
@@ -144,22 +151,15 @@ def _check_report(path: Path, force: bool) -> None:
         raise ValueError(f"no report can be written to {folder}: it is no folder, or not writable")
 
 
-def _meter(options: argparse.Namespace) -> Any:
+def _meter(options: argparse.Namespace, inputs: Sequence[Any]) -> Any:
     """The scorer that is asked for, tried on a sample; None where there is none."""
-    from t5patches.editing.evaluate import Meter, worst_of_several
-    from t5patches.editing.rules import load_callable
+    from t5patches.editing.evaluate import Meter
+    from t5patches.editing.reward import load_scorer
 
     given = {"samples": options.samples, "threshold": options.threshold}
     given = {name: value for name, value in given.items() if value is not None}
-    if not options.scorer:
+    if not (options.scorer or options.reward):
         if given:
             raise ValueError(f"--{' and --'.join(given)} need --scorer, which they set")
         return None
-    meter = Meter(load_callable(options.scorer), **given)
-    try:
-        worst_of_several(["This is a sample."] * meter.samples, meter)
-    except Exception as error:
-        raise ValueError(
-            f"--scorer {options.scorer} fails on a sample: {type(error).__name__}: {error}"
-        ) from error
-    return meter
+    return Meter(load_scorer(options.scorer, options.reward, inputs), **given)

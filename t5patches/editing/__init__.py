@@ -15,6 +15,8 @@ which they are used:
 | `rounds.compare` | folders of edits beside the original's |
 | `t5patches.model.huggingface.save_checkpoint`, `t5x_format.save_t5x` | the edited model, saved |
 | `edit.edit` | from folder to folder: checked, planned, resumed |
+| `policy.align`, `align.align_folder` | towards a score of whole outputs, near the original |
+| `reward.train_reward`, `reward_folder.reward_folder` | a model that scores, from preferences |
 
 For example, from a folder to an edited one::
 

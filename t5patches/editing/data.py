@@ -182,7 +182,7 @@ def read_examples(
     """
 
     def parse(line: str) -> Example:
-        example = _example(_fields(line), tokenizer)
+        example = _example(fields_of(line), tokenizer)
         _check_length("inputs", len(example.input_ids), max_input_length)
         _check_length("outputs", len(example.output_ids), max_output_length)
         return example
@@ -220,7 +220,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
     """
     if Path(path).suffix.lower() == ".jsonl":
         return read_lines(
-            path, lambda line: _source(_fields(line)), 'inputs: write {"inputs": "..."} a line'
+            path, lambda line: _source(fields_of(line)), 'inputs: write {"inputs": "..."} a line'
         )
     return read_lines(path, Source, "inputs: write one a line")
 
@@ -251,7 +251,7 @@ def read_kept(
     """
 
     def parse(line: str) -> Source | Example:
-        fields = _fields(line) if json_lines else {}
+        fields = fields_of(line) if json_lines else {}
         if "outputs" not in fields:
             source = _source(fields) if json_lines else Source(line)
             _check_length("inputs", len(tokenizer.encode_prompt(source.inputs)), max_input_length)
@@ -659,13 +659,13 @@ def _decoded(line: bytes) -> str:
 
 
 def _source(fields: Mapping[str, Any]) -> Source:
-    names = _names(fields)
+    names = names_of(fields)
     if not {"inputs"} <= names <= {"inputs", "references"}:
         raise ValueError(
             f"got the fields {sorted(names)}; needed is 'inputs' or 'messages', with or without "
             "'references'; other things go under 'meta'"
         )
-    inputs, references = _inputs(fields), fields.get("references", [])
+    inputs, references = inputs_of(fields), fields.get("references", [])
     if isinstance(references, str):
         references = [references]
     if not (isinstance(references, list) and all(isinstance(r, str) for r in references)):
@@ -674,23 +674,26 @@ def _source(fields: Mapping[str, Any]) -> Source:
 
 
 def _example(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
-    names = _names(fields)
+    names = names_of(fields)
     if names != PAIR_FIELDS and not SPAN_FIELDS <= names <= SPAN_FIELDS | OPTIONAL_FIELDS:
         raise ValueError(
             f"got the fields {sorted(names)}; needed are {sorted(PAIR_FIELDS)}, or "
             f"{sorted(SPAN_FIELDS)} with any of {sorted(OPTIONAL_FIELDS)} ('messages' may stand "
             "for 'inputs'); other things go under 'meta'"
         )
-    inputs = _inputs(fields)
+    inputs = inputs_of(fields)
     _check_chat(fields, tokenizer)
     if "negative_targets" in fields:
         return _from_pair(
-            inputs, _text(fields, "negative_targets"), _text(fields, "corrected_targets"), tokenizer
+            inputs,
+            text_of(fields, "negative_targets"),
+            text_of(fields, "corrected_targets"),
+            tokenizer,
         )
     # A model can say nothing at all, and then there are tokens to show that it did.
-    outputs = _text(fields, "outputs", may_be_empty="tokens" in fields)
+    outputs = text_of(fields, "outputs", may_be_empty="tokens" in fields)
     tokenized = _tokens(fields, outputs, tokenizer)
-    corrected = _text(fields, "corrected_targets") if "corrected_targets" in fields else None
+    corrected = text_of(fields, "corrected_targets") if "corrected_targets" in fields else None
     return make_example(
         inputs,
         tokenized,
@@ -702,7 +705,18 @@ def _example(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
     )
 
 
-def _fields(line: str) -> dict[str, Any]:
+def fields_of(line: str) -> dict[str, Any]:
+    """The fields of a line.
+
+    Args:
+        line: a JSON object.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ValueError: it is something else, or a name is there twice.
+    """
     try:
         fields = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -724,15 +738,33 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _names(fields: Mapping[str, Any]) -> set[str]:
-    """The fields of a line, with `inputs` for `messages`, which may stand in its place."""
+def names_of(fields: Mapping[str, Any]) -> set[str]:
+    """The names of a line's fields, with `inputs` for `messages`, which may stand in its place.
+
+    Args:
+        fields: of the line.
+
+    Returns:
+        The names without `meta`, which may hold anything.
+    """
     names = fields.keys() - {"meta"}
     return names if "inputs" in names else {"inputs" if n == "messages" else n for n in names}
 
 
-def _inputs(fields: Mapping[str, Any]) -> Inputs:
+def inputs_of(fields: Mapping[str, Any]) -> Inputs:
+    """What a line says that a model is given.
+
+    Args:
+        fields: of the line, with `inputs` or `messages`.
+
+    Returns:
+        A text, or a conversation.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if "messages" not in fields:
-        return _text(fields, "inputs")
+        return text_of(fields, "inputs")
     messages = fields["messages"]
     if not (isinstance(messages, list) and messages):
         raise ValueError(
@@ -753,7 +785,7 @@ def _inputs(fields: Mapping[str, Any]) -> Inputs:
             f"the last message is of the role {messages[-1]['role']!r}, and the model is to answer "
             "one of the user's"
         )
-    return tuple(Message(message["role"], _text(message, "content")) for message in messages)
+    return tuple(Message(message["role"], text_of(message, "content")) for message in messages)
 
 
 def _check_chat(fields: Mapping[str, Any], tokenizer: Tokenizer) -> None:
@@ -778,7 +810,20 @@ def _prompt(fields: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...] 
     return tuple(ids)
 
 
-def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+def text_of(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+    """A text that a line holds.
+
+    Args:
+        fields: of the line.
+        name: of the field.
+        may_be_empty: whether it may hold nothing.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: there is something else, or half a character in it.
+    """
     text = fields[name]
     if not isinstance(text, str) or not (text.strip() or may_be_empty):
         raise ValueError(f"{name!r} must be a text that is not empty, got {text!r}")

@@ -201,7 +201,7 @@ class ChatTokenizer:
             ValueError: the template fails at a conversation of one message, or leaves it out.
         """
         self._tokenizer, self._template = tokenizer, template
-        self._controls: Mapping[str, int] = tokenizer.controls
+        self.controls: Mapping[str, int] = tokenizer.controls
         self.vocab_size, self.pad_id = tokenizer.vocab_size, tokenizer.pad_id
         self.end_ids: tuple[int, ...] = tokenizer.end_ids
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
@@ -234,8 +234,8 @@ class ChatTokenizer:
         messages = (Message("user", inputs),) if isinstance(inputs, str) else inputs
         said = "".join(message.content for message in messages)
         mark = ""
-        if self._controls:
-            pattern = control_pattern(self._controls)
+        if self.controls:
+            pattern = control_pattern(self.controls)
             if pattern.search(said):
                 # A character of its own, so that taking it out leaves all else as it was.
                 taken = {*said, *self._template.source.text}

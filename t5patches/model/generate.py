@@ -97,7 +97,8 @@ def generate(
         shared = np.int32(common[rows].min())
         part = tokens[rows, : group.length]
         batch = _Batch(part, forced[rows], lengths[rows], shared, numbers[rows])
-        decoded = _decode(plan, params, batch, temperature, rng)
+        # Waited for here: a signal that comes while NumPy reads becomes an error of its own.
+        decoded = jax.block_until_ready(_decode(plan, params, batch, temperature, rng))
         out[group.rows] = decoded[: len(group.rows)]
     return out[:, 0] if prefixes is None or np.ndim(prefixes) == 2 else out
 

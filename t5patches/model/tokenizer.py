@@ -73,6 +73,7 @@ class Tokenizer(Protocol):
         end_ids: end an output that was generated; `eos_id` is one of them.
         chat: whether `encode_prompt` puts the folder's chat template around what it is given; None
             where the folder has none.
+        controls: the ids of the special tokens, which no text has.
     """
 
     vocab_size: int
@@ -80,6 +81,10 @@ class Tokenizer(Protocol):
     eos_id: int
     end_ids: tuple[int, ...]
     chat: bool | None
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """See the class."""
 
     def encode(self, text: str) -> TokenizedText:
         """Splits `text` into tokens; no token is added, and none of a text is a control token."""

@@ -1,0 +1,723 @@
+r"""Training towards a score of whole outputs: sample, score, update, near the original model.
+
+A step gives some inputs to the model as it is now, samples several outputs to each and has them
+scored. An output's advantage is by how much its score is above those of the other outputs to the
+same input,
+
+.. math:: A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-4}}
+
+(GRPO; no value head). Updates then raise the probability of the tokens of outputs with a positive
+advantage and lower that of the others, by PPO's clipped loss with the exact divergence from the
+original, averaged over tokens:
+
+.. math:: \frac{1}{\sum_t w_t} \sum_t w_t
+    \left[-\min(\rho_t A, \mathrm{clip}(\rho_t) A) + \beta\, KL(p_t, q_t)\right]
+
+Everything is said of the distributions that are sampled from: at a temperature, both models' logits
+are divided by it. Tokens count up to and with the end token.
+
+Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300 (GRPO); Schulman et al., "Proximal Policy
+Optimization Algorithms", 2017, arXiv:1707.06347; Ziegler et al., "Fine-Tuning Language Models from
+Human Preferences", 2019, arXiv:1909.08593 (the coefficient that keeps to a target); Ouyang et al.,
+"Training language models to follow instructions with human feedback", 2022, arXiv:2203.02155
+(likelihood of other text beside it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import Progress
+
+from t5patches.editing.annotate import until_end
+from t5patches.editing.data import Batch, batch_indices, pad_rows
+from t5patches.editing.programs import Rows, batch_shapes, on_first_device, rows_of
+from t5patches.editing.scores import Scorer, ScorerError, score
+from t5patches.editing.states import History, States
+from t5patches.model.batches import round_up
+from t5patches.model.generate import generate
+from t5patches.model.lora import Lora, adapter_shapes, attached, init_adapter
+from t5patches.model.protocol import LanguageModel, OutputHead, Params
+from t5patches.model.tokenizer import Inputs, Tokenizer
+from t5patches.runs.claims import claim
+from t5patches.runs.fingerprints import fingerprint, json_fingerprint
+from t5patches_kernels import (
+    linear_cross_entropy_loss,
+    linear_policy_gradient_loss,
+    linear_token_statistics,
+)
+
+REF_HIDDEN = "ref_hidden"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """How to train towards a score.
+
+    Attributes:
+        steps: times to sample, score and update.
+        inputs_per_step: inputs that are answered in a step.
+        samples: outputs to each of them, which are compared with one another.
+        max_length: tokens that an output may have.
+        temperature: that outputs are sampled at.
+        batch_size: outputs made at a time.
+        update_size: outputs in an update; it divides those of a step.
+        epochs: times that a step's outputs are learnt from.
+        learning_rate: of Adam, constant.
+        clip: how far the ratio of probabilities may go below and above 1, see
+            `t5patches_kernels.policy_gradient_loss`.
+        kl_coefficient: beta, what a nat of divergence costs; where there is a target, at first.
+        target_kl: None keeps `kl_coefficient`. Nats a token: after each step beta is multiplied by
+            ``1 + clip(KL / target - 1, -0.2, 0.2)``.
+        pretraining_weight: what a token of other text counts, where there is such text.
+        most_kl: nats a token, above which the model has collapsed.
+        most_length_change: a factor; the mean length of outputs, times or divided by it, beyond
+            which the model has collapsed.
+        lora: trains an adapter and nothing else; None trains all parameters.
+        seed: of the inputs' order, of sampling, and of the adapter.
+        checkpoint_every: steps between two states to go on from, or back to.
+        implementation: of the losses; None takes the best one for the device.
+    """
+
+    steps: int = 50
+    inputs_per_step: int = 8
+    samples: int = 8
+    max_length: int = 64
+    temperature: float = 1.0
+    batch_size: int = 64
+    update_size: int = 32
+    epochs: int = 1
+    learning_rate: float = 3e-4
+    clip: tuple[float, float] = (0.2, 0.2)
+    kl_coefficient: float = 0.05
+    target_kl: float | None = None
+    pretraining_weight: float = 1.0
+    most_kl: float = 1.0
+    most_length_change: float = 4.0
+    lora: Lora | None = Lora(8)  # noqa: RUF009 (it is frozen)
+    seed: int = 0
+    checkpoint_every: int = 5
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot be trained with."""
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
+        for name in _ABOVE_0:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}: a number above 0 is needed")
+        if not (len(self.clip) == 2 and 0 <= self.clip[0] <= 1 and self.clip[1] >= 0):
+            raise ValueError(
+                f"clip is {self.clip}: two numbers are needed, from 0 to 1 below and at least 0 "
+                "above"
+            )
+        if self.target_kl is not None and self.kl_coefficient == 0:
+            raise ValueError(
+                "kl_coefficient is 0 and there is a target_kl: a coefficient is multiplied to keep "
+                "to the target, so it must begin above 0"
+            )
+        if self.outputs % self.update_size:
+            raise ValueError(
+                f"update_size is {self.update_size} and a step has {self.outputs} outputs "
+                f"({self.inputs_per_step} inputs, {self.samples} to each): it must divide them"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a step has."""
+        return self.inputs_per_step * self.samples
+
+    @property
+    def updates(self) -> int:
+        """How many updates a step makes."""
+        return self.epochs * self.outputs // self.update_size
+
+
+_LEAST = {
+    "steps": 1,
+    "inputs_per_step": 1,
+    "samples": 2,
+    "max_length": 1,
+    "batch_size": 1,
+    "update_size": 1,
+    "epochs": 1,
+    "kl_coefficient": 0,
+    "most_length_change": 1,
+    "seed": 0,
+    "checkpoint_every": 1,
+}
+_ABOVE_0 = ("temperature", "learning_rate", "target_kl", "pretraining_weight", "most_kl")
+
+
+class Stopped(Exception):  # noqa: N818 (the run ends, and what it has is kept)
+    """A run that cannot go on as it is; its last state is kept, and it can be resumed."""
+
+
+class Aligned(NamedTuple):
+    """What training made.
+
+    Attributes:
+        params: the new parameters; with `PolicySettings.lora` those of the adapter alone.
+        steps: how many steps made them.
+        history: for every step, of the model before its updates, `score` (mean over outputs),
+            `kl` (mean over tokens of the exact divergence from the original, nats), `length`
+            (tokens, mean over outputs), `same` (the share of inputs to which all outputs have one
+            score, and nothing is learnt from) and `kl_coefficient`; then `loss` and `clipped` (the
+            share of tokens that the clip holds), means over its updates. The first five have one
+            number more: they are also measured of the model that training made.
+        collapse: why training ended early, in words; None where it did not.
+    """
+
+    params: Params
+    steps: int
+    history: History
+    collapse: str | None
+
+
+class _State(NamedTuple):
+    params: Params  # what is trained: the model's, or the adapter's
+    optimizer: optax.OptState
+
+
+class How(NamedTuple):
+    """What an update is compiled for, beside shapes."""
+
+    learning_rate: float
+    temperature: float
+    clip: tuple[float, float]
+    kl_coefficient: float | None  # None where it is adapted, and given
+    pretraining_weight: float
+    lora: Lora | None
+    implementation: str | None
+
+    @classmethod
+    def of(cls, settings: PolicySettings) -> How:
+        """The part of the settings that the compiled update depends on."""
+        values = {name: getattr(settings, name) for name in cls._fields}
+        return cls(**values | ({} if settings.target_kl is None else {"kl_coefficient": None}))
+
+    def whole(self, base: Params, trained: Params) -> Params:
+        """The parameters of the model that is being trained."""
+        return trained if self.lora is None else attached(base, trained, self.lora)
+
+
+class _Sampled(NamedTuple):
+    """A step's outputs, those to the same input one after the other."""
+
+    inputs: list[Inputs]  # that each is the answer to
+    texts: list[str]
+    arrays: Batch  # inputs, outputs, weights; old_log_probs and ref_hidden by teacher forcing
+    kl: float  # nats, mean over tokens
+    length: float  # tokens, mean over outputs
+
+
+def group_advantages(scores: np.ndarray) -> np.ndarray:
+    """By how much each score is above those of its group, in the group's standard deviations.
+
+    Args:
+        scores: [inputs, samples].
+
+    Returns:
+        [inputs, samples] float32; 0 for a group of equal scores.
+
+    Example:
+        >>> group_advantages(np.array([[1.0, 3.0], [0.5, 0.5]])).round(2).tolist()
+        [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    scores = np.asarray(scores, np.float64)
+    above = scores - scores.mean(1, keepdims=True)
+    # Of equal numbers the mean may differ by rounding, which the deviation would make large.
+    above[np.ptp(scores, axis=1) == 0] = 0
+    return np.asarray(above / (scores.std(1, keepdims=True) + 1e-4), np.float32)
+
+
+def align(
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    inputs: Sequence[Inputs],
+    scorer: Scorer,
+    settings: PolicySettings,
+    directory: str | os.PathLike[str],
+    *,
+    pretraining: Batch | None = None,
+    progress: Progress | None = None,
+) -> Aligned:
+    """Trains a model towards a score, from the start or from where the same run was killed.
+
+    Args:
+        model: the network; it does not drop.
+        params: where to start from, and the original to stay close to; not changed.
+        tokenizer: the model's.
+        inputs: what the model is given, drawn in random order, an epoch after the other.
+        scorer: see `t5patches.editing.scores`; the higher, the better.
+        settings: how to train.
+        directory: where the run lives; made if absent.
+        pretraining: `t5patches.editing.data.to_arrays` of other text, whose likelihood is kept;
+            None for none.
+        progress: shows the run, see `t5patches.editing.train.training_progress`; None shows
+            nothing.
+
+    Returns:
+        The new parameters, and the history of the run. Where the model has collapsed (see
+        `PolicySettings.most_kl` and `most_length_change`) they are those of the last checkpoint,
+        whose own outputs were within the bounds.
+
+    Raises:
+        ValueError: the directory holds another run; all outputs of the first step have one score.
+        ScorerError: the scorer fails on the first step's outputs.
+        Stopped: it fails later; the state before is kept.
+        FloatingPointError: the model collapsed before a state was kept that has learnt something.
+    """
+    run = _Run(model, params, tokenizer, inputs, settings, pretraining)
+    claim(directory, run.described())
+    with States(directory) as states:
+        state, history, first = run.start(), History(), states.latest or 0
+        if states.latest is not None:
+            state, history = states.restore(on_first_device(state))
+            # What was measured of this very state is measured again.
+            history = {name: values[:first] for name, values in history.items() if first}
+        display = _Display(progress, settings.steps, first)
+        for step in range(first, settings.steps + 1):
+            sampled = run.sample(state, step)
+            collapse = _collapse(sampled, history, settings)
+            if collapse is not None:
+                break
+            try:
+                scores = score(scorer, sampled.texts, sampled.inputs)
+            except ScorerError as error:
+                if step == 0:
+                    raise
+                states.save(step, state, history)
+                raise Stopped(f"step {step}: {error}") from error
+            scores = scores.reshape(settings.inputs_per_step, settings.samples)
+            if step == 0:
+                _require_differences(scores)
+            _append(history, _measures(scores, sampled, history, settings))
+            display.update(step, history)
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                states.save(step, state, history)
+            if step < settings.steps:
+                beta = history["kl_coefficient"][-1]
+                state, metrics = run.learn(state, sampled, group_advantages(scores), beta, step)
+                _append(history, metrics)
+        if collapse is None:
+            return Aligned(state.params, settings.steps, history, None)
+        if not states.latest:
+            raise FloatingPointError(
+                f"{collapse}, and of the steps before no state is kept: lower the learning rate, "
+                "raise the KL's coefficient, make checkpoints more often, or widen the bounds"
+            )
+        state, history = states.restore(on_first_device(state))
+        return Aligned(state.params, states.latest, history, collapse)
+
+
+class _Run:
+    """What stays the same from step to step, and what a step does."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        tokenizer: Tokenizer,
+        inputs: Sequence[Inputs],
+        settings: PolicySettings,
+        pretraining: Batch | None,
+    ):
+        self._model, self._tokenizer = model.replace(dropout_rate=0.0), tokenizer
+        self._inputs, self._settings, self._pretraining = inputs, settings, pretraining
+        self._prompts = [tokenizer.encode_prompt(text) for text in inputs]
+        self._how = How.of(settings)
+        self._base = jax.device_put(dict(params), jax.devices()[0])
+
+    def described(self) -> dict[str, Any]:
+        """What makes two runs the same."""
+        config, settings = self._model.config, dataclasses.asdict(self._settings)
+        del settings["checkpoint_every"]  # which changes where a run goes back to, not what it does
+        return {
+            "settings": json.loads(json.dumps(settings)),
+            "model": {name: str(value) for name, value in dataclasses.asdict(config).items()},
+            "params": fingerprint(self._base),
+            "inputs": json_fingerprint([list(self._inputs), self._prompts]),
+            "pretraining": None if self._pretraining is None else fingerprint(self._pretraining),
+        }
+
+    def start(self) -> _State:
+        """The state before the first step."""
+        lora, seed = self._settings.lora, self._settings.seed
+        if lora is None:
+            # Copied, as every update gives the memory of its state away.
+            params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._base)
+        else:
+            params = init_adapter(self._model, lora, seed)
+        params = jax.device_put(dict(params), jax.devices()[0])
+        return _State(params, jax.jit(_optimizer(self._how).init)(params))
+
+    def sample(self, state: _State, step: int) -> _Sampled:
+        """Samples a step's outputs, and reads them by both models."""
+        settings, pad_id = self._settings, self._model.config.pad_id
+        rows = batch_indices(len(self._inputs), settings.inputs_per_step, step, settings.seed)
+        prompts = [self._prompts[i] for i in rows]
+        longest = max(map(len, self._prompts))
+        inputs = pad_rows(prompts, pad_id, round_up(max(map(len, prompts)), longest))
+        generated = generate(
+            self._model,
+            self._how.whole(self._base, state.params),
+            inputs,
+            max_length=settings.max_length,
+            prefixes=np.zeros((len(rows), settings.samples, 0), np.int32),
+            temperature=settings.temperature,
+            rng=jax.random.fold_in(jax.random.key(settings.seed), step),
+            batch_size=settings.batch_size,
+        )
+        said = until_end(generated.reshape(settings.outputs, -1), self._model.config.end_ids)
+        lengths = np.array([len(ids) for ids in said])
+        length = round_up(int(lengths.max()), settings.max_length)
+        arrays = {
+            "inputs": np.repeat(inputs, settings.samples, axis=0),
+            "outputs": pad_rows(said, pad_id, length),
+            "weights": np.asarray(np.arange(length)[None] < lengths[:, None], np.float32),
+        }
+        parts = []
+        for start in range(0, settings.outputs, settings.update_size):
+            part = {name: x[start : start + settings.update_size] for name, x in arrays.items()}
+            program = compiled_reading(self._model, self._how, rows_of(part))
+            found = jax.block_until_ready(program(state.params, self._base, part))
+            parts.append(jax.tree.map(np.asarray, found))
+        old_log_probs, kl, ref_hidden = map(np.concatenate, zip(*parts, strict=True))
+        arrays |= {"old_log_probs": old_log_probs, REF_HIDDEN: ref_hidden}
+        return _Sampled(
+            inputs=[self._inputs[i] for i in rows for _ in range(settings.samples)],
+            texts=[self._tokenizer.decode(ids).text for ids in said],
+            arrays=arrays,
+            kl=float(kl.sum(dtype=np.float64) / lengths.sum()),
+            length=float(lengths.mean()),
+        )
+
+    def learn(
+        self, state: _State, sampled: _Sampled, advantages: np.ndarray, beta: float, step: int
+    ) -> tuple[_State, dict[str, float]]:
+        """Makes a step's updates; the memory of the state is given away."""
+        settings = self._settings
+        arrays = sampled.arrays | {"advantages": advantages.reshape(-1)}
+        order = np.random.default_rng([settings.seed, step])
+        found: list[dict[str, Any]] = []
+        for rows in np.concatenate(
+            [
+                order.permutation(settings.outputs).reshape(-1, settings.update_size)
+                for _ in range(settings.epochs)
+            ]
+        ):
+            batch = {name: x[rows] for name, x in arrays.items()}
+            text = self._other_text(step * settings.updates + len(found))
+            program = compiled_update(self._model, self._how, rows_of(batch), rows_of(text))
+            state, metrics = program(state, self._base, batch, text, np.float32(beta))
+            found.append(jax.block_until_ready(metrics))
+        return state, {name: float(np.mean([m[name] for m in found])) for name in found[0]}
+
+    def _other_text(self, number: int) -> Batch:
+        """The text beside an update; nothing where there is none."""
+        text, settings = self._pretraining, self._settings
+        if text is None:
+            return {}
+        rows = batch_indices(len(text["inputs"]), settings.update_size, number, settings.seed)
+        return {name: x[rows] for name, x in text.items()}
+
+
+def read(
+    trained: Params, base: Params, batch: Mapping[str, jax.Array], *, model: LanguageModel, how: How
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reads outputs by the model that said them and by the original, as the update does.
+
+    Args:
+        trained: what is trained.
+        base: parameters of the original.
+        batch: `inputs` [B, S], `outputs` and `weights` [B, L].
+        model: the network.
+        how: see `How`.
+
+    Returns:
+        The tokens' log-probabilities [B, L], the exact divergences KL(model, original) [B, L],
+        0 where a token does not count, and the original's hidden states [B, L, D].
+    """
+    params, counts = how.whole(base, trained), batch["weights"] > 0
+    head, ref_hidden = model.head(params), model.hidden(base, batch)
+    found: Any = linear_token_statistics(
+        model.hidden(params, batch),
+        head.kernel,
+        batch["outputs"],
+        ref_hidden,
+        model.head(base).kernel,
+        **_at_temperature(head, how.temperature),
+        implementation=how.implementation,
+    )
+    log_prob, kl = (jnp.where(counts, x, 0.0) for x in (found.log_prob, found.kl))
+    return log_prob, kl, ref_hidden
+
+
+def policy_loss(
+    trained: Params,
+    base: Params,
+    batch: Mapping[str, jax.Array],
+    text: Mapping[str, jax.Array],
+    beta: jax.Array,
+    *,
+    model: LanguageModel,
+    how: How,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of an update, see the module.
+
+    Args:
+        trained: what is trained.
+        base: parameters of the original.
+        batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, L], `ref_hidden`
+            [B, L, D], `advantages` [B].
+        text: other text, `inputs`, `outputs` and `weights`, whose mean cross-entropy is added;
+            empty for none.
+        beta: what a nat of divergence costs, where that is adapted.
+        model: the network.
+        how: see `How`.
+
+    Returns:
+        The loss, and the share of tokens that the clip holds.
+    """
+    params, weights = how.whole(base, trained), batch["weights"]
+    head, count = model.head(params), weights.sum()
+    tokens: Any = linear_policy_gradient_loss(
+        model.hidden(params, batch),
+        head.kernel,
+        batch[REF_HIDDEN],
+        model.head(base).kernel,
+        batch["outputs"],
+        weights,
+        jnp.broadcast_to(batch["advantages"][:, None], weights.shape),
+        batch["old_log_probs"],
+        clip=how.clip,
+        kl_coefficient=how.kl_coefficient or 0.0,
+        skip_ignored=True,
+        **_at_temperature(head, how.temperature),
+        implementation=how.implementation,
+    )
+    loss = tokens.loss.sum() / count
+    if how.kl_coefficient is None:
+        loss += beta * jnp.where(weights > 0, tokens.kl, 0.0).sum() / count
+    if text:
+        likelihood = linear_cross_entropy_loss(
+            model.hidden(params, text),
+            head.kernel,
+            text["outputs"],
+            text["weights"],
+            skip_ignored=True,
+            **head.loss_options(),
+            implementation=how.implementation,
+        )
+        loss += how.pretraining_weight * likelihood.loss.sum() / text["weights"].sum()
+    return loss, tokens.clipped.sum(dtype=jnp.float32) / count
+
+
+def update(
+    state: _State,
+    base: Params,
+    batch: Mapping[str, jax.Array],
+    text: Mapping[str, jax.Array],
+    beta: jax.Array,
+    *,
+    model: LanguageModel,
+    how: How,
+) -> tuple[_State, dict[str, jax.Array]]:
+    """The arithmetic of an update.
+
+    Args:
+        state: before.
+        base: see `policy_loss`, and so are the other arguments.
+        batch: see there.
+        text: see there.
+        beta: see there.
+        model: the network.
+        how: see `How`.
+
+    Returns:
+        The state after, with the loss and the share of tokens that the clip holds.
+    """
+    loss_of = functools.partial(policy_loss, model=model, how=how)
+    (loss, clipped), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+        state.params, base, batch, text, beta
+    )
+    updates, optimizer = _optimizer(how).update(gradient, state.optimizer, state.params)
+    state = _State(optax.apply_updates(state.params, updates), optimizer)
+    return state, {"loss": loss, "clipped": clipped}
+
+
+def _at_temperature(head: OutputHead, temperature: float) -> dict[str, Any]:
+    """A head whose logits are divided by a temperature: of ``c tanh(z / c)`` z and c are."""
+    softcap = None if head.softcap is None else head.softcap / temperature
+    return {
+        "logit_scale": head.logit_scale / temperature,
+        "softcap": softcap,
+        "transposed": head.transposed,
+    }
+
+
+def _optimizer(how: How) -> optax.GradientTransformation:
+    return optax.adam(how.learning_rate)
+
+
+def largest_rows(
+    model: LanguageModel, settings: PolicySettings, input_length: int
+) -> tuple[Rows, Rows]:
+    """The largest batches that are read, and that an update takes.
+
+    Args:
+        model: the network.
+        settings: how to train.
+        input_length: of the longest prompt.
+
+    Returns:
+        For `compiled_reading` and for `compiled_update`.
+    """
+    size, length, width = settings.update_size, settings.max_length, model.config.emb_dim
+    read_ = [
+        ("inputs", (size, input_length), np.dtype(np.int32)),
+        ("outputs", (size, length), np.dtype(np.int32)),
+        ("weights", (size, length), np.dtype(np.float32)),
+    ]
+    more = [
+        ("advantages", (size,), np.dtype(np.float32)),
+        ("old_log_probs", (size, length), np.dtype(np.float32)),
+        (REF_HIDDEN, (size, length, width), np.dtype(model.config.dtype)),
+    ]
+    return tuple(read_), tuple(sorted(read_ + more))
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_reading(model: LanguageModel, how: How, rows: Rows) -> Any:
+    """`read`, compiled for a batch.
+
+    Args:
+        model: the network.
+        how: see `How`.
+        rows: of the batch.
+
+    Returns:
+        The program; it says what memory it takes.
+    """
+    state, base = state_shapes(model, how)
+    program = jax.jit(functools.partial(read, model=model, how=how))
+    return program.lower(state.params, base, batch_shapes(rows)).compile()
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_update(model: LanguageModel, how: How, rows: Rows, text: Rows) -> Any:
+    """`update`, compiled for a batch and for other text beside it.
+
+    Args:
+        model: the network.
+        how: see `How`.
+        rows: of the batch.
+        text: of the other text; empty for none.
+
+    Returns:
+        The program; it says what memory it takes.
+    """
+    program = jax.jit(functools.partial(update, model=model, how=how), donate_argnums=0)
+    beta = jax.ShapeDtypeStruct((), np.float32)
+    return program.lower(
+        *state_shapes(model, how), batch_shapes(rows), batch_shapes(text), beta
+    ).compile()
+
+
+def state_shapes(model: LanguageModel, how: How) -> tuple[_State, Params]:
+    """What is trained with its optimizer, and the original, as shapes; nothing is made.
+
+    Args:
+        model: the network.
+        how: see `How`.
+
+    Returns:
+        Trees of `jax.ShapeDtypeStruct`.
+    """
+    base = model.param_shapes()
+    trained = base if how.lora is None else adapter_shapes(model, how.lora)
+    state = _State(trained, jax.eval_shape(_optimizer(how).init, trained))
+    return on_first_device(state), on_first_device(dict(base))
+
+
+def _require_differences(scores: np.ndarray) -> None:
+    """Refuses a first step that nothing can be learnt from: a scorer is wrong, or asks too much."""
+    if not np.ptp(scores, axis=1).any():
+        raise ValueError(
+            f"the outputs to each of the first step's {len(scores)} inputs have one score (such as "
+            f"{scores[0, 0]:g} for all {scores.shape[1]}): nothing can be learnt from them. Take "
+            "more inputs or samples a step or a higher temperature, inputs to which outputs differ "
+            "in score, or another scorer"
+        )
+
+
+def _measures(
+    scores: np.ndarray, sampled: _Sampled, history: History, settings: PolicySettings
+) -> dict[str, float]:
+    beta = settings.kl_coefficient
+    if settings.target_kl is not None and "kl_coefficient" in history:
+        error = min(0.2, max(-0.2, sampled.kl / settings.target_kl - 1))
+        beta = history["kl_coefficient"][-1] * (1 + error)
+    return {
+        "score": float(scores.mean()),
+        "kl": sampled.kl,
+        "length": sampled.length,
+        "same": float((np.ptp(scores, axis=1) == 0).mean()),
+        "kl_coefficient": beta,
+    }
+
+
+def _collapse(sampled: _Sampled, history: History, settings: PolicySettings) -> str | None:
+    """What is beyond the bounds in a step's outputs, and in the updates before it; None if none."""
+    step, loss = len(history.get("loss", [])), history.get("loss", [0.0])[-1]
+    if not math.isfinite(loss):
+        return f"the loss of step {step - 1} is {loss}"
+    if not sampled.kl <= settings.most_kl:
+        return (
+            f"the KL from the original is {sampled.kl:.3g} nats a token after {step} steps, and "
+            f"the bound is {settings.most_kl:g}"
+        )
+    first, most = history.get("length", [sampled.length])[0], settings.most_length_change
+    if not first / most <= sampled.length <= first * most:
+        return (
+            f"outputs have {sampled.length:.1f} tokens after {step} steps and had {first:.1f} at "
+            f"first, and the bound is a factor of {most:g}"
+        )
+    return None
+
+
+def _append(history: History, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        history.setdefault(name, []).append(value)
+
+
+class _Display:
+    """Shows a run in a progress bar, after each step's sampling."""
+
+    def __init__(self, progress: Progress | None, steps: int, first: int):
+        self._progress = progress
+        if progress is not None:
+            self._task = progress.add_task("align", total=steps, completed=first, note="compiling")
+
+    def update(self, step: int, history: History) -> None:
+        if self._progress is None:
+            return
+        last = {name: values[-1] for name, values in history.items()}
+        note = f"score {last['score']:.3g}, KL {last['kl']:.3g}, length {last['length']:.1f}"
+        if "clipped" in last:
+            note += f", clipped {100 * last['clipped']:.1f}%"
+        self._progress.update(self._task, completed=step, note=note)

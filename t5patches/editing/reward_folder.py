@@ -1,0 +1,286 @@
+"""Trains a reward model from a model folder: checked, planned, resumed, a folder like it out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from t5patches.editing.data import Batch
+from t5patches.editing.edit import CARD, card_before_edits
+from t5patches.editing.evaluate import ratio
+from t5patches.editing.outputs import Output
+from t5patches.editing.plan import MemoryPlan, require_room
+from t5patches.editing.programs import rows_of, size, working_memory
+from t5patches.editing.reward import (
+    BELOW,
+    RECORD,
+    WEIGHT,
+    How,
+    Pair,
+    Reward,
+    RewardSettings,
+    compiled_update,
+    pair_arrays,
+    read_pairs,
+    record_text,
+    repeats,
+    split,
+    state_shapes,
+    train_reward,
+)
+from t5patches.editing.train import training_progress
+from t5patches.model.folder import inspect_model
+from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.lora import is_adapter, merged, weights_fingerprint
+from t5patches.model.protocol import LanguageModel, require_positions
+from t5patches.model.tokenizer import Tokenizer
+from t5patches.runs.claims import remove
+from t5patches.runs.files import write_file
+from t5patches.runs.fingerprints import file_fingerprint
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A reward model: of what, from which preferences, to where.
+
+    Attributes:
+        model: the folder to begin with.
+        preferences: a file of pairs, see `t5patches.editing.reward.read_pairs`.
+        output: the folder to make.
+        settings: how to train.
+        chat: whether inputs are put into the folder's chat template, "on", "off" or "auto".
+    """
+
+    model: PathLike
+    preferences: PathLike
+    output: PathLike
+    settings: RewardSettings
+    chat: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A job of which all is known to be right but the weights, and the memory it will take.
+
+    Attributes:
+        model: as it is trained.
+        tokenizer: its own.
+        pairs: to train on.
+        held_out: the others.
+        plan: the memory.
+        notes: what is there more than once, or both ways.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    pairs: Batch
+    held_out: Sequence[Pair]
+    plan: MemoryPlan
+    notes: Sequence[str]
+
+
+def reward_folder(
+    job: Job, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains a reward model from a folder.
+
+    Args:
+        job: what to do.
+        resume: go on with the same job where it was killed, or begin it; checkpoints at other
+            steps are no other job.
+        console: where progress is shown; None shows nothing.
+
+    Returns:
+        The record that the output holds, with `accuracy`: the share of held-out pairs whose chosen
+        output has the higher reward, as the folder that was written gives it, with its standard
+        error over pairs; None where none are held out.
+
+    Raises:
+        ValueError: whatever is wrong with the folder, the pairs or the settings, or does not fit
+            into memory, before training; another or an unfinished run is there.
+        FloatingPointError: the loss stopped being a number.
+        OSError: the disk is full; what was reached is kept.
+    """
+    console = console or Console(quiet=True)
+    output, described = Output(job.output, RECORD, "a reward model"), _described(job)
+    record = output.finished(described, resume=resume)
+    if record is not None:
+        return record
+    checked = check(job)
+    for line in (*checked.notes, checked.plan.text()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def write() -> None:
+        began = time.monotonic()
+        params = load_checkpoint(job.model)[1]
+        with training_progress(console) as progress:
+            trained = train_reward(
+                checked.model,
+                params,
+                checked.pairs,
+                job.settings,
+                output.work / "run",
+                progress=progress,
+            )
+        lora, below = job.settings.lora, trained.params[BELOW]
+        record = {
+            "job": described,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "pairs": len(checked.pairs["inputs"]),
+            "held_out": len(checked.held_out),
+            "history": trained.history,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+        weight = np.asarray(trained.params[WEIGHT])
+        written = output.work / "written"
+        if written.exists():
+            remove(written)  # of a run that was killed as it measured
+        save_checkpoint(
+            written,
+            checked.model,
+            below if lora is None else merged(params, below, lora),
+            like=job.model,
+        )
+        beneath = weights_fingerprint(written)
+        write_file(written / RECORD, record_text(record, weight, beneath))
+        # By the folder itself: its numbers may be rounded to the model's own type.
+        accuracy = _accuracy(Reward(written, batch_size=job.settings.batch_size), checked.held_out)
+        record |= {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
+        write_file(written / CARD, _card(job, record))
+        write_file(written / RECORD, record_text(record, weight, beneath))
+        written.rename(output.made)
+
+    return output.make(described, _disk_space(job, checked), write)
+
+
+def check(job: Job) -> Checked:
+    """Checks a job and plans its memory; no weights are read.
+
+    Args:
+        job: what is to be done.
+
+    Returns:
+        What was read and planned.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    model, tokenizer = inspect_model(job.model, chat=job.chat)
+    model = model.replace(dropout_rate=0.0)
+    card_before_edits(job.model)  # read again at the end, when it would be late
+    pairs = read_pairs(job.preferences, tokenizer)
+    lengths = [(len(e.input_ids), len(e.output_ids)) for pair in pairs for e in pair]
+    require_positions(model.config, *np.array(lengths).T)
+    again, both = repeats(pairs)
+    trained_on, held_out = split(pairs, job.settings.held_out, job.settings.seed)
+    notes = [f"{len(trained_on)} pairs to train on, {len(held_out)} held out"]
+    if again:
+        notes.append(f"{again} pairs repeat another one, and count each time")
+    if both:
+        notes.append(f"{both} pairs are there both ways, and cancel one another")
+    arrays = pair_arrays(trained_on, model.config.pad_id)
+    return Checked(model, tokenizer, arrays, held_out, _planned(job, model, arrays), notes)
+
+
+def _planned(job: Job, model: LanguageModel, pairs: Batch) -> MemoryPlan:
+    """The memory, of the program itself; what does not fit is refused."""
+    settings = job.settings
+    how = How(settings.learning_rate, settings.lora)
+    state, base = state_shapes(model, how)
+    held = state if settings.lora is None else (state, base)
+    program = compiled_update(model, how, rows_of(pairs, settings.batch_size))
+    working = working_memory(program, (state, base) if settings.lora else state)
+    longest = pairs["inputs"].shape[1]
+    what = f"updates of {settings.batch_size} pairs of outputs, to inputs of {longest} tokens,"
+    less = ("of the preferences",)
+    require_room(what, working, size(held), settings.batch_size, less=less)
+    return MemoryPlan(
+        device=jax.devices()[0].device_kind,
+        count=1,
+        parameters=size(state.params) + (size(base) if settings.lora else 0),
+        optimizer=size(state.optimizer),
+        original=0,
+        working=working,
+        available=None,
+    )
+
+
+def _accuracy(reward: Reward, pairs: Sequence[Pair]) -> dict[str, float] | None:
+    """How often the chosen one of two has the higher reward."""
+    if not pairs:
+        return None
+    chosen, rejected = (
+        reward([pair[i].outputs for pair in pairs], [pair[i].inputs for pair in pairs])
+        for i in (0, 1)
+    )
+    found = ratio(chosen > rejected)
+    return {"value": found.value, "error": found.error if len(pairs) > 1 else 0.0}
+
+
+def _disk_space(job: Job, checked: Checked) -> int:
+    """Room for the folder, and for two checkpoints of the run: the last and the next."""
+    how = How(job.settings.learning_rate, job.settings.lora)
+    folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
+    return folder + 2 * size(state_shapes(checked.model, how)[0])
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What makes two jobs the same: files by their content."""
+    if is_adapter(job.model):
+        raise ValueError(
+            f"{job.model} is an adapter and no whole model: begin with the model that it lies "
+            "beside, or one that it was merged with (--merge where it was made)"
+        )
+    settings = dataclasses.asdict(job.settings)
+    del settings["checkpoint_every"]
+    described = {
+        "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
+        "preferences": file_fingerprint(job.preferences),
+        "chat": inspect_model(job.model, chat=job.chat)[1].chat,
+        "settings": settings,
+    }
+    return json.loads(json.dumps(described))
+
+
+def accuracy_text(accuracy: Mapping[str, float] | None) -> str:
+    """The accuracy for people.
+
+    Args:
+        accuracy: of a record.
+
+    Returns:
+        A few words.
+    """
+    if accuracy is None:
+        return "no pairs held out"
+    return f"{100 * accuracy['value']:.1f}% ± {100 * accuracy['error']:.1f} of the held-out pairs"
+
+
+def _card(job: Job, record: Mapping[str, Any]) -> str:
+    """The model card with a section on this at its end."""
+    path = Path(job.model) / CARD
+    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
+    settings, history = job.settings, record["history"]
+    return (
+        f"{before}## A reward model\n\n"
+        f"On {record['date']} `t5patches reward` made this of `{record['job']['model']['name']}`: "
+        f"a scalar head, in `{RECORD}`, on the state that predicts an output's end.\n\n"
+        f"- {record['pairs']} pairs, {settings.epochs} epochs, Adam, learning rate "
+        f"{settings.learning_rate:g}, seed {settings.seed}; loss {history['loss'][0]:.4g} at the "
+        f"first, {history['loss'][-1]:.4g} at the last update.\n"
+        f"- In the order that people gave: {accuracy_text(record['accuracy'])}.\n"
+        "- Only differences between outputs to the same input mean something.\n"
+    )
