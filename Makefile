@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -19,7 +19,7 @@ $(VENV)/.has-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away with every objective, report
+demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away in seven ways, report
 	$(BIN)/t5patches demo --seeds $(SEEDS) --output demo-report
 
 tutorial: $(VENV)/.has-editing ## the four commands of README's tutorial, with what they print
@@ -109,6 +109,9 @@ bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 
 bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
+
+bench-card: $(VENV)/.has-bench ## six minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu_card
 
 bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json

@@ -300,7 +300,9 @@ def call(
       dimensions.
     """
     donate, implementation = _is_intermediate(inputs.model[0]), how.implementation
-    op = Operation(c, how.vocab_axis, inputs.head, donate, bool(how.skip_ignored))
+    op = Operation(
+        c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=bool(how.skip_ignored)
+    )
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),

@@ -117,7 +117,8 @@ def _shapes(*inputs: Any, op: Operation, stage: Stage, tree: Any, **_: Any) -> l
         like(shape=(z.shape[0], 1), dtype=jnp.dtype(bool if name == "bad" else jnp.float32))
         for name in returned(op, stage)
     ]
-    return out + [like()] * (stage in (Stage.VALUE_AND_GRAD, Stage.GRADIENT))
+    gradient = like(dtype=jnp.dtype(op.gradient_dtype or z.dtype))
+    return out + [gradient] * (stage in (Stage.VALUE_AND_GRAD, Stage.GRADIENT))
 
 
 def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
@@ -176,7 +177,8 @@ def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **par
 
     def run(*inputs: Array) -> list[Array]:
         out = form(op, stage, *jax.tree.unflatten(params["tree"], inputs))
-        return [out.stats[name] for name in returned(op, stage)] + list(out.gradient or ())
+        gradient = [x.astype(op.gradient_dtype or x.dtype) for x in out.gradient or ()]
+        return [out.stats[name] for name in returned(op, stage)] + gradient
 
     if platform == "cpu" and implementation in _KERNELS:
         # An interpreter's callbacks are ordered among themselves. The order begins and ends with

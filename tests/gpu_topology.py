@@ -33,6 +33,8 @@ _CARDS = {
     "H100": _HOPPER
     | {"name": "NVIDIA H100 80GB HBM3", "memory": 85899345920, "bandwidth": 3352320000000},
     "H200": _HOPPER | {"name": "NVIDIA H200", "memory": 151397597184, "bandwidth": 4800000000000},
+    "B200": _HOPPER
+    | {"name": "NVIDIA B200", "major": 10, "memory": 191503794176, "bandwidth": 8000000000000},
     "RTX 5090": {"major": 12, "shared": 102400, "optin": 101376}
     | {"name": "NVIDIA GeForce RTX 5090", "memory": 34190917632, "bandwidth": 1792000000000},
 }

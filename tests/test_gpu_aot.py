@@ -103,10 +103,10 @@ def spills(tmp_path, monkeypatch):
     return read
 
 
-def check_kernel(name, dtype, gradient, size, spills):
+def check_kernel(name, dtype, gradient, size, spills, card="H200"):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
-    text = program(name, "pallas_gpu", dtype, gradient=gradient, rows=264, size=size).as_text()
-    assert "mosaic_gpu" in text
+    compiled = program(name, "pallas_gpu", dtype, gradient=gradient, rows=264, size=size, card=card)
+    assert "mosaic_gpu" in compiled.as_text()
     assert not any(spills())  # none at all where the same kernel was compiled before
 
 
@@ -127,6 +127,17 @@ def test_spills_are_reported(spills):
 )  # fmt: skip
 def test_kernel(name, dtype, gradient, spills):
     check_kernel(name, dtype, gradient, V, spills)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [slow_unless((name, dtype) in (("tnrf", "float32"), ("tnrr", "bfloat16")), name, dtype)
+     for name in MAIN for dtype in DTYPES],
+)  # fmt: skip
+def test_kernel_for_blackwell(name, dtype, spills, tmp_path):
+    check_kernel(name, dtype, True, V, spills, card="B200")
+    if spills():  # none where the same kernel was compiled before
+        assert all(".target sm_100a" in x.read_text() for x in tmp_path.glob("*.ptx"))
 
 
 @pytest.mark.slow
@@ -162,3 +173,16 @@ def test_a_head_in_chunks_takes_little_memory():
         compiled = compile_for(device(), f, h, k, h, k, y, w)
         temporaries[what] = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries["xla"] < 0.05 * temporaries["dense"]
+
+
+def test_a_head_stores_the_gradient_as_its_products_take_it():
+    """The kernel's gradient to a chunk's logits is bfloat16, and no pass converts it."""
+    rows, width = 1024, 64
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width, V)))
+    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
+    f = jax.value_and_grad(functools.partial(common.head_total, "pallas_gpu", "tnff"), (0, 1))
+
+    text = compile_for(device(), f, h, k, h, k, y, w).as_text()
+    kernel = re.findall(r"= \(f32\[\S+ (\w+)\[1024,32128\]\S* custom-call\(", text)
+    converted = re.findall(r"= (\w+)\[1024,32128\]\S* fusion\(.*calls=%wrapped_convert", text)
+    assert (kernel, converted) == (["bf16"], [])

@@ -1,5 +1,7 @@
 """The GPU kernel, interpreted: the oracle, races, the transforms, and what it cannot run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,11 @@ import t5patches_kernels as tk
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+from t5patches_kernels import dispatch
 from t5patches_kernels.backends.pallas_gpu import kernel as pallas_gpu
 from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operands, Operation, Stage, Tokens
 
 NAME = "pallas_gpu"
 SIZE = 1288  # three chunks of 512, the last of them overlapping, in two slots
@@ -107,6 +112,18 @@ def test_linear(softcap):
 
     want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("xla", NAME))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("implementation", [NAME, "xla"])
+def test_a_gradient_in_another_dtype(implementation):
+    z, r, y, w = operands(lead=(6,))
+    rows, tokens = Operands((z,), (r,)), Tokens(y, w, jnp.zeros(6, bool))
+    run = dispatch.driver(implementation, linear=False)
+    op = Operation(Settings("tnff", z.shape[-1], alpha=3.0))
+    halved = dataclasses.replace(op, gradient_dtype="bfloat16")
+    ((want,), (got,)) = (run(x, Stage.VALUE_AND_GRAD, rows, tokens).gradient for x in (op, halved))
+    assert (want.dtype, got.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
 def test_no_rows():

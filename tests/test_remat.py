@@ -36,7 +36,8 @@ def test_the_gradient_is_the_same(kind, dropout):
 
     def gradient(remat):
         def total(params):
-            key = jax.random.key(1) if dropout else None
+            # Threefry, the default, would be most of what is compiled here.
+            key = jax.random.key(1, impl="rbg") if dropout else None
             hidden = model.replace(remat=remat).hidden(params, arrays, dropout_key=key)
             return jnp.square(hidden).sum()
 
@@ -130,6 +131,7 @@ def test_a_cotangent_of_zero_and_one_that_is_no_number():
     assert jnp.isnan(jax.grad(lambda w: jnp.nan * layer(w, x)[0].sum())(2.0))
 
 
+@pytest.mark.slow
 def test_an_edit_with_it_is_the_same(tmp_path):
     folder = model_folder(tmp_path / "model")
     data = tmp_path / "marked.jsonl"

@@ -1,13 +1,13 @@
-"""Train, mark, edit and measure on a built-in task, in about 6 minutes.
+"""Train, mark, edit and measure on a built-in task, in about 8 minutes.
 
 A tiny T5 learns to summarise short news. Its training summaries name places that the news does
 not name, so the model does the same. Its own summaries are marked where they do, and it is edited
-with each objective: the five targeted ones, which also keep the original model's distribution,
-and three baselines (unlikelihood, negative likelihood, fine-tuning on corrected summaries).
+in seven ways: by three targeted objectives, which also keep the original model's distribution, and
+by the usual baselines (unlikelihood, negative likelihood, fine-tuning on corrected summaries).
 Held-out news show what each edit removed and what else it changed.
 
 Prints a table and what it says in words; writes DIR/report.html and DIR/results.json. Takes about
-6 minutes on two cores. A demo that was interrupted goes on when the command is repeated.
+8 minutes on two cores. A demo that was interrupted goes on when the command is repeated.
 """
 
 from __future__ import annotations

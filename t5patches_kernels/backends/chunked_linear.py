@@ -83,14 +83,14 @@ def _uncapped(d_logits: Array, z: Array, head: Head) -> Array:
 
 def _pull(dz: Array, hidden: Array, kernel: Array, head: Head) -> tuple[Array, Array]:
     """The gradients to a chunk's hidden states and, summed over it, to the kernel (float32)."""
-    dz = (dz * head.scale).astype(hidden.dtype)
+    dz = dz.astype(hidden.dtype)
     over_v = (((1,), (0 if head.transposed else 1,)), ((), ()))
     dh = jax.lax.dot_general(
         dz, kernel.astype(hidden.dtype), over_v, preferred_element_type=jnp.float32
     )
     pair = (dz, hidden) if head.transposed else (hidden, dz)
     dw = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return dh, dw
+    return dh * head.scale, dw * head.scale
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -104,20 +104,24 @@ def run(
     d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of operands that are hidden states and kernels."""
-    chunked = partial(_chunked, driver, op, stage)
+    assert op.head is not None
+    chunked = partial(_chunked, driver, stage)
     inputs = (operands, tokens, stats, d_stats)
+    # A GPU's products read their operands as they lie in memory: without a softcap, whose
+    # derivative comes between, the gradient to logits is stored as the products take it.
+    stored = None if op.head.softcap else operands.model[0].dtype.name
     return tiling.by_platform(
         inputs,
-        gpu=partial(chunked, GPU_CHUNK_BYTES),
-        tpu=partial(chunked, TPU_CHUNK_BYTES),
-        default=partial(chunked, _CHUNK_BYTES),
+        gpu=partial(chunked, dataclasses.replace(op, gradient_dtype=stored), GPU_CHUNK_BYTES),
+        tpu=partial(chunked, op, TPU_CHUNK_BYTES),
+        default=partial(chunked, op, _CHUNK_BYTES),
     )
 
 
 def _chunked(
     driver: Driver,
-    op: Operation,
     stage: Stage,
+    op: Operation,
     chunk_bytes: int,
     operands: Operands,
     tokens: Tokens,

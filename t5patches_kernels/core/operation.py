@@ -34,6 +34,7 @@ class Operation:
     head: Head | None = None  # None: the operands are logits
     donate: bool = False  # the gradient may be written over the model's logits
     skip_ignored: bool = False  # statistics and gradient of a row of weight 0 may be all 0
+    gradient_dtype: str | None = None  # of the gradient to logits; None: theirs
 
 
 class Tokens(NamedTuple):
@@ -77,7 +78,8 @@ class Result(NamedTuple):
     """What a stage returns."""
 
     stats: Stats  # [T, 1] each
-    # One per model operand, in its dtype; for a head's kernel the sum in float32.
+    # One per model operand, in its dtype or, of logits, the one asked for; for a head's kernel the
+    # sum in float32.
     gradient: tuple[Array, ...] | None = None
 
 

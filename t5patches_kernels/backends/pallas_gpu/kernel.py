@@ -370,8 +370,9 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     }
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
     if call.stage is Stage.VALUE_AND_GRAD:
-        returned["dz"] = (z.shape, z.dtype)
-        scratch["out"] = plgpu.SMEM((OUT_SLOTS, chunk), z.dtype)
+        dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
+        returned["dz"] = (z.shape, dtype)
+        scratch["out"] = plgpu.SMEM((OUT_SLOTS, chunk), dtype)
     kernel = plgpu.kernel(
         partial(_kernel, call, interpret is not None, (*inputs, *returned, *scratch)),
         out_type=tuple(

@@ -57,7 +57,8 @@ def plan(columns: int, itemsizes: tuple[int, ...]) -> Plan:
 
     Args:
       columns: entries of a row.
-      itemsizes: of the logits that are read; the first are the model's, and the gradient's too.
+      itemsizes: of the logits that are read; the first are the model's, and the gradient's are no
+        larger.
     """
     lanes = _WIDE if columns >= _WIDE else THREADS
     pieces = min(_PIECES, columns // lanes)

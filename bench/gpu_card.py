@@ -1,0 +1,175 @@
+r"""A borrowed card in six minutes: first whether the kernels are right, then how fast they are.
+
+    python -m bench.gpu_card                       # with the JAX for CUDA that is there
+    python -m bench.gpu_card --minutes 3 --vocabularies 32128
+
+In this order, as what fails first says most:
+
+1. every objective on 8 tokens: how far loss and gradient are from float64, beside how far the dense
+   formula in float32 is. A kernel that waits for a copy that never comes hangs here, and costs no
+   more than this;
+2. the same call a hundred times: how often its bits differ;
+3. a copy on the device;
+4. value and gradient of 8192 tokens, by the kernel and by streaming XLA;
+5. the head, from hidden states, by the size of a chunk.
+
+Each row is stored once it is there, in `results/gpu-card.json`. When the time is over, nothing new
+begins, and the last line says how many rows are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import common, gpu
+from t5patches_kernels.backends import chunked_linear
+
+KERNEL = "pallas_gpu"
+OBJECTIVES = (*common.OBJECTIVES, *common.ALONE)
+SMALL = (264, 32128)  # vocabularies of the first two parts
+THREADS = 8  # that compile
+
+Row = dict[str, Any]
+Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
+
+
+def loss_and_gradient(what: str, objective: str) -> Any:
+    """Of logits, as one program."""
+    return jax.jit(jax.value_and_grad(functools.partial(common.total, what, objective)))
+
+
+def error(objective: str, dtype: str, vocabulary: int) -> Row:
+    """How far the kernel's loss and gradient are from float64, and how far they may be."""
+    z, r, y, w = gpu.operands(8, vocabulary, dtype)
+    y = y.at[0].set(0).at[1].set(vocabulary - 1)
+    ours = jax.device_get(loss_and_gradient(KERNEL, objective)(z, r, y, w))
+    z, r, y, w = jax.device_get((z, r, y, w))
+
+    def by_dense(precision: Any) -> tuple[np.ndarray, ...]:
+        with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(precision == np.float64):
+            rows = (z.astype(precision), r.astype(precision), y, w.astype(precision))
+            return jax.device_get(loss_and_gradient("reference", objective)(*rows))
+
+    exact, dense = by_dense(np.float64), by_dense(np.float32)
+    roundings = {"loss": 1e-5, "gradient": {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]}
+    row: Row = {"right": True}
+    for (name, rounding), x, base, got in zip(roundings.items(), exact, dense, ours, strict=True):
+        far, base_far = (np.abs(np.asarray(of, np.float64) - x).max() for of in (got, base))
+        allowed = base_far + rounding * np.abs(x).max()
+        row |= {f"{name}_error": float(far), f"{name}_allowed": float(allowed)}
+        row["right"] &= bool(far <= allowed)  # not where it is NaN
+    return row
+
+
+def differing(objective: str, dtype: str, vocabulary: int, repeats: int) -> Row:
+    """How often a call gives other bits than the first."""
+    args = gpu.operands(2048 if jax.default_backend() == "gpu" else 8, vocabulary, dtype)
+    call, same = loss_and_gradient(KERNEL, objective), jax.jit(_equal)
+    first = call(*args)
+    differ = sum(not same(first, call(*args)) for _ in range(repeats))
+    return {"repeats": repeats, "differ": differ, "right": differ == 0}
+
+
+def _equal(a: Any, b: Any) -> jax.Array:
+    return jnp.logical_and(*(jnp.all(x == y) for x, y in zip(a, b, strict=True)))
+
+
+def times(options: argparse.Namespace) -> Iterator[Step]:
+    """Value and gradient of logits; what comes next compiles meanwhile."""
+    shapes = list(itertools.product(options.vocabularies, options.dtypes))
+    programs = list(itertools.product(options.objectives, (KERNEL, "xla")))
+
+    def compiled(shape: tuple[int, str], program: tuple[str, str]) -> Any:
+        like = jax.eval_shape(lambda: gpu.operands(options.tokens, *shape))
+        return loss_and_gradient(program[1], program[0]).lower(*like).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        pending = {
+            (shape, program): pool.submit(compiled, shape, program)
+            for shape in shapes
+            for program in programs
+        }
+        try:
+            for shape in shapes:
+                args = gpu.operands(options.tokens, *shape)
+                for program in programs:
+                    of = dict(zip(("vocabulary", "dtype"), shape, strict=True))
+                    of |= {"tokens": options.tokens, "objective": program[0], "what": program[1]}
+
+                    def measure(key: Any = (shape, program), args: Any = args) -> Row:
+                        run = pending[key].result()
+                        row = gpu.time_of(lambda: run(*args), jax.block_until_ready)
+                        return row | {"gb_per_second": 3 * args[0].nbytes / 1e6 / row["ms"]}
+
+                    yield of, measure
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def heads(options: argparse.Namespace) -> Iterator[Step]:
+    """Hidden states to loss and both gradients, by bytes a chunk."""
+    shape = {"tokens": options.tokens, "vocabulary": max(options.vocabularies)}
+    args = common.head_inputs(**shape, width=gpu.HEAD["width"])
+    for mib in options.chunks_mib:
+
+        def measure(mib: int = mib) -> Row:
+            chunked_linear.GPU_CHUNK_BYTES = mib << 20
+            jax.clear_caches()
+            return gpu.run_head(KERNEL, "tnff", args)
+
+        of = {"dtype": "bfloat16", "objective": "tnff", "what": KERNEL, "chunk_mib": mib}
+        yield shape | of, measure
+
+
+def steps(options: argparse.Namespace) -> Iterator[Step]:
+    """All of it, in order."""
+    small = [v for v in SMALL if v <= max(options.vocabularies)]
+    for name, dtype, size in itertools.product(options.objectives, options.dtypes, small):
+        of = {"vocabulary": size, "dtype": dtype, "tokens": 8, "objective": name, "what": "error"}
+        yield of, functools.partial(error, name, dtype, size)
+    for name, dtype in itertools.product(options.objectives[:2], options.dtypes):
+        of = {"vocabulary": small[-1], "dtype": dtype, "objective": name, "what": "repeats"}
+        yield of, functools.partial(differing, name, dtype, small[-1], options.repeats)
+    copy = functools.partial(gpu.copy_gb_per_second, False)
+    yield {"what": "copy"}, lambda: {"gb_per_second": copy()}
+    yield from times(options)
+    yield from heads(options)
+
+
+def main() -> None:
+    """Measures, prints and stores, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32128, 128256, 250112])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--chunks-mib", type=int, nargs="+", default=[512, 1024, 2048])
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes
+    rows: list[Row] = []
+    missing = 0
+    for of, measure in steps(options):
+        if time.monotonic() > until:
+            missing += 1
+            continue
+        rows.append(of | gpu.guarded(measure))
+        print(*(f"{x:.4g}" if isinstance(x, float) else x for x in rows[-1].values()), flush=True)
+        path = common.save("gpu-card", rows)
+    wrong = [row for row in rows if "error" in row or row.get("right") is False]
+    print(f"{len(rows)} rows in {path}, {missing} missing, {len(wrong)} wrong or failed", *wrong)
+
+
+if __name__ == "__main__":
+    main()
