@@ -4,15 +4,16 @@ r"""What is left of the unwanted against closeness: every method over its own st
     python -m bench.frontier --seeds 3          # three models, trained and edited anew
 
 On the task of `make demo`. A method's strengths are values of alpha, or numbers of updates where
-alpha is only a factor on all of its loss, which Adam does not see. At a share of unwanted outputs, a
-method's KL is read off its curve, log KL by prevalence between the two strengths around it; no
-number stands where the curve does not come so low. Of two curves of a method, on greedy and on
-sampled outputs, both are shown.
+alpha is only a factor on all of its loss, which Adam does not see. At a share of unwanted outputs
+its KL is read off its curve, log KL by prevalence between the two strengths around it; no number
+stands where the curve does not come so low. Curves on sampled outputs say so, others are on greedy
+ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import pathlib
 import tempfile
@@ -62,9 +63,8 @@ CURVES: Mapping[str, Sequence[Edit]] = {
 def kl_at(curve: Sequence[Row], prevalence: float) -> float | None:
     """The KL at which a curve passes a sampled prevalence, the least where it does so twice."""
     points = [(r.measures["prevalence_sampled"].value, r.measures["kl"].value) for r in curve]
-    points = [(0.0 if x < 0 else x, max(y, 1e-6)) for x, y in points]
     found = [y for x, y in points if x == prevalence]
-    for (x, y), (u, v) in zip(points, points[1:], strict=False):
+    for (x, y), (u, v) in itertools.pairwise(points):
         if min(x, u) < prevalence < max(x, u):
             share = (prevalence - x) / (u - x)
             found.append(math.exp((1 - share) * math.log(y) + share * math.log(v)))
