@@ -28,7 +28,7 @@ from t5patches.editing.demo import DemoConfig, Edit, run_demo
 from t5patches.editing.report import Row
 
 AT = (10.0, 5.0, 2.0)  # % of sampled outputs with something unwanted
-UPDATES = (30, 100, 300)
+UPDATES = (10, 30, 100)
 
 
 def by_alpha(objective: str, *alphas: float, **options: bool) -> tuple[Edit, ...]:
@@ -47,9 +47,7 @@ CURVES: Mapping[str, Sequence[Edit]] = {
     "TNRR, sets": by_alpha("tnrr", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
-    "UL, sampled": by_alpha("ul", 0.3, 1.0, 3.0, on_sampled=True),
     "NL, sampled": by_alpha("nl", 0.03, 0.1, 0.3, on_sampled=True),
-    "corrective": by_updates("ce"),
     "corrective, sampled": by_updates("ce", on_sampled=True),
     "UNDIAL, sets": by_alpha("undial", 0.3, 1.0, 3.0, with_sets=True),
     "CE-U, sets": by_updates("ceu", with_sets=True),
