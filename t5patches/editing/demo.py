@@ -19,9 +19,11 @@ from rich.progress import Progress
 
 from t5patches.editing.annotate import expand_negatives, find_spans, speak
 from t5patches.editing.data import (
+    Batch,
     Example,
     corrected_examples,
     make_example,
+    pair_arrays,
     read_examples,
     to_arrays,
     with_end,
@@ -58,12 +60,14 @@ class Edit:
         with_sets: push down sets of negatives and not the emitted token only.
         on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
             distribution to objectives that know it from nowhere else.
+        steps: updates; None makes as many as `DemoConfig.edit_steps`.
     """
 
     objective: str
     alpha: float = 1.0
     with_sets: bool = False
     on_sampled: bool = False
+    steps: int | None = None
 
 
 # What `t5patches edit` does unless told otherwise, its two neighbours, and the objectives that have
@@ -268,14 +272,16 @@ absent_from_source = true
 
 def _repetition(stage: _Stage, base: LoadedModel) -> _Repetition:
     model, original, tokenizer = base
-    greedy = _greedy_outputs(stage, model, original, tokenizer)
-    sampled = _sampled_outputs(stage, model, original, tokenizer)
+    marked = {
+        on_sampled: _marked_outputs(stage, model, original, tokenizer, on_sampled)
+        for on_sampled in sorted({edit.on_sampled for edit in stage.config.edits})
+    }
     held_out, before = _before(stage, model, original, tokenizer)
     stage.tell("before", before)
     rows: list[Row] = []
     for edit in stage.config.edits:
-        marked = sampled if edit.on_sampled else greedy
-        row = _edited(stage, edit, model, original, marked, held_out, tokenizer)
+        data = marked[edit.on_sampled]
+        row = _edited(stage, edit, model, original, data, held_out, tokenizer)
         stage.tell(f"{len(rows) + 1}/{len(stage.config.edits)} {row.name}", row.measures)
         rows.append(row)
     return _Repetition(before, held_out, rows)
@@ -308,7 +314,8 @@ def _base_model(stage: _Stage, model: LanguageModel, tokenizer: Tokenizer) -> Tr
         make_example(news, with_end(tokenizer.encode(summary), tokenizer), [], tokenizer)
         for news, summary in _training_pairs(stage)
     ]
-    return _run(stage, "base", model, params, examples, settings)
+    arrays = to_arrays(examples, pad_id=model.config.pad_id)
+    return _run(stage, "base", model, params, arrays, settings)
 
 
 def _before(
@@ -325,52 +332,44 @@ def _measuring(config: DemoConfig) -> Measuring:
     return Measuring(places_not_in_source(), config.max_length, well_formed)
 
 
-def _greedy_outputs(
-    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
+def _marked_outputs(
+    stage: _Stage,
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    on_sampled: bool,
 ) -> list[Example]:
-    """The base model's own outputs, marked, with sets of negatives and corrections."""
-    path = stage.directory / "edits.jsonl"
+    """The base model's own outputs, marked, with corrections and, where an edit asks, with sets."""
+    config, rule = stage.config, places_not_in_source()
+    path = stage.directory / ("sampled.jsonl" if on_sampled else "edits.jsonl")
     if path.exists():
         return read_examples(path, tokenizer)
-    outputs = expand_negatives(
-        _own_outputs(stage, model, params, tokenizer, temperature=0.0),
-        places_not_in_source(),
-        tokenizer,
+    spoken = speak(
         model,
         params,
-        count=stage.config.negatives,
-        max_length=stage.config.max_length,
-        progress=stage.progress,
+        stage.news(config.edit_inputs, _EDIT),
+        rule,
+        tokenizer,
+        max_length=config.max_length,
+        temperature=1.0 if on_sampled else 0.0,
     )
+    outputs = [
+        dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
+        for e in spoken
+    ]
+    if any(edit.with_sets and edit.on_sampled == on_sampled for edit in config.edits):
+        outputs = expand_negatives(
+            outputs,
+            rule,
+            tokenizer,
+            model,
+            params,
+            count=config.negatives,
+            max_length=config.max_length,
+            progress=stage.progress,
+        )
     write_examples(path, outputs)
     return outputs
-
-
-def _sampled_outputs(
-    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
-) -> list[Example]:
-    path = stage.directory / "sampled.jsonl"
-    if not path.exists():
-        write_examples(path, _own_outputs(stage, model, params, tokenizer, temperature=1.0))
-    return read_examples(path, tokenizer)
-
-
-def _own_outputs(
-    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer, *, temperature: float
-) -> list[Example]:
-    outputs = speak(
-        model,
-        params,
-        stage.news(stage.config.edit_inputs, _EDIT),
-        places_not_in_source(),
-        tokenizer,
-        max_length=stage.config.max_length,
-        temperature=temperature,
-    )
-    return [
-        dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
-        for e in outputs
-    ]
 
 
 def _edited(
@@ -388,16 +387,19 @@ def _edited(
         objective=edit.objective,
         alpha=edit.alpha,
         negatives=negatives,
-        steps=config.edit_steps,
+        steps=edit.steps or config.edit_steps,
         batch_size=config.edit_batch_size,
         learning_rate=1e-4,
         optimizer="adam",
         seed=stage.seed,
     )
-    examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
+    notes = ["on sampled outputs"] * edit.on_sampled
+    notes += [f"{edit.steps} updates"] if edit.steps else []
     name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
-    name += "-sampled" * edit.on_sampled
-    trained = _run(stage, name, model, original, examples, settings)
+    name += "-sampled" * edit.on_sampled + (f"-{edit.steps}" if edit.steps else "")
+    trained = _run(
+        stage, name, model, original, _arrays(edit, marked, tokenizer, negatives), settings
+    )
     found = evaluate(model, trained.params, original, held_out, tokenizer, _measuring(config))
     return Row(
         edit.objective,
@@ -406,8 +408,16 @@ def _edited(
         found.measures,
         trained.history,
         found.outputs,
-        "on sampled outputs" if edit.on_sampled else "",
+        ", ".join(notes),
     )
+
+
+def _arrays(edit: Edit, marked: Sequence[Example], tokenizer: Tokenizer, negatives: int) -> Batch:
+    """What an objective trains on."""
+    if edit.objective == "dpo":
+        return pair_arrays(marked, tokenizer, pad_id=tokenizer.pad_id)
+    examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
+    return to_arrays(examples, pad_id=tokenizer.pad_id, negatives=negatives)
 
 
 def _run(
@@ -415,7 +425,7 @@ def _run(
     name: str,
     model: LanguageModel,
     params: Params,
-    examples: Sequence[Example],
+    arrays: Batch,
     settings: TrainSettings,
 ) -> Trained:
     """Trains, unless an earlier, killed demo did it already."""
@@ -423,7 +433,7 @@ def _run(
     return finished_run(directory, params) or train(
         model,
         params,
-        to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives),
+        arrays,
         settings,
         directory,
         progress=stage.progress,
