@@ -444,6 +444,17 @@ def test_the_rate_rises_stays_and_falls():
 FALLING = dataclasses.replace(SETTINGS, schedule="cosine", average=0.7)
 
 
+def test_only_a_constant_rate_leaves_room_for_more_steps_and_shares_its_program():
+    shared = train_module._compiled_with
+    longer = [dataclasses.replace(x, steps=60) for x in (SETTINGS, FALLING)]
+    assert "steps" in train_module.may_differ(SETTINGS)
+    assert shared(SETTINGS) == shared(longer[0])
+    assert "steps" not in train_module.may_differ(FALLING)
+    assert shared(FALLING) != shared(longer[1])
+    shares = [float(train_module._share_of_newest(0.7, step)) for step in range(3)]
+    assert shares == pytest.approx([1, 1 / 1.7, 1 / (1 + 0.7 + 0.49)])
+
+
 def scheduled(*arguments, **changes):
     # Optax's cosine takes the lesser of an integer count and a float.
     with jax.numpy_dtype_promotion("standard"):
@@ -473,6 +484,7 @@ def averaged(tmp_path_factory):
     return directory, *with_states(directory, settings=FALLING)
 
 
+@pytest.mark.slow
 def test_the_average_is_of_the_updates_and_not_of_where_they_began(averaged):
     _, trained, states = averaged
     shares = 0.7 ** np.arange(5, -1, -1)
@@ -501,6 +513,7 @@ def test_the_rate_falls_over_the_steps_of_this_run_and_no_other(averaged, tmp_pa
     jax.tree.map(close, one.params, states[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_an_average_ends_where_an_unbroken_one_does(
     averaged, tmp_path, monkeypatch
 ):
@@ -516,6 +529,7 @@ def test_a_killed_run_with_an_average_ends_where_an_unbroken_one_does(
     assert equal(finished_run(tmp_path / "run", tiny_params()).params, resumed.params)
 
 
+@pytest.mark.slow
 def test_the_length_of_a_schedule_is_a_fact_of_the_run(averaged):
     longer = dataclasses.replace(FALLING, steps=8)
     with pytest.raises(ValueError, match=r"differs in steps \(6 there, 8 asked for\)"):

@@ -283,21 +283,22 @@ def check(job: Job) -> Checked:
     card_before_edits(job.model)
     check_chat(job.model, job.chat)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
-    examples = [example for part in sets for example in part]
-    settings = _with_negatives(job, examples)
-    most = max(len(example.output_ids) for example in examples)
+    marked = [example for part in sets for example in part]
+    settings = _with_negatives(job, marked)
+    most = max(len(example.output_ids) for example in marked)
     held_out = None
     if settings.until is not None:
         sets, kept, held_out, note = _hold_out(job, sets, kept, model.config.pad_id)
-        examples = [example for part in sets for example in part]
         notes.append(note)
+    examples = [example for part in sets for example in part]
     first, unsaid = len(examples), {}
     for row, item in enumerate(kept, start=first):
         if isinstance(item, Source):
             unsaid[row] = item.inputs
             item = _to_be_said(item.inputs, most, tokenizer)
         examples.append(item)
-    lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in examples])
+    given = [*marked, *examples[first:]]
+    lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in given])
     require_positions(model.config, *lengths.T)
     if unsaid:
         _require_room_to_say(job, model, [*unsaid.values()], tokenizer, most)

@@ -116,8 +116,9 @@ def verdict(looks: Sequence[Look], until: float) -> Verdict:
     or when closeness turns: for five looks there has been no less left, and the model was farther
     from the original in all of them than in the best. More updates then cost and bring nothing.
 
-    What is left is no prevalence: it is of tokens that the original has said already. Both fall
-    about in proportion.
+    What is left is no prevalence: it is of places where the original has said it already. Of both,
+    as shares of what they were, the prevalence of sampled outputs falls faster: on the demo's task
+    to 18, 12 and 6% where 22, 17 and 13% are left.
 
     Args:
         looks: the first one from before any update.

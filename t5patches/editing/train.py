@@ -304,8 +304,10 @@ def train(
     """
     _check_arrays(arrays, settings, order)
     _check_held_out(held_out, settings)
-    lengths = (row_lengths(arrays[x], model.config.pad_id) for x in ("inputs", "outputs"))
-    require_positions(model.config, *lengths)
+    for part, name in ((arrays, "outputs"), (arrays, CHOSEN), (held_out or {}, "outputs")):
+        if name in part:
+            lengths = (row_lengths(part[x], model.config.pad_id) for x in ("inputs", name))
+            require_positions(model.config, *lengths)
     cached = None if teacher is None else str(teacher.dtype)
     own = original is not None and original is not params
     step_of = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
