@@ -307,8 +307,12 @@ def test_the_commands_agree_and_say_so(model, tmp_path, capsys):
     record = json.loads((edited / "t5patches.json").read_text())["rounds"][-1]
     assert record["job"]["chat"] is True
     assert ", chat template on;" in (edited / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"was edited with --chat on, as its t5patches.json has"):
+    with pytest.raises(ValueError, match=r"was trained with --chat on, as its t5patches.json has"):
         check_chat(edited, "off")
+    (edited / "align.json").write_text('{"job": {"chat": false}}')
+    with pytest.raises(ValueError, match=r"was trained with --chat off, as its align.json has"):
+        check_chat(edited, "on")
+    (edited / "align.json").unlink()
     measured = {"before": model, "after": edited, "inputs": files["inputs"], "max-length": 4}
     assert "give --chat on" in run("evaluate", "--chat=off", code=2, **measured)
     run("evaluate", **measured)

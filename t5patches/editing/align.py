@@ -20,7 +20,13 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import CARD, card_before_edits, check_chat, read_rounds
+from t5patches.editing.edit import (
+    ALIGN_RECORD,
+    CARD,
+    card_before_edits,
+    check_chat,
+    read_rounds,
+)
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import Output
@@ -49,7 +55,6 @@ from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint
 
-RECORD = "align.json"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 PathLike = str | os.PathLike[str]
@@ -136,7 +141,7 @@ def align_folder(
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output, described = Output(job.output, RECORD, "an alignment"), _described(job)
+    output, described = Output(job.output, ALIGN_RECORD, "an alignment"), _described(job)
     record = output.finished(described, resume=resume)
     if record is not None:
         return record
@@ -166,7 +171,7 @@ def align_folder(
                 "give another --output"
             ) from error
         record = _record(described, job, aligned, round(time.monotonic() - began, 1))
-        files = {RECORD: json.dumps(record, indent=1), CARD: _card(job, record)}
+        files = {ALIGN_RECORD: json.dumps(record, indent=1), CARD: _card(job, record)}
         lora = job.settings.lora
         if lora is None or job.merge:
             made = aligned.params if lora is None else merged(params, aligned.params, lora)
@@ -380,6 +385,6 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"{history['kl'][-1]:.4g} nats a token; outputs of {history['length'][0]:.1f} tokens at "
         f"first, {history['length'][-1]:.1f} at last.\n"
         f"{collapse}"
-        f"- All settings and the course of the score: `{RECORD}`.\n\n"
+        f"- All settings and the course of the score: `{ALIGN_RECORD}`.\n\n"
         "What else it changed was not measured here: `t5patches evaluate` does.\n"
     )

@@ -66,10 +66,11 @@ from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts, claim, hold, remove, require_space
-from t5patches.runs.files import read_regular
+from t5patches.runs.files import read_object, read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
+ALIGN_RECORD = "align.json"  # of `t5patches align`, which a folder may have been through as well
 CARD = "README.md"
 _EDITED = "## Edited with targeted negative training"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -411,7 +412,7 @@ def card_before_edits(folder: PathLike) -> str:
 
 
 def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> None:
-    """Refuses to treat an edited model otherwise than the edits that made it did.
+    """Refuses to treat an edited or aligned model otherwise than what made it did.
 
     Args:
         folder: of a model, or of an adapter.
@@ -419,17 +420,21 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
         base: the model that an adapter lies beside.
 
     Raises:
-        ValueError: an edit put its inputs into the chat template and `chat` does not, or the other
-            way round.
+        ValueError: what made it put inputs into the chat template and `chat` does not, or the
+            other way round.
     """
     now = uses_chat(whole_model(folder, base), chat)
-    then = [round_["job"].get("chat") for round_ in read_rounds(folder)]
-    if now is not None and (not now) in then:
-        was, asked = ("off", "on") if now else ("on", "off")
-        raise ValueError(
-            f"{folder} was edited with --chat {was}, as its {RECORD} has it, and --chat {asked} "
-            f"would give it other prompts: give --chat {was}"
-        )
+    then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
+    if (aligned := Path(folder) / ALIGN_RECORD).exists():
+        job = read_object(aligned).get("job")
+        then[ALIGN_RECORD] = [job.get("chat") if isinstance(job, dict) else None]
+    for record, chats in then.items():
+        if now is not None and (not now) in chats:
+            was, asked = ("off", "on") if now else ("on", "off")
+            raise ValueError(
+                f"{folder} was trained with --chat {was}, as its {record} has it, and --chat "
+                f"{asked} would give it other prompts: give --chat {was}"
+            )
 
 
 def unfinished(output: PathLike) -> Path:
