@@ -4,10 +4,10 @@ r"""What is left of the unwanted against closeness: every method over its own st
     python -m bench.frontier --seeds 3          # three models, trained and edited anew
 
 On the task of `make demo`. A method's strengths are values of alpha, or numbers of updates where
-alpha is only a factor on all of its loss, which Adam does not see. At a share of unwanted outputs
-its KL is read off its curve, log KL by prevalence between the two strengths around it; no number
-stands where the curve does not come so low. Curves on sampled outputs say so, others are on greedy
-ones.
+alpha is only a factor on all of its loss, which Adam does not see. Read off its curve is the least
+KL with which no more than a share of the outputs is unwanted, log KL by prevalence between two
+strengths; no number stands where the curve does not come so low. Curves on sampled outputs say so,
+others are on greedy ones.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ CURVES: Mapping[str, Sequence[Edit]] = {
 
 
 def kl_at(curve: Sequence[Row], prevalence: float) -> float | None:
-    """The KL at which a curve passes a sampled prevalence, the least where it does so twice."""
+    """The least KL of a curve where its sampled prevalence is no more than this."""
     points = [(r.measures["prevalence_sampled"].value, r.measures["kl"].value) for r in curve]
-    found = [y for x, y in points if x == prevalence]
+    found = [y for x, y in points if x <= prevalence]
     for (x, y), (u, v) in itertools.pairwise(points):
         if min(x, u) < prevalence < max(x, u):
             share = (prevalence - x) / (u - x)

@@ -450,13 +450,13 @@ def frontier(result: dict) -> str:
 
     return _measured(
         "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong. "
-        "KL from the original at unmarked positions, read off the curve where 10, 5 and 2% of "
-        "sampled outputs have something unwanted (empty: not reached, or passed already); then the "
-        "points themselves: unwanted when sampled, KL, clean outputs that stayed word for word, "
+        "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
+        "sampled outputs have something unwanted (empty: not reached); then the points "
+        "themselves: unwanted when sampled, KL, clean outputs that stayed word for word, "
         f"malformed. Standard errors are {result['errors']}: about 0.5 to 1 of a prevalence of 2 "
         "to 8, a tenth to a third of a KL.",
         result["setting"],
-        ["", *(f"KL at {x}%" for x in result["rows"][0]["at"]), "sampled, %", "KL",
+        ["", *(f"KL, {x}% left" for x in result["rows"][0]["at"]), "sampled, %", "KL",
          "clean kept, %", "malformed, %"],
         [cells(row) for row in result["rows"]],
     )  # fmt: skip

@@ -19,11 +19,12 @@ def curve(*points):
 
 def test_a_kl_is_read_off_between_two_strengths():
     falling = curve((20.0, 0.001), (10.0, 0.004), (4.0, 0.016))
+    assert frontier.kl_at(falling, 30.0) == 0.001
     assert frontier.kl_at(falling, 10.0) == 0.004
     assert frontier.kl_at(falling, 7.0) == pytest.approx(math.sqrt(0.004 * 0.016))
     assert frontier.kl_at(falling, 2.0) is None
-    # Where more strength brings the unwanted back, the closer of the two.
-    assert frontier.kl_at([*falling, *curve((12.0, 0.064))], 7.0) == pytest.approx(0.008)
+    # What strength brings closer again counts too.
+    assert frontier.kl_at([*falling, *curve((1.0, 0.002))], 5.0) == 0.002
 
 
 def test_every_objective_has_a_curve():
