@@ -359,13 +359,8 @@ def run(options: argparse.Namespace) -> int:
 def _job(options: argparse.Namespace) -> Any:
     from t5patches.editing.edit import Job
     from t5patches.editing.train import TrainSettings
-    from t5patches.model.lora import Lora
 
-    lora = None
-    if options.lora is not None:
-        lora = Lora(options.lora, options.lora_alpha, options.lora_targets)
-    elif options.lora_alpha is not None or options.lora_targets is not None:
-        raise ValueError("--lora-alpha and --lora-targets are of an adapter: give --lora RANK too")
+    lora = common.lora(options)
     optimizer = options.optimizer or ("adafactor" if lora is None else "adam")
     # The parser's names are the fields' names.
     given = {**vars(options), "negatives": 0, "lora": lora, "optimizer": optimizer}

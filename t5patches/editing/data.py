@@ -600,6 +600,37 @@ def pair_arrays(examples: Sequence[Example], tokenizer: Tokenizer, *, pad_id: in
     return arrays | {CHOSEN: chosen["outputs"], CHOSEN_WEIGHTS: weights}
 
 
+def training_arrays(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    objective: str,
+    *,
+    pad_id: int,
+    negatives: int,
+) -> Batch:
+    """The arrays that an objective trains on.
+
+    Args:
+        examples: N of them.
+        tokenizer: splits the corrections.
+        objective: `ce` takes the corrections, `dpo` pairs of outputs and corrections, every other
+            one the outputs.
+        pad_id: see `to_arrays`.
+        negatives: see `to_arrays`.
+
+    Returns:
+        Arrays for `t5patches.editing.train.train`.
+
+    Raises:
+        ValueError: a marked output has no correction, and one is needed.
+    """
+    if objective == "dpo":
+        return pair_arrays(examples, tokenizer, pad_id=pad_id)
+    if objective == "ce":
+        examples = corrected_examples(examples, tokenizer)
+    return to_arrays(examples, pad_id=pad_id, negatives=negatives)
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
     """Puts token ids into an array.
 

@@ -21,11 +21,10 @@ from t5patches.editing.annotate import expand_negatives, find_spans, speak
 from t5patches.editing.data import (
     Batch,
     Example,
-    corrected_examples,
     make_example,
-    pair_arrays,
     read_examples,
     to_arrays,
+    training_arrays,
     with_end,
     write_examples,
 )
@@ -397,9 +396,10 @@ def _edited(
     notes += [f"{edit.steps} updates"] if edit.steps else []
     name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
     name += "-sampled" * edit.on_sampled + (f"-{edit.steps}" if edit.steps else "")
-    trained = _run(
-        stage, name, model, original, _arrays(edit, marked, tokenizer, negatives), settings
+    arrays = training_arrays(
+        marked, tokenizer, edit.objective, pad_id=model.config.pad_id, negatives=negatives
     )
+    trained = _run(stage, name, model, original, arrays, settings)
     found = evaluate(model, trained.params, original, held_out, tokenizer, _measuring(config))
     return Row(
         edit.objective,
@@ -410,14 +410,6 @@ def _edited(
         found.outputs,
         ", ".join(notes),
     )
-
-
-def _arrays(edit: Edit, marked: Sequence[Example], tokenizer: Tokenizer, negatives: int) -> Batch:
-    """What an objective trains on."""
-    if edit.objective == "dpo":
-        return pair_arrays(marked, tokenizer, pad_id=tokenizer.pad_id)
-    examples = corrected_examples(marked, tokenizer) if edit.objective == "ce" else marked
-    return to_arrays(examples, pad_id=tokenizer.pad_id, negatives=negatives)
 
 
 def _run(

@@ -29,16 +29,16 @@ from t5patches.editing.data import (
     Example,
     Limits,
     Source,
-    corrected_examples,
-    pair_arrays,
     read_examples,
     read_kept,
     to_arrays,
+    training_arrays,
     within,
 )
 from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
+from t5patches.editing.programs import size
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -303,12 +303,13 @@ def check(job: Job) -> Checked:
     require_positions(model.config, *lengths.T)
     if unsaid:
         _require_room_to_say(job, model, [*unsaid.values()], tokenizer, most)
-    if settings.objective == "ce":
-        examples = corrected_examples(examples, tokenizer)
-    if settings.objective == "dpo":
-        arrays = pair_arrays(examples, tokenizer, pad_id=model.config.pad_id)
-    else:
-        arrays = to_arrays(examples, pad_id=model.config.pad_id, negatives=settings.negatives)
+    arrays = training_arrays(
+        examples,
+        tokenizer,
+        settings.objective,
+        pad_id=model.config.pad_id,
+        negatives=settings.negatives,
+    )
     counts = _counts(arrays)
     if settings.objective != "ce" and not counts["marked"]:
         raise ValueError(
@@ -592,7 +593,7 @@ def _require_room_to_say(
         max_length=most,
         temperature=_TEMPERATURE,
         batch_size=job.settings.batch_size,
-        beside=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.param_shapes())),
+        beside=size(model.param_shapes()),
     )
 
 
@@ -651,8 +652,7 @@ def _counts(arrays: Batch) -> dict[str, int]:
 
 def _require_space(job: Job, checked: Checked) -> None:
     """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    held = [checked.step.state, checked.step.state.params if checked.held_out else None]
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    state = size([checked.step.state, checked.step.state.params if checked.held_out else None])
     folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
     if checked.settings.lora is not None and not job.merge:
         folder = state
