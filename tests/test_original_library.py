@@ -270,16 +270,18 @@ TOKENIZERS = {
         )
         for said in ({}, {"legacy": True}, {"legacy": False})
     },
+    "GPT-2's own files": ("vocab.json", tokenizer_samples.gpt2_files(), "GPT2Tokenizer", {}),
 }
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_tokenizers_and_chat_templates_give_the_same(case, tmp_path):
     name, content, kind, said = TOKENIZERS[case]
-    ends = (1, 3) if name == "tokenizer.json" else (2,)
+    ends = (2,) if name == "tokenizer.model" else (1, 3)
     model = small_decoder(vocab_size=400, width=8, layers=1, end_ids=ends, begin_id=1)
     (tmp_path / "config.json").write_text(config_file(model))
-    (tmp_path / name).write_bytes(content)
+    for file, bytes_ in content.items() if isinstance(content, dict) else [(name, content)]:
+        (tmp_path / file).write_bytes(bytes_.encode() if isinstance(bytes_, str) else bytes_)
     template = test_chat.TEMPLATE
     if name == "tokenizer.model":  # it has fewer control tokens: beside each other, and text
         template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]</s>{% endfor %}1"

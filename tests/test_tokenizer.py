@@ -9,7 +9,7 @@ import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_samples import CONTROLS, KINDS, tokenizer_json, tokenizer_model
+from tokenizer_samples import CONTROLS, KINDS, gpt2_files, tokenizer_json, tokenizer_model
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from t5patches.editing.data import token_mask
@@ -425,6 +425,56 @@ def test_a_tokenizer_model_is_refused_in_a_line(content, said, message, llama):
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(write(llama, tokenizer_config=said))
     assert "\n" not in str(error.value)
+
+
+# GPT-2's own two files
+
+
+@pytest.fixture
+def gpt2(folder):
+    (folder / "tokenizer.json").unlink()
+    for name, content in gpt2_files().items():
+        (folder / name).write_text(content)
+    chat = {"additional_special_tokens": CONTROLS[2:]}
+    return write(
+        folder,
+        tokenizer_config={"eos_token": "</s>"},
+        special_tokens_map=chat | {"bos_token": "<s>"},
+    )
+
+
+def test_vocab_json_and_merges_are_the_tokenizer_json_that_they_would_be(gpt2):
+    found = load_tokenizer(gpt2)
+    assert found.vocab_size == 330
+    for text in ("a fire", " the  fire café 👩‍🚀</s>\n", "Paris"):
+        assert found.encode(text) == loaded["byte-level"].encode(text)
+        assert found.encode_prompt(text) == found.encode(text).ids
+    assert found.controls == loaded["byte-level"].controls
+    with_space = {"eos_token": "</s>", "add_prefix_space": True}
+    spaced = load_tokenizer(write(gpt2, tokenizer_config=with_space))
+    assert spaced.encode("a fire").ids == found.encode(" a fire").ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("merges.txt", None, ValueError, "vocab.json cannot be read .FileNotFoundError"),
+        ("merges.txt", "#version: 0.2\nx yz w\n", ValueError, "vocab.json cannot be read"),
+        ("vocab.json", "[1]", ValueError, "vocab.json cannot be read"),
+        ("vocab.json", '{"a": "b"}', ValueError, "vocab.json cannot be read"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "CTRLTokenizer"}',
+            NotImplementedError,
+            "it is a CTRLTokenizer's",
+        ),
+    ],
+)
+def test_vocab_json_and_merges_are_refused_in_a_line(file, content, error, message, gpt2):
+    (gpt2 / file).unlink() if content is None else (gpt2 / file).write_text(content)
+    with pytest.raises(error, match=message) as found:
+        load_tokenizer(gpt2)
+    assert "\n" not in str(found.value)
 
 
 def test_a_folder_without_a_tokenizer_says_which_it_needs(folder):

@@ -159,3 +159,10 @@ def tokenizer_model(**changes):
         sentence_iterator=iter(TEXTS * 4), model_writer=model, **(options | changes)
     )
     return model.getvalue()
+
+
+def gpt2_files():
+    """`tokenizer_json("byte-level")` as GPT-2's own two files."""
+    model = json.loads(tokenizer_json("byte-level"))["model"]
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    return {"vocab.json": json.dumps(model["vocab"]), "merges.txt": f"#version: 0.2\n{merges}"}

@@ -22,6 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 from t5patches.model.decoder.network import Rotary
 from t5patches.model.huggingface import understand
 from t5patches.model.protocol import LanguageModel
+from t5patches.model.tokenizer_files import byte_level_json
 
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 
@@ -280,41 +281,19 @@ def _byte_level(said: Mapping[str, Any]) -> str:
     cut = said.get("tokenizer.ggml.pre", "default")
     if cut not in _WORDS:
         raise ValueError(f"it cuts texts as {cut!r} does; known are {sorted(_WORDS)}")
-    own = cut in ("default", "gpt-2", "smollm")  # uses the expression of GPT-2 itself
-    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    found = {
-        "version": "1.0",
-        "added_tokens": [
-            {
-                "id": i,
-                "content": token,
-                "special": kind == _CONTROL,
-                "normalized": False,
-                "lstrip": False,
-                "rstrip": False,
-                "single_word": False,
-            }
+    return byte_level_json(
+        {token: i for i, token in enumerate(tokens)},
+        [merge.split(" ", 1) for merge in said["tokenizer.ggml.merges"]],
+        {
+            i: (token, kind == _CONTROL)
             for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (_CONTROL, _USER_DEFINED)
-        ],
-        "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [*_WORDS[cut], bytes_ | {"use_regex": own}],
         },
-        "post_processor": None,
-        "decoder": bytes_ | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in said["tokenizer.ggml.merges"]],
-            # Llama 3 takes a word that is a token whole.
-            "ignore_merges": cut == "llama-bpe",
-            "byte_fallback": False,
-            "fuse_unk": False,
-        },
-    }
-    return json.dumps(found, ensure_ascii=False)
+        {"use_regex": cut in ("default", "gpt-2", "smollm")},  # GPT-2's own expression
+        words=_WORDS[cut],
+        normalizer={"type": "NFC"} if cut == "qwen2" else None,
+        ignore_merges=cut == "llama-bpe",  # Llama 3 takes a word that is a token whole
+    )
 
 
 def _sentencepiece(said: Mapping[str, Any]) -> bytes:

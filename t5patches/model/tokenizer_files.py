@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face folder, and its chat template.
 
 **A decoder-only model's** is its `tokenizer.json`, whatever its kind, or else a sentencepiece
-`tokenizer.model` with the added tokens that the files beside it name. What stands in front of a
-prompt, `add_bos_token` of `tokenizer_config.json` says, or else the post-processor of
-`tokenizer.json`.
+`tokenizer.model`, or else GPT-2's `vocab.json` and `merges.txt`, both with the added tokens that
+the files beside them name. What stands in front of a prompt, `add_bos_token` of
+`tokenizer_config.json` says, or else the post-processor of `tokenizer.json`.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
@@ -50,16 +50,19 @@ _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
 _MOST_SENTINELS = 100_000  # T5 has 100
 _MOST_BYTES = 2**28  # the largest known have 2**25
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer.model")
-_OF_T5, _OF_DECODERS = TOKENIZER_FILES[:2], TOKENIZER_FILES[1:]  # the first that is there is taken
+_OF_T5 = ("spiece.model", "tokenizer.json")  # the first that is there is taken
+_OF_DECODERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (*_OF_T5, *_OF_DECODERS[1:], "merges.txt")
+_GPT2_END = "<|endoftext|>"  # where a folder of GPT-2's names no other
 
 
 def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
     Args:
-        folder: with `spiece.model` or `tokenizer.json` for a T5, `tokenizer.json` or
-            `tokenizer.model` for any other model. Without a `config.json` it is a T5's.
+        folder: with `spiece.model` or `tokenizer.json` for a T5; `tokenizer.json`,
+            `tokenizer.model`, or `vocab.json` with `merges.txt` for any other model. Without a
+            `config.json` it is a T5's.
         chat: "on" for prompts that are put into the folder's chat template, "off" for plain ones,
             "auto" for the template where there is one.
 
@@ -69,7 +72,8 @@ def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tok
     Raises:
         ValueError: there is none, it cannot be read, or it is of another model; there is no chat
             template and it is to be used, or it fails.
-        NotImplementedError: the `tokenizer.json` of a T5 is of another kind than T5's.
+        NotImplementedError: the `tokenizer.json` of a T5 is of another kind than T5's, or
+            `vocab.json` and `merges.txt` are of another than GPT-2's.
     """
     folder = Path(folder)
     template, config = _template(folder, chat), _decoder_config(folder)
@@ -82,6 +86,7 @@ def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tok
         (
             lambda path: _decoder_from_json(path, said, config),
             lambda path: _decoder_from_model(path, said, config),
+            lambda path: _decoder_from_merges(path, said, config),
         ),
     )
     _check_ends(tokenizer, said, config, folder)
@@ -171,13 +176,97 @@ def _content(token: Any) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def _special_tokens(said: Mapping[str, Any]) -> set[str | None]:
+    """The texts that the files beside a tokenizer name as special tokens."""
+    named = {_content(value) for name, value in said.items() if name.endswith("_token")}
+    return named | {_content(value) for value in said.get("additional_special_tokens") or ()}
+
+
 def _decoder_from_json(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
+    return _json_tokenizer(_bounded(path), said, config)
+
+
+def _decoder_from_merges(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
+    """GPT-2's own two files, as the `tokenizer.json` that they would be."""
+    kind = str(said.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    if kind != "GPT2Tokenizer":
+        raise NotImplementedError(
+            f"it is a {kind}'s, and without a tokenizer.json only GPT2Tokenizer's are known: load "
+            "the folder's tokenizer with transformers and save_pretrained() it, which writes one"
+        )
+    lines = _bounded(path.with_name("merges.txt")).decode().splitlines()
+    vocabulary = json.loads(_bounded(path))
+    special = {_GPT2_END, *_special_tokens(said)} & vocabulary.keys()
+    added = {vocabulary[text]: (text, True) for text in special} | _added_tokens(path.parent, said)
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    spaced = said.get("add_prefix_space") is True
+    content = byte_level_json(vocabulary, merges, added, {"add_prefix_space": spaced})
+    return _json_tokenizer(content.encode(), {"add_bos_token": False, **said}, config)
+
+
+def byte_level_json(
+    vocabulary: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    added: Mapping[int, tuple[str, bool]],
+    bytes_: Mapping[str, Any],
+    *,
+    words: Sequence[Mapping[str, Any]] = (),
+    normalizer: Mapping[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> str:
+    """A `tokenizer.json` of byte pairs over bytes, GPT-2's kind.
+
+    Args:
+        vocabulary: ids of the pieces, added tokens among them.
+        merges: pairs of pieces, the first to be joined first.
+        added: tokens that are found whole, by id, and whether they are special.
+        bytes_: settings of the step that spells bytes, where they are not GPT-2's.
+        words: steps that cut a text before it.
+        normalizer: what happens to a text first.
+        ignore_merges: take a word that is a piece whole, however its pieces would join.
+
+    Returns:
+        The content of the file.
+    """
+    spelled = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spelled["use_regex"] = True
+    found = {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": i,
+                "content": text,
+                "special": special,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
+            for i, (text, special) in sorted(added.items())
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*words, spelled | {**bytes_}]},
+        "post_processor": None,
+        "decoder": spelled,
+        "model": {
+            "type": "BPE",
+            "vocab": dict(vocabulary),
+            "merges": [[*pair] for pair in merges],
+            "ignore_merges": ignore_merges,
+            "byte_fallback": False,
+            "fuse_unk": False,
+        },
+    }
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _json_tokenizer(content: bytes, said: Mapping[str, Any], config: ModelConfig) -> Any:
     from t5patches.model.tokenizer_json import JsonTokenizer  # loads a large library
 
     before = None
     if isinstance(said.get("add_bos_token"), bool):
         before = _content(said.get("bos_token")) if said["add_bos_token"] else ""
-    return JsonTokenizer(_bounded(path), config.end_ids, before)
+    return JsonTokenizer(content, config.end_ids, before)
 
 
 def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
@@ -213,8 +302,7 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
 
 def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """The added tokens and whether they are special, by id."""
-    named = {_content(value) for name, value in said.items() if name.endswith("_token")}
-    named |= {_content(value) for value in said.get("additional_special_tokens") or ()}
+    named = _special_tokens(said)
     path = folder / "added_tokens.json"
     added = {i: text for text, i in read_object(path).items()} if path.exists() else {}
     found = {i: (text, text in named) for i, text in added.items()}
