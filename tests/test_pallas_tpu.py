@@ -11,6 +11,7 @@ from harness import (
     CASES,
     MAIN,
     TAKES_EDITS,
+    Batch,
     _compiled,
     assert_as_good_as_dense,
     batch,
@@ -87,6 +88,29 @@ def test_rows_of_several_steps(name):
     assert_as_good_as_dense(name, NAME, one_of_each(batch(0, 2049)))
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("tnrf", np.float32),
+        slow_unless(False, "tnrr", jnp.bfloat16),
+        slow_unless(False, "ul", jnp.bfloat16),
+        slow_unless(False, "ce-smoothed", np.float32),
+    ],
+)
+def test_many_rows_go_in_taller_blocks(name, dtype):
+    """The last one ragged, some of kept tokens alone, some without edits."""
+    edits, copies = 5 if name in TAKES_EDITS else 0, 12 if dtype == jnp.bfloat16 else 6
+    parts = [batch(seed, 257, edits=edits, dtype=dtype) for seed in range(copies)]
+    b = Batch(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    rows, some = np.arange(len(b.ids)), len(b.ids) // 2
+    kept = np.where(rows < some, b.weights, np.abs(b.weights))
+    b = b._replace(weights=kept, ids=np.where(rows[:, None] < some, b.ids, -1))
+    size = (Stage.VALUE_AND_GRAD, 257, (dtype(0).itemsize,) * 2, plans.LEAST.vmem)
+    assert _plan("tnrf", *size, tokens=len(rows)).rows == 2 * _plan("tnrf", *size).rows
+    assert len(rows) % _plan("tnrf", *size, tokens=len(rows)).rows
+    assert_as_good_as_dense(name, NAME, b, dtype)
+
+
 def test_few_rows_have_edits():
     """Lists of edits are passed over where they are empty, and blocks without any."""
     b = batch(5, 257, edits=5)
@@ -145,9 +169,9 @@ def _little_vmem(monkeypatch, _fresh_programs):
     monkeypatch.setattr(plans, "LEAST", least)
 
 
-def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.plan):
+def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.plan, **options):
     op = Operation(Settings(objective, columns, smoothing=1e-6))
-    return of(op, stage, columns, itemsizes, private, vmem)
+    return of(op, stage, columns, itemsizes, private, vmem, **options)
 
 
 @pytest.mark.usefixtures("_little_vmem")
@@ -213,13 +237,21 @@ def test_plans_stay_within_every_chip():
             for sizes in ((4, 4), (2, 2), (4, 2), (4,)):
                 for objective in ("tnff", "tnrf", "ce"):
                     for stage in Stage:
-                        plan = _plan(objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
-                        assert plan is None or plan.limit <= chip.vmem
+                        size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
+                        plan, tall = _plan(*size), _plan(*size, tokens=2048)
+                        for found in (plan, tall, _plan(*size, of=plans.streamed)):
+                            assert found is None or found.limit <= chip.vmem
                         whole = plan is not None and plan.columns >= columns
                         assert whole or columns > 100_000
-                        size = (objective, stage, columns, sizes, chip.vmem, len(sizes) == 2)
-                        streamed = _plan(*size, of=plans.streamed)
-                        assert streamed is None or streamed.limit <= chip.vmem
+                        if tall != plan:  # twice the rows, and none of what is held given up
+                            assert (tall.rows, tall.parts) == (2 * plan.rows, plan.parts)
+
+
+def test_taller_blocks_where_they_fit_and_are_many():
+    size = ("tnrr", Stage.VALUE_AND_GRAD, 32128, (2, 2))
+    for chip in plans._CHIPS:
+        rows = [_plan(*size, chip.vmem, tokens=tokens).rows for tokens in (511, 512, 2048)]
+        assert rows == ([16, 16, 16] if chip.kind == "TPU v4" else [16, 32, 32])
 
 
 # --- The simulated machine ------------------------------------------------------------------------

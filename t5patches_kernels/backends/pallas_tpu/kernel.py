@@ -682,11 +682,11 @@ def call_of(
     d_stats: tuple[str, ...] = (),
 ) -> Call | None:
     """The kernel of a stage on a chip, or None where it would need rows that do not fit."""
-    columns = operands.model[0].shape[1]
+    rows, columns = operands.model[0].shape
     sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
     private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
     size = (op, stage, columns, sizes, private, chip.vmem)
-    plan = plans.plan(*size) or plans.streamed(*size)
+    plan = plans.plan(*size, tokens=rows) or plans.streamed(*size)
     if plan is None:
         return None
     per_row = 1 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
