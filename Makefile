@@ -113,8 +113,8 @@ bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
 
-bench-card: $(VENV)/.has-bench ## six minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
-	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu_card
+bench-card: $(VENV)/.has-bench ## five minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.card
 
 bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json

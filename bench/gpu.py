@@ -111,7 +111,7 @@ def copy_gb_per_second(torch_only: bool) -> float:
         x = torch.randint(1 << 30, (1 << 30,), device="cuda", dtype=torch.int32)
         row = time_of(x.clone, lambda _: torch.cuda.synchronize())
     else:
-        size = 1 << (30 if jax.default_backend() == "gpu" else 20)  # a CPU is a dry run
+        size = 1 << (20 if jax.default_backend() == "cpu" else 30)  # a CPU is a dry run
         x = jax.random.bits(jax.random.key(1), (size,), jnp.uint32)
         copy = jax.jit(jnp.copy)
         row = time_of(lambda: copy(x), jax.block_until_ready)

@@ -1,20 +1,20 @@
-r"""A borrowed card in six minutes: first whether the kernels are right, then how fast they are.
+r"""A borrowed card in minutes: first whether the kernels are right on it, then how fast they are.
 
-    python -m bench.gpu_card                       # with the JAX for CUDA that is there
-    python -m bench.gpu_card --minutes 3 --vocabularies 32128
+    python -m bench.card              # with the JAX for its GPU or TPU that is there
+    python -m bench.card --minutes 3 --vocabularies 32128
 
 In this order, as what fails first says most:
 
-1. every objective on 8 tokens: how far loss and gradient are from float64, beside how far the dense
-   formula in float32 is. A kernel that waits for a copy that never comes hangs here, and costs no
-   more than this;
+1. every objective on few tokens, in low blocks and in tall ones: how far loss and gradient are from
+   float64, beside how far the dense formula in float32 is. A kernel that waits for a copy that
+   never comes hangs here, and costs no more than this;
 2. the same call a hundred times: how often its bits differ;
 3. a copy on the device;
-4. value and gradient of 8192 tokens, by the kernel and by streaming XLA;
+4. value and gradient of many tokens, by the kernel and by streaming XLA;
 5. the head, from hidden states, by the size of a chunk.
 
-Each row is stored once it is there, in `results/gpu-card.json`. When the time is over, nothing new
-begins, and the last line says how many rows are missing.
+Each row is stored once it is there, in `results/gpu-card.json` or `results/tpu-card.json`. When the
+time is over, nothing new begins, and the last line says how many rows are missing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ import numpy as np
 from bench import common, gpu
 from t5patches_kernels.backends import chunked_linear
 
-KERNEL = "pallas_gpu"
+# A CPU is a dry run of the GPU's.
+PLATFORM = "tpu" if jax.default_backend() == "tpu" else "gpu"
+KERNEL = f"pallas_{PLATFORM}"
 OBJECTIVES = (*common.OBJECTIVES, *common.ALONE)
-SMALL = (264, 32128)  # vocabularies of the first two parts
+SMALL = ((8, 264), (530, 264), (8, 32128))  # tokens and vocabularies of the first part
 THREADS = 8  # that compile
+TOKENS = {"gpu": 8192, "tpu": 2048}
+CHUNKS = {"gpu": ("GPU_CHUNK_BYTES", [512, 1024, 2048]), "tpu": ("TPU_CHUNK_BYTES", [237])}
 
 Row = dict[str, Any]
 Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
@@ -48,9 +52,9 @@ def loss_and_gradient(what: str, objective: str) -> Any:
     return jax.jit(jax.value_and_grad(functools.partial(common.total, what, objective)))
 
 
-def error(objective: str, dtype: str, vocabulary: int) -> Row:
+def error(objective: str, dtype: str, tokens: int, vocabulary: int) -> Row:
     """How far the kernel's loss and gradient are from float64, and how far they may be."""
-    z, r, y, w = gpu.operands(8, vocabulary, dtype)
+    z, r, y, w = gpu.operands(tokens, vocabulary, dtype)
     y = y.at[0].set(0).at[1].set(vocabulary - 1)
     ours = jax.device_get(loss_and_gradient(KERNEL, objective)(z, r, y, w))
     z, r, y, w = jax.device_get((z, r, y, w))
@@ -73,7 +77,7 @@ def error(objective: str, dtype: str, vocabulary: int) -> Row:
 
 def differing(objective: str, dtype: str, vocabulary: int, repeats: int) -> Row:
     """How often a call gives other bits than the first."""
-    args = gpu.operands(2048 if jax.default_backend() == "gpu" else 8, vocabulary, dtype)
+    args = gpu.operands(8 if jax.default_backend() == "cpu" else 2048, vocabulary, dtype)
     call, same = loss_and_gradient(KERNEL, objective), jax.jit(_equal)
     first = call(*args)
     differ = sum(not same(first, call(*args)) for _ in range(repeats))
@@ -123,7 +127,7 @@ def heads(options: argparse.Namespace) -> Iterator[Step]:
     for mib in options.chunks_mib:
 
         def measure(mib: int = mib) -> Row:
-            chunked_linear.GPU_CHUNK_BYTES = mib << 20
+            setattr(chunked_linear, CHUNKS[PLATFORM][0], mib << 20)
             jax.clear_caches()
             return gpu.run_head(KERNEL, "tnff", args)
 
@@ -133,13 +137,15 @@ def heads(options: argparse.Namespace) -> Iterator[Step]:
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
     """All of it, in order."""
-    small = [v for v in SMALL if v <= max(options.vocabularies)]
-    for name, dtype, size in itertools.product(options.objectives, options.dtypes, small):
-        of = {"vocabulary": size, "dtype": dtype, "tokens": 8, "objective": name, "what": "error"}
-        yield of, functools.partial(error, name, dtype, size)
+    small = [size for size in SMALL if size[1] <= max(options.vocabularies)]
+    for size, name, dtype in itertools.product(small, options.objectives, options.dtypes):
+        of = dict(zip(("tokens", "vocabulary"), size, strict=True))
+        of |= {"dtype": dtype, "objective": name, "what": "error"}
+        yield of, functools.partial(error, name, dtype, *size)
+    size = small[-1][1]
     for name, dtype in itertools.product(options.objectives[:2], options.dtypes):
-        of = {"vocabulary": small[-1], "dtype": dtype, "objective": name, "what": "repeats"}
-        yield of, functools.partial(differing, name, dtype, small[-1], options.repeats)
+        of = {"vocabulary": size, "dtype": dtype, "objective": name, "what": "repeats"}
+        yield of, functools.partial(differing, name, dtype, size, options.repeats)
     copy = functools.partial(gpu.copy_gb_per_second, False)
     yield {"what": "copy"}, lambda: {"gb_per_second": copy()}
     yield from times(options)
@@ -149,13 +155,13 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
 def main() -> None:
     """Measures, prints and stores, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=6.0)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--tokens", type=int, default=TOKENS[PLATFORM])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32128, 128256, 250112])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--chunks-mib", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--chunks-mib", type=int, nargs="+", default=CHUNKS[PLATFORM][1])
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
@@ -166,7 +172,7 @@ def main() -> None:
             continue
         rows.append(of | gpu.guarded(measure))
         print(*(f"{x:.4g}" if isinstance(x, float) else x for x in rows[-1].values()), flush=True)
-        path = common.save("gpu-card", rows)
+        path = common.save(f"{PLATFORM}-card", rows)
     wrong = [row for row in rows if "error" in row or row.get("right") is False]
     print(f"{len(rows)} rows in {path}, {missing} missing, {len(wrong)} wrong or failed", *wrong)
 
