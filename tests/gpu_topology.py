@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 import os
 import re
@@ -10,7 +11,8 @@ import re
 import jax
 from harness import AS_USERS
 
-# The facts XLA asks about a card, by NVIDIA's figures; of an RTX 5090 those that tell it apart.
+# The facts XLA asks about a card, by NVIDIA's figures; of those that are not Hopper's, what tells
+# them apart.
 _FACTS = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -122,3 +124,44 @@ def _large(type_: str, size: int) -> float:
     dims = re.findall(r"\w+\[([\d,]+)\]", type_)
     elements = (math.prod(int(d) for d in x.split(",")) for x in dims)
     return sum(n / size for n in elements if n >= size // 2)
+
+
+def column_loops(ptx: str) -> list[list[str]]:
+    """The instructions of a kernel's loops over columns, one step by the shortest way through it.
+
+    That is a step without what few have: an edit, the target, an overlap, a chunk to fetch. A loop
+    over columns is told by its exponentials.
+    """
+    blocks: list[list[str]] = [[]]
+    labelled: dict[str, int] = {}
+    for line in (line.partition("//")[0].strip() for line in ptx.splitlines()):
+        if label := re.fullmatch(r"(\$\w+):", line):
+            blocks.append([])
+            labelled[label[1]] = len(blocks) - 1
+        elif instruction := re.fullmatch(r"((?:@!?%\w+\s+)?[a-z].*);", line):
+            blocks[-1].append(instruction[1])
+            if re.search(r"\b(bra|ret)\b", line):
+                blocks.append([])
+
+    def after(block: int) -> list[int]:
+        last = blocks[block][-1] if blocks[block] else ""
+        jump = re.search(r"\bbra\S*\s+(\$\w+)", last)
+        falls = last.startswith("@") or not (jump or last == "ret")
+        following = [block + 1] if falls and block + 1 < len(blocks) else []
+        return ([labelled[jump[1]]] if jump else []) + following
+
+    found: dict[int, list[str]] = {}  # by the block that a loop begins with
+    for end in range(len(blocks)):
+        for head in (x for x in after(end) if x <= end):
+            ways, done = [(len(blocks[head]), (head,))], set()
+            while ways and ways[0][1][-1] != end:
+                length, way = heapq.heappop(ways)
+                if way[-1] in done:
+                    continue
+                done.add(way[-1])
+                for x in set(after(way[-1])) - {head}:
+                    heapq.heappush(ways, (length + len(blocks[x]), (*way, x)))
+            if ways:
+                step = [line for block in ways[0][1] for line in blocks[block]]
+                found[head] = min(found.get(head, step), step, key=len)
+    return [step for step in found.values() if any(line.startswith("ex2.") for line in step)]

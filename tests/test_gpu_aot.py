@@ -11,7 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_topology import compile_for, device, passes
+from gpu_topology import column_loops, compile_for, device, passes
 from harness import CASES, MAIN, slow_unless
 
 import t5patches_kernels as tk
@@ -130,6 +130,42 @@ def test_spills_are_reported(spills):
 )  # fmt: skip
 def test_kernel(name, dtype, gradient, spills):
     check_kernel(name, dtype, gradient, V, spills)
+
+
+@pytest.fixture
+def instructions(tmp_path, monkeypatch):
+    """Those of a kernel's column loops, for rows in bfloat16 that fit into shared memory."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+
+    def loops(name):
+        program(name, "pallas_gpu", "bfloat16", gradient=True, rows=264, size=8192)
+        return column_loops(next(tmp_path.glob("*.ptx")).read_text())
+
+    return loops
+
+
+def special_functions(lines):
+    found = [line for line in lines if re.match(r"(ex2|lg2|rcp|sqrt|rsqrt|tanh)\.", line)]
+    assert all(".ftz." in line for line in found)  # each is one instruction of the card's
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "special"), [("tnrr", 45.1, 7.25), slow_unless(False, "tnff", 31.7, 4.25)]
+)
+def test_instructions_of_an_entry(name, most, special, instructions):
+    lines = [line for step in instructions(name) for line in step]
+    entries = 16  # of a thread, in one step of each loop
+    assert len(lines) <= most * entries
+    assert len(special_functions(lines)) <= special * entries
+
+
+@pytest.mark.parametrize("name", [slow_unless(True, "tnrf"), slow_unless(False, "tnrll")])
+def test_a_kept_row_has_two_loops_and_no_logarithm(name, instructions):
+    """One over the reference, two with logarithms, and those of kept rows."""
+    logarithms = [any("lg2." in line for line in step) for step in instructions(name)]
+    assert sorted(logarithms) == [False, False, False, True, True]
 
 
 _FOR_BLACKWELL = """

@@ -146,6 +146,18 @@ def test_rows_of_kept_tokens_need_no_more_than_their_term():
         assert less == ({"rkl"} if name.startswith(("tnrf", "tnrll")) else set()), name
 
 
+def test_rows_of_one_kind_need_the_normalisers_and_their_own_term():
+    needed = {
+        "tnrf": ({"s", "rs", "n", "sqz"}, {"s", "rs", "rkl"}),
+        "tnrll": ({"s", "rs", "n", "sum_z"}, {"s", "rs", "rkl"}),
+        "tnfll": ({"s", "rs"}, {"s", "rs", "qz"}),
+    }
+    for name, c in SETTINGS.items():
+        kept, pushed = (objectives.needs_of(c, pushed=x) for x in (False, True))
+        assert kept | pushed == objectives.needs(c)
+        assert (kept, pushed) == needed.get(name, (kept, pushed)), name
+
+
 def test_an_objective_asks_for_no_more_than_it_needs():
     assert objectives.needs(Settings("ce", 10)) == {"s"}
     assert objectives.needs(Settings("tnff", 10)) == {"s", "rs", "qz"}

@@ -423,16 +423,31 @@ def needs_second_pass(c: Settings) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def needs_kept(c: Settings) -> frozenset[str]:
-    """What rows of kept tokens alone need: `needs` without what only a pushed-down term reads."""
+def unread(c: Settings, *, pushed: bool) -> frozenset[str]:
+    """What a pushed-down token's loss does not read, or a kept one's: the other's term alone."""
     objective = OBJECTIVES.get(c.objective)
     if objective is None:
-        return needs(c)
-    pushed, kept = (
-        _reads_of(lambda row: objective.pushed(row, c)),
-        _reads_of(lambda row: objective.kept(row, c)),
-    )
-    return needs(c) - ((pushed - kept) & statistics.SECOND_PASS.keys())
+        return frozenset()
+    of_pushed = _reads_of(lambda row: objective.pushed(row, c))
+    of_kept = _reads_of(lambda row: objective.kept(row, c))
+    own, other = (of_pushed, of_kept) if pushed else (of_kept, of_pushed)
+    return frozenset(_REST.get(name, name) for name in other - own)
+
+
+@functools.lru_cache(maxsize=1024)
+def needs_of(c: Settings, *, pushed: bool) -> frozenset[str]:
+    """What rows of one kind need: `needs` without what only the other kind's term reads.
+
+    Both have the normalisers, which tell whether a row has an answer.
+    """
+    others = tuple(name for name in lines_of(c) if name != "loss")
+    less = unread(c, pushed=pushed) - _read_by(c, others) - {"s", "rs"}
+    return statistics.with_normalisers(needs(c) - less)
+
+
+def needs_kept(c: Settings) -> frozenset[str]:
+    """What rows of kept tokens alone need: `needs` without what only a pushed-down term reads."""
+    return needs(c) - (unread(c, pushed=False) & statistics.SECOND_PASS.keys())
 
 
 def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:

@@ -188,10 +188,10 @@ class Tile:
         """The values of a `Sum`, in the unit of the tile's functions."""
         if of == "ratio":  # log p - log s(q) but for what is the row's, which `reverse` adds
             return self.part_or(("value", of), lambda: self.value("z") - self.log_mass())
-        nats = self._nats(of)
+        value = self.functions.scaled(self._nats(of))
         if of != "z" or not self._unmasked:
-            nats = jnp.maximum(nats, FLOOR)
-        return self.part_or(("value", of), lambda: self.functions.scaled(nats))
+            value = jnp.maximum(value, FLOOR * self.functions.per_nat)
+        return self.part_or(("value", of), lambda: value)
 
     def weight(self, of: str | None) -> Array:
         """The weights of a `Sum`."""
@@ -310,7 +310,9 @@ def rebase(
       decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
       functions: what entries go through; sums of values are in its unit.
     """
-    shift = {of: stats[m] - maxima[m] for of, m in MAXIMUM.items() if m in stats}
+    shift = {of: functions.scaled(stats[m] - maxima[m]) for of, m in MAXIMUM.items() if m in stats}
+    if decay is None:
+        decay = {MAXIMUM[of]: functions.exp(x) for of, x in shift.items()}
     out = dict(stats) | maxima
     for name, (weight, value) in SUMS.items():
         if name not in stats:
@@ -318,10 +320,9 @@ def rebase(
         total = stats[name]
         moved = _MOVES.get(value)
         if moved in shift:
-            total = total + stats[_NORMALISER[weight]] * functions.scaled(shift[moved])
+            total = total + stats[_NORMALISER[weight]] * shift[moved]
         if weight in shift:
-            d_stats = jnp.exp(shift[weight]) if decay is None else decay[MAXIMUM[weight]]
-            total = total * d_stats
+            total = total * decay[MAXIMUM[weight]]
         out[name] = total
     return out
 
@@ -475,11 +476,11 @@ def coefficients(
                 add("z", value, factor)
             if value == "z" or (weight, value) == ("r", None):
                 add(weight, None, factor)
-    asked = _any_asked(d_stats)  # other rows may hold NaN, and 0 * NaN is not 0
+    asked = any_asked(d_stats)  # other rows may hold NaN, and 0 * NaN is not 0
     return {key: jnp.where(asked, x, jnp.zeros_like(x)) for key, x in table.items()}
 
 
-def _any_asked(d_stats: Mapping[Any, Array]) -> Array:
+def any_asked(d_stats: Mapping[Any, Array]) -> Array:
     """The rows that have a cotangent ``[R, 1]``."""
     return functools.reduce(jnp.logical_or, [factor != 0 for factor in d_stats.values()])
 
@@ -507,4 +508,4 @@ def gradient(
     if is_target is not None and "zy" in table:
         columns.append(jnp.where(is_target, table["zy"], jnp.zeros_like(table["zy"])))
     dz = sum(columns[1:], columns[0])
-    return dz if finite else jnp.where(_any_asked(table), dz, jnp.zeros_like(dz))
+    return dz if finite else jnp.where(any_asked(table), dz, jnp.zeros_like(dz))

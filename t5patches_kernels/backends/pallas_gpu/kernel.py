@@ -1,9 +1,14 @@
 """Mosaic GPU, for Hopper and Blackwell: a row's logits stay in shared memory between column loops.
 
-A thread block takes one row. Its chunks come by bulk copy into a ring of slots; a column loop works
-on each chunk in turn, and when it is done with one fetches the next that shares its slot. The next
-loop goes through the chunks in the other direction, so it begins with those that are still there: a
-row that fits into the ring is read once, and of a longer one the ring's share is.
+A thread block takes one row. The chunks of each array come by bulk copy into a ring of slots of its
+own; a column loop works on each chunk in turn, and when it is done with one fetches the next that
+shares its slot. The next loop goes through the chunks in the other direction, so it begins with
+those that are still there: a row that fits into the ring is read once, and of a longer one the
+ring's share is. Where sums take the logarithm of the smoothed reference, the first loop is over the
+reference alone, while the model's chunks arrive that the second begins with.
+
+A row branches by its own token's weight: that of a kept token leaves out what only the term of a
+pushed-down one reads, and its block knows no logarithm then.
 
 A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
 own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a loop. What few
@@ -22,7 +27,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -38,13 +44,35 @@ from t5patches_kernels.backends.pallas_gpu.plan import COPY_BYTES, OUT_SLOTS, TH
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Stats, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Stats, Tile
+
+
+def _layout(lanes: int) -> Any:
+    """How a piece is spread over the threads."""
+    return plgpu.Layout.WG_STRIDED((lanes,), lanes // THREADS)
+
+
+def _functions(lanes: int, interpret: bool) -> Functions:
+    """Exponential and logarithm of pieces: the card's own, which are to base 2.
+
+    JAX has a primitive for ``2^x`` and none for ``log2``. That ``(z - m) / ln 2`` takes two
+    instructions is meant: one, fused, would round ``m / ln 2``, which may be large where z - m is
+    small.
+    """
+    layout = _layout(lanes)
+    like = plgpu.ShapeDtypeStruct((lanes,), jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=like)
+    def log2(_: Any, x: Any) -> Any:
+        return x.log2(approx=True)
+
+    return Functions(jnp.exp2, jnp.log2 if interpret else log2, 1 / math.log(2))
 
 
 class _Row:
-    """A row, its chunks in shared memory, and the loop over them."""
+    """A row, its chunks in shared memory, and the loops over them."""
 
-    def __init__(self, call: Call, interpret: bool, refs: dict[str, Any]):
+    def __init__(self, call: Call, pushed: bool, interpret: bool, refs: dict[str, Any]):
         self.call, self.plan, self.refs = call, call.plan, refs
         self.interpret = interpret
         self.index = jax.lax.axis_index("row")
@@ -57,86 +85,98 @@ class _Row:
         self.edits = [
             (ids[self.index, 1 + k], scalars[self.index, first + k]) for k in range(call.edits)
         ]
+        self.functions = _functions(call.plan.lanes, interpret)
         self.loops_done = 0
-        self.rings = [name for name in ("z", "r") if name in refs]
-        for chunk in range(self.plan.slots):
-            self.load(jnp.int32(chunk), jnp.int32(chunk))
+        self.read_before: set[str] = set()  # rings
+        # The first chunks of each ring's first loop.
+        for name in sorted(self.rings("zr" if call.reference else "z")):
+            late = call.reads_reference_first(pushed) and name == "z"
+            for k in range(self.plan.slots):
+                self.load([name], jnp.int32(self.plan.chunks - 1 - k if late else k))
 
     # --- Chunks ------------------------------------------------------------------------------
+
+    def rings(self, of: str) -> set[str]:
+        """The rings that some logits are read from."""
+        return {"z" if self.call.reference == "self" else name for name in of}
 
     def start(self, chunk: Array) -> Array:
         """The first column of a chunk; the last chunk ends with the row and overlaps the others."""
         first = jnp.minimum(chunk * self.plan.chunk, self.call.columns - self.plan.chunk)
         return pl.multiple_of(first, COPY_BYTES // 4)
 
-    def load(self, chunk: Array, slot: Array) -> None:
+    def slot(self, chunk: Array) -> Array:
+        return jax.lax.rem(chunk, jnp.int32(self.plan.slots))
+
+    def load(self, rings: Iterable[str], chunk: Array) -> None:
         columns = pl.ds(self.start(chunk), self.plan.chunk)
-        for name in self.rings:
+        for name in rings:
             plgpu.copy_gmem_to_smem(
                 self.refs[name].at[self.index, columns],
-                self.refs[f"{name}_ring"].at[slot],
-                self.refs["arrived"].at[slot],
+                self.refs[f"{name}_ring"].at[self.slot(chunk)],
+                self.refs[f"{name}_arrived"].at[self.slot(chunk)],
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
 
-    def reload(self, chunk: Array, slot: Array) -> None:
-        plgpu.commit_smem()  # what was read here was read before the copy writes
-        self.load(chunk, slot)
-
-    def column_loop(self, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
-        """Calls ``body(step, chunk, slot, carry)`` on every chunk."""
+    def column_loop(self, of: str, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+        """Calls ``body(step, chunk, carry)`` on every chunk of the logits `of`."""
         chunks, slots = self.plan.chunks, self.plan.slots
         forward = self.forward = self.loops_done % 2 == 0
-        here = 0 if self.loops_done == 0 else slots  # what the loop before has left
+        rings = sorted(self.rings(of))
+        coming = [name for name in rings if name not in self.read_before]  # others are there
         self.loops_done += 1
+        self.read_before |= {*rings}
 
-        def step(i: Array, carry: Any, *, wait: bool) -> Any:
+        def step(i: Array, carry: Any, *, waits: list[str]) -> Any:
             chunk = i if forward else chunks - 1 - i
-            slot = jax.lax.rem(chunk, jnp.int32(slots))
-            if wait:
-                plgpu.barrier_wait(self.refs["arrived"].at[slot])
-            carry = body(i, chunk, slot, carry)
+            for name in waits:
+                plgpu.barrier_wait(self.refs[f"{name}_arrived"].at[self.slot(chunk)])
+            carry = body(i, chunk, carry)
             if slots < chunks:
                 following = chunk + slots if forward else chunk - slots
-                within = following < chunks if forward else following >= 0
-                pl.when(within)(lambda: self.reload(following, slot))
+
+                @pl.when(following < chunks if forward else following >= 0)
+                def _() -> None:
+                    plgpu.commit_smem()  # what was read here was read before the copy writes
+                    self.load(rings, following)
+
             return carry
 
-        for first, last in ((0, here), (here, chunks)):
+        ranges = [(0, slots, coming), (slots, chunks, rings)]
+        if coming == rings:
+            ranges = [(0, chunks, rings)]
+        for first, last, waits in ranges:
             if first < last:
-                carry = jax.lax.fori_loop(first, last, partial(step, wait=first >= here), carry)
+                carry = jax.lax.fori_loop(first, last, partial(step, waits=waits), carry)
         return carry
 
-    def pieces(self, chunk: Array, slot: Array, *, once: bool) -> list[tuple[Array, Array]]:
-        """The pieces of a chunk, edited, in float32: ``(z, r)``, or twice ``z`` without reference.
+    def pieces(self, of: str, chunk: Array, *, once: bool) -> list[Stats]:
+        """The pieces of a chunk, edited, in float32, each as the logits `of` by name.
 
         With `once`, entries that the chunk before has had are masked.
         """
-        every = range(self.plan.pieces)
-        z = [self.read("z", slot, k) for k in every]
-        r = [self.read("r", slot, k) for k in every] if "r" in self.rings else z
-        read = list(zip(z, r, strict=True))
+        read = [{name: self.read(name, chunk, k) for name in of} for k in range(self.plan.pieces)]
         overlaps = once and self.call.columns % self.plan.chunk != 0
         changes = [chunk == self.plan.chunks - 1] if overlaps else []
-        changes += [self.holds(chunk, column) for column, _ in self.edits]
+        changes += [self.holds(chunk, column) for column, _ in self.edits if "r" in of]
 
-        def changed(pieces: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-            return [self.change(chunk, k, *piece, overlaps) for k, piece in enumerate(pieces)]
+        def changed(pieces: list[Stats]) -> list[Stats]:
+            return [self.change(chunk, k, piece, overlaps) for k, piece in enumerate(pieces)]
 
         if not changes:
             return read
         return jax.lax.cond(functools.reduce(jnp.logical_or, changes), changed, lambda x: x, read)
 
-    def change(
-        self, chunk: Array, k: int, z: Array, r: Array, overlaps: bool
-    ) -> tuple[Array, Array]:
+    def change(self, chunk: Array, k: int, piece: Stats, overlaps: bool) -> Stats:
         """A piece as `pieces` has it, from what was read."""
-        for edited, log_factor in self.edits:
-            r = r + jnp.where(self.columns(chunk, k) == edited, log_factor, jnp.float32(0))
+        piece = dict(piece)
+        for edited, log_factor in self.edits if "r" in piece else ():
+            at = self.columns(chunk, k) == edited
+            piece["r"] = piece["r"] + jnp.where(at, log_factor, jnp.float32(0))
         if overlaps:
             fresh = self.columns(chunk, k) >= chunk * self.plan.chunk
-            z, r = (jnp.where(fresh, x, -jnp.inf) for x in (z, r))
-        return z, r
+            piece = {name: jnp.where(fresh, x, -jnp.inf) for name, x in piece.items()}
+        return piece
 
     def holds(self, chunk: Array, column: Array) -> Array:
         """Whether a column is among those of a chunk."""
@@ -148,79 +188,63 @@ class _Row:
         lane = self.across(jax.lax.broadcasted_iota(jnp.int32, (self.plan.lanes,), 0))
         return lane + (self.start(chunk) + k * self.plan.lanes)
 
-    def read(self, name: str, slot: Array, piece: int) -> Array:
+    def read(self, name: str, chunk: Array, piece: int) -> Array:
         entries = pl.ds(piece * self.plan.lanes, self.plan.lanes)
-        ring = self.refs[f"{name}_ring"]
-        return self.across(ring[slot, entries]).astype(jnp.float32)
+        (ring,) = self.rings(name)
+        return self.across(self.refs[f"{ring}_ring"][self.slot(chunk), entries]).astype(jnp.float32)
 
     def across(self, x: Array) -> Array:
         """Spreads a piece over the threads as all pieces are; the interpreter has no threads."""
-        if self.interpret:
-            return x
-        layout = plgpu.Layout.WG_STRIDED((self.plan.lanes,), self.plan.lanes // THREADS)
-        return plgpu.layout_cast(x, layout)
+        return x if self.interpret else plgpu.layout_cast(x, _layout(self.plan.lanes))
 
     def each_lane(self, x: float) -> Array:
         return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
 
+    def tile(self, piece: Stats, row: Stats) -> Tile:
+        smoothing = self.call.op.settings.smoothing
+        return Tile(piece.get("z"), piece.get("r"), row, smoothing, functions=self.functions)
+
     # --- Column loops ------------------------------------------------------------------------
 
-    def first_pass(self) -> Stats:
-        """The maxima and sums of the row."""
-        names = self.call.names - statistics.SECOND_PASS.keys()
-        tops = {"m": FLOOR} | ({"rm": FLOOR} if self.call.reference else {})
+    def sums(self, of: str, names: frozenset[str], known: Stats) -> Stats:
+        """The sums `names` of the row, and the maxima of the logits `of` that are not `known`."""
+        tops = {statistics.MAXIMUM[x]: x for x in of if statistics.MAXIMUM[x] not in known}
 
-        def body(_, chunk: Array, slot: Array, stats: Stats) -> Stats:
-            pieces = self.pieces(chunk, slot, once=True)
+        def body(_: Array, chunk: Array, stats: Stats) -> Stats:
+            pieces = self.pieces(of, chunk, once=True)
             maxima = {
-                m: functools.reduce(jnp.maximum, (p[of] for p in pieces), stats[m])
-                for of, m in enumerate(tops)
+                m: functools.reduce(jnp.maximum, (piece[x] for piece in pieces), stats[m])
+                for m, x in tops.items()
             }
-            stats = statistics.rebase(stats, maxima)
-            for z, r in pieces:
-                for name, x in statistics.terms(Tile(z, r, maxima), names).items():
+            stats = statistics.rebase(stats, maxima, functions=self.functions)
+            for piece in pieces:
+                tile = self.tile(piece, known | maxima)
+                for name, x in statistics.terms(tile, names).items():
                     stats[name] = stats[name] + x
             return stats
 
-        start = tops | dict.fromkeys(sorted(names), 0.0)
-        lanes = self.column_loop(body, {name: self.each_lane(x) for name, x in start.items()})
+        start = dict.fromkeys(tops, FLOOR) | dict.fromkeys(sorted(names), 0.0)
+        lanes = self.column_loop(of, body, {name: self.each_lane(x) for name, x in start.items()})
         row = {m: jnp.max(lanes[m]) for m in tops}
-        lanes = statistics.rebase(lanes, row)
-        return row | {name: jnp.sum(lanes[name]) for name in sorted(names)}
+        lanes = statistics.rebase(lanes, row, functions=self.functions)
+        sums = {name: jnp.sum(lanes[name]) for name in sorted(names)}
+        return row | statistics.in_nats(sums, self.functions)
 
-    def second_pass(self, row: Stats) -> Stats:
-        """The sums that need the row's normalisers."""
-        c = self.call.op.settings
-        names = self.call.names & statistics.SECOND_PASS.keys()
-
-        def body(_, chunk: Array, slot: Array, sums: Stats) -> Stats:
-            for z, r in self.pieces(chunk, slot, once=True):
-                terms = statistics.second_terms(Tile(z, r, row, c.smoothing), names)
-                sums = {name: sums[name] + x for name, x in terms.items()}
-            return sums
-
-        sums = self.column_loop(body, {name: self.each_lane(0.0) for name in sorted(names)})
-        return statistics.finish_second_pass({k: jnp.sum(x) for k, x in sums.items()}, row)
-
-    def gradient(self, row: Stats) -> None:
-        """Writes the gradient of the loss."""
-        c = self.call.op.settings
-        derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
-        d_stats = _lowerable(derivatives, row)
-        table = statistics.coefficients(row, d_stats)
+    def gradient(self, table: statistics.Coefficients, row: Stats) -> None:
+        """Writes the gradient: the weights and values of every entry times their coefficients."""
         own = table.pop("zy", None)
+        of = "zr" if any({"r", "s", "ratio"} & {*key} for key in table) else "z"
         out = self.refs["out"]
 
         def add_own(chunk: Array, own: Array, dz: list[Array]) -> list[Array]:
             at = (self.columns(chunk, k) == self.target for k in range(self.plan.pieces))
             return [x + jnp.where(y, own, jnp.float32(0)) for x, y in zip(dz, at, strict=True)]
 
-        def body(i: Array, chunk: Array, slot: Array, carry: Array) -> Array:
+        def body(i: Array, chunk: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(OUT_SLOTS))
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            pieces = self.pieces(chunk, slot, once=False)
-            tiles = (Tile(z, r, row, c.smoothing) for z, r in pieces)
-            dz = [statistics.gradient(tile, table, None) for tile in tiles]
+            tiles = (self.tile(piece, row) for piece in self.pieces(of, chunk, once=False))
+            dz = [statistics.gradient(tile, table, None, finite=True) for tile in tiles]
             if own is not None:
                 here = self.holds(chunk, self.target)
                 dz = jax.lax.cond(here, partial(add_own, chunk, own), lambda x: x, dz)
@@ -235,7 +259,7 @@ class _Row:
             plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.index, columns])
             return carry
 
-        self.column_loop(body, jnp.int32(0))
+        self.column_loop(of, body, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -278,22 +302,77 @@ def _lowerable(f: Callable[[Any], Any], x: Any) -> Any:
 def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One stage on one row."""
     named = dict(zip(names, refs, strict=True))
-    if not call.op.skip_ignored:
-        _whole_row(_Row(call, interpret, named))
-        return
-    counts = named["scalars"][jax.lax.axis_index("row"), 0] != 0
-    pl.when(counts)(lambda: _whole_row(_Row(call, interpret, named)))
-    pl.when(~counts)(lambda: _skip(call, named))
+    weight = named["scalars"][jax.lax.axis_index("row"), 0]
+
+    def run(pushed: bool) -> None:
+        _whole_row(_Row(call, pushed, interpret, named), pushed)
+
+    def by_kind() -> None:
+        if call.branches:
+            pl.when(weight < 0)(lambda: run(True))
+            pl.when(~(weight < 0))(lambda: run(False))
+        else:
+            run(True)
+
+    if call.op.skip_ignored:
+        pl.when(weight != 0)(by_kind)
+        pl.when(weight == 0)(lambda: _skip(call, named))
+    else:
+        by_kind()
+
+
+def _whole_row(row: _Row, pushed: bool) -> None:
+    """The algorithm, on a row of a token that is pushed down, or on one of another."""
+    call, c = row.call, row.call.op.settings
+    needed = names = call.needs(pushed)
+    if names & statistics.SECOND_PASS.keys() == {"sqz"}:  # without a logarithm: of one loop's sums
+        names = names - {"sqz"} | {"qz", "sum_z"}
+
+    # The sums, over the reference alone first where others take the logarithm of s(q).
+    known: Stats = {}
+    if call.reads_reference_first(pushed):
+        alone = names & frozenset(statistics.OF_REFERENCE)
+        known = row.sums("r", alone, {})
+        known |= objectives.finish_reference(known)
+        made_from = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
+        names = statistics.with_normalisers(frozenset(made_from))
+    stats = row.sums("zr" if call.reference else "z", names, known) | known | {"zy": row.zy}
+    if call.reference:
+        stats["ry"] = row.ry
+
+    # Statistics; 0 for those that no row of this kind needs.
+    stats = objectives.finish(stats, row.of_token)
+    if "sqz" in needed and "sqz" not in stats:
+        stats["sqz"] = stats["qz"] / stats["rs"] + c.smoothing * stats["sum_z"]
+    stats = dict.fromkeys(call.names, jnp.float32(0)) | stats
+
+    # Gradient.
+    if call.stage is Stage.VALUE_AND_GRAD:
+        derivatives = partial(objectives.derivatives, c=c, cotangents={"loss": jnp.float32(1)})
+        d_stats = _lowerable(derivatives, stats)
+        unread = objectives.unread(c, pushed=pushed)
+        read = {name: x for name, x in d_stats.items() if name not in unread}
+        table = statistics.coefficients(stats, read, row.functions)
+        asked = statistics.any_asked(table)
+        pl.when(asked)(lambda: row.gradient(table, stats))
+        pl.when(~asked)(lambda: _write_zeros(call, row.refs))
+
+    stats["bad"] = jnp.where(stats["bad"], 1.0, 0.0)
+    for k, name in enumerate(call.returned):
+        row.refs["stats"][k, row.index] = stats[name]
 
 
 def _skip(call: Call, refs: dict[str, Any]) -> None:
-    """Writes the zeros of an ignored token, of which nothing is read."""
-    index = jax.lax.axis_index("row")
+    """An ignored token, of which nothing is read."""
     for k in range(len(call.returned)):
-        refs["stats"][k, index] = jnp.float32(0)
-    if call.stage is not Stage.VALUE_AND_GRAD:
-        return
-    out, chunk = refs["out"], call.plan.chunk
+        refs["stats"][k, jax.lax.axis_index("row")] = jnp.float32(0)
+    if call.stage is Stage.VALUE_AND_GRAD:
+        _write_zeros(call, refs)
+
+
+def _write_zeros(call: Call, refs: dict[str, Any]) -> None:
+    """The gradient of a row of which nothing is asked."""
+    index, out, chunk = jax.lax.axis_index("row"), refs["out"], call.plan.chunk
     out[0, :] = jnp.zeros((chunk,), out.dtype)
     plgpu.commit_smem()
 
@@ -303,21 +382,6 @@ def _skip(call: Call, refs: dict[str, Any]) -> None:
 
     jax.lax.fori_loop(0, call.plan.chunks, copy, None)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _whole_row(row: _Row) -> None:
-    call = row.call
-    stats = row.first_pass() | {"zy": row.zy}
-    if call.reference:
-        stats["ry"] = row.ry
-    stats = objectives.finish(stats, row.of_token)
-    if objectives.needs_second_pass(call.op.settings):
-        stats = stats | row.second_pass(stats)
-    if call.stage is Stage.VALUE_AND_GRAD:
-        row.gradient(stats)
-    stats["bad"] = jnp.where(stats["bad"], 1.0, 0.0)
-    for k, name in enumerate(call.returned):
-        row.refs["stats"][k, row.index] = stats[name]
 
 
 # The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`), by name.
@@ -368,7 +432,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     scratch: dict[str, Any] = {
         k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()
     }
-    scratch["arrived"] = plgpu.Barrier(num_arrivals=len(logits), num_barriers=call.plan.slots)
+    scratch |= {f"{name}_arrived": plgpu.Barrier(num_barriers=call.plan.slots) for name in logits}
     if call.stage is Stage.VALUE_AND_GRAD:
         dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
         returned["dz"] = (z.shape, dtype)

@@ -94,6 +94,20 @@ class Call:
         """The statistics that the operation needs."""
         return objectives.needs(self.op.settings)
 
+    def needs(self, pushed: bool) -> frozenset[str]:
+        """The statistics that rows of one kind need."""
+        return objectives.needs_of(self.op.settings, pushed=pushed)
+
+    @property
+    def branches(self) -> bool:
+        """Whether rows of pushed-down tokens are worked on in another way than those of others."""
+        c = self.op.settings
+        return bool(objectives.unread(c, pushed=True) | objectives.unread(c, pushed=False))
+
+    def reads_reference_first(self, pushed: bool) -> bool:
+        """Whether the first column loop is over the reference alone: the next takes logarithms."""
+        return bool(self.needs(pushed) & {"rkl", "sqr"})
+
     @property
     def returned(self) -> tuple[str, ...]:
         """The statistics that leave the kernel, in order."""
