@@ -21,7 +21,7 @@ gpu_device_info {
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
   device_memory_size: {memory} shared_memory_per_block_optin: {optin}
-  cuda_compute_capability { major: {major} }
+  cuda_compute_capability { major: {major} minor: {minor} }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   device_vendor: "NVIDIA Corporation" name: "{name}"
 }
@@ -30,14 +30,18 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "{name}"
 """
-_HOPPER = {"major": 9, "shared": 233472, "optin": 232448}
+_HOPPER = {"major": 9, "minor": 0, "shared": 233472, "optin": 232448}
 _CARDS = {
     "H100": _HOPPER
     | {"name": "NVIDIA H100 80GB HBM3", "memory": 85899345920, "bandwidth": 3352320000000},
     "H200": _HOPPER | {"name": "NVIDIA H200", "memory": 151397597184, "bandwidth": 4800000000000},
     "B200": _HOPPER
     | {"name": "NVIDIA B200", "major": 10, "memory": 191503794176, "bandwidth": 8000000000000},
-    "RTX 5090": {"major": 12, "shared": 102400, "optin": 101376}
+    "A100": {"major": 8, "minor": 0, "shared": 167936, "optin": 166912}
+    | {"name": "NVIDIA A100-SXM4-80GB", "memory": 85899345920, "bandwidth": 2039000000000},
+    "L4": {"major": 8, "minor": 9, "shared": 102400, "optin": 101376}
+    | {"name": "NVIDIA L4", "memory": 24152899584, "bandwidth": 300000000000},
+    "RTX 5090": {"major": 12, "minor": 0, "shared": 102400, "optin": 101376}
     | {"name": "NVIDIA GeForce RTX 5090", "memory": 34190917632, "bandwidth": 1792000000000},
 }
 

@@ -368,9 +368,11 @@ class _Entries(Tile):
         r: Array | None,
         reference: Stats,
         smoothing: float,
+        floor: Array | float,
     ):
-        own = {m: jnp.maximum(x, FLOOR) for m, x in (("m", z), ("rm", r)) if x is not None}
+        own = {m: jnp.maximum(x, floor) for m, x in (("m", z), ("rm", r)) if x is not None}
         self.maxima = {m: x for m, x in own.items() if m not in reference}
+        self.floor = floor
         super().__init__(z, r, own | reference, smoothing)
 
     def _own(self, of: str) -> bool:
@@ -382,15 +384,18 @@ class _Entries(Tile):
             return super().weight(of)
         # Not by a comparison: on an H100 XLA stored that for the other sums. 1e-20 times what is
         # between `FLOOR` and the next float32 above it is more than 1.
-        above = 1e-20 * (self.maxima[MAXIMUM[of]] - FLOOR)
+        above = 1e-20 * (self.maxima[MAXIMUM[of]] - self.floor)
         return self.part_or(("weight", of), lambda: jnp.clip(above, 0.0, 1.0))
+
+    def weighed(self, weight: str | None, x: Array) -> Array:
+        if weight is None and self._own("z"):
+            return self.weight("z") * x
+        return super().weighed(weight, x)
 
     def value(self, of: str) -> Array:
         if not self._own(of):
             return super().value(of)
-        logits = self._logits[of]
-        none, masked = (jnp.asarray(x, logits.dtype) for x in (0.0, FLOOR))
-        return self.part_or(("value", of), lambda: jnp.where(logits > FLOOR, none, masked))
+        return self.part_or(("value", of), lambda: FLOOR * (1.0 - self.weight(of)))
 
     def product(self, sum_: Sum) -> Array:
         if sum_.value and sum_.value == (sum_.weight or "z") and self._own(sum_.value):
@@ -404,6 +409,7 @@ def entries(
     names: frozenset[str],
     reference: Stats | None = None,
     smoothing: float = 0.0,
+    floor: Array | float = FLOOR,
 ) -> Stats:
     """The statistics of each entry by itself ``[R, C]``: what a reduction by `merge` starts from.
 
@@ -413,9 +419,10 @@ def entries(
       names: the sums; with `reference` also those that `SECOND_PASS` is made from.
       reference: the finished ``rm`` and ``rs`` of the whole rows, where they are known.
       smoothing: of the reference distribution.
+      floor: `FLOOR`, or an array of it.
     """
     reference = reference or {}
-    tile = _Entries(z, r, reference, smoothing)
+    tile = _Entries(z, r, reference, smoothing, floor)
     return tile.maxima | terms(tile, names)
 
 

@@ -8,6 +8,7 @@ Holds nothing else of that size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -60,25 +61,36 @@ def parts_of(columns: int) -> int:
     return next((n for n in range(least, 4 * least) if columns % n == 0), 1)
 
 
+def _entries(
+    z: Array | None, r: Array | None, names: Iterable[str], known: Stats, smoothing: float
+) -> Stats:
+    """The statistics of each entry by itself ``[T, V]``, each sum's apart from the others'.
+
+    What several sums have in common, XLA would store, on one card or another. Of copies of what is
+    known it cannot tell that they are equal, and computes each sum's entries afresh.
+    """
+    floor = jnp.float32(statistics.FLOOR)
+    entries: Stats = {}
+    for name in sorted(names):
+        known, floor = jax.lax.optimization_barrier((known, floor))
+        entries |= statistics.entries(z, r, frozenset({name}), known, smoothing, floor)
+    return entries
+
+
 def _sums(op: Operation, operands: Operands, tokens: Tokens, stage: Stage) -> Stats:
     """The sums of whole rows, with those that the second pass's statistics are made from."""
     c = op.settings
     z, r = _read(op, operands, tokens)
     names = objectives.needs(c)
     if stage is Stage.FIRST_PASS or not objectives.needs_second_pass(c):
-        return _reduce(statistics.entries(z, r, names - statistics.SECOND_PASS.keys()))
+        return _reduce(_entries(z, r, names - statistics.SECOND_PASS.keys(), {}, 0.0))
     alone = names & frozenset(statistics.OF_REFERENCE)
-    of_reference = _reduce(statistics.entries(None, r, alone))
+    of_reference = _reduce(_entries(None, r, alone, {}, 0.0))
     z, r, of_reference = _next_pass(op, operands, tokens, of_reference)
-    sums = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
+    made_from = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
+    sums = statistics.with_normalisers(frozenset(made_from))
     known = objectives.finish_reference(of_reference)
-    entries: Stats = {}
-    for name in sorted(statistics.with_normalisers(frozenset(sums))):
-        # What several sums have in common, XLA would store. Of copies of what is known it cannot
-        # tell that they are equal, and computes each sum's entries afresh.
-        known = jax.lax.optimization_barrier(known)
-        entries |= statistics.entries(z, r, frozenset({name}), known, c.smoothing)
-    return _reduce(entries) | of_reference
+    return _reduce(_entries(z, r, sums, known, c.smoothing)) | of_reference
 
 
 def _next_pass(op, operands, tokens, stats):
