@@ -105,10 +105,12 @@ def test_linear(softcap):
     _, _, y, w = operands(lead=(6,))
 
     def loss(implementation, h, k):
-        return tk.linear_targeted_negative_loss(
-            h, k, h + 0.1, k, y, w, objective="tnrr", alpha=3.0, softcap=softcap,
+        """Of unequal cotangents: the gradient to `k` is made again, from the statistics."""
+        out = tk.linear_targeted_negative_loss(
+            h, k, h + 0.1, k, y, w, objective="tnrf", alpha=3.0, softcap=softcap,
             implementation=implementation,
-        ).loss.sum()  # fmt: skip
+        )  # fmt: skip
+        return (out.loss * jnp.arange(1.0, 7.0)).sum()
 
     want, got = (jax.grad(loss, (1, 2))(i, h, k) for i in ("xla", NAME))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
