@@ -138,11 +138,10 @@ def heads(options: argparse.Namespace) -> Iterator[Step]:
 def steps(options: argparse.Namespace) -> Iterator[Step]:
     """All of it, in order."""
     small = [size for size in SMALL if size[1] <= max(options.vocabularies)]
-    for size, name, dtype in itertools.product(small, options.objectives, options.dtypes):
-        of = dict(zip(("tokens", "vocabulary"), size, strict=True))
-        of |= {"dtype": dtype, "objective": name, "what": "error"}
-        yield of, functools.partial(error, name, dtype, *size)
-    size = small[-1][1]
+    for (tokens, size), name, dtype in itertools.product(small, options.objectives, options.dtypes):
+        of: Row = {"tokens": tokens, "vocabulary": size, "dtype": dtype}
+        of |= {"objective": name, "what": "error"}
+        yield of, functools.partial(error, name, dtype, tokens, size)
     for name, dtype in itertools.product(options.objectives[:2], options.dtypes):
         of = {"vocabulary": size, "dtype": dtype, "objective": name, "what": "repeats"}
         yield of, functools.partial(differing, name, dtype, size, options.repeats)
