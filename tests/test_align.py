@@ -343,6 +343,21 @@ def test_a_model_that_collapses_is_given_up_for_its_last_good_state(unbroken, tm
         run(tmp_path / "none", settings=settings)
 
 
+def test_a_state_kept_where_a_scorer_failed_is_gone_back_to_with_all_that_was_measured(
+    unbroken, tmp_path
+):
+    kl, history = unbroken.history["kl"], unbroken.history.items()
+    last = next(i for i in range(4, 9) if kl[i] > max(kl[:i]))
+    bound = (max(kl[:last]) + kl[last]) / 2
+    settings = PolicySettings(**vars(SETTINGS) | {"most_kl": bound, "checkpoint_every": 100})
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", Broken(last, RuntimeError()), settings)
+    found = run(tmp_path / "run", settings=settings)
+    assert found.steps == last - 1
+    expected = {name: x[: last - (name in ("loss", "clipped"))] for name, x in history}
+    assert found.history == expected
+
+
 def test_bounds_of_the_length_and_of_the_loss():
     def said(length_, kl=0.1, **history):
         sampled = policy_module._Sampled([], [], {}, kl, length_)
@@ -612,6 +627,11 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "no special token '<a>'" in refused(*fim, "--pretraining", "text.txt")
     (place / "text.jsonl").write_text('{"inputs": "a"}')
     assert "line 1: got the fields ['inputs']" in refused("--pretraining", "text.jsonl")
+    (place / "tiny" / "align.json").write_text("{")
+    said = refused()
+    assert "align.json cannot be read" in said
+    assert "remove the folder" not in said
+    (place / "tiny" / "align.json").unlink()
     monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: 1000)
     assert "that does not fit" in refused()
 

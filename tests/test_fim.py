@@ -76,6 +76,11 @@ def test_sentinels_and_shares_are_checked(tokenizer, tmp_path):
         FillInTheMiddle(1.0, ("<s>", "<fim>", "<|im_end|>")).ids(tokenizer)
     with pytest.raises(ValueError, match="'</s>' ends an output"):
         FillInTheMiddle(1.0, ("<s>", "</s>", "<|im_end|>")).ids(tokenizer)
+    # What puts a space in front of every part would tell "li" and "brary" as two words.
+    for kind in ("byte-level with a space in front", "bytes, prepended", "unigram"):
+        spaced = JsonTokenizer(tokenizer_samples.tokenizer_json(kind), ends=(1,))
+        with pytest.raises(NotImplementedError, match="a middle that begins within a word would"):
+            FillInTheMiddle(1.0, NAMES).ids(spaced)
     with pytest.raises(ValueError, match="three different sentinels are needed"):
         FillInTheMiddle(1.0, ("<s>", "<s>", "<|im_end|>"))
     with pytest.raises(ValueError, match=r"fim rate is 1\.5"):

@@ -52,6 +52,22 @@ def expected_from_prefixes():
     return [one_by_one(p, x, 9) for p, x in zip(PREFIXES, INPUTS, strict=True)]
 
 
+def test_given_outputs_are_read_as_they_were_decoded_with_the_padding_id_in_them():
+    """A sampler may draw it: what is learnt is then of the distribution that it was drawn from."""
+    outputs = np.array([[5, 0, 6, 0, 0], [0, 7, 8, 9, 1]])
+    prompts = jnp.asarray(INPUTS[:2])
+    prefill = functools.partial(MODEL.prefill, streams=1, max_length=5)
+    cache = jax.jit(prefill)(PARAMS, prompts, np.zeros((2, 0), np.int32), np.int32(0))
+    token, steps, decode = np.zeros(2, np.int32), [], jax.jit(MODEL.decode)
+    for said in outputs.T:
+        logits, cache = decode(PARAMS, cache, token[:, None])
+        steps.append(np.asarray(logits[:, 0]))
+        token = np.asarray(said, np.int32)
+    states = jax.jit(MODEL.hidden)(PARAMS, {"inputs": prompts, "outputs": outputs})
+    got = MODEL.head(PARAMS).logits(states)
+    np.testing.assert_allclose(got, np.stack(steps, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", t5_folders.NAMES)
 def test_greedy_outputs_are_those_of_the_original_library(name):
     """Without a prefix and with one, in one batch."""

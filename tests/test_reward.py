@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_samples
 
 from t5patches import cli, scorers
 from t5patches.editing import reward as reward_module
@@ -21,13 +22,15 @@ from t5patches.editing.reward import (
     pair_arrays,
     pair_loss,
     read_pairs,
+    record_text,
     repeats,
     split,
 )
 from t5patches.editing.scores import ScorerError, score, try_out
+from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.lora import Lora, attached, init_adapter
+from t5patches.model.lora import Lora, attached, init_adapter, weights_fingerprint
 from t5patches.model.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -79,6 +82,7 @@ BAD = {
     "a table": (lambda o: [[1.0], [2.0]], r"gave numbers of the shape \(2, 1\) for 2 outputs"),
     "nan": (lambda o: [1.0, float("nan")], "1 of them not finite.* nan for number 2, 'b' to the i"),
     "infinite": (lambda o: [float("-inf"), 1.0], "-inf for number 1, 'a' to the input 'x'"),
+    "beyond float32": (lambda o: [0.0, -1e200], "1 of them not finite in float32.* -1e.200 for"),
     "words": (lambda o: ["good", "bad"], "ValueError: could not convert string to float"),
     "nothing": (lambda o: None, "TypeError: 'NoneType' object is not iterable"),
 }
@@ -320,10 +324,31 @@ def test_what_is_no_reward_model_is_refused(place, tmp_path, capsys):
     (spoilt / "reward.json").write_text(json.dumps(record))
     (spoilt / "model.safetensors").write_bytes((place / "tiny/model.safetensors").read_bytes())
     assert "the head there was trained on other weights" in refused(spoilt)
-    for content in ("{", "[]", "{}", json.dumps(record | {"weight": "x"})):
+    wrong = ({"weight": "x"}, {"weight": [10**400] * 8}, {"job": {"chat": []}})
+    for content in ("{", "[]", "{}", *(json.dumps(record | x) for x in wrong)):
         (spoilt / "reward.json").write_text(content)
         assert "reward.json cannot be read" in refused(spoilt)
+    for name in ("reward.json", "more.safetensors"):
+        (spoilt / "reward.json").write_text(json.dumps(record))
+        (spoilt / name).unlink(missing_ok=True)
+        (spoilt / name).symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_text(json.dumps(record))
+        assert f"{name} is a link to" in refused(spoilt)
+        (spoilt / name).unlink()
     assert not (tmp_path / "none.unfinished").exists()
+
+
+def test_a_reward_model_needs_room_for_the_outputs(tmp_path):
+    model = small_decoder(vocab_size=336, width=4, layers=1, begin_id=0, max_positions=9)
+    files = {"tokenizer.json": tokenizer_samples.tokenizer_json("byte-level")}
+    save_checkpoint(tmp_path / "made", model, model.init(jax.random.key(0)), files=files)
+    head = record_text({"job": {"chat": None}}, np.zeros(4), weights_fingerprint(tmp_path / "made"))
+    (tmp_path / "made" / "reward.json").write_text(head)
+    reward = Reward(tmp_path / "made")
+    assert len(reward._tokenizer.encode_prompt("zz")) == 2
+    reward.require_inputs(["z", "zz"], 7)  # and an end token, which is read of no place of its own
+    with pytest.raises(ValueError, match="cannot be given input 2: a prompt has 2 tokens and its"):
+        reward.require_inputs(["z", "zz"], 8)
 
 
 def test_what_is_wrong_is_told_before_weights_are_read(place, tmp_path, monkeypatch, capsys):

@@ -162,4 +162,5 @@ def _meter(options: argparse.Namespace, inputs: Sequence[Any]) -> Any:
         if given:
             raise ValueError(f"--{' and --'.join(given)} need --scorer, which they set")
         return None
-    return Meter(load_scorer(options.scorer, options.reward, inputs), **given)
+    scorer = load_scorer(options.scorer, options.reward, inputs, options.max_length)
+    return Meter(scorer, **given)

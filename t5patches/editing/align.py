@@ -212,7 +212,7 @@ def check(job: Job) -> Checked:
     card_before_edits(job.model)
     check_chat(job.model, job.chat)
     pretraining = _other_text(job, tokenizer, model)
-    scorer = load_scorer(job.scorer, job.reward, job.inputs)
+    scorer = load_scorer(job.scorer, job.reward, job.inputs, job.settings.max_length)
     plan = _planned(job, model, tokenizer, pretraining)
     return Checked(model, tokenizer, scorer, pretraining, plan)
 

@@ -58,7 +58,13 @@ from t5patches.editing.train import (
 )
 from t5patches.model.folder import check_tokenizer
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
-from t5patches.model.lora import is_adapter, merged, save_adapter, whole_model
+from t5patches.model.lora import (
+    is_adapter,
+    merged,
+    save_adapter,
+    weight_fingerprints,
+    whole_model,
+)
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
@@ -427,7 +433,12 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
     now = uses_chat(whole_model(folder, base), chat)
     then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
     if (aligned := Path(folder) / ALIGN_RECORD).exists():
-        job = read_object(aligned).get("job")
+        try:
+            job = read_object(aligned).get("job")
+        except ValueError as error:
+            raise ValueError(
+                f"{aligned} cannot be read ({error.__cause__}): remove it or restore it"
+            ) from error
         then[ALIGN_RECORD] = [job.get("chat") if isinstance(job, dict) else None]
     for record, chats in then.items():
         if now is not None and (not now) in chats:
@@ -791,10 +802,7 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _weights(folder: PathLike) -> dict[str, Any]:
-    files = {
-        path.name: file_fingerprint(path) for path in sorted(Path(folder).glob("*.safetensors"))
-    }
-    return {"name": Path(folder).name, "sha256": files}
+    return {"name": Path(folder).name, "sha256": weight_fingerprints(folder)}
 
 
 def _named(files: Sequence[PathLike]) -> dict[str, str]:

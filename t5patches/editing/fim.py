@@ -59,6 +59,7 @@ class FillInTheMiddle:
 
         Raises:
             ValueError: one is no special token, so that any text may hold it, or an end token.
+            NotImplementedError: parts of a text cannot be split into tokens one by one.
         """
         controls = tokenizer.controls
         absent = [name for name in self.sentinels if name not in controls]
@@ -71,6 +72,14 @@ class FillInTheMiddle:
         ends = [name for name in self.sentinels if controls[name] in tokenizer.end_ids]
         if ends:
             raise ValueError(f"{ends[0]!r} ends an output, so it can begin no part of a text")
+        parts = ("a ", " b", "c")
+        told = tokenizer.decode([i for part in parts for i in tokenizer.encode(part).ids]).text
+        if told != "".join(parts):
+            raise NotImplementedError(
+                f"the tokenizer makes {told!r} of the parts {parts}, as sentencepiece does that "
+                "puts a space in front of every text: a middle that begins within a word would "
+                "be told as another word. Leave --fim out, or take a byte-level model"
+            )
         prefix, suffix, middle = (controls[name] for name in self.sentinels)
         return prefix, suffix, middle
 

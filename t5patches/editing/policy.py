@@ -58,6 +58,7 @@ from t5patches_kernels import (
 )
 
 REF_HIDDEN = "ref_hidden"
+MEASURED = ("score", "kl", "length", "same", "kl_coefficient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +289,7 @@ def align(
         if states.latest is not None:
             state, history = states.restore(on_first_device(state))
             # What was measured of this very state is measured again.
-            history = {name: values[:first] for name, values in history.items() if first}
+            history = _before(history, first)
         display = _Display(progress, settings.steps, first)
         for step in range(first, settings.steps + 1):
             sampled = run.sample(state, step)
@@ -320,7 +321,10 @@ def align(
                 f"{collapse}, and of the steps before no state is kept: lower the learning rate, "
                 "raise the KL's coefficient, make checkpoints more often, or widen the bounds"
             )
-        state, history = states.restore(on_first_device(state))
+        state, _ = states.restore(on_first_device(state))
+        # That of the checkpoint lacks what was measured of its state where a scorer failed there.
+        measured = _before({name: history[name] for name in MEASURED}, states.latest + 1)
+        history = _before(history, states.latest) | measured
         return Aligned(state.params, states.latest, history, collapse)
 
 
@@ -698,6 +702,10 @@ def _collapse(sampled: _Sampled, history: History, settings: PolicySettings) -> 
             f"first, and the bound is a factor of {most:g}"
         )
     return None
+
+
+def _before(history: History, step: int) -> History:
+    return {name: values[:step] for name, values in history.items() if step}
 
 
 def _append(history: History, values: Mapping[str, float]) -> None:

@@ -64,7 +64,7 @@ from t5patches.model.lora import (
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
-from t5patches.runs.files import read_object
+from t5patches.runs.files import read_regular, require_own_file
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint, json_fingerprint
 from t5patches_kernels import pairwise_reward_loss
 
@@ -554,20 +554,22 @@ class Reward:
             found[rows] = np.asarray(_rewards(*given, model=self._model))[: len(rows)]
         return found
 
-    def require_inputs(self, inputs: Sequence[Inputs]) -> None:
+    def require_inputs(self, inputs: Sequence[Inputs], max_length: int) -> None:
         """Refuses inputs that this model cannot be given, before outputs to them are made.
 
         Args:
             inputs: all there are.
+            max_length: tokens that an output to them may have, as if this model counted them.
 
         Raises:
-            ValueError: one cannot be put into this model's template, or is longer than its
-                positions.
+            ValueError: one cannot be put into this model's template, or it and an output are
+                longer than its positions.
         """
         for number, text in enumerate(inputs, start=1):
             try:
                 length = len(self._tokenizer.encode_prompt(text))
-                require_positions(self._model.config, np.array([length]), 1)
+                # An output that was cut off is given an end token too.
+                require_positions(self._model.config, np.array([length]), max_length + 1)
             except ValueError as error:
                 raise ValueError(
                     f"the reward model in {self._folder} cannot be given input {number}: {error}"
@@ -575,7 +577,10 @@ class Reward:
 
 
 def load_scorer(
-    function: str | None, reward: str | os.PathLike[str] | None, inputs: Sequence[Inputs]
+    function: str | None,
+    reward: str | os.PathLike[str] | None,
+    inputs: Sequence[Inputs],
+    max_length: int,
 ) -> Scorer:
     """A scorer of either kind, tried on a sample.
 
@@ -583,6 +588,7 @@ def load_scorer(
         function: "module:function", see `t5patches.editing.scores`.
         reward: the folder of a reward model.
         inputs: that outputs will answer.
+        max_length: tokens that these may have.
 
     Returns:
         The scorer.
@@ -598,7 +604,7 @@ def load_scorer(
         try_out(scorer, f"--scorer {function}")
         return scorer
     model = Reward(reward or "")
-    model.require_inputs(inputs)
+    model.require_inputs(inputs, max_length)
     try_out(model, f"--reward {os.fspath(reward or '')}")
     return model
 
@@ -630,10 +636,11 @@ def _read_head(folder: Path) -> tuple[np.ndarray, str]:
             f"{folder} is no reward model, as it has no {RECORD}: make one with `t5patches reward`"
         )
     try:
-        found = read_object(path)
+        require_own_file(path)
+        found = json.loads(read_regular(path))
         chat = {None: "auto", True: "on", False: "off"}[found["job"]["chat"]]
         weight, of = np.array(found[WEIGHT], np.float32).reshape(-1), found[BENEATH]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     # What edits or aligns a folder copies such files of it: its head would score nonsense.
     if of != weights_fingerprint(folder):

@@ -35,7 +35,7 @@ def score(scorer: Scorer, outputs: Sequence[str], inputs: Sequence[Inputs]) -> n
         inputs: what it was given for each; may be left empty where the scorer does not ask.
 
     Returns:
-        [N] float64, all finite.
+        [N] float64, all finite in float32.
 
     Raises:
         ScorerError: saying what the scorer raised, how many numbers it gave, or for which output
@@ -57,13 +57,14 @@ def score(scorer: Scorer, outputs: Sequence[str], inputs: Sequence[Inputs]) -> n
             f"the scorer gave {_counted(numbers.shape)} for {len(outputs)} outputs: a finite one "
             "for each is needed"
         )
-    odd = np.flatnonzero(~np.isfinite(numbers))
+    # Means and squares of larger ones are not finite.
+    odd = np.flatnonzero(~(np.abs(numbers) <= np.finfo(np.float32).max))
     if len(odd):
         first = int(odd[0])
         to = f" to the input {input_text(inputs[first])!r:.200}" if len(inputs) else ""
         raise ScorerError(
-            f"the scorer gave {len(numbers)} numbers, {len(odd)} of them not finite, for "
-            f"{len(outputs)} outputs: {numbers[first]} for number {first + 1}, "
+            f"the scorer gave {len(numbers)} numbers, {len(odd)} of them not finite in float32, "
+            f"for {len(outputs)} outputs: {numbers[first]} for number {first + 1}, "
             f"{outputs[first]!r:.200}{to}; a finite one for each is needed"
         )
     return numbers

@@ -420,8 +420,29 @@ def weights_fingerprint(folder: PathLike) -> str:
 
     Returns:
         64 hexadecimal digits, of the contents of its safetensors files.
+
+    Raises:
+        ValueError: see `weight_fingerprints`.
     """
-    return json_fingerprint(sorted(map(file_fingerprint, Path(folder).glob("*.safetensors"))))
+    return json_fingerprint(sorted(weight_fingerprints(folder).values()))
+
+
+def weight_fingerprints(folder: PathLike) -> dict[str, str]:
+    """The same file by file.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        The fingerprint of each of its safetensors files, by name.
+
+    Raises:
+        ValueError: one of them is no file of the folder itself.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for file in files:
+        require_own_file(file)
+    return {file.name: file_fingerprint(file) for file in files}
 
 
 # What a setting of PEFT must be, where it is there, for the formula above to be the whole adapter.

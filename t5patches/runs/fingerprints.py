@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5patches.runs.files import require_regular
+
 
 def fingerprint(tree: Any) -> str:
     """A short text that two trees of arrays share only if they are equal.
@@ -36,7 +38,11 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        ValueError: it is a pipe or a device, of which reading may never end.
     """
+    require_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

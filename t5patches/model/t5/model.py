@@ -94,14 +94,18 @@ class T5:
     def hidden(
         self, params: Params, batch: Mapping[str, Any], *, dropout_key: Array | None = None
     ) -> Array:
-        """The decoder's last states, given the outputs."""
+        """The decoder's last states, given the outputs.
+
+        Nothing in an output is taken for padding, as while it was decoded: a sampled one may hold
+        the padding id. What stands behind its end is seen by no token before.
+        """
         begin = ((0, 0), (1, 0))
         given = jnp.pad(batch["outputs"], begin, constant_values=self.config.begin_id)[:, :-1]
         out: Any = Transformer(self.config).apply(
             {"params": params},
             batch["inputs"],
             given,
-            batch["outputs"],
+            jnp.ones_like(given),
             enable_dropout=dropout_key is not None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             return_hidden=True,
