@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from t5patches import cli
 from t5patches.editing import edit as edit_module
+from t5patches.editing import outputs as outputs_module
+from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
 from t5patches.editing.edit import Job, check, read_rounds, unfinished
 from t5patches.editing.train import TrainSettings
@@ -158,7 +160,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
         (edit_module, "load_checkpoint", 1),
         (train_module.Batches, "at", 4),  # beyond the first checkpoint
         (edit_module, "_record", 1),  # trained, not written
-        (edit_module, "save_checkpoint", -1),  # written, not renamed
+        (edit_module, "save_result", -1),  # written, not renamed
     ]
     for module, name, when in moments:
         spoil, restore = kill(module, name, when)
@@ -172,7 +174,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
     assert "holds an unfinished edit: go on with it (--resume)" in capsys.readouterr().err
     assert run(place, "--resume", "--alpha", "2") == 2
     assert "alpha (1.0 there, 2.0 asked for)" in capsys.readouterr().err
-    spoil, restore = kill(edit_module, "remove")  # renamed, not cleaned up
+    spoil, restore = kill(outputs_module, "remove")  # renamed, not cleaned up
     spoil()
     assert run(place, "--resume") == 130
     restore()
@@ -204,7 +206,7 @@ RESUMED = {
 def test_a_killed_edit_is_resumed_by_what_is_the_same(place, monkeypatch, capsys):
     place = place()
     with monkeypatch.context() as patched:
-        patched.setattr(edit_module, "remove", None)
+        patched.setattr(outputs_module, "remove", None)
         patched.setattr(edit_module.Path, "rename", None)  # written, not renamed
         with pytest.raises(TypeError):
             run(place, output="killed")
@@ -244,7 +246,7 @@ def test_an_edit_at_work_is_not_called_unfinished(place, monkeypatch, capsys):
     def held(_):
         raise ValueError("another process is at work")
 
-    monkeypatch.setattr(edit_module, "hold", held)
+    monkeypatch.setattr(outputs_module, "hold", held)
     assert run(place) == 2
     assert "another process is at work" in capsys.readouterr().err
 
@@ -366,7 +368,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module.ocp.CheckpointManager, "save", full)
+        patched.setattr(states_module.ocp.CheckpointManager, "save", full)
         assert run(place) == 1
         assert "the checkpoint of step 2 cannot be written" in capsys.readouterr().err
     with monkeypatch.context() as patched:

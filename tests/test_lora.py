@@ -604,6 +604,14 @@ def made(tmp_path_factory):
     return place
 
 
+def test_the_same_adapter_is_the_same_file(made, tmp_path):
+    model, _ = load_checkpoint(made / "base")
+    for number in range(8):
+        save_adapter(tmp_path / str(number), model, some_adapter(model), LORA, base=made / "base")
+    files = {(tmp_path / str(n) / "adapter_model.safetensors").read_bytes() for n in range(8)}
+    assert files == {(made / "adapter" / "adapter_model.safetensors").read_bytes()}
+
+
 @pytest.mark.parametrize("case", WRONG_FOLDERS)
 def test_a_spoilt_adapter_is_refused(case, made, tmp_path):
     spoil, message = WRONG_FOLDERS[case]

@@ -31,6 +31,7 @@ from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import save_checkpoint
 from t5patches.model.lora import Lora, attached, init_adapter, weights_fingerprint
+from t5patches.model.memory import size
 from t5patches.model.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -376,3 +377,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, tmp_path, monkeypa
     assert "1 pairs repeat another one, and count each time" in said
     assert "pairs to train on, " in said
     assert "memory on each of 1 x" in said
+    # What training starts from is held beside what is trained, where that is all of it.
+    assert command("--plan", "--lora", "0", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parameters"] == 2 * size(tiny_params()) + 4 * 8

@@ -287,7 +287,7 @@ def test_another_run_is_refused(unbroken, changes, named):
 def test_the_original_defaults_to_the_start(unbroken, tmp_path, monkeypatch):
     described = []
     monkeypatch.setattr(train_module, "claim", lambda _, run, **__: described.append(run))
-    monkeypatch.setattr(train_module, "_checkpoints", None)
+    monkeypatch.setattr(train_module, "States", None)
     for original in (None, tiny_params(0)):
         with pytest.raises(TypeError, match="'NoneType' object"):
             again(tmp_path, original=original)
@@ -328,7 +328,7 @@ def test_an_order_decides_which_rows_are_taken(tmp_path, monkeypatch):
             again(tmp_path, order=wrong)
     described = []
     monkeypatch.setattr(train_module, "claim", lambda _, run, **__: described.append(run))
-    monkeypatch.setattr(train_module, "_checkpoints", None)
+    monkeypatch.setattr(train_module, "States", None)
     for given in (None, order, order[::-1]):
         with pytest.raises(TypeError, match="'NoneType' object"):
             again(tmp_path, order=given)

@@ -53,27 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scored = parser.add_mutually_exclusive_group(required=True)
     scored.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
     scored.add_argument("--reward", metavar="DIR", help="scores outputs, see above")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where it was killed; --checkpoint-every may be another by then",
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="check everything, print the plan, and stop"
-    )
+    common.add_run_options(parser, "--remat and ")
     _add_steps(parser.add_argument_group("steps"))
     _add_closeness(parser.add_argument_group("what it keeps to"))
     adapter = parser.add_argument_group("adapter")
-    common.add_adapter_options(adapter)
-    adapter.add_argument(
-        "--merge",
-        action="store_true",
-        help="add the adapter to the model's kernels: OUTPUT is a whole folder",
+    common.add_adapter_options(adapter, 8)
+    common.add_merge_option(adapter)
+    machine = parser.add_argument_group("machine")
+    common.add_machine_options(machine)
+    common.add_checkpoint_option(
+        machine, 5, "steps between two states to resume from, or to go back to"
     )
-    _add_machine(parser.add_argument_group("machine"))
 
 
 def _add_steps(group: Any) -> None:
@@ -188,33 +178,6 @@ def _add_closeness(group: Any) -> None:
     )
 
 
-def _add_machine(group: Any) -> None:
-    group.add_argument(
-        "--implementation",
-        metavar="NAME",
-        help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
-    )
-    group.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="float32",
-        help="float32 or bfloat16, of activations (default: float32)",
-    )
-    group.add_argument(
-        "--remat",
-        action="store_true",
-        help="hold only what is between layers and run each layer again in the backward pass: less "
-        "memory, more arithmetic",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        metavar="N",
-        type=common.positive,
-        default=5,
-        help="steps between two states to resume from, or to go back to (default: 5)",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """Trains a model folder towards a score.
 
@@ -224,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.align import Job, align_folder, check, plan_lines
+    from t5patches.editing.align import Job, align_folder, check
     from t5patches.editing.policy import PolicySettings, Stopped
 
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
@@ -233,8 +196,7 @@ def run(options: argparse.Namespace) -> int:
     given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
     job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
     if options.plan:
-        checked = check(job)
-        common.print_result(options, vars(checked.plan), "\n".join(plan_lines(job, checked)))
+        common.print_plan(options, check(job))
         return 0
     try:
         console = common.progress_console(options)

@@ -74,19 +74,98 @@ def add_chat_option(container: Any) -> None:
     )
 
 
-def add_adapter_options(container: Any) -> None:
-    """Adds the adapter that is trained, for `lora`.
+def add_run_options(container: Any, more: str = "") -> None:
+    """Adds the folder that a long run makes, and how to go on with it.
+
+    Args:
+        container: a parser, or a group of one.
+        more: what may be another when it goes on.
+    """
+    container.add_argument(
+        "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
+    )
+    container.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"go on where it was killed; {more}--checkpoint-every may be another by then",
+    )
+    container.add_argument(
+        "--plan", action="store_true", help="check everything, print the memory plan, and stop"
+    )
+
+
+def add_checkpoint_option(container: Any, default: int, what: str) -> None:
+    """Adds how often a long run keeps its state.
+
+    Args:
+        container: a parser, or a group of one.
+        default: how often.
+        what: is counted, and between which states.
+    """
+    container.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        type=positive,
+        default=default,
+        help=f"{what} (default: {default})",
+    )
+
+
+def add_machine_options(container: Any) -> None:
+    """Adds how training computes.
 
     Args:
         container: a parser, or a group of one.
     """
     container.add_argument(
+        "--implementation",
+        metavar="NAME",
+        help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
+    )
+    container.add_argument(
+        "--dtype",
+        metavar="NAME",
+        default="float32",
+        help="float32 or bfloat16, of activations; what is trained and sums are float32 (default: "
+        "float32)",
+    )
+    container.add_argument(
+        "--remat",
+        action="store_true",
+        help="hold only what is between layers and run each layer again in the backward pass "
+        "(gradient checkpointing): much less memory for long texts and deep models, a third more "
+        "arithmetic",
+    )
+
+
+def add_merge_option(container: Any) -> None:
+    """Adds what becomes of an adapter.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the adapter to the model's kernels: OUTPUT is a whole folder",
+    )
+
+
+def add_adapter_options(container: Any, default: int, about: str = "") -> None:
+    """Adds the adapter that is trained, for `lora`.
+
+    Args:
+        container: a parser, or a group of one.
+        default: its rank; 0 trains all parameters.
+        about: what else is to be known of it.
+    """
+    container.add_argument(
         "--lora",
         metavar="RANK",
         type=count,
-        default=8,
+        default=default,
         help="train an adapter of this rank and leave the parameters as they are; 0 trains all "
-        "parameters (default: 8)",
+        f"parameters (default: {default}){about}",
     )
     container.add_argument(
         "--lora-alpha",
@@ -97,7 +176,8 @@ def add_adapter_options(container: Any) -> None:
     container.add_argument(
         "--lora-targets",
         metavar="REGEX",
-        help="modules in whose name this is found get an adapter (default: every linear layer)",
+        help="modules in whose name this is found get an adapter, such as "
+        "'SelfAttention[.](q|v)$' (default: every linear layer)",
     )
 
 
@@ -120,6 +200,16 @@ def lora(options: argparse.Namespace) -> Any:
     if options.lora_alpha is not None or options.lora_targets is not None:
         raise ValueError("--lora-alpha and --lora-targets are of an adapter: give --lora RANK too")
     return None
+
+
+def print_plan(options: argparse.Namespace, checked: Any) -> None:
+    """Says on standard output what `--plan` asks for.
+
+    Args:
+        options: of the command.
+        checked: with a `t5patches.editing.plan.MemoryPlan` as `plan`, and `notes`.
+    """
+    print_result(options, vars(checked.plan), "\n".join([*checked.notes, checked.plan.text()]))
 
 
 def progress_console(options: argparse.Namespace) -> Console:

@@ -67,25 +67,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "not say what is edited away: what it says to these is kept",
     )
     files.add_argument(
-        "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
-    )
-    files.add_argument(
         "--original",
         metavar="DIR",
         help="the frozen model to stay close to (default: --model). In a second round this may be "
         "the first model, with the data of all rounds: what is not marked comes back",
     )
-    files.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with this edit where it was killed; --steps may be more by then (where "
-        "--schedule is constant), and --checkpoint-every and --remat others",
-    )
-    files.add_argument(
-        "--plan", action="store_true", help="check everything, print the memory plan, and stop"
-    )
+    more = "--steps (if more, where --schedule is constant), --remat and "
+    common.add_run_options(files, more)
     _add_training(parser.add_argument_group("what to train"))
-    _add_adapter(parser.add_argument_group("adapter"))
+    adapter = parser.add_argument_group("adapter")
+    common.add_adapter_options(
+        adapter,
+        0,
+        ". The original is then the model without it, so that one model is held, and no gradients "
+        "of it; 8 to 32 are usual. OUTPUT is a folder of the PEFT library, to lie beside the model",
+    )
+    common.add_merge_option(adapter)
     _add_data(parser.add_argument_group("data"))
     _add_machine(parser.add_argument_group("machine"))
 
@@ -185,34 +182,6 @@ def _add_training(group: Any) -> None:
     )
 
 
-def _add_adapter(group: Any) -> None:
-    group.add_argument(
-        "--lora",
-        metavar="RANK",
-        type=common.positive,
-        help="train an adapter of this rank and leave the parameters as they are: the original is "
-        "the model without it, so that one model is held, and no gradients of it (8 to 32 are "
-        "usual). OUTPUT is a folder of the PEFT library, to lie beside the model",
-    )
-    group.add_argument(
-        "--lora-alpha",
-        metavar="A",
-        type=float,
-        help="the adapter is multiplied by A / RANK (default: RANK)",
-    )
-    group.add_argument(
-        "--lora-targets",
-        metavar="REGEX",
-        help="modules in whose name this is found get an adapter, such as "
-        "'SelfAttention[.](q|v)$' (default: every linear layer)",
-    )
-    group.add_argument(
-        "--merge",
-        action="store_true",
-        help="add the adapter to the model's kernels: OUTPUT is a whole folder",
-    )
-
-
 def _add_data(group: Any) -> None:
     for side in ("input", "output"):
         group.add_argument(
@@ -255,11 +224,7 @@ def _add_data(group: Any) -> None:
 
 
 def _add_machine(group: Any) -> None:
-    group.add_argument(
-        "--implementation",
-        metavar="NAME",
-        help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
-    )
+    common.add_machine_options(group)
     group.add_argument(
         "--model-parallel",
         metavar="N",
@@ -280,20 +245,6 @@ def _add_machine(group: Any) -> None:
         "pod, under Slurm or Open MPI. The first one writes",
     )
     group.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="float32",
-        help="float32 or bfloat16, of activations; what is trained and sums are float32 (default: "
-        "float32)",
-    )
-    group.add_argument(
-        "--remat",
-        action="store_true",
-        help="hold only what is between layers and run each layer again in the backward pass "
-        "(gradient checkpointing): much less memory for long texts and deep models, a third more "
-        "arithmetic",
-    )
-    group.add_argument(
         "--param-dtype",
         metavar="NAME",
         default="float32",
@@ -307,13 +258,7 @@ def _add_machine(group: Any) -> None:
         "edit and any later one of the same data; training then runs one model and not two. The "
         "size is told first",
     )
-    group.add_argument(
-        "--checkpoint-every",
-        metavar="N",
-        type=common.positive,
-        default=100,
-        help="updates between two states to resume from (default: 100)",
-    )
+    common.add_checkpoint_option(group, 100, "updates between two states to resume from")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -334,9 +279,7 @@ def run(options: argparse.Namespace) -> int:
             options.quiet, options.json = True, False
     job = _job(options)
     if options.plan:
-        checked = check(job)
-        text = "\n".join([*checked.notes, checked.plan.text()])
-        common.print_result(options, vars(checked.plan), text)
+        common.print_plan(options, check(job))
         return 0
     record = edit(job, resume=options.resume, console=common.progress_console(options))
     loss, stopped = record["history"]["loss"], ""

@@ -34,17 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--model", metavar="DIR", required=True, help="the folder to begin with")
     parser.add_argument("--preferences", metavar="FILE", required=True, help="pairs, JSON lines")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="the folder to make; it must not exist"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where it was killed; --checkpoint-every may be another by then",
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="check everything, print the memory plan, and stop"
-    )
+    common.add_run_options(parser)
     common.add_chat_option(parser)
     parser.add_argument(
         "--held-out",
@@ -82,14 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of which pairs are held out and of the others' order (default: 0)",
     )
-    parser.add_argument(
-        "--checkpoint-every",
-        metavar="N",
-        type=common.positive,
-        default=100,
-        help="updates between two states to resume from (default: 100)",
-    )
-    common.add_adapter_options(parser)
+    common.add_checkpoint_option(parser, 100, "updates between two states to resume from")
+    common.add_adapter_options(parser, 8)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -109,9 +93,7 @@ def run(options: argparse.Namespace) -> int:
     given |= {"settings": RewardSettings(**settings)}
     job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
     if options.plan:
-        checked = check(job)
-        text = "\n".join([*checked.notes, checked.plan.text()])
-        common.print_result(options, vars(checked.plan), text)
+        common.print_plan(options, check(job))
         return 0
     record = reward_folder(job, resume=options.resume, console=common.progress_console(options))
     loss = record["history"]["loss"]

@@ -6,56 +6,53 @@ The output has `align.json` (what was done, for machines) and a section in READM
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import (
-    ALIGN_RECORD,
-    CARD,
-    card_before_edits,
-    check_chat,
-    read_rounds,
-)
+from t5patches.editing.edit import ALIGN_RECORD, model_to_train
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
-from t5patches.editing.outputs import Output
+from t5patches.editing.outputs import (
+    CARD,
+    Output,
+    card_with,
+    lies,
+    record_in,
+    recorded,
+    result,
+    room_for,
+    save_result,
+)
 from t5patches.editing.plan import MemoryPlan, require_room
 from t5patches.editing.policy import (
-    Aligned,
     How,
     PolicySettings,
     align,
     compiled_reading,
     compiled_update,
     largest_rows,
-    state_shapes,
 )
-from t5patches.editing.programs import rows_of, size, working_memory
+from t5patches.editing.programs import MAY_DIFFER, dtype_named, rows_of
 from t5patches.editing.reward import load_scorer, reward_fingerprint
 from t5patches.editing.scores import Scorer
 from t5patches.editing.train import training_progress
-from t5patches.model import generate
+from t5patches.model import generate, memory
 from t5patches.model.batches import by_length
-from t5patches.model.folder import inspect_model
-from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import is_adapter, merged, save_adapter, weights_fingerprint
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.lora import weights_fingerprint
 from t5patches.model.protocol import LanguageModel, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint
-
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 PathLike = str | os.PathLike[str]
 
@@ -98,23 +95,31 @@ class Job:
     merge: bool = False
 
 
+class _Read(NamedTuple):
+    """What a job begins with."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    prompts: list[tuple[int, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Checked:
     """A job of which all is known to be right but the weights, and the memory it will take.
 
     Attributes:
         model: as it is trained.
-        tokenizer: its own.
         scorer: tried on a sample.
         pretraining: arrays of other text; None for none.
         plan: the memory.
+        notes: what is going to be done.
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
     scorer: Scorer
     pretraining: Batch | None
     plan: MemoryPlan
+    notes: Sequence[str]
 
 
 def align_folder(
@@ -141,47 +146,48 @@ def align_folder(
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output, described = Output(job.output, ALIGN_RECORD, "an alignment"), _described(job)
+    output = Output(job.output, record_in(ALIGN_RECORD), "alignment")
+    read = _read(job)
+    described = _described(job, read)
     record = output.finished(described, resume=resume)
     if record is not None:
         return record
-    checked = check(job)
-    for line in plan_lines(job, checked):
+    checked, lora = _checked(job, read), job.settings.lora
+    for line in (*checked.notes, checked.plan.text()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def write() -> None:
         began = time.monotonic()
-        params = load_checkpoint(job.model)[1]
-        try:
-            with training_progress(console) as progress:
-                aligned = align(
-                    checked.model,
-                    params,
-                    checked.tokenizer,
-                    job.inputs,
-                    checked.scorer,
-                    job.settings,
-                    output.work / "run",
-                    pretraining=checked.pretraining,
-                    progress=progress,
-                )
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error}. To try other settings remove {output.work}, which holds this run, or "
-                "give another --output"
-            ) from error
-        record = _record(described, job, aligned, round(time.monotonic() - began, 1))
-        files = {ALIGN_RECORD: json.dumps(record, indent=1), CARD: _card(job, record)}
-        lora = job.settings.lora
-        if lora is None or job.merge:
-            made = aligned.params if lora is None else merged(params, aligned.params, lora)
-            save_checkpoint(output.made, checked.model, made, like=job.model, files=files)
-        else:
-            save_adapter(
-                output.made, checked.model, aligned.params, lora, base=job.model, files=files
+        # What was read is not held beside it.
+        params = jax.device_put(load_checkpoint(job.model)[1], jax.devices()[0])
+        with training_progress(console) as progress:
+            aligned = align(
+                checked.model,
+                params,
+                read.tokenizer,
+                job.inputs,
+                checked.scorer,
+                job.settings,
+                output.work / "run",
+                pretraining=checked.pretraining,
+                prompts=read.prompts,
+                progress=progress,
             )
+        record = recorded(
+            described,
+            steps=aligned.steps,
+            collapse=aligned.collapse,
+            history=aligned.history,
+            seconds=round(time.monotonic() - began, 1),
+            device=jax.devices()[0].device_kind,
+        )
+        files = {ALIGN_RECORD: json.dumps(record, indent=1), CARD: _card(job, record)}
+        made = result(job.model, aligned.params, lora, merge=job.merge)
+        save_result(output.made, checked.model, made, job.model, files)
 
-    return output.make(described, _disk_space(job, checked), write)
+    state, _ = How.of(job.settings).shapes(checked.model)
+    room = room_for(job.model, state, whole=lora is None or job.merge)
+    return output.make(described, room, write, MAY_DIFFER)
 
 
 def check(job: Job) -> Checked:
@@ -196,49 +202,34 @@ def check(job: Job) -> Checked:
     Raises:
         ValueError: naming what is wrong.
     """
+    return _checked(job, _read(job))
+
+
+def _read(job: Job) -> _Read:
     if job.merge and job.settings.lora is None:
         raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
-    if job.dtype not in _DTYPES:
-        raise ValueError(f"dtype is {job.dtype!r}: one of {tuple(_DTYPES)} is needed")
-    if is_adapter(job.model):
-        raise ValueError(
-            f"{job.model} is an adapter and no whole model: align the model that it lies beside, "
-            "or one that it was merged with (--merge where it was made)"
-        )
-    model, tokenizer = inspect_model(job.model, chat=job.chat)
-    model = model.replace(dropout_rate=0.0, dtype=_DTYPES[job.dtype], remat=job.remat)
-    # Both are read again at the end, when it would be late.
-    read_rounds(job.model)
-    card_before_edits(job.model)
-    check_chat(job.model, job.chat)
-    pretraining = _other_text(job, tokenizer, model)
-    scorer = load_scorer(job.scorer, job.reward, job.inputs, job.settings.max_length)
-    plan = _planned(job, model, tokenizer, pretraining)
-    return Checked(model, tokenizer, scorer, pretraining, plan)
+    dtype = dtype_named(job.dtype)
+    model, tokenizer = model_to_train(job.model, job.chat)
+    model = model.replace(dropout_rate=0.0, dtype=dtype, remat=job.remat)
+    return _Read(model, tokenizer, [tokenizer.encode_prompt(text) for text in job.inputs])
 
 
-def plan_lines(job: Job, checked: Checked) -> list[str]:
-    """What is going to be done, for people.
-
-    Args:
-        job: what is to be done.
-        checked: of `check`.
-
-    Returns:
-        Lines.
-    """
-    settings = job.settings
-    lines = [
+def _checked(job: Job, read: _Read) -> Checked:
+    settings, model = job.settings, read.model
+    pretraining = _other_text(job, read.tokenizer, model)
+    scorer = load_scorer(job.scorer, job.reward, job.inputs, settings.max_length)
+    notes = [
         f"{settings.steps} steps of {settings.inputs_per_step} of {len(job.inputs)} inputs, "
         f"{settings.samples} outputs to each: "
         f"{(settings.steps + 1) * settings.outputs} outputs of at most {settings.max_length} "
         f"tokens to sample and score, {settings.steps * settings.updates} updates of "
         f"{settings.update_size} outputs"
     ]
-    if checked.pretraining is not None:
-        lines.append(f"beside each update {settings.update_size} of "
-                     f"{len(checked.pretraining['inputs'])} other texts")  # fmt: skip
-    return [*lines, checked.plan.text()]
+    if pretraining is not None:
+        notes.append(f"beside each update {settings.update_size} of "
+                     f"{len(pretraining['inputs'])} other texts")  # fmt: skip
+    plan = _planned(settings, model, [*map(len, read.prompts)], pretraining)
+    return Checked(model, scorer, pretraining, plan, notes)
 
 
 def _other_text(job: Job, tokenizer: Tokenizer, model: LanguageModel) -> Batch | None:
@@ -246,7 +237,7 @@ def _other_text(job: Job, tokenizer: Tokenizer, model: LanguageModel) -> Batch |
         if job.fim is not None:
             raise ValueError("fim transforms other text, and there is none (--pretraining)")
         return None
-    plain = load_tokenizer(job.model, chat="off")
+    plain = load_tokenizer(job.model, chat="off") if tokenizer.chat else tokenizer
     examples = read_other_text(
         job.pretraining, tokenizer, plain, job.pretraining_length, job.fim, job.settings.seed
     )
@@ -262,13 +253,15 @@ def _other_text(job: Job, tokenizer: Tokenizer, model: LanguageModel) -> Batch |
 
 
 def _planned(
-    job: Job, model: LanguageModel, tokenizer: Tokenizer, pretraining: Batch | None
+    settings: PolicySettings,
+    model: LanguageModel,
+    lengths: Sequence[int],
+    pretraining: Batch | None,
 ) -> MemoryPlan:
     """The memory, of the programs themselves; what does not fit is refused."""
-    settings, how = job.settings, How.of(job.settings)
-    state, base = state_shapes(model, how)
-    held = sum(map(size, (base, state)))
-    lengths = [len(tokenizer.encode_prompt(text)) for text in job.inputs]
+    how = How.of(settings)
+    state, base = how.shapes(model)
+    held = memory.held((state, base))
     require_positions(model.config, np.array(lengths), settings.max_length)
     longest = max(lengths)
     at_a_time = max(1, settings.batch_size // settings.samples)
@@ -287,8 +280,8 @@ def _planned(
     read, learnt = largest_rows(model, settings, longest)
     text = () if pretraining is None else rows_of(pretraining, settings.update_size)
     working = max(
-        working_memory(compiled_reading(model, how, read), (state.params, base)),
-        working_memory(compiled_update(model, how, learnt, text), (state, base)),
+        memory.beside((state.params, base), compiled_reading(model, how, read)),
+        memory.beside((state, base), compiled_update(model, how, learnt, text)),
     )
     what = f"updates of {settings.update_size} outputs, to inputs of {longest} tokens,"
     less = ("--max-length", "--truncate-inputs", "--skip-longer", "--remat", "--dtype bfloat16")
@@ -303,40 +296,28 @@ def _planned(
     return MemoryPlan(
         device=jax.devices()[0].device_kind,
         count=1,
-        parameters=size(state.params) + (0 if settings.lora is None else size(base)),
-        optimizer=size(state.optimizer),
-        original=size(base) if settings.lora is None else 0,
+        parameters=memory.held((state.params, base if settings.lora else None)),
+        optimizer=memory.held(state.optimizer),
+        original=memory.held(base if settings.lora is None else None),
         working=max(working, sampling),
         available=None,
     )
 
 
-def _disk_space(job: Job, checked: Checked) -> int:
-    """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    state = size(state_shapes(checked.model, How.of(job.settings))[0])
-    folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
-    whole = job.settings.lora is None or job.merge
-    return 2 * state + (folder if whole else state)
-
-
-def _described(job: Job) -> dict[str, Any]:
+def _described(job: Job, read: _Read) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
-    tokenizer = inspect_model(job.model, chat=job.chat)[1]
-    given = [(text, tokenizer.encode_prompt(text)) for text in job.inputs]
+    given = list(zip(job.inputs, read.prompts, strict=True))
     described = {
         "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
-        "inputs": {
-            "count": len(job.inputs),
-            "sha256": json_fingerprint(given),
-        },
+        "inputs": {"count": len(job.inputs), "sha256": json_fingerprint(given)},
         "scorer": job.scorer,
         "reward": None if job.reward is None else reward_fingerprint(job.reward),
         "pretraining": None if job.pretraining is None else file_fingerprint(job.pretraining),
         "pretraining_length": job.pretraining_length,
         "fim": None if job.fim is None else dataclasses.asdict(job.fim),
-        "chat": tokenizer.chat,
+        "chat": read.tokenizer.chat,
         "dtype": job.dtype,
         "merge": job.merge,
         "settings": settings,
@@ -344,37 +325,21 @@ def _described(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def _record(
-    described: Mapping[str, Any], job: Job, aligned: Aligned, seconds: float
-) -> dict[str, Any]:
-    return {
-        "job": described,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "steps": aligned.steps,
-        "collapse": aligned.collapse,
-        "history": aligned.history,
-        "seconds": seconds,
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def _card(job: Job, record: Mapping[str, Any]) -> str:
     """The model card with a section on this at its end."""
-    path = Path(job.model) / CARD
-    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, history, job_ = job.settings, record["history"], record["job"]
     lora = settings.lora
     trained = "All parameters were trained"
     if lora is not None:
-        left = "added to its kernels" if job.merge else f"to lie beside `{job_['model']['name']}`"
-        trained = f"An adapter (LoRA) of rank {lora.rank} was trained, {left}"
+        where = lies(job.merge, job_["model"]["name"])
+        trained = f"An adapter (LoRA) of rank {lora.rank} was trained, {where}"
     kept = f"coefficient {settings.kl_coefficient:g}"
     if settings.target_kl is not None:
         kept += f" at first, adapted towards {settings.target_kl:g} nats a token"
     collapse = f"- It ended early: {record['collapse']}.\n" if record["collapse"] else ""
-    return (
-        f"{before}## Aligned with a score\n\n"
+    return card_with(
+        job.model,
+        "## Aligned with a score\n\n"
         f"On {record['date']} `t5patches align` trained `{job_['model']['name']}` towards "
         f"`{job.scorer or Path(job.reward or '').name}`.\n\n"
         f"- {trained}: {record['steps']} steps of {settings.inputs_per_step} inputs with "
@@ -386,5 +351,5 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"first, {history['length'][-1]:.1f} at last.\n"
         f"{collapse}"
         f"- All settings and the course of the score: `{ALIGN_RECORD}`.\n\n"
-        "What else it changed was not measured here: `t5patches evaluate` does.\n"
+        "What else it changed was not measured here: `t5patches evaluate` does.\n",
     )

@@ -23,8 +23,8 @@ from t5patches.editing.batches import example_batches, largest, largest_shapes
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
 from t5patches.editing.plan import require_room
 from t5patches.model.batches import Group, by_length
-from t5patches.model.generate import beside as memory_beside
 from t5patches.model.generate import generate, working_memory
+from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer, input_text
 from t5patches.runs.claims import make_part

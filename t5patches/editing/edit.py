@@ -7,7 +7,6 @@ whole, with `t5patches.json` (what was done, for machines) and a section in READ
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -37,8 +35,19 @@ from t5patches.editing.data import (
 )
 from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
+from t5patches.editing.outputs import (
+    CARD,
+    Output,
+    card_with,
+    lies,
+    recorded,
+    result,
+    room_for,
+    save_result,
+    unfinished,
+)
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
-from t5patches.editing.programs import size
+from t5patches.editing.programs import dtype_named
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -56,30 +65,23 @@ from t5patches.editing.train import (
     train,
     training_progress,
 )
-from t5patches.model.folder import check_tokenizer
-from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint, save_checkpoint
-from t5patches.model.lora import (
-    is_adapter,
-    merged,
-    save_adapter,
-    weight_fingerprints,
-    whole_model,
-)
+from t5patches.model.folder import inspect_model
+from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
+from t5patches.model.lora import is_adapter, weight_fingerprints, whole_model
+from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
-from t5patches.runs.claims import Parts, claim, hold, remove, require_space
+from t5patches.runs.claims import Parts
 from t5patches.runs.files import read_object, read_regular
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
 ALIGN_RECORD = "align.json"  # of `t5patches align`, which a folder may have been through as well
-CARD = "README.md"
 _EDITED = "## Edited with targeted negative training"
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 PathLike = str | os.PathLike[str]
 
@@ -201,56 +203,30 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output, work = Path(job.output), unfinished(job.output)
-    edited = work / "edited"
-    hosts.once(lambda: _require_new(job, resume))
-    if output.exists():
-        return read_rounds(output)[-1]
+    output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
+    described = _described(job)
+    record = output.finished(described, resume=resume)
+    if record is not None:
+        return record
     checked = check(job)
     for line in (*checked.notes, checked.plan.text()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    described = _described(job)
 
-    def begin() -> None:
-        _require_space(job, checked)
-        hold(work)
-        claim(work, described, may_differ=may_differ(job.settings))
-        if edited.exists() and read_rounds(edited)[-1]["job"] != described:
-            remove(edited)  # of fewer steps than are asked for now
-
-    hosts.once(begin)
-    if not hosts.first_says(edited.exists):
+    def write() -> None:
         began = time.monotonic()
-        try:
-            trained, checked = _trained(job, checked, work, console)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error}. To try other settings, such as a lower --learning-rate, remove {work}, "
-                "which holds this edit, or give another --output"
-            ) from error
-        lora, params = checked.settings.lora, hosts.whole(trained.params)
-        if lora is not None and job.merge:
-            params = merged(load_checkpoint(job.model)[1], params, lora)
-        record = _record(described, checked, work / "run", trained._replace(params=params))
+        trained, done = _trained(job, checked, output.work, console)
+        params = hosts.whole(trained.params)
+        made = result(job.model, params, done.settings.lora, merge=job.merge)
+        trained = trained._replace(params=made[0])
+        record = _record(described, done, output.work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
         files[CARD] = _card(job, record)
+        hosts.once(lambda: save_result(output.made, done.model, made, job.model, files))
 
-        def save() -> None:
-            if lora is None or job.merge:
-                save_checkpoint(edited, checked.model, params, like=job.model, files=files)
-            else:
-                save_adapter(edited, checked.model, params, lora, base=job.model, files=files)
-
-        hosts.once(save)
-
-    def finish() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        edited.rename(output)
-        remove(work)
-
-    hosts.once(finish)
-    return read_rounds(output)[-1]
+    state = (checked.step.state, checked.step.state.params if checked.held_out else None)
+    room = room_for(job.model, state, whole=checked.settings.lora is None or job.merge)
+    return output.make(described, room, write, may_differ(job.settings))
 
 
 def check(job: Job) -> Checked:
@@ -274,21 +250,10 @@ def check(job: Job) -> Checked:
             f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
             f"down: leave --keep out, or use one of {KEEPING}"
         )
-    for folder in (job.model, job.original):
-        if folder is not None and is_adapter(folder):
-            raise ValueError(
-                f"{folder} is an adapter and no whole model: edit the model that it lies beside, "
-                "or one that it was merged with (--merge where it was made)"
-            )
-    model = inspect_checkpoint(job.model)
-    model = model.replace(dropout_rate=job.dropout, dtype=_dtype(job.dtype), remat=job.remat)
-    tokenizer = load_tokenizer(job.model, chat=job.chat)
-    check_tokenizer(tokenizer, model.config, job.model)
+    dtype = dtype_named(job.dtype)
+    model, tokenizer = model_to_train(job.model, job.chat)
+    model = model.replace(dropout_rate=job.dropout, dtype=dtype, remat=job.remat)
     _check_original(job)
-    # Both are read again at the end, when it would be late.
-    read_rounds(job.model)
-    card_before_edits(job.model)
-    check_chat(job.model, job.chat)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
     marked = [example for part in sets for example in part]
     settings = _with_negatives(job, marked)
@@ -356,6 +321,35 @@ def _told_lengths(shapes: Mapping[tuple[int, int], int]) -> list[str]:
     return [
         f"updates padded, inputs and outputs: {', '.join(told)}; each of these is compiled once"
     ]
+
+
+def model_to_train(folder: PathLike, chat: str) -> tuple[LanguageModel, Tokenizer]:
+    """Checks what a run begins with, and all of it that is read again at the end.
+
+    Args:
+        folder: of a whole model.
+        chat: whether inputs are put into its chat template, "on", "off" or "auto".
+
+    Returns:
+        The network and its tokenizer; no weights are read.
+
+    Raises:
+        ValueError: naming what is wrong, or it is an adapter.
+    """
+    _require_whole(folder)
+    found = inspect_model(folder, chat=chat)
+    read_rounds(folder)
+    card_before_edits(folder)
+    check_chat(folder, chat)
+    return found
+
+
+def _require_whole(folder: PathLike) -> None:
+    if is_adapter(folder):
+        raise ValueError(
+            f"{folder} is an adapter and no whole model: take the model that it lies beside, or "
+            "one that it was merged with (--merge where it was made)"
+        )
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -449,44 +443,10 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
             )
 
 
-def unfinished(output: PathLike) -> Path:
-    """Where the edit that makes a folder keeps what it has reached.
-
-    Args:
-        output: the folder to make.
-
-    Returns:
-        A folder beside it, which is removed at the end.
-    """
-    output = Path(output).absolute()
-    return output.with_name(output.name + ".unfinished")
-
-
-def _require_new(job: Job, resume: bool) -> None:
-    """Refuses what is there already but for this edit, resumed: finished, it is cleaned up."""
-    output, work = Path(job.output), unfinished(job.output)
-    if output.exists():
-        rounds = read_rounds(output) if output.is_dir() else []
-        if not (resume and rounds and rounds[-1]["job"] == _described(job)):
-            raise ValueError(
-                f"{output} exists: nothing is overwritten. Give another name or remove it"
-            )
-        if work.exists():
-            remove(work)
-    elif work.exists() and not resume:
-        hold(work)  # or else another process is at work in it, and it is not to be removed
-        raise ValueError(f"{work} holds an unfinished edit: go on with it (--resume), or remove it")
-
-
-def _dtype(name: str) -> Any:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}: one of {tuple(_DTYPES)} is needed")
-    return _DTYPES[name]
-
-
 def _check_original(job: Job) -> None:
     if job.original is None:
         return
+    _require_whole(job.original)
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
     there = there.replace(dropout_rate=here.config.dropout_rate)
     if there != here:
@@ -661,16 +621,6 @@ def _counts(arrays: Batch) -> dict[str, int]:
     }
 
 
-def _require_space(job: Job, checked: Checked) -> None:
-    """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    state = size([checked.step.state, checked.step.state.params if checked.held_out else None])
-    folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
-    if checked.settings.lora is not None and not job.merge:
-        folder = state
-    needed = folder + 2 * state
-    require_space(unfinished(job.output), needed, "the edit")
-
-
 def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[Trained, Checked]:
     """What training makes, and what it was made of, with all that the original had to say."""
     directory = work / "run"
@@ -827,25 +777,21 @@ def _record(
             "fingerprint": run["held_out"],
             **{name: [getattr(x, name) for x in trained.looks] for name in Look._fields},
         }
-    return {
-        "job": described,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "settings": run["settings"],
-        "counts": dict(checked.counts),
-        "fingerprints": {name: run[name] for name in ("data", "params", "original")}
+    return recorded(
+        described,
+        settings=run["settings"],
+        counts=dict(checked.counts),
+        fingerprints={name: run[name] for name in ("data", "params", "original")}
         | {"edited": fingerprint(trained.params)},
-        "history": trained.history,
+        history=trained.history,
         **looks,
-        "memory": dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
-        "jax": jax.__version__,
-        "devices": f"{checked.plan.count} x {checked.plan.device}",
-    }
+        memory=dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
+        devices=f"{checked.plan.count} x {checked.plan.device}",
+    )
 
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:
     """The model card with a section on this edit at its end."""
-    path = Path(job.model) / CARD
-    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, counts, job_ = record["settings"], record["counts"], record["job"]
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
     beta = f", beta {settings['beta']:g}" if settings["beta"] else ""
@@ -853,12 +799,9 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
     adapter, lora = "", settings["lora"]
     if lora:
-        left = (
-            "added to its kernels" if job_["merge"] else f"to lie beside `{job_['model']['name']}`"
-        )
         adapter = (
             f"- An adapter (LoRA) of rank {lora['rank']}, alpha {lora['alpha'] or lora['rank']:g}, "
-            f"{left}.\n"
+            f"{lies(job_['merge'], job_['model']['name'])}.\n"
         )
     average = f", weights averaged ({settings['average']:g})" if settings["average"] else ""
     kept = ""
@@ -877,8 +820,9 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
             f"{settings['until']:.2%}).\n"
         )
     chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
-    return (
-        f"{before}{_EDITED}\n\n"
+    return card_with(
+        job.model,
+        f"{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`, alpha {settings['alpha']:g}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
@@ -893,7 +837,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"{made}"
         f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
         "What the edit removed and what else it changed was not measured here: "
-        "`t5patches evaluate` does.\n"
+        "`t5patches evaluate` does.\n",
     )
 
 

@@ -26,7 +26,7 @@ from t5patches.editing.batches import example_batches, largest_shapes
 from t5patches.editing.data import Example
 from t5patches.editing.plan import require_room
 from t5patches.editing.scores import Scorer, score
-from t5patches.model.generate import beside as memory_beside
+from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer
 from t5patches.runs.claims import make_part

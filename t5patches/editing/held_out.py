@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from t5patches.editing.data import Batch, Example
 from t5patches.model import placement
-from t5patches.model.lora import Lora, attached
+from t5patches.model.lora import Lora, with_trained
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
 from t5patches.runs import hosts
@@ -238,7 +238,7 @@ def _sums(
     implementation: str | None,
 ) -> jax.Array:
     """Of a batch: what is left and over how many tokens, the divergence and over how many."""
-    params = trained if lora is None or base is None else attached(base, trained, lora)
+    params = with_trained(base, trained, lora)
     hidden, head = model.hidden(params, batch), model.head(params)
     targets, weights = batch["outputs"], batch["weights"]
     how: dict[str, Any] = {**head.loss_options(), "implementation": implementation}

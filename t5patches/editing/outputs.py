@@ -6,16 +6,27 @@ a record of what was done, and OUTPUT appears by a rename.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from t5patches.model.huggingface import load_checkpoint, save_checkpoint
+from t5patches.model.lora import Lora, merged, save_adapter
+from t5patches.model.memory import size
+from t5patches.model.protocol import LanguageModel, Params
+from t5patches.runs import hosts
 from t5patches.runs.claims import claim, hold, remove, require_space
 from t5patches.runs.files import read_object
 
 PathLike = str | os.PathLike[str]
+Record = dict[str, Any]
+CARD = "README.md"
 
 
 class Output:
@@ -27,20 +38,20 @@ class Output:
         made: the folder in there, once it is whole.
     """
 
-    def __init__(self, path: PathLike, record: str, what: str):
+    def __init__(self, path: PathLike, last: Callable[[Path], Record | None], what: str):
         """Says where; nothing is made yet.
 
         Args:
             path: of the folder to make.
-            record: the name of the file in it that says what was done, an object with a `job`.
-            what: the run is, for messages, such as "an alignment".
+            last: reads from a folder what was done last to make it, an object with a `job`; None
+                where it says nothing.
+            what: the run is, for messages, such as "alignment".
         """
-        self.path = Path(path).absolute()
-        self.work = self.path.with_name(self.path.name + ".unfinished")
+        self.path, self.work = Path(path).absolute(), unfinished(path)
         self.made = self.work / "made"
-        self._record, self._what = record, what
+        self._last, self._what = last, what
 
-    def finished(self, job: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    def finished(self, job: Mapping[str, Any], *, resume: bool) -> Record | None:
         """Refuses what is there already but for this job, resumed.
 
         Args:
@@ -53,51 +64,211 @@ class Output:
         Raises:
             ValueError: something else is there, or something unfinished that is not to be resumed.
         """
-        if self.path.exists():
-            there = self.path / self._record
-            record = read_object(there) if there.is_file() else {}
-            if not (resume and record.get("job") == json.loads(json.dumps(job))):
-                raise ValueError(
-                    f"{self.path} exists: nothing is overwritten. Give another name or remove it"
-                )
-            if self.work.exists():
-                remove(self.work)
-            return record
-        if self.work.exists() and not resume:
-            hold(self.work)  # or another process is at work in it, and it is not to be removed
-            raise ValueError(
-                f"{self.work} holds {self._what} that is not finished: go on with it (--resume), "
-                "or remove it"
-            )
-        return None
 
-    def make(self, job: Mapping[str, Any], size: int, write: Callable[[], None]) -> dict[str, Any]:
+        def check() -> None:
+            if self.path.exists():
+                if not (resume and self._is_of(self.path, job)):
+                    raise ValueError(
+                        f"{self.path} exists: nothing is overwritten. Give another name or remove "
+                        "it"
+                    )
+                if self.work.exists():
+                    remove(self.work)
+            elif self.work.exists() and not resume:
+                hold(self.work)  # or another process is at work in it: it is not to be removed
+                raise ValueError(
+                    f"{self.work} holds an unfinished {self._what}: go on with it (--resume), or "
+                    "remove it"
+                )
+
+        hosts.once(check)
+        return self._last(self.path) if self.path.exists() else None
+
+    def make(
+        self,
+        job: Mapping[str, Any],
+        room: int,
+        write: Callable[[], None],
+        may_differ: Mapping[str, Callable[[Any, Any], bool]] | None = None,
+    ) -> Record:
         """Makes the folder, or goes on where it was killed.
 
         Args:
             job: see `finished`.
-            size: bytes on the disk that the run and its folder take.
+            room: bytes on the disk that the run and its folder take.
             write: does the work in `work` and makes `made`. Where it fails before it has kept
                 anything there, nothing is left of the attempt.
+            may_differ: see `t5patches.runs.claims.claim`.
 
         Returns:
             The record.
 
         Raises:
             ValueError: another job is unfinished there, or another process is at work there.
+            FloatingPointError: the run came to no number.
             OSError: the disk has too little room.
         """
-        require_space(self.work, size, self._what)
-        hold(self.work)
-        claim(self.work, job)
-        if not self.made.exists():
+        job = json.loads(json.dumps(job))
+
+        def begin() -> None:
+            require_space(self.work, room, f"the {self._what}")
+            hold(self.work)
+            claim(self.work, job, may_differ=may_differ)
+            if self.made.exists() and not self._is_of(self.made, job):
+                remove(self.made)  # of fewer steps than are asked for now
+
+        def finish() -> None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.made.rename(self.path)
+            remove(self.work)
+
+        hosts.once(begin)
+        if not hosts.first_says(self.made.exists):
             try:
                 write()
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"{error}. To try other settings, such as a lower --learning-rate, remove "
+                    f"{self.work}, which holds this run, or give another --output"
+                ) from error
             except Exception:
-                if not any(self.work.glob("run/checkpoints/*")):
+                kept = ("run/checkpoints/*", "kept/outputs-*")
+                if hosts.is_first() and not any(any(self.work.glob(name)) for name in kept):
                     remove(self.work)
                 raise
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.made.rename(self.path)
-        remove(self.work)
-        return read_object(self.path / self._record)
+        hosts.once(finish)
+        return self._last(self.path) or {}
+
+    def _is_of(self, folder: Path, job: Mapping[str, Any]) -> bool:
+        with contextlib.suppress(ValueError):
+            record = self._last(folder)
+            return record is not None and record.get("job") == json.loads(json.dumps(job))
+        return False
+
+
+def record_in(name: str) -> Callable[[Path], Record | None]:
+    """Reads the record of a folder that holds one, for `Output`.
+
+    Args:
+        name: of its file.
+
+    Returns:
+        Given a folder, what it says.
+    """
+
+    def last(folder: Path) -> Record | None:
+        return read_object(folder / name) if (folder / name).is_file() else None
+
+    return last
+
+
+def unfinished(output: PathLike) -> Path:
+    """Where the run that makes a folder keeps what it has reached.
+
+    Args:
+        output: the folder to make.
+
+    Returns:
+        A folder beside it, which is removed at the end.
+    """
+    output = Path(output).absolute()
+    return output.with_name(output.name + ".unfinished")
+
+
+def room_for(folder: PathLike, state: Any, *, whole: bool) -> int:
+    """What a run takes on the disk: its folder, and two checkpoints, the last and the next.
+
+    Args:
+        folder: of the model that it begins with.
+        state: of the run, as shapes.
+        whole: whether a folder like that is made, and not an adapter's.
+
+    Returns:
+        Bytes.
+    """
+    files = sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file())
+    return 2 * size(state) + (files if whole else size(state))
+
+
+def result(
+    folder: PathLike, trained: Params, lora: Lora | None, *, merge: bool
+) -> tuple[Params, Lora | None]:
+    """What a run leaves: all parameters of a model, or those of an adapter alone.
+
+    Args:
+        folder: of the model that it began with.
+        trained: what was trained.
+        lora: the adapter; None where that is all parameters.
+        merge: whether an adapter is added to the model's kernels.
+
+    Returns:
+        The parameters, and the adapter where they are one's.
+    """
+    if lora is None or not merge:
+        return trained, lora
+    return merged(load_checkpoint(folder)[1], trained, lora), None
+
+
+def save_result(
+    output: PathLike,
+    model: LanguageModel,
+    made: tuple[Params, Lora | None],
+    like: PathLike,
+    files: Mapping[str, str | bytes],
+) -> None:
+    """Writes the folder of a model, or of an adapter.
+
+    Args:
+        output: the folder to make.
+        model: the network.
+        made: of `result`.
+        like: the folder that it was made from.
+        files: more files for it.
+    """
+    params, lora = made
+    if lora is None:
+        save_checkpoint(output, model, params, like=like, files=files)
+    else:
+        save_adapter(output, model, params, lora, base=like, files=files)
+
+
+def recorded(job: Mapping[str, Any], **more: Any) -> Record:
+    """What every run says of itself.
+
+    Args:
+        job: what was asked for.
+        **more: what was done.
+
+    Returns:
+        The record.
+    """
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"job": job, "date": date, **more, "jax": jax.__version__}
+
+
+def card_with(folder: PathLike, section: str) -> str:
+    """A model's card with a section at its end.
+
+    Args:
+        folder: of the model.
+        section: with its heading.
+
+    Returns:
+        The card.
+    """
+    path = Path(folder) / CARD
+    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
+    return before + section
+
+
+def lies(merge: bool, name: str) -> str:
+    """Where an adapter is, for a card.
+
+    Args:
+        merge: see `result`.
+        name: of the model's folder.
+
+    Returns:
+        A few words.
+    """
+    return "added to its kernels" if merge else f"to lie beside `{name}`"

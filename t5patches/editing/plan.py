@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from t5patches.editing.train import Step, TrainSettings
-from t5patches.model import placement
+from t5patches.model import memory, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +80,18 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
     """
     used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     here = [device for device in used if device.process_index == jax.process_index()]
-    trained, base, original = map(_held, (step.state.params, *step.frozen))
-    memory = step.compiled.memory_analysis()
-    inputs = memory.argument_size_in_bytes - memory.alias_size_in_bytes
-    working = memory.temp_size_in_bytes + max(0, inputs - base - original)
+    trained, base, original = map(memory.held, (step.state.params, *step.frozen))
+    working = memory.beside((step.state, step.frozen), step.compiled)
     on_cpu = used[0].platform == "cpu"
-    copies = _held(step.state.average)
+    copies = memory.held(step.state.average)
     if settings.until is not None and on_cpu:
         copies += trained
     saved = 0
     if settings.lora is not None:
         full = step.of_all()
         # The gradients are as large as what is trained.
-        saved = _held((full.state, full.state.params, full.frozen))
-        saved -= _held((step.state, step.state.params, step.frozen))
+        saved = memory.held((full.state, full.state.params, full.frozen))
+        saved -= memory.held((step.state, step.state.params, step.frozen))
     if on_cpu and (settings.lora is None or step.cached or step.head_only):
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
@@ -103,7 +101,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         count=len(used),
         parameters=base + trained,
         copies=copies,
-        optimizer=_held(step.state.optimizer),
+        optimizer=memory.held(step.state.optimizer),
         original=original,
         working=working,
         available=_available(here[0], len(here)),
@@ -217,13 +215,6 @@ def _advice(
     if plan.count > 1 and plan.device != "cpu":
         out.append("a model split over more devices leaves more on each (--model-parallel)")
     return out
-
-
-def _held(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def _available(device: jax.Device, sharing: int) -> int | None:

@@ -41,12 +41,22 @@ from rich.progress import Progress
 
 from t5patches.editing.annotate import until_end
 from t5patches.editing.data import Batch, batch_indices, pad_rows
-from t5patches.editing.programs import Rows, batch_shapes, on_first_device, rows_of
+from t5patches.editing.programs import (
+    MAY_DIFFER,
+    Rows,
+    State,
+    batch_shapes,
+    begun,
+    on_first_device,
+    rows_of,
+    state_shapes,
+    updated,
+)
 from t5patches.editing.scores import Scorer, ScorerError, score
 from t5patches.editing.states import History, States
 from t5patches.model.batches import round_up
 from t5patches.model.generate import generate
-from t5patches.model.lora import Lora, adapter_shapes, attached, init_adapter
+from t5patches.model.lora import Lora, trained_shapes, with_trained
 from t5patches.model.protocol import LanguageModel, OutputHead, Params
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -187,11 +197,6 @@ class Aligned(NamedTuple):
     collapse: str | None
 
 
-class _State(NamedTuple):
-    params: Params  # what is trained: the model's, or the adapter's
-    optimizer: optax.OptState
-
-
 class How(NamedTuple):
     """What an update is compiled for, beside shapes."""
 
@@ -209,9 +214,15 @@ class How(NamedTuple):
         values = {name: getattr(settings, name) for name in cls._fields}
         return cls(**values | ({} if settings.target_kl is None else {"kl_coefficient": None}))
 
-    def whole(self, base: Params, trained: Params) -> Params:
-        """The parameters of the model that is being trained."""
-        return trained if self.lora is None else attached(base, trained, self.lora)
+    def shapes(self, model: LanguageModel) -> tuple[State, Params]:
+        """What is trained with its optimizer, and the original, as shapes; nothing is made."""
+        state = state_shapes(trained_shapes(model, self.lora), self.optimizer)
+        return state, on_first_device(dict(model.param_shapes()))
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What trains it."""
+        return optax.adam(self.learning_rate)
 
 
 class _Sampled(NamedTuple):
@@ -254,6 +265,7 @@ def align(
     directory: str | os.PathLike[str],
     *,
     pretraining: Batch | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> Aligned:
     """Trains a model towards a score, from the start or from where the same run was killed.
@@ -268,6 +280,7 @@ def align(
         directory: where the run lives; made if absent.
         pretraining: `t5patches.editing.data.to_arrays` of other text, whose likelihood is kept;
             None for none.
+        prompts: what the tokenizer makes of the inputs, where that is known.
         progress: shows the run, see `t5patches.editing.train.training_progress`; None shows
             nothing.
 
@@ -282,14 +295,16 @@ def align(
         Stopped: it fails later; the state before is kept.
         FloatingPointError: the model collapsed before a state was kept that has learnt something.
     """
-    run = _Run(model, params, tokenizer, inputs, settings, pretraining)
-    claim(directory, run.described())
+    run = Run(model, params, tokenizer, inputs, settings, pretraining, prompts)
+    claim(directory, run.described(), may_differ=MAY_DIFFER)
     with States(directory) as states:
-        state, history, first = run.start(), History(), states.latest or 0
-        if states.latest is not None:
-            state, history = states.restore(on_first_device(state))
+        first, history = states.latest, History()
+        if first:
+            state, history = run.restored(states)
             # What was measured of this very state is measured again.
             history = _before(history, first)
+        else:
+            state = run.start()
         display = _Display(progress, settings.steps, first)
         for step in range(first, settings.steps + 1):
             sampled = run.sample(state, step)
@@ -301,7 +316,7 @@ def align(
             except ScorerError as error:
                 if step == 0:
                     raise
-                states.save(step, state, history)
+                states.save(step, state._asdict(), {"history": history})
                 raise Stopped(f"step {step}: {error}") from error
             scores = scores.reshape(settings.inputs_per_step, settings.samples)
             if step == 0:
@@ -309,7 +324,7 @@ def align(
             _append(history, _measures(scores, sampled, history, settings))
             display.update(step, history)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
-                states.save(step, state, history)
+                states.save(step, state._asdict(), {"history": history})
             if step < settings.steps:
                 beta = history["kl_coefficient"][-1]
                 state, metrics = run.learn(state, sampled, group_advantages(scores), beta, step)
@@ -321,14 +336,14 @@ def align(
                 f"{collapse}, and of the steps before no state is kept: lower the learning rate, "
                 "raise the KL's coefficient, make checkpoints more often, or widen the bounds"
             )
-        state, _ = states.restore(on_first_device(state))
+        state, _ = run.restored(states)
         # That of the checkpoint lacks what was measured of its state where a scorer failed there.
         measured = _before({name: history[name] for name in MEASURED}, states.latest + 1)
         history = _before(history, states.latest) | measured
         return Aligned(state.params, states.latest, history, collapse)
 
 
-class _Run:
+class Run:
     """What stays the same from step to step, and what a step does."""
 
     def __init__(
@@ -339,17 +354,17 @@ class _Run:
         inputs: Sequence[Inputs],
         settings: PolicySettings,
         pretraining: Batch | None,
+        prompts: Sequence[Sequence[int]] | None,
     ):
         self._model, self._tokenizer = model.replace(dropout_rate=0.0), tokenizer
         self._inputs, self._settings, self._pretraining = inputs, settings, pretraining
-        self._prompts = [tokenizer.encode_prompt(text) for text in inputs]
+        self._prompts = prompts or [tokenizer.encode_prompt(text) for text in inputs]
         self._how = How.of(settings)
         self._base = jax.device_put(dict(params), jax.devices()[0])
 
     def described(self) -> dict[str, Any]:
         """What makes two runs the same."""
         config, settings = self._model.config, dataclasses.asdict(self._settings)
-        del settings["checkpoint_every"]  # which changes where a run goes back to, not what it does
         return {
             "settings": json.loads(json.dumps(settings)),
             "model": {name: str(value) for name, value in dataclasses.asdict(config).items()},
@@ -358,18 +373,20 @@ class _Run:
             "pretraining": None if self._pretraining is None else fingerprint(self._pretraining),
         }
 
-    def start(self) -> _State:
+    def start(self) -> State:
         """The state before the first step."""
         lora, seed = self._settings.lora, self._settings.seed
-        if lora is None:
-            # Copied, as every update gives the memory of its state away.
-            params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._base)
-        else:
-            params = init_adapter(self._model, lora, seed)
-        params = jax.device_put(dict(params), jax.devices()[0])
-        return _State(params, jax.jit(_optimizer(self._how).init)(params))
+        like = self._how.shapes(self._model)[0].params
+        params = begun(self._model, self._base, lora, seed, like)
+        return State(params, jax.jit(self._how.optimizer.init)(params))
 
-    def sample(self, state: _State, step: int) -> _Sampled:
+    def restored(self, states: States) -> tuple[State, History]:
+        """The latest state there is, and the history up to it."""
+        like = self._how.shapes(self._model)[0]
+        found = states.restore(like._asdict(), "history")
+        return State(found["params"], found["optimizer"]), found["history"]
+
+    def sample(self, state: State, step: int) -> _Sampled:
         """Samples a step's outputs, and reads them by both models."""
         settings, pad_id = self._settings, self._model.config.pad_id
         rows = batch_indices(len(self._inputs), settings.inputs_per_step, step, settings.seed)
@@ -378,7 +395,7 @@ class _Run:
         inputs = pad_rows(prompts, pad_id, round_up(max(map(len, prompts)), longest))
         generated = generate(
             self._model,
-            self._how.whole(self._base, state.params),
+            with_trained(self._base, state.params, self._how.lora),
             inputs,
             max_length=settings.max_length,
             prefixes=np.zeros((len(rows), settings.samples, 0), np.int32),
@@ -411,8 +428,8 @@ class _Run:
         )
 
     def learn(
-        self, state: _State, sampled: _Sampled, advantages: np.ndarray, beta: float, step: int
-    ) -> tuple[_State, dict[str, float]]:
+        self, state: State, sampled: _Sampled, advantages: np.ndarray, beta: float, step: int
+    ) -> tuple[State, dict[str, float]]:
         """Makes a step's updates; the memory of the state is given away."""
         settings = self._settings
         arrays = sampled.arrays | {"advantages": advantages.reshape(-1)}
@@ -456,7 +473,7 @@ def read(
         The tokens' log-probabilities [B, L], the exact divergences KL(model, original) [B, L],
         0 where a token does not count, and the original's hidden states [B, L, D].
     """
-    params, counts = how.whole(base, trained), batch["weights"] > 0
+    params, counts = with_trained(base, trained, how.lora), batch["weights"] > 0
     head, ref_hidden = model.head(params), model.hidden(base, batch)
     found: Any = linear_token_statistics(
         model.hidden(params, batch),
@@ -497,7 +514,7 @@ def policy_loss(
     Returns:
         The loss, and the share of tokens that the clip holds.
     """
-    params, weights = how.whole(base, trained), batch["weights"]
+    params, weights = with_trained(base, trained, how.lora), batch["weights"]
     head, count = model.head(params), weights.sum()
     tokens: Any = linear_policy_gradient_loss(
         model.hidden(params, batch),
@@ -532,7 +549,7 @@ def policy_loss(
 
 
 def update(
-    state: _State,
+    state: State,
     base: Params,
     batch: Mapping[str, jax.Array],
     text: Mapping[str, jax.Array],
@@ -540,7 +557,7 @@ def update(
     *,
     model: LanguageModel,
     how: How,
-) -> tuple[_State, dict[str, jax.Array]]:
+) -> tuple[State, dict[str, jax.Array]]:
     """The arithmetic of an update.
 
     Args:
@@ -555,12 +572,11 @@ def update(
     Returns:
         The state after, with the loss and the share of tokens that the clip holds.
     """
-    loss_of = functools.partial(policy_loss, model=model, how=how)
-    (loss, clipped), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-        state.params, base, batch, text, beta
-    )
-    updates, optimizer = _optimizer(how).update(gradient, state.optimizer, state.params)
-    state = _State(optax.apply_updates(state.params, updates), optimizer)
+
+    def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
+        return policy_loss(trained, base, batch, text, beta, model=model, how=how)
+
+    state, loss, clipped = updated(loss_of, state, how.optimizer)
     return state, {"loss": loss, "clipped": clipped}
 
 
@@ -572,10 +588,6 @@ def _at_temperature(head: OutputHead, temperature: float) -> dict[str, Any]:
         "softcap": softcap,
         "transposed": head.transposed,
     }
-
-
-def _optimizer(how: How) -> optax.GradientTransformation:
-    return optax.adam(how.learning_rate)
 
 
 def largest_rows(
@@ -617,7 +629,7 @@ def compiled_reading(model: LanguageModel, how: How, rows: Rows) -> Any:
     Returns:
         The program; it says what memory it takes.
     """
-    state, base = state_shapes(model, how)
+    state, base = how.shapes(model)
     program = jax.jit(functools.partial(read, model=model, how=how))
     return program.lower(state.params, base, batch_shapes(rows)).compile()
 
@@ -637,25 +649,8 @@ def compiled_update(model: LanguageModel, how: How, rows: Rows, text: Rows) -> A
     """
     program = jax.jit(functools.partial(update, model=model, how=how), donate_argnums=0)
     beta = jax.ShapeDtypeStruct((), np.float32)
-    return program.lower(
-        *state_shapes(model, how), batch_shapes(rows), batch_shapes(text), beta
-    ).compile()
-
-
-def state_shapes(model: LanguageModel, how: How) -> tuple[_State, Params]:
-    """What is trained with its optimizer, and the original, as shapes; nothing is made.
-
-    Args:
-        model: the network.
-        how: see `How`.
-
-    Returns:
-        Trees of `jax.ShapeDtypeStruct`.
-    """
-    base = model.param_shapes()
-    trained = base if how.lora is None else adapter_shapes(model, how.lora)
-    state = _State(trained, jax.eval_shape(_optimizer(how).init, trained))
-    return on_first_device(state), on_first_device(dict(base))
+    shapes = how.shapes(model)
+    return program.lower(*shapes, batch_shapes(rows), batch_shapes(text), beta).compile()
 
 
 def _require_differences(scores: np.ndarray) -> None:

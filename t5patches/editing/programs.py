@@ -1,15 +1,47 @@
-"""Programs that are compiled for batches of known shapes, and what memory they take."""
+"""What is trained and how an update is compiled, for every command that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import SingleDeviceSharding
+
+from t5patches.model.lora import Lora, init_adapter
+from t5patches.model.protocol import LanguageModel, Params
+from t5patches.runs import hosts
 
 Rows = tuple[tuple[str, tuple[int, ...], Any], ...]
 """Names, shapes and types of a batch: what a program is compiled for."""
+
+# In what a run that goes on may differ from what it was: neither changes more than rounding.
+MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = dict.fromkeys(
+    ("checkpoint_every", "remat"), lambda there, asked: True
+)
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def dtype_named(name: str) -> Any:
+    """The type of activations by its name.
+
+    Args:
+        name: of `DTYPES`.
+
+    Returns:
+        The type.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}: one of {tuple(DTYPES)} is needed")
+    return DTYPES[name]
+
+
+# --- Batches --------------------------------------------------------------------------------------
 
 
 def rows_of(batch: Mapping[str, Any], count: int | None = None) -> Rows:
@@ -40,6 +72,21 @@ def batch_shapes(rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in rows}
 
 
+# --- What is trained ------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What an update changes.
+
+    Attributes:
+        params: what is trained.
+        optimizer: what it keeps of them.
+    """
+
+    params: Any
+    optimizer: optax.OptState
+
+
 def on_first_device(tree: Any) -> Any:
     """A tree as shapes on the first device, to compile with and to restore as.
 
@@ -53,29 +100,56 @@ def on_first_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), tree)
 
 
-def size(tree: Any) -> int:
-    """What a tree takes.
+def state_shapes(trained: Any, optimizer: optax.GradientTransformation) -> State:
+    """A state on the first device as shapes; nothing is made.
 
     Args:
-        tree: of arrays or shapes.
+        trained: shapes of what is trained.
+        optimizer: trains it.
 
     Returns:
-        Bytes.
+        A tree of `jax.ShapeDtypeStruct`.
     """
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return on_first_device(State(trained, jax.eval_shape(optimizer.init, trained)))
 
 
-def working_memory(program: Any, held: Any) -> int:
-    """What a compiled program holds beside arguments that are there before and after it.
+def begun(
+    model: LanguageModel, params: Params, lora: Lora | None, seed: int, like: Params
+) -> dict[str, Any]:
+    """What a run trains, before its first update.
 
     Args:
-        program: of `jax.jit(...).lower(...).compile()`.
-        held: these arguments, as arrays or shapes.
+        model: the network.
+        params: that it starts from; not changed.
+        lora: the adapter that is trained beside them; None trains them all.
+        seed: of the adapter.
+        like: shapes of what is trained, and where each lies.
 
     Returns:
-        Bytes.
+        Parameters like those.
     """
-    memory = program.memory_analysis()
-    given = max(0, memory.argument_size_in_bytes - size(held))
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + made + given
+    start = params if lora is None else init_adapter(model, lora, seed)
+    # Copied, as every update gives the memory of its state away.
+    return jax.tree.map(
+        lambda x, y: hosts.place(jnp.array(x, copy=True), y.sharding), dict(start), like
+    )
+
+
+def updated(
+    loss_of: Callable[[Any], tuple[jax.Array, Any]],
+    state: State,
+    optimizer: optax.GradientTransformation,
+) -> tuple[State, jax.Array, Any]:
+    """The arithmetic of an update.
+
+    Args:
+        loss_of: of what is trained, with what else is to be known.
+        state: before.
+        optimizer: see `state_shapes`.
+
+    Returns:
+        The state after, the loss before, and what else is to be known.
+    """
+    (loss, more), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, inner = optimizer.update(gradient, state.optimizer, state.params)
+    return State(optax.apply_updates(state.params, updates), inner), loss, more

@@ -48,19 +48,23 @@ from t5patches.editing.data import (
     text_of,
     with_end,
 )
-from t5patches.editing.programs import Rows, batch_shapes, on_first_device, rows_of
+from t5patches.editing.programs import (
+    MAY_DIFFER,
+    Rows,
+    State,
+    batch_shapes,
+    begun,
+    on_first_device,
+    rows_of,
+    state_shapes,
+    updated,
+)
 from t5patches.editing.rules import load_callable
 from t5patches.editing.scores import Scorer, try_out
 from t5patches.editing.states import History, States
 from t5patches.model.batches import round_up
 from t5patches.model.folder import load_model
-from t5patches.model.lora import (
-    Lora,
-    adapter_shapes,
-    attached,
-    init_adapter,
-    weights_fingerprint,
-)
+from t5patches.model.lora import Lora, trained_shapes, weights_fingerprint, with_trained
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -254,27 +258,26 @@ def pair_arrays(pairs: Sequence[Pair], pad_id: int) -> Batch:
 # --- Training -------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """What an update changes.
-
-    Attributes:
-        params: `weight` [D], and `below` it the adapter, or the model.
-        optimizer: what it keeps of each.
-    """
-
-    params: dict[str, Any]
-    optimizer: optax.OptState
-
-
 class How(NamedTuple):
     """What an update is compiled for, beside shapes."""
 
     learning_rate: float
     lora: Lora | None
 
-    def whole(self, base: Params, below: Params) -> Params:
-        """The parameters of the model below the head."""
-        return below if self.lora is None else attached(base, below, self.lora)
+    def shapes(self, model: LanguageModel) -> tuple[State, Params]:
+        """What is trained with its optimizer, and what it starts from, as shapes.
+
+        What is trained is the `weight` [D] of the head, and `below` it the adapter, or the model.
+        """
+        weight = jax.ShapeDtypeStruct((model.config.emb_dim,), jnp.float32)
+        trained = {WEIGHT: weight, BELOW: dict(trained_shapes(model, self.lora))}
+        state = state_shapes(trained, self.optimizer)
+        return state, on_first_device(dict(model.param_shapes()))
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What trains it."""
+        return optax.adam(self.learning_rate)
 
 
 class Trained(NamedTuple):
@@ -321,11 +324,18 @@ def train_reward(
     base = jax.device_put(dict(params), jax.devices()[0])
     count = len(pairs["inputs"])
     steps = settings.steps(count)
-    claim(directory, _describe(model, base, pairs, settings))
+    claim(directory, _describe(model, base, pairs, settings), may_differ=MAY_DIFFER)
+    like = how.shapes(model)[0]
     with States(directory) as states:
-        state, history, first = _start(model, base, settings), History(), states.latest or 0
-        if states.latest is not None:
-            state, history = states.restore(on_first_device(state))
+        first, history = states.latest, History()
+        if first:
+            found = states.restore(like._asdict(), "history")
+            state, history = State(found["params"], found["optimizer"]), found["history"]
+        else:
+            weight = jnp.zeros_like(like.params[WEIGHT], device=like.params[WEIGHT].sharding)
+            below = begun(model, base, settings.lora, settings.seed, like.params[BELOW])
+            trained = {WEIGHT: weight, BELOW: below}
+            state = State(trained, jax.jit(how.optimizer.init)(trained))
         task = (
             progress.add_task("reward", total=steps, completed=first, note="compiling")
             if progress
@@ -341,7 +351,7 @@ def train_reward(
                     f"the loss is {history['loss'][-1]} at step {step}: lower the learning rate"
                 )
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
-                states.save(step + 1, state, history)
+                states.save(step + 1, state._asdict(), {"history": history})
             if progress is not None and task is not None:
                 recent = {name: np.mean(values[-20:]) for name, values in history.items()}
                 note = f"loss {recent['loss']:.4f}, accuracy {100 * recent['accuracy']:.0f}%"
@@ -394,7 +404,7 @@ def pair_loss(
     both = functools.partial(jnp.concatenate, axis=0)
     found = rewards(
         trained[WEIGHT],
-        how.whole(base, trained[BELOW]),
+        with_trained(base, trained[BELOW], how.lora),
         both([batch["inputs"]] * 2),
         both([batch["chosen"], batch["rejected"]]),
         both([batch["ends"][:, 0], batch["ends"][:, 1]]),
@@ -425,29 +435,12 @@ def update(
     Returns:
         The state after, and what goes into the history.
     """
-    loss_of = functools.partial(pair_loss, model=model, how=how)
-    (loss, right), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, base, batch)
-    updates, optimizer = _optimizer(how).update(gradient, state.optimizer, state.params)
-    state = State(optax.apply_updates(state.params, updates), optimizer)
+
+    def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
+        return pair_loss(trained, base, batch, model=model, how=how)
+
+    state, loss, right = updated(loss_of, state, how.optimizer)
     return state, {"loss": loss, "accuracy": right}
-
-
-def state_shapes(model: LanguageModel, how: How) -> tuple[State, Params]:
-    """What is trained with its optimizer, and what it starts from, as shapes; nothing is made.
-
-    Args:
-        model: the network.
-        how: see `How`.
-
-    Returns:
-        Trees of `jax.ShapeDtypeStruct`.
-    """
-    base = model.param_shapes()
-    below = base if how.lora is None else adapter_shapes(model, how.lora)
-    weight = jax.ShapeDtypeStruct((model.config.emb_dim,), jnp.float32)
-    trained = {WEIGHT: weight, BELOW: dict(below)}
-    state = State(trained, jax.eval_shape(_optimizer(how).init, trained))
-    return on_first_device(state), on_first_device(dict(base))
 
 
 @functools.lru_cache(maxsize=32)
@@ -463,7 +456,7 @@ def compiled_update(model: LanguageModel, how: How, rows: Rows) -> Any:
         The program; it says what memory it takes.
     """
     program = jax.jit(functools.partial(update, model=model, how=how), donate_argnums=0)
-    return program.lower(*state_shapes(model, how), batch_shapes(rows)).compile()
+    return program.lower(*how.shapes(model), batch_shapes(rows)).compile()
 
 
 def _batch(pairs: Batch, rows: np.ndarray) -> Batch:
@@ -473,29 +466,11 @@ def _batch(pairs: Batch, rows: np.ndarray) -> Batch:
     return batch | {name: batch[name][:, :length] for name in ("chosen", "rejected")}
 
 
-def _start(model: LanguageModel, base: Params, settings: RewardSettings) -> State:
-    if settings.lora is None:
-        # Copied, as every update gives the memory of its state away.
-        below = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(base))
-    else:
-        below = dict(init_adapter(model, settings.lora, settings.seed))
-    trained = {WEIGHT: jnp.zeros(model.config.emb_dim, jnp.float32), BELOW: below}
-    trained = jax.device_put(trained, jax.devices()[0])
-    optimizer = _optimizer(How(settings.learning_rate, settings.lora))
-    return State(trained, jax.jit(optimizer.init)(trained))
-
-
-def _optimizer(how: How) -> optax.GradientTransformation:
-    return optax.adam(how.learning_rate)
-
-
 def _describe(
     model: LanguageModel, base: Params, pairs: Batch, settings: RewardSettings
 ) -> dict[str, Any]:
-    asked = dataclasses.asdict(settings)
-    del asked["checkpoint_every"]  # which changes nothing in what is made
     return {
-        "settings": asked,
+        "settings": dataclasses.asdict(settings),
         "model": {name: str(x) for name, x in dataclasses.asdict(model.config).items()},
         "params": fingerprint(base),
         "pairs": fingerprint(pairs),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +14,20 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch
-from t5patches.editing.edit import CARD, card_before_edits
+from t5patches.editing.edit import model_to_train
 from t5patches.editing.evaluate import ratio
-from t5patches.editing.outputs import Output
+from t5patches.editing.outputs import (
+    CARD,
+    Output,
+    card_with,
+    record_in,
+    recorded,
+    result,
+    room_for,
+    save_result,
+)
 from t5patches.editing.plan import MemoryPlan, require_room
-from t5patches.editing.programs import rows_of, size, working_memory
+from t5patches.editing.programs import MAY_DIFFER, rows_of
 from t5patches.editing.reward import (
     BELOW,
     RECORD,
@@ -35,13 +42,12 @@ from t5patches.editing.reward import (
     record_text,
     repeats,
     split,
-    state_shapes,
     train_reward,
 )
 from t5patches.editing.train import training_progress
-from t5patches.model.folder import inspect_model
-from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import is_adapter, merged, weights_fingerprint
+from t5patches.model import memory
+from t5patches.model.huggingface import load_checkpoint
+from t5patches.model.lora import weights_fingerprint
 from t5patches.model.protocol import LanguageModel, require_positions
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.runs.claims import remove
@@ -76,7 +82,6 @@ class Checked:
 
     Attributes:
         model: as it is trained.
-        tokenizer: its own.
         pairs: to train on.
         held_out: the others.
         plan: the memory.
@@ -84,7 +89,6 @@ class Checked:
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
     pairs: Batch
     held_out: Sequence[Pair]
     plan: MemoryPlan
@@ -114,17 +118,20 @@ def reward_folder(
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output, described = Output(job.output, RECORD, "a reward model"), _described(job)
+    output = Output(job.output, record_in(RECORD), "reward model")
+    model, tokenizer = model_to_train(job.model, job.chat)
+    described = _described(job, tokenizer)
     record = output.finished(described, resume=resume)
     if record is not None:
         return record
-    checked = check(job)
+    checked = _checked(job, model, tokenizer)
     for line in (*checked.notes, checked.plan.text()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def write() -> None:
         began = time.monotonic()
-        params = load_checkpoint(job.model)[1]
+        # What was read is not held beside it.
+        params = jax.device_put(load_checkpoint(job.model)[1], jax.devices()[0])
         with training_progress(console) as progress:
             trained = train_reward(
                 checked.model,
@@ -134,26 +141,19 @@ def reward_folder(
                 output.work / "run",
                 progress=progress,
             )
-        lora, below = job.settings.lora, trained.params[BELOW]
-        record = {
-            "job": described,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "pairs": len(checked.pairs["inputs"]),
-            "held_out": len(checked.held_out),
-            "history": trained.history,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-        }
+        record = recorded(
+            described,
+            pairs=len(checked.pairs["inputs"]),
+            held_out=len(checked.held_out),
+            history=trained.history,
+            device=jax.devices()[0].device_kind,
+        )
         weight = np.asarray(trained.params[WEIGHT])
         written = output.work / "written"
         if written.exists():
             remove(written)  # of a run that was killed as it measured
-        save_checkpoint(
-            written,
-            checked.model,
-            below if lora is None else merged(params, below, lora),
-            like=job.model,
-        )
+        made = result(job.model, trained.params[BELOW], job.settings.lora, merge=True)
+        save_result(written, checked.model, made, job.model, {})
         beneath = weights_fingerprint(written)
         write_file(written / RECORD, record_text(record, weight, beneath))
         # By the folder itself: its numbers may be rounded to the model's own type.
@@ -163,7 +163,8 @@ def reward_folder(
         write_file(written / RECORD, record_text(record, weight, beneath))
         written.rename(output.made)
 
-    return output.make(described, _disk_space(job, checked), write)
+    state, _ = How(job.settings.learning_rate, job.settings.lora).shapes(checked.model)
+    return output.make(described, room_for(job.model, state, whole=True), write, MAY_DIFFER)
 
 
 def check(job: Job) -> Checked:
@@ -178,9 +179,11 @@ def check(job: Job) -> Checked:
     Raises:
         ValueError: naming what is wrong.
     """
-    model, tokenizer = inspect_model(job.model, chat=job.chat)
+    return _checked(job, *model_to_train(job.model, job.chat))
+
+
+def _checked(job: Job, model: LanguageModel, tokenizer: Tokenizer) -> Checked:
     model = model.replace(dropout_rate=0.0)
-    card_before_edits(job.model)  # read again at the end, when it would be late
     pairs = read_pairs(job.preferences, tokenizer)
     lengths = [(len(e.input_ids), len(e.output_ids)) for pair in pairs for e in pair]
     require_positions(model.config, *np.array(lengths).T)
@@ -192,26 +195,25 @@ def check(job: Job) -> Checked:
     if both:
         notes.append(f"{both} pairs are there both ways, and cancel one another")
     arrays = pair_arrays(trained_on, model.config.pad_id)
-    return Checked(model, tokenizer, arrays, held_out, _planned(job, model, arrays), notes)
+    return Checked(model, arrays, held_out, _planned(job.settings, model, arrays), notes)
 
 
-def _planned(job: Job, model: LanguageModel, pairs: Batch) -> MemoryPlan:
+def _planned(settings: RewardSettings, model: LanguageModel, pairs: Batch) -> MemoryPlan:
     """The memory, of the program itself; what does not fit is refused."""
-    settings = job.settings
     how = How(settings.learning_rate, settings.lora)
-    state, base = state_shapes(model, how)
-    held = state if settings.lora is None else (state, base)
+    state, base = how.shapes(model)
     program = compiled_update(model, how, rows_of(pairs, settings.batch_size))
-    working = working_memory(program, (state, base) if settings.lora else state)
+    working, held = memory.beside((state, base), program), memory.held((state, base))
     longest = pairs["inputs"].shape[1]
     what = f"updates of {settings.batch_size} pairs of outputs, to inputs of {longest} tokens,"
     less = ("of the preferences",)
-    require_room(what, working, size(held), settings.batch_size, less=less)
+    require_room(what, working, held, settings.batch_size, less=less)
     return MemoryPlan(
         device=jax.devices()[0].device_kind,
         count=1,
-        parameters=size(state.params) + (size(base) if settings.lora else 0),
-        optimizer=size(state.optimizer),
+        # What it starts from is held too, where all of it is trained.
+        parameters=memory.held((state.params, base)),
+        optimizer=memory.held(state.optimizer),
         original=0,
         working=working,
         available=None,
@@ -230,29 +232,16 @@ def _accuracy(reward: Reward, pairs: Sequence[Pair]) -> dict[str, float] | None:
     return {"value": found.value, "error": found.error if len(pairs) > 1 else 0.0}
 
 
-def _disk_space(job: Job, checked: Checked) -> int:
-    """Room for the folder, and for two checkpoints of the run: the last and the next."""
-    how = How(job.settings.learning_rate, job.settings.lora)
-    folder = sum(f.stat().st_size for f in Path(job.model).iterdir() if f.is_file())
-    return folder + 2 * size(state_shapes(checked.model, how)[0])
-
-
-def _described(job: Job) -> dict[str, Any]:
+def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
-    if is_adapter(job.model):
-        raise ValueError(
-            f"{job.model} is an adapter and no whole model: begin with the model that it lies "
-            "beside, or one that it was merged with (--merge where it was made)"
-        )
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
-    described = {
+    return {
         "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
         "preferences": file_fingerprint(job.preferences),
-        "chat": inspect_model(job.model, chat=job.chat)[1].chat,
+        "chat": tokenizer.chat,
         "settings": settings,
     }
-    return json.loads(json.dumps(described))
 
 
 def accuracy_text(accuracy: Mapping[str, float] | None) -> str:
@@ -271,16 +260,15 @@ def accuracy_text(accuracy: Mapping[str, float] | None) -> str:
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:
     """The model card with a section on this at its end."""
-    path = Path(job.model) / CARD
-    before = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.exists() else ""
     settings, history = job.settings, record["history"]
-    return (
-        f"{before}## A reward model\n\n"
+    return card_with(
+        job.model,
+        "## A reward model\n\n"
         f"On {record['date']} `t5patches reward` made this of `{record['job']['model']['name']}`: "
         f"a scalar head, in `{RECORD}`, on the state that predicts an output's end.\n\n"
         f"- {record['pairs']} pairs, {settings.epochs} epochs, Adam, learning rate "
         f"{settings.learning_rate:g}, seed {settings.seed}; loss {history['loss'][0]:.4g} at the "
         f"first, {history['loss'][-1]:.4g} at the last update.\n"
         f"- In the order that people gave: {accuracy_text(record['accuracy'])}.\n"
-        "- Only differences between outputs to the same input mean something.\n"
+        "- Only differences between outputs to the same input mean something.\n",
     )

@@ -23,21 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t5patches.editing.data import CHOSEN, CHOSEN_WEIGHTS, Batch, batch_indices
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
+from t5patches.editing.programs import MAY_DIFFER, begun
 from t5patches.editing.rivals import RIVALS, Chosen, Given
+from t5patches.editing.states import History, States
 from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
-from t5patches.model.lora import Lora, adapter_axes, adapter_shapes, attached, init_adapter
+from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs import hosts
-from t5patches.runs.claims import claim, writing
+from t5patches.runs.claims import claim
 from t5patches.runs.files import read_object
 from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import (
@@ -58,8 +59,6 @@ NO_SETS = ("nl", "ce", *(name for name, rival in RIVALS.items() if not rival.set
 OPTIMIZERS = ("adafactor", "adam")
 SCHEDULES = ("constant", "linear", "cosine")
 _PARAM_DTYPES = ("float32", "bfloat16")
-
-History = dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +195,7 @@ _LEAST = {
 def may_differ(settings: TrainSettings) -> dict[str, Callable[[Any, Any], bool]]:
     """In what a run that goes on may differ from what it was.
 
-    It may get more steps where the rate does not fall towards its last one. Whether layers are run
-    again (`remat`) changes rounding alone.
+    It may get more steps where the rate does not fall towards its last one.
 
     Args:
         settings: how to train now.
@@ -205,14 +203,8 @@ def may_differ(settings: TrainSettings) -> dict[str, Callable[[Any, Any], bool]]
     Returns:
         By name, whether the value there may become the one asked for, as `claim` takes it.
     """
-    names: dict[str, Callable[[Any, Any], bool]] = {"checkpoint_every": _any, "remat": _any}
-    if settings.schedule == "constant":
-        names["steps"] = operator.le
-    return names
-
-
-def _any(there: Any, asked: Any) -> bool:
-    return True
+    constant = settings.schedule == "constant"
+    return {**MAY_DIFFER, **({"steps": operator.le} if constant else {})}
 
 
 class Trained(NamedTuple):
@@ -345,12 +337,18 @@ def train(
             implementation=settings.implementation,
             mesh=mesh,
         )
-    with _checkpoints(directory) as checkpoints:
-        first = checkpoints.latest_step() or 0
+    with States(directory) as states:
+        first, history = states.latest, dict[str, list[Any]]()
         if first:
-            state, history = _restore(checkpoints, step_of.state, watch)
+            best = {} if watch is None else {"best": step_of.state.params}
+            names = ("history",) if watch is None else ("history", "looks")
+            found = states.restore(step_of.state._asdict() | best, *names)
+            state = _State(found["params"], found["optimizer"], found.get("average"))
+            history = found["history"]
+            if watch is not None:
+                watch.restored(found["looks"], found["best"])
         else:
-            state, history = step_of.start(params), {}
+            state = step_of.start(params)
         if first == settings.steps or (watch is not None and watch.why):
             raise ValueError(
                 f"{directory} holds a finished run: load it with `finished_run`, or choose another "
@@ -384,7 +382,10 @@ def train(
             stop = look(step + 1, state.result)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop:
                 history = _fetch(history)
-                _save(checkpoints, step + 1, state, history, watch)
+                _require_finite(history)
+                kept = {"best": watch.best} if watch else {}
+                numbers = {"history": history, "looks": watch.looks if watch else None}
+                states.save(step + 1, state._asdict() | kept, numbers)
             if stop:
                 break
     if watch is None or watch.best is None:
@@ -411,24 +412,15 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
     watched = settings.get("until") is not None
     made = "best" if watched else "average" if settings.get("average") else "params"
     looks: Sequence[Look] = ()
-    with _checkpoints(directory) as checkpoints:
-        there = checkpoints.latest_step()
-        if watched and there is not None:
-            found = checkpoints.restore(
-                there, args=ocp.args.Composite(looks=ocp.args.JsonRestore())
-            )
-            looks = [Look(*look) for look in found.looks]
+    with States(directory) as states:
+        if watched and states.latest:
+            looks = [Look(*look) for look in states.restore({}, "looks")["looks"]]
             if verdict(looks, settings["until"]).why:
-                steps = there
-        if there != steps:
+                steps = states.latest
+        if states.latest != steps:
             return None
-        found = checkpoints.restore(
-            steps,
-            args=ocp.args.Composite(
-                **{made: ocp.args.StandardRestore(params)}, history=ocp.args.JsonRestore()
-            ),
-        )
-    return Trained(found[made], found.history, looks)
+        found = states.restore({made: params}, "history")
+    return Trained(found[made], found["history"], looks)
 
 
 def training_progress(console: Console | None = None) -> Progress:
@@ -708,14 +700,8 @@ class Step:
         Returns:
             The state before the first update.
         """
-        if self._settings.lora is not None:
-            params = init_adapter(self._model, self._settings.lora, self._settings.seed)
-        # Copied, as every update gives the memory of its state away and `params` is the caller's.
-        placed = jax.tree.map(
-            lambda x, like: hosts.place(jnp.array(x, copy=True), like.sharding),
-            dict(params),
-            self.state.params,
-        )
+        lora, seed = self._settings.lora, self._settings.seed
+        placed = begun(self._model, params, lora, seed, self.state.params)
         shardings = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
         optimizer = jax.jit(self._init, out_shardings=shardings)(placed)
         # The first update puts its own in the place of the zeros.
@@ -811,7 +797,7 @@ def _program(
     """What the update takes, as shapes and where they lie, and the update to be compiled."""
     optimizer, lora = _optimizer(settings), settings.lora
     shapes = model.param_shapes()
-    trained = shapes if lora is None else adapter_shapes(model, lora)
+    trained = trained_shapes(model, lora)
     inner = jax.eval_shape(optimizer.init, trained)
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
@@ -884,9 +870,7 @@ def update(
     original = frozen.base if frozen.original is None else frozen.original
 
     def mean_loss(trained: Params) -> tuple[jax.Array, TokenLoss]:
-        params = trained
-        if settings.lora is not None and frozen.base is not None:
-            params = attached(frozen.base, trained, settings.lora)
+        params = with_trained(frozen.base, trained, settings.lora)
         tokens = token_loss(model, params, original, batch, settings, key)
         counted = jnp.sum(weights != 0, dtype=jnp.float32)
         return tokens.loss.sum() / jnp.maximum(counted, 1), tokens
@@ -1105,19 +1089,7 @@ def _steps(directory: Path) -> int | None:
     return _settings(directory)["steps"] if (directory / "run.json").exists() else None
 
 
-def _checkpoints(directory: Path) -> ocp.CheckpointManager:
-    # Not in the background: the next update reuses the memory that is being written.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(directory / "checkpoints", options=options)
-
-
-def _save(
-    checkpoints: ocp.CheckpointManager,
-    step: int,
-    state: _State,
-    history: History,
-    watch: HeldOut | None,
-) -> None:
+def _require_finite(history: History) -> None:
     finite = np.isfinite(history["loss"])
     if not finite.all():
         raise FloatingPointError(
@@ -1125,32 +1097,6 @@ def _save(
             "learning_rate or alpha, and check that all token ids are in the vocabulary; the last "
             "checkpoint, if any, is from before"
         )
-    items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in _trees(state).items()}
-    items["history"] = ocp.args.JsonSave(history)
-    if watch is not None:
-        items["best"] = ocp.args.StandardSave(watch.best)
-        items["looks"] = ocp.args.JsonSave(watch.looks)
-    with writing(f"the checkpoint of step {step}", "the one before it, if any, is"):
-        checkpoints.save(step, args=ocp.args.Composite(**items))
-
-
-def _restore(
-    checkpoints: ocp.CheckpointManager, like: _State, watch: HeldOut | None
-) -> tuple[_State, dict[str, list[Any]]]:
-    trees = {name: ocp.args.StandardRestore(x) for name, x in _trees(like).items()}
-    items: dict[str, Any] = {**trees, "history": ocp.args.JsonRestore()}
-    if watch is not None:
-        items["best"] = ocp.args.StandardRestore(like.params)
-        items["looks"] = ocp.args.JsonRestore()
-    found = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
-    if watch is not None:
-        watch.restored(found.looks, found.best)
-    return _State(**{name: found[name] for name in trees}), found.history
-
-
-def _trees(state: _State) -> dict[str, Any]:
-    """What a checkpoint holds of a state, by name."""
-    return {name: x for name, x in state._asdict().items() if x is not None}
 
 
 def _fetch(history: Mapping[str, list[Any]]) -> History:

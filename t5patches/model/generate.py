@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from t5patches.model.batches import by_length, row_lengths
+from t5patches.model.memory import beside
 from t5patches.model.protocol import Array, LanguageModel, ModelConfig, Params, require_positions
 
 
@@ -161,22 +162,6 @@ def working_memory(
     plan, params = _Plan(model, max_length, sample), model.param_shapes()
     program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
     return beside(params, program)
-
-
-def beside(held: Any, program: Any) -> int:
-    """What a compiled program holds beside some of its arguments.
-
-    Args:
-      held: these, as arrays or shapes.
-      program: what `jax.jit(...).lower(...).compile()` gives.
-
-    Returns:
-      Bytes.
-    """
-    memory = program.memory_analysis()
-    there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-    given = max(0, memory.argument_size_in_bytes - there)
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes + given
 
 
 def _check_tokens(name: str, tokens: Any, rank: int, config: ModelConfig) -> np.ndarray:

@@ -272,6 +272,33 @@ def merged(params: Params, adapter: Params, lora: Lora) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
+def trained_shapes(model: LanguageModel, lora: Lora | None) -> Params:
+    """What a run trains, as `jax.ShapeDtypeStruct`.
+
+    Args:
+        model: the network.
+        lora: the adapter; None where all parameters are trained.
+
+    Returns:
+        The tree of `adapter_shapes`, or of the model's own.
+    """
+    return model.param_shapes() if lora is None else adapter_shapes(model, lora)
+
+
+def with_trained(base: Params | None, trained: Params, lora: Lora | None) -> Params:
+    """The parameters of a model in training.
+
+    Args:
+        base: of the model beneath an adapter.
+        trained: like `trained_shapes`.
+        lora: the adapter; None where all parameters are trained.
+
+    Returns:
+        What the network takes.
+    """
+    return trained if lora is None or base is None else attached(base, trained, lora)
+
+
 # --- Folders --------------------------------------------------------------------------------------
 
 
@@ -359,9 +386,18 @@ def save_adapter(
     metadata = {"format": "pt", _BASE: weights_fingerprint(base)}
     with whole_folder(output) as partial:
         write_file(partial / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_file(partial / WEIGHTS, save(values, metadata))
+        write_file(partial / WEIGHTS, _in_order(save(values, metadata)))
         for name, content in (files or {}).items():
             write_file(partial / name, content)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata by name: the library writes that in any order."""
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + said.ljust(size - 8) + content[size:]
 
 
 def load_adapter(folder: PathLike, base: PathLike) -> Adapter:

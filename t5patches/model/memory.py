@@ -1,0 +1,53 @@
+"""What arrays and compiled programs take on a device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+
+def size(tree: Any) -> int:
+    """What a tree takes in all.
+
+    Args:
+        tree: of arrays or shapes.
+
+    Returns:
+        Bytes.
+    """
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def held(tree: Any) -> int:
+    """What a tree takes on one device.
+
+    Args:
+        tree: of arrays or shapes, with or without shardings.
+
+    Returns:
+        Bytes.
+    """
+    return sum(math.prod(_here(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _here(x: Any) -> tuple[int, ...]:
+    sharding = getattr(x, "sharding", None)
+    return x.shape if sharding is None else sharding.shard_shape(x.shape)
+
+
+def beside(arguments: Any, program: Any) -> int:
+    """What a compiled program holds on a device beside arguments that are there in any case.
+
+    Args:
+        arguments: these, as arrays or shapes; what the program takes the place of is among them.
+        program: what `jax.jit(...).lower(...).compile()` gives.
+
+    Returns:
+        Bytes.
+    """
+    memory = program.memory_analysis()
+    given = max(0, memory.argument_size_in_bytes - held(arguments))
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + made + given
