@@ -167,6 +167,59 @@ def record(folder: Path) -> None:
     write_html(folder / "report.html", results)
 
 
+def aligned(folder: Path) -> None:
+    from t5patches.editing.edit import check_chat
+
+    check_chat(folder / "decoder", "auto")
+
+
+def preferences(folder: Path) -> None:
+    from t5patches.editing.reward import pair_arrays, read_pairs, repeats, split
+
+    pairs = read_pairs(folder / "preferences.jsonl", tokenizer())
+    repeats(pairs)
+    try:
+        pair_arrays(split(pairs, 0.1, 0)[0], 0)
+    except ValueError as error:  # too few are left, which is said of the pairs
+        raise ValueError(f"preferences.jsonl: {error}") from error
+
+
+def other_text(folder: Path, name: str) -> None:
+    from t5patches.editing.data import to_arrays
+    from t5patches.editing.other_text import read_other_text
+
+    to_arrays(read_other_text(folder / name, tokenizer(), tokenizer(), 8)[:50], pad_id=0)
+
+
+def reward(folder: Path) -> None:
+    """A reward model, and what it gives for outputs."""
+    from t5patches.editing.reward import Reward, reward_fingerprint
+    from t5patches.editing.scores import score
+
+    reward_fingerprint(folder)
+    found = Reward(folder)
+    try:
+        score(found, ["a cat sat", ""], ["a dog", "on a mat"])
+    except ValueError as error:  # as `--reward` tells it: by the name of the folder
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def scores(folder: Path) -> None:
+    """What a scorer may give: anything that a file may hold."""
+    import json
+
+    from t5patches.editing.scores import score
+
+    try:
+        given = json.loads((folder / "scores.json").read_bytes())
+    except (ValueError, RecursionError):  # nothing that a function gives
+        return
+    try:
+        score(lambda outputs: given, ["a", "b", ""], [])
+    except ValueError as error:
+        raise ValueError(f"scores.json: {error}") from error
+
+
 def run(folder: Path) -> None:
     from t5patches.editing.train import finished_run
     from t5patches.runs.claims import claim
@@ -211,6 +264,12 @@ TARGETS: dict[str, Target] = {
     "gguf": Target("model.gguf", gguf),
     "record": Target("t5patches.json", record),
     "card": Target("README.md", record),
+    "aligned": Target("decoder/align.json", aligned),
+    "preferences": Target("preferences.jsonl", preferences),
+    "other text": Target("inputs.txt", functools.partial(other_text, name="inputs.txt")),
+    "answers": Target("answers.jsonl", functools.partial(other_text, name="answers.jsonl")),
+    "reward": Target("reward.json", reward),
+    "scores": Target("scores.json", scores),
     "run": Target("run.json", run),
     "part": Target("part.json", part),
     "t5x": Target("checkpoint", t5x),

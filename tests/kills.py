@@ -66,9 +66,30 @@ COMMANDS = {
         "report.html",
         other="--seed 1",
     ),
+    "align": Command(
+        "align --model model --inputs inputs.txt --scorer kills:letters --steps 2 "
+        "--inputs-per-step 2 --samples 4 --update-size 4 --max-length 4 --lora 2 --most-kl 50 "
+        "--learning-rate 0.05 --checkpoint-every 1 --implementation reference --output aligned",
+        "aligned",
+        again="--resume",
+        other="--resume --temperature 2",
+    ),
+    "reward": Command(
+        "reward --model model --preferences preferences.jsonl --batch-size 2 --epochs 2 --lora 2 "
+        "--held-out 0.2 --checkpoint-every 1 --output reward",
+        "reward",
+        again="--resume",
+        other="--resume --seed 1",
+    ),
     "convert": Command("convert --model model --output t5x", "t5x/checkpoint_0"),
     "convert back": Command("convert --model before.t5x --like model --output back", "back"),
 }
+
+
+def letters(outputs: Sequence[str]) -> list[float]:
+    """Scores for `align`: how many different letters an output has."""
+    return [float(len(set(text))) for text in outputs]
+
 
 _CHANGES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
 
@@ -165,9 +186,9 @@ def contents(place: Path, output: str = "") -> dict[str, bytes]:
     files = [top] if top.is_file() else sorted(top.rglob("*"))
     found = {str(f.relative_to(place)): f.read_bytes() for f in files if f.is_file()}
     for name in found:
-        if name.endswith("t5patches.json"):
+        if name.endswith(("t5patches.json", "align.json", "reward.json")):
             record = json.loads(found[name])
-            for round_ in record["rounds"]:
+            for round_ in record.get("rounds", [record]):
                 round_["seconds"] = 0
             found[name] = json.dumps(record).encode()
     # Orbax's names and times are new ones each time; what it holds is asked of itself.
@@ -203,7 +224,7 @@ class Loop:
         self._start = self._top / "start"
         self._start.mkdir()
         shutil.copytree(VALID, self._start / "model")
-        for name in ("inputs.txt", "edits.jsonl"):
+        for name in ("inputs.txt", "edits.jsonl", "preferences.jsonl"):
             shutil.copy(VALID / name, self._start)
         (self._start / "letters.toml").write_text("[[rule]]\npattern = '\\w'\n")
         edit = COMMANDS["edit"].given.replace("--output edited", "--output after --seed 2")
@@ -324,9 +345,11 @@ def _difference(there: dict[str, bytes], whole: dict[str, bytes]) -> str:
 def _import_all() -> None:
     """All that the commands import, once for all of them."""
     import t5patches.cli
+    import t5patches.editing.align
     import t5patches.editing.collect
     import t5patches.editing.edit
     import t5patches.editing.report
+    import t5patches.editing.reward_folder
     import t5patches.editing.rounds
     import t5patches.model.t5x_format  # noqa: F401
 
