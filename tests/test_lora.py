@@ -477,7 +477,7 @@ WRONG_EDITS = {
         ["--lora", "2", "--lora-targets", "(q"],
         r"'\(q' are no regular expression",
     ),
-    "no rank": (["--lora", "0"], "'0' is not a whole number above 0"),
+    "no rank": (["--lora", "x"], "'x' is not a whole number above -1"),
     "no alpha": (["--lora", "2", "--lora-alpha", "nan"], "alpha of an adapter is nan"),
     "alpha alone": (["--lora-alpha", "2"], "give --lora RANK too"),
     "targets alone": (["--lora-targets", "q"], "give --lora RANK too"),
