@@ -16,6 +16,7 @@ import re
 import textwrap
 
 from bench import common
+from bench.kl_estimates import KINDS, summary
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
 from bench.tpu_static import CORES, PUSHED
 from bench.tutorial import COMMANDS
@@ -462,6 +463,38 @@ def frontier(result: dict) -> str:
     )  # fmt: skip
 
 
+def kl_estimates(result: dict) -> str:
+    """The table of `python -m bench.kl_estimates`."""
+    several = result["seeds"] > 1
+
+    def cell(of: dict, name: str, digits: int) -> str:
+        mean, error = of[name]
+        return f"{mean:.{digits}f}" + f" ± {error:.{digits}f}" * several
+
+    columns = {"divergence share": 2, "divergence variance": 2, "all variance": 2, "kl": 3,
+               "score": 2}  # fmt: skip
+    rows = []
+    for kind in KINDS:
+        of = summary(result["rows"], kind)
+        rows.append([kind, *(cell(of, name, digits) for name, digits in columns.items())])
+    over = f"Mean and standard error over {result['seeds']} seeds." if several else "One seed."
+    settings = result["settings"]
+    return _measured(
+        "`python -m bench.kl_estimates`: the loop of `t5patches align` on the demo's model, "
+        f"{settings['steps']} steps of {settings['inputs_per_step']} inputs with "
+        f"{settings['samples']} outputs each, LoRA of rank {settings['lora']['rank']}, coefficient "
+        f"{settings['kl_coefficient']:g}; only the divergence in the loss differs. Gradients: of "
+        f"{settings['batches']} batches of {settings['update_size']} outputs sampled where the "
+        "exact one ends; how much of the exact mean gradient is in the mean one (1 is right), and "
+        "variances, summed over parameters, in units of the squared length of the exact mean. KL "
+        "in nats a token and score (the share of summaries without a place of their own), means "
+        f"over the last five steps. {over}",
+        result["setting"],
+        ["", "of the KL: share", "of the KL: variance", "of all: variance", "KL reached", "score"],
+        rows,
+    )
+
+
 def tutorial(result: dict) -> str:
     """The four commands and what they printed."""
     of_four = result["rows"][: len(COMMANDS)]
@@ -699,6 +732,7 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
+    "kl-estimates": ("kl-estimates", kl_estimates),
     "host-cpu": ("host-cpu", host_cpu),
     "ignored": ("ignored", ignored),
     "edit-small": ("edit-small", edit_small),
