@@ -23,6 +23,7 @@ import t5patches_kernels as kernels
 from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.plan import plan_memory
+from t5patches.editing.states import States
 from t5patches.editing.train import (
     TARGETED,
     Batches,
@@ -262,6 +263,15 @@ def test_a_finished_run_is_loaded_and_never_overwritten(unbroken, tmp_path):
     with pytest.raises(ValueError, match="holds a finished run: load it with `finished_run`"):
         again(directory)
     assert finished_run(tmp_path, tiny_params()) is None
+
+
+def test_a_state_of_another_version_is_refused_in_words(tmp_path):
+    with States(tmp_path) as states:
+        states.save(2, {"state": {"x": np.ones(2)}}, {"history": {}})
+        assert list(states.restore({}, "history")) == ["history"]
+        for like in ({"params": {"x": np.ones(2)}}, {"state": {"y": np.ones(2)}}):
+            with pytest.raises(ValueError, match=r"cannot be read .* of another version of t5pat"):
+                states.restore(like, "history")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ class States:
         >>> import tempfile, jax.numpy as jnp
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     with States(directory) as states:
-        ...         states.save(3, {"params": jnp.ones(2)}, {"history": {"loss": [0.5]}})
+        ...         states.save(3, {"params": {"x": jnp.ones(2)}}, {"history": {"loss": [0.5]}})
         ...     with States(directory) as states:
-        ...         states.latest, states.restore({"params": jnp.zeros(2)}, "history")
-        (3, {'history': {'loss': [0.5]}, 'params': Array([1., 1.], dtype=float32)})
+        ...         states.latest, states.restore({"params": {"x": jnp.zeros(2)}}, "history")
+        (3, {'history': {'loss': [0.5]}, 'params': {'x': Array([1., 1.], dtype=float32)}})
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
