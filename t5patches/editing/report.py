@@ -106,6 +106,8 @@ class Results:
         outputs: what the original says to the held-out inputs, marked.
         rows: the edits.
         settings: what to tell about the run.
+        ceiling: measures of the original under the constraint, see
+            `t5patches.editing.constrained`; empty where nobody asked.
     """
 
     title: str
@@ -115,6 +117,7 @@ class Results:
     outputs: Sequence[Example]
     rows: Sequence[Row]
     settings: Mapping[str, Any]
+    ceiling: Measures = dataclasses.field(default_factory=dict)
 
 
 def terminal_table(results: Results) -> Table:
@@ -246,14 +249,15 @@ def to_json(results: Results) -> str:
         results: the edits.
 
     Returns:
-        A JSON object with `before`, `rows`, `findings`, `settings`, and `texts`, the outputs that
-        the report shows; a number that does not exist is null.
+        A JSON object with `before`, `ceiling`, `rows`, `findings`, `settings`, and `texts`, the
+        outputs that the report shows; a number that does not exist is null.
     """
     content = {
         "title": results.title,
         "errors": results.errors,
         "settings": results.settings,
         "before": _numbers(results.before),
+        "ceiling": _numbers(results.ceiling),
         "rows": [
             {
                 "name": row.name,
@@ -285,6 +289,8 @@ def _columns(results: Results) -> dict[str, tuple[str, str]]:
 
 def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
     yield "before", results.before
+    if results.ceiling:
+        yield "before, constrained", results.ceiling
     for row in results.rows:
         yield row.name, row.measures
 
