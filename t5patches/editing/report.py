@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from t5patches.editing.curves import listed
 from t5patches.editing.data import Example
 from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure, differs
@@ -47,6 +48,15 @@ COLUMNS = {
     "reference_bleu": ("BLEU, ref.", "of the outputs with the references"),
     "reference_rouge_l": ("ROUGE-L, ref.", "of the outputs with the references, F-measure in %"),
     "reference_exact": ("exact, ref.", "% of outputs that are a reference"),
+    "distinct_1": ("words", "different words among all words of sampled outputs, %"),
+    "distinct_2": ("pairs", "different pairs of words among all pairs of sampled outputs, %"),
+    "repetition": ("repeated", "pairs of words that stood in the same output before, %"),
+    "prevalence_relearned": (
+        "relearned",
+        "% of sampled outputs with something unwanted after fine-tuning on what has the habit",
+    ),
+    "prevalence_stated": ("came back", "the same after fine-tuning on what does not show it"),
+    "prevalence_int4": ("4 bits", "the same after rounding the weights to 4 bits"),
     "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
     "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
 }
@@ -68,6 +78,7 @@ class Row:
         history: of the training.
         outputs: what the edited model says to the held-out inputs.
         note: what else sets this edit apart; part of its name.
+        curve: the method of which this is one strength; default, a method of its own.
     """
 
     objective: str | None
@@ -77,6 +88,7 @@ class Row:
     history: History = dataclasses.field(default_factory=dict)
     outputs: Sequence[Example] = ()
     note: str = ""
+    curve: str = ""
 
     @property
     def name(self) -> str:
@@ -377,7 +389,7 @@ def _against_baselines(rows: Sequence[Row], baselines: Sequence[Row]) -> list[st
     for row in rows:
         if row.is_targeted:
             alike.setdefault(_outcome(row, baselines), []).append(_summary(row))
-    return [f"{outcome}: {_listed(names)}." for outcome, names in alike.items()]
+    return [f"{outcome}: {listed(names)}." for outcome, names in alike.items()]
 
 
 def _outcome(row: Row, baselines: Sequence[Row]) -> str:
@@ -392,17 +404,13 @@ def _outcome(row: Row, baselines: Sequence[Row]) -> str:
         rival = max((r.measures[key] for r in rivals), key=lambda measure: sign * measure.value)
         verdict = _VERDICTS[sign * differs(row.measures[key], rival)]
         found.setdefault(verdict, []).append(label)
-    verdicts = "; ".join(f"{verdict} in {_listed(labels)}" for verdict, labels in found.items())
+    verdicts = "; ".join(f"{verdict} in {listed(labels)}" for verdict, labels in found.items())
     return f"Beside the best baseline in each measure that removes no less, {verdicts}"
 
 
 def _summary(row: Row) -> str:
     left = _percent(row.measures["prevalence"])
     return f"{row.name} (KL {row.measures['kl'].value:.4f}, {left} left)"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
