@@ -91,20 +91,20 @@ def speak_constrained(
             tried = forbidden[number].setdefault(begun, set())
             tried.add(again[row].output_ids[at[row]])
             barred[row, [*tried]] = True
-        begun = np.full((len(left), max_length), model.config.pad_id, np.int32)
+        prefixes = np.full((len(left), max_length), model.config.pad_id, np.int32)
         for rows, batch in example_batches(again, batch_size, model.config.pad_id):
             filled = np.resize(rows, len(batch["outputs"]))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.array(left)[filled])
             others = _others(params, batch, at[filled], barred[filled], keys, temperature, model)
             for row, other in zip(rows, np.asarray(others), strict=False):
-                begun[row, : at[row]] = again[row].output_ids[: at[row]]
-                begun[row, at[row]] = other
+                prefixes[row, : at[row]] = again[row].output_ids[: at[row]]
+                prefixes[row, at[row]] = other
         prompts = [example.input_ids for example in again]
         said = generate(
             model,
             params,
             pad_rows(prompts, model.config.pad_id, max(len(e.input_ids) for e in outputs)),
-            prefixes=begun,
+            prefixes=prefixes,
             rng=rng,
             numbers=np.array(left),
             **options,
