@@ -263,7 +263,7 @@ def near(results: Results) -> dict[str, int]:
 def measured(repetitions: Sequence[Repetition]) -> tuple[Results, dict[str, int]]:
     """All edits, named by their curves; those that are measured further, with what was found."""
     began = time.monotonic()
-    found = [repetition.measured() for repetition in repetitions]
+    found = [repetition.measured(ceiling=True) for repetition in repetitions]
     results = merged(repetitions[0].config, found, 0)
     chosen = near(results)
 

@@ -81,6 +81,7 @@ def test_what_is_drawn_is_the_originals_distribution_without_what_is_barred():
     assert ((seen - expected) ** 2 / expected).sum() < 30  # chi-square, 9 degrees: p = 0.0004
 
 
+@pytest.mark.slow
 def test_the_constraint_is_measured_as_an_edit_is():
     model, params = tiny_model(), tiny_params()
     before = speak(model, params, INPUTS, RULE, tokenizer(), max_length=LENGTH)

@@ -165,6 +165,7 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
     assert frontier.rows_of(again, chosen) == frontier.rows_of(results, chosen)
     assert results.errors == "over 2 seeds"
     assert results.settings["seeds"] == 2
+    assert results.ceiling["kl"].value == results.ceiling["prevalence"].value == 0
     kl, other = (results.rows[i].measures["kl"] for i in (0, 2))
     assert kl.value == pytest.approx(np.mean(kl.samples))
     assert len(kl.samples) == 2
