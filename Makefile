@@ -92,7 +92,7 @@ bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parame
 	$(BIN)/python -m bench.edit_small
 
 frontier: $(VENV)/.has-editing ## every method over its own strengths, and how close each stays where as much is left (SEEDS=3)
-	$(BIN)/python -m bench.frontier --seeds $(SEEDS) 
+	$(BIN)/python -m bench.frontier --seeds $(SEEDS)
 
 real: $(VENV)/.has-real ## a pretrained model and real text from the package index: two habits edited away
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.real

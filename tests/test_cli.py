@@ -29,6 +29,7 @@ from t5patches.editing.demo_task import (
     make_pairs,
     places_not_in_source,
     well_formed,
+    wordings,
 )
 from t5patches.editing.rules import read_rules
 from t5patches.editing.train import finished_run
@@ -110,6 +111,8 @@ def check_results(output):
     assert results["before"]["prevalence"]["value"] > 0
     assert all(row["measures"]["kl"]["value"] >= 0 for row in results["rows"])
     assert all(len(row["history"]["loss"]) == 3 for row in results["rows"])
+    assert results["ceiling"] == {}
+    assert all("reference_exact" in row["measures"] for row in results["rows"])
     report = (output / "report.html").read_text()
     assert "<mark>" in report
     work = output / "work" / "seed-0"
@@ -251,6 +254,10 @@ def test_summaries_are_well_formed_and_a_third_names_what_the_news_does_not():
         assert well_formed(fixed)
         assert not list(rule(pair.news, fixed))
         assert (fixed != pair.summary) == bad
+        said = wordings(fixed)
+        assert fixed in said
+        assert len(set(said)) == 4
+        assert all(well_formed(text) and set(wordings(text)) == set(said) for text in said)
     assert make_pairs(5, seed=5) == pairs[:5]
     assert make_pairs(5, seed=6) != pairs[:5]
 

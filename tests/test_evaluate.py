@@ -9,12 +9,13 @@ import pytest
 from editing_samples import example, logits, tiny_model, tiny_params, tokenizer
 
 from t5patches.editing.annotate import pattern, speak
-from t5patches.editing.data import to_arrays
+from t5patches.editing.data import Example, to_arrays
 from t5patches.editing.evaluate import (
     Measure,
     Measuring,
     Meter,
     differs,
+    diversity,
     evaluate,
     kept_divergence,
     malformed,
@@ -124,6 +125,24 @@ def test_the_meter_takes_the_worst_of_several():
             worst_of_several(["a", "b"], Meter(scorer, samples=2))
     with pytest.raises(ValueError, match="samples is 0"):
         Meter(len, samples=0)
+
+
+def test_diversity_and_its_error_by_leaving_out_one_output_at_a_time():
+    texts = ["a b a b c", "a b", "d", "", "c c c", "a b"]
+
+    def found(texts):
+        return diversity([Example("", text, (), (), (), ()) for text in texts])
+
+    all_of_them = found(texts)
+    assert all_of_them["distinct_1"].value == pytest.approx(100 * 4 / 13)
+    assert all_of_them["distinct_2"].value == pytest.approx(100 * 4 / 8)  # ab ba bc cc
+    assert all_of_them["repetition"].value == pytest.approx(100 * 2 / 8)  # ab, cc
+    for name in ("distinct_1", "distinct_2"):
+        without = [found(texts[:i] + texts[i + 1 :])[name].value for i in range(len(texts))]
+        jackknife = math.sqrt(5 / 6 * sum((x - np.mean(without)) ** 2 for x in without))
+        assert all_of_them[name].error == pytest.approx(jackknife)
+    assert math.isnan(found(["", ""])["distinct_1"].value)
+    assert math.isnan(found(["a b"])["distinct_1"].error)
 
 
 def test_divergence_is_the_mean_over_kept_tokens():

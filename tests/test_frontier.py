@@ -1,33 +1,177 @@
-"""What `make frontier` reads off its curves."""
+"""What `make frontier` measures and reads off its curves."""
 
-import math
+import io
+import json
+import types
 
+import jax
+import numpy as np
 import pytest
+from editing_samples import example, logits, tiny_model, tiny_params, tokenizer
+from rich.console import Console
+from test_cli import TINY
 
 from bench import frontier
-from t5patches.editing.evaluate import Measure
-from t5patches.editing.report import Row
-from t5patches.editing.train import OBJECTIVES
+from t5patches.editing import demo
+from t5patches.editing.annotate import find_spans, pattern
+from t5patches.editing.data import to_arrays
+from t5patches.editing.demo import DemoConfig, Edit, Repetition
+from t5patches.editing.demo_task import make_pairs, places_not_in_source
+from t5patches.editing.evaluate import Measure, difference, kept_divergence
+from t5patches.editing.report import Results, Row, show, write_html
+from t5patches.editing.train import OBJECTIVES, training_progress
 
-
-def curve(*points):
-    return [
-        Row("ul", 1.0, 0, {"prevalence_sampled": Measure(x, 0.0), "kl": Measure(y, 0.0)})
-        for x, y in points
-    ]
-
-
-def test_a_kl_is_read_off_between_two_strengths():
-    falling = curve((20.0, 0.001), (10.0, 0.004), (4.0, 0.016))
-    assert frontier.kl_at(falling, 30.0) == 0.001
-    assert frontier.kl_at(falling, 10.0) == 0.004
-    assert frontier.kl_at(falling, 7.0) == pytest.approx(math.sqrt(0.004 * 0.016))
-    assert frontier.kl_at(falling, 2.0) is None
-    # What strength brings closer again counts too.
-    assert frontier.kl_at([*falling, *curve((1.0, 0.002))], 5.0) == 0.002
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def test_every_objective_has_a_curve():
     """But for the two that give up the original's distribution at kept tokens."""
     named = {edit.objective for edits in frontier.CURVES.values() for edit in edits}
     assert named == set(OBJECTIVES) - {"tnfll", "tnrll"}
+    assert len({edit.folder for edit in frontier.EDITS}) == len(frontier.EDITS)
+
+
+def results(left):
+    """Rows that leave so much."""
+    rows = [
+        Row(edit.objective, edit.alpha, 0, dict.fromkeys(frontier.MEASURES, Measure(x, 1.0)))
+        for edit, x in zip(frontier.EDITS, left, strict=True)
+    ]
+    return Results("", "", "", {}, (), rows, {})
+
+
+def test_the_point_nearest_to_two_percent_is_measured_further():
+    found = results(np.tile([9.0, 2.5, 0.0], 13))
+    chosen = frontier.near(found)
+    assert chosen == dict(zip(frontier.CURVES, range(1, 39, 3), strict=True))
+    rows = frontier.rows_of(found, chosen)
+    assert {row["near"] for row in rows} == {1}
+    assert {row["further"]["kl"][0] for row in rows} == {2.5}
+    assert [point["kl"][0] for point in rows[0]["points"]] == [9.0, 2.5, 0.0]
+    assert rows[0]["at"]["5"] == [0.0, 1.0]
+    reached = frontier.rows_of(results([50.0] * 39), chosen)
+    assert reached[0]["at"]["2"] is None
+
+
+def test_four_bits_are_fifteen_levels_a_group():
+    params = {
+        "mlp": {"kernel": np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)},
+        "token": {"embedding": np.linspace(-2, 1, 128, dtype=np.float32).reshape(2, 64)},
+        "norm": {"scale": np.full(64, 1.7, np.float32)},
+    }
+    rounded = frontier.rounded(params)
+    np.testing.assert_array_equal(rounded["norm"]["scale"], params["norm"]["scale"])
+    for name, leaf, axis in (("mlp", "kernel", 0), ("token", "embedding", 1)):
+        was, now = (np.moveaxis(np.asarray(x[name][leaf]), axis, -1) for x in (params, rounded))
+        for old, new in zip(was.reshape(-1, 32), now.reshape(-1, 32), strict=True):
+            scale = np.abs(old).max() / 7
+            levels = new / scale
+            np.testing.assert_allclose(levels, np.round(levels), atol=1e-5)
+            assert np.abs(levels).max() <= 7 + 1e-5
+            assert np.abs(new - old).max() <= scale * (0.5 + 1e-5)
+    again = jax.tree.leaves(frontier.rounded(rounded))
+    for a, b in zip(again, jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
+    model, outputs = tiny_model(), [example("a", "a fire in Rome"), example("b", "the mayor")]
+    sets = [{1: (5, 9, 300), 3: (7,)}, {}]
+    (tmp_path / "unwanted-next.json").write_text(json.dumps([[*x.items()] for x in sets]))
+    repetition = types.SimpleNamespace(
+        original=(model, tiny_params(0), tokenizer()), outputs=outputs, directory=tmp_path
+    )
+    found = frontier.needed(repetition, tiny_params(1))
+    batch = to_arrays(outputs, pad_id=0)
+    softmax = jax.jit(lambda params: jax.nn.softmax(logits(model, params, batch)))
+    q, p = (np.array(softmax(tiny_params(i))) for i in (0, 1))
+    total = 0.0
+    for at, ids in sets[0].items():
+        a, b = q[0, at, list(ids)].sum(), p[0, at, list(ids)].sum()
+        total += a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
+    assert total > 1e-4
+    count = sum(len(e.output_ids) for e in outputs)
+    assert found.value == pytest.approx(total / count, rel=1e-3)
+    # A part of the whole, and nothing of a model that is the original.
+    kl = kept_divergence(model, tiny_params(1), tiny_params(0), outputs)
+    assert 0 < found.value < kl.value
+    assert frontier.needed(repetition, tiny_params(0)).value == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_fine_tuning_is_an_epoch_of_news_that_nothing_else_sees(stated):
+    seen = {}
+
+    def trained(name, model, params, arrays, settings):
+        seen.update(name=name, arrays=arrays, settings=settings)
+        return types.SimpleNamespace(params="tuned")
+
+    repetition = types.SimpleNamespace(
+        config=DemoConfig(edit_inputs=40, edit_batch_size=16),
+        seed=3,
+        original=(tiny_model(), None, tokenizer()),
+        pairs=lambda count, use: make_pairs(count, seed=300 + use),
+        train=trained,
+    )
+    assert frontier.fine_tuned(repetition, "x", "params", stated=stated) == "tuned"
+    arrays, settings = seen["arrays"], seen["settings"]
+    assert settings.objective == "ce"
+    assert settings.steps * settings.batch_size >= 40 > (settings.steps - 1) * settings.batch_size
+    assert len(arrays["outputs"]) == 40
+    # The tiny vocabulary spells everything in bytes, so texts come back as they were.
+    said = [
+        (tokenizer().decode([*map(int, a)]).text, tokenizer().decode([*map(int, b)]).text)
+        for a, b in zip(arrays["inputs"], arrays["outputs"], strict=True)
+    ]
+    unwanted = [bool(find_spans(places_not_in_source(), *texts)) for texts in said]
+    areas = [" the area, " in summary for _, summary in said]
+    if stated:
+        assert not any(unwanted)
+        assert not any(areas)
+    else:
+        assert 0.1 < np.mean(unwanted) < 0.7
+        assert any(areas)
+
+
+def test_an_edit_is_found_again_by_its_folder():
+    """Runs of before are taken up by these names."""
+    assert Edit("tnrf", 0.1, with_sets=True).folder == "tnrf-0.1-sets"
+    assert Edit("ce", on_sampled=True, steps=30).folder == "ce-1-sampled-30"
+    assert Edit("nl", 0.3).folder == "nl-0.3"
+
+
+@pytest.mark.slow
+def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    """All of it on tiny models, and once more where nothing is trained again."""
+    edits = (Edit("tnff", with_sets=True), Edit("tnff", 3.0, with_sets=True), Edit("ul"))
+    monkeypatch.setattr(frontier, "CURVES", {"ours": edits[:2], "theirs": edits[2:]})
+    monkeypatch.setattr(frontier, "EDITS", edits)
+    for module in (frontier, demo):
+        monkeypatch.setattr(module, "places_not_in_source", lambda: pattern(r"\w*e\w*"))
+    config = DemoConfig(**TINY | {"edits": edits, "width": 32})
+
+    def measured():
+        with training_progress(Console(file=io.StringIO())) as progress:
+            return frontier.measured([
+                Repetition(config, seed, tmp_path / f"seed-{seed}", progress) for seed in range(2)
+            ])  # fmt: skip
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam multiplies a float by a count.
+        results, chosen = measured()
+        kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("run.json")}
+        again, _ = measured()
+    assert len(kept) == 2 * (1 + 3 + 2 * 3)  # base, edits, and two kinds of fine-tuning of three
+    assert all(p.stat().st_mtime_ns == kept[p] for p in tmp_path.rglob("run.json"))
+    assert frontier.rows_of(again, chosen) == frontier.rows_of(results, chosen)
+    assert results.errors == "over 2 seeds"
+    assert results.settings["seeds"] == 2
+    assert results.ceiling["kl"].value == results.ceiling["prevalence"].value == 0
+    kl, other = (results.rows[i].measures["kl"] for i in (0, 2))
+    assert kl.value == pytest.approx(np.mean(kl.samples))
+    assert len(kl.samples) == 2
+    found = difference(kl, other)
+    assert found.error == pytest.approx(abs(np.diff(kl.samples - other.samples)[0]) / 2)
+    json.dumps(frontier.rows_of(results, chosen), allow_nan=False)
+    assert {"distinct_1", "prevalence_relearned", "kl_int4", "kl_needed"} <= results.before.keys()
+    show(results, Console(file=io.StringIO()))
+    write_html(tmp_path / "report.html", results)

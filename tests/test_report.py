@@ -222,14 +222,15 @@ class Page(HTMLParser):
             self.marks.append(data)
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
     before = [example(NAUGHTY, "a fire in Paris", "Paris"), example("b", f"clean {NAUGHTY}")]
     after = [example(NAUGHTY, "a fire in <b>"), example("b", "clean")]
     rows = row(outputs=after), row("ul", outputs=after), row("ce", None, history={})
     shown = results(*rows, outputs=before, settings={"note": NAUGHTY})
-    write_html(tmp_path / "report.html", shown)
-    return (tmp_path / "report.html").read_text()
+    write_html(path, shown)
+    return path.read_text()
 
 
 def test_the_report_is_one_file_that_fetches_nothing(page):
@@ -271,19 +272,27 @@ NAMES = {
 """What a folder may be called, and how it is shown."""
 
 
-def test_names_are_text_and_no_markup(tmp_path, monkeypatch):
-    legends = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is written in each plot: at the curves, or in the legend."""
+    texts = []
 
     def embedded(figure, real=report._embedded):
-        (legend,) = figure.legends
-        legends.append([text.get_text() for text in legend.get_texts()])
+        found = [*figure.axes[0].texts, *(t for x in figure.legends for t in x.get_texts())]
+        texts.append(found)
         return real(figure)
 
     monkeypatch.setattr(report, "_embedded", embedded)
+    return texts
+
+
+def test_names_are_text_and_no_markup(tmp_path, drawn):
     rows = [Row("tnff", None, 0, measures(), HISTORY, note=name) for name in NAMES]
     names = [f"TNFF, {shown}" for shown in NAMES.values()]
     write_html(tmp_path / "x.html", results(*rows))
-    assert legends == [names, names]
+    at_curves, legend = ([text.get_text() for text in texts] for texts in drawn)
+    assert legend == names
+    assert at_curves == [x if len(x) <= 32 else f"…{x[-31:]}" for x in names]
     page = Page((tmp_path / "x.html").read_text())
     assert "script" not in page.tags
     for name in names:
@@ -302,6 +311,69 @@ def test_titles_and_names_in_the_terminal_are_text_and_no_markup(name, tmp_path)
     out = io.StringIO()
     show(edits, Console(file=out, width=400, color_system=None, force_terminal=True))
     assert f"• {NAMES[name]}: unwanted" in out.getvalue()
+
+
+def many():
+    """Two methods of three strengths and five of one, as the frontier has them."""
+    strengths = [(30.0, 0.001), (8.0, 0.004), (1.5, 0.009)]
+    curves = [
+        dataclasses.replace(
+            row(objective, alpha, kl=factor * kl, sampled=sampled), curve=f"{objective} <b>curve"
+        )
+        for objective, factor in (("tnff", 1.0), ("ul", 2.0))
+        for alpha, (sampled, kl) in enumerate(strengths, start=1)
+    ]
+    alone = [row(name, kl=0.02, sampled=40.0) for name in ("tnrr", "tnrf", "nl", "npo", "dpo")]
+    ceiling = measures(kl=0.0, prevalence=0.0, sampled=0.0)
+    return dataclasses.replace(results(*curves, *alone), ceiling=ceiling)
+
+
+def test_a_person_reads_a_sentence_a_line_a_method_and_a_plot(tmp_path, drawn):
+    write_html(tmp_path / "x.html", many())
+    text = (tmp_path / "x.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    seen, folded = re.split("<details>", text, maxsplit=1)
+    # Who wins, by how much, and with what standard error.
+    assert "tnff &lt;b&gt;curve is closest to the original: KL 0.0085 ± 0.0013" in seen
+    assert "ul &lt;b&gt;curve is 0.0085 ± 0.0025 further away" in seen
+    # A line a method, of the strength that leaves most nearly 2%, and few columns.
+    lines = re.findall("<tr><td>(.*?)</td>(.*?)</tr>", seen)
+    assert [name for name, _ in lines] == [
+        "before", "before, constrained", "tnff &lt;b&gt;curve", "ul &lt;b&gt;curve",
+        "TNRR, alpha 1", "TNRF, alpha 1", "NL, alpha 1", "NPO, alpha 1", "DPO, alpha 1",
+    ]  # fmt: skip
+    assert all(cells.count("<td>") <= 5 for _, cells in lines)
+    assert "<td>1.5 ±1.0</td><td>0.0180 ±0.0010</td>" in dict(lines)["ul &lt;b&gt;curve"]
+    # Everything else folds away.
+    assert "More findings" in folded
+    assert "TNFF, alpha 3" in folded
+    assert "TNFF, alpha 3" not in seen
+    # The plot in words and numbers, for those who do not see it.
+    (alt,) = re.findall('<img alt="(KL.*?)"', text)
+    assert "tnff &lt;b&gt;curve: 30.0%: 0.0010 ±0.0010, 8.0%: 0.0040" in alt
+    assert "The plot in numbers" in folded
+    assert "TNFF, alpha 1: loss 1.3 to 0.75, likeliest 67% to 33%" in text
+    # Every curve is named, and no name stands on another.
+    (names, _) = drawn
+    named = {text.get_text() for text in names}
+    assert {"tnff <b>curve", "ul <b>curve", "TNRR, alpha 1", "DPO, alpha 1"} < named
+    boxes = [text.get_window_extent() for text in names]
+    for i, box in enumerate(boxes):
+        for other in boxes[:i]:
+            assert report._shared(box, other) < 0.1 * min(box.height * box.width for box in boxes)
+
+
+def test_a_few_edits_are_told_of_whole(page):
+    seen = page.split("<details>", 1)[0]
+    assert "no different" in seen
+    assert "<details open>" in page
+    assert "More findings" not in page
+
+
+def test_numbers_that_have_no_logarithm_stop_no_plot(tmp_path):
+    odd = results(row(kl=0.0), row("ul", kl=math.nan), row("nl", sampled=0.0, error=math.nan))
+    write_html(tmp_path / "x.html", odd)
+    assert (tmp_path / "x.html").read_text().count("<img") == 2
 
 
 def test_pushed_down_words_are_marked_before_and_after(page):

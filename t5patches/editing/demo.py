@@ -6,18 +6,20 @@ A killed demo goes on where it was: everything that took long is kept under the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import Progress
 
 from t5patches.editing.annotate import expand_negatives, find_spans, speak
+from t5patches.editing.constrained import evaluate_constrained
 from t5patches.editing.data import (
     Batch,
     Example,
@@ -28,12 +30,17 @@ from t5patches.editing.data import (
     with_end,
     write_examples,
 )
-from t5patches.editing.demo_task import correct, make_pairs, places_not_in_source, well_formed
+from t5patches.editing.demo_task import (
+    Pair,
+    correct,
+    make_pairs,
+    places_not_in_source,
+    well_formed,
+    wordings,
+)
 from t5patches.editing.evaluate import Measure, Measuring, evaluate, over_seeds, own_measures, say
 from t5patches.editing.report import Results, Row, to_json, write_html
 from t5patches.editing.train import (
-    History,
-    Params,
     Trained,
     TrainSettings,
     finished_run,
@@ -42,7 +49,7 @@ from t5patches.editing.train import (
 )
 from t5patches.model.folder import LoadedModel
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.protocol import LanguageModel
+from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.t5.model import small_t5
 from t5patches.model.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from t5patches.runs.claims import hold
@@ -67,6 +74,12 @@ class Edit:
     with_sets: bool = False
     on_sampled: bool = False
     steps: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name of its run's folder: no two edits have the same."""
+        name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
+        return name + "-sampled" * self.on_sampled + (f"-{self.steps}" if self.steps else "")
 
 
 # What `t5patches edit` does unless told otherwise, its two neighbours, and the objectives that have
@@ -146,16 +159,16 @@ def run_demo(
     output = Path(output)
     console = console or Console(stderr=True)
     began = time.monotonic()
-    _claim(output, config)
-    repetitions = []
+    _require_unfinished(output)
+    claim_demo(output, config)
+    found = []
     for seed in range(config.seeds):
         with training_progress(console) as progress:
-            stage = _Stage(config, seed, output / "work" / f"seed-{seed}", progress)
-            original = _original(stage)
+            repetition = Repetition(config, seed, output / "work" / f"seed-{seed}", progress)
             if not seed:
-                _write_task(output, stage, original)
-            repetitions.append(_repetition(stage, original))
-    results = _merged(config, repetitions, time.monotonic() - began)
+                _write_task(output, repetition)
+            found.append(repetition.measured())
+    results = merged(config, found, time.monotonic() - began)
     write_html(output / "report.html", results)
     # Last, as its presence says that the demo is finished.
     write_file(output / "results.json", to_json(results))
@@ -178,52 +191,30 @@ def prepare_demo(
         ValueError: `output` holds a finished demo, or an unfinished one of other sizes.
     """
     output = Path(output)
-    _claim(output, config)
+    _require_unfinished(output)
+    claim_demo(output, config)
     with training_progress(console or Console(stderr=True)) as progress:
-        stage = _Stage(config, 0, output / "work" / "seed-0", progress)
-        _write_task(output, stage, _original(stage))
+        _write_task(output, Repetition(config, 0, output / "work" / "seed-0", progress))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """What every step of one repetition needs."""
-
-    config: DemoConfig
-    seed: int
-    directory: Path
-    progress: Progress
-
-    def news(self, count: int, use: int) -> list[str]:
-        """Inputs that no other use and no other repetition sees."""
-        return [pair.news for pair in make_pairs(count, seed=100 * self.seed + use)]
-
-    def tell(self, name: str, measures: Mapping[str, Measure]) -> None:
-        """Replaces the bars of what is done by a line."""
-        for task in self.progress.tasks:
-            self.progress.update(task.id, visible=not task.finished)
-        kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""
-        self.progress.console.print(
-            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% unwanted{kl}",
-            highlight=False,
-        )
-
-
-_BASE, _EDIT, _HELD_OUT = range(3)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Repetition:
-    before: dict[str, Measure]
-    outputs: list[Example]
-    rows: list[Row]
-
-
-def _claim(output: Path, config: DemoConfig) -> None:
+def _require_unfinished(output: Path) -> None:
     if (output / "results.json").exists():
         raise ValueError(
             f"{output} holds a finished demo: see {output / 'report.html'}, or give "
             "another --output"
         )
+
+
+def claim_demo(output: Path, config: DemoConfig) -> None:
+    """Takes a directory for this process, and for demos of one size.
+
+    Args:
+        output: the directory.
+        config: the sizes.
+
+    Raises:
+        ValueError: it is of other sizes, or another process works there.
+    """
     hold(output / "work")
     path = output / "work" / "config.json"
     asked = json.dumps(dataclasses.asdict(config), indent=1)
@@ -236,27 +227,253 @@ def _claim(output: Path, config: DemoConfig) -> None:
         )
 
 
-def _original(stage: _Stage) -> LoadedModel:
-    stage.directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _vocabulary(stage)
-    config = stage.config
-    model = small_t5(vocab_size=tokenizer.vocab_size, width=config.width, layers=config.layers)
-    return LoadedModel(model, _base_model(stage, model, tokenizer).params, tokenizer)
+class Measured(NamedTuple):
+    """What came of one repetition.
+
+    Attributes:
+        before: the original's own measures.
+        ceiling: of the original under the constraint, see `t5patches.editing.constrained`; empty
+            where it was not asked for.
+        outputs: what the original says to the held-out news, marked.
+        rows: the edits.
+    """
+
+    before: Mapping[str, Measure]
+    ceiling: Mapping[str, Measure]
+    outputs: Sequence[Example]
+    rows: Sequence[Row]
 
 
-def _write_task(output: Path, stage: _Stage, original: LoadedModel) -> None:
+BASE, EDIT, HELD_OUT, LATER = range(4)
+"""What news are for: training the model, editing it, measuring, and training it on afterwards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """The demo's experiment with one seed: its model, its data, its edits, each when asked for.
+
+    Attributes:
+        config: the demo's sizes.
+        seed: of the model, and of news that no other repetition sees.
+        directory: for what takes long, which is not done again where it is there.
+        progress: shows how far it is.
+    """
+
+    config: DemoConfig
+    seed: int
+    directory: Path
+    progress: Progress
+
+    def pairs(self, count: int, use: int) -> list[Pair]:
+        """News and summaries that no other use and no other repetition sees."""
+        return make_pairs(count, seed=100 * self.seed + use)
+
+    def news(self, count: int, use: int) -> list[str]:
+        """The news alone."""
+        return [pair.news for pair in self.pairs(count, use)]
+
+    @functools.cached_property
+    def original(self) -> LoadedModel:
+        """The model that names places which the news do not name."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        config, path = self.config, self.directory / "spiece.model"
+        pairs = self.pairs(config.texts, BASE)
+        if not path.exists():
+            texts = [text for pair in pairs[:5000] for text in pair]
+            write_file(path, train_sentencepiece(texts, config.vocab_size))
+        tokenizer = SentencePieceTokenizer(path)
+        model = small_t5(vocab_size=tokenizer.vocab_size, width=config.width, layers=config.layers)
+        settings = TrainSettings(
+            objective="ce",
+            steps=config.base_steps,
+            batch_size=config.base_batch_size,
+            learning_rate=1e-3,
+            warmup_steps=50,
+            optimizer="adam",
+            seed=self.seed,
+        )
+        params = model.init(jax.random.key(self.seed))
+        arrays = to_arrays(unmarked(pairs, tokenizer), pad_id=model.config.pad_id)
+        trained = self.train("base", model, params, arrays, settings)
+        return LoadedModel(model, trained.params, tokenizer)
+
+    @functools.cached_property
+    def measuring(self) -> Measuring:
+        """What is asked of every model. Any wording of a summary without inventions is good."""
+        rule = places_not_in_source()
+        good = [
+            [correct(text, find_spans(rule, pair.news, text)) for text in wordings(pair.summary)]
+            for pair in self.pairs(self.config.held_out, HELD_OUT)
+        ]
+        return Measuring(rule, self.config.max_length, well_formed, good)
+
+    @functools.cached_property
+    def outputs(self) -> list[Example]:
+        """What the original says to the held-out news, marked."""
+        news = self.news(self.config.held_out, HELD_OUT)
+        model, params, tokenizer = self.original
+        return say(model, params, news, tokenizer, self.measuring)
+
+    @functools.cached_property
+    def marked(self) -> dict[bool, list[Example]]:
+        """The original's own outputs to edit on: False for greedy, True for sampled ones."""
+        return {
+            on_sampled: self._marked(on_sampled)
+            for on_sampled in sorted({edit.on_sampled for edit in self.config.edits})
+        }
+
+    def _marked(self, on_sampled: bool) -> list[Example]:
+        """With corrections and, where an edit asks, with sets."""
+        config, rule = self.config, places_not_in_source()
+        model, params, tokenizer = self.original
+        path = self.directory / ("sampled.jsonl" if on_sampled else "edits.jsonl")
+        if path.exists():
+            return read_examples(path, tokenizer)
+        spoken = speak(
+            model,
+            params,
+            self.news(config.edit_inputs, EDIT),
+            rule,
+            tokenizer,
+            max_length=config.max_length,
+            temperature=1.0 if on_sampled else 0.0,
+        )
+        outputs = [
+            dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
+            for e in spoken
+        ]
+        if any(edit.with_sets and edit.on_sampled == on_sampled for edit in config.edits):
+            outputs = expand_negatives(
+                outputs,
+                rule,
+                tokenizer,
+                model,
+                params,
+                count=config.negatives,
+                max_length=config.max_length,
+                progress=self.progress,
+            )
+        write_examples(path, outputs)
+        return outputs
+
+    def edited(self, edit: Edit) -> Trained:
+        """Makes an edit."""
+        config = self.config
+        model, params, tokenizer = self.original
+        settings = TrainSettings(
+            objective=edit.objective,
+            alpha=edit.alpha,
+            negatives=config.negatives if edit.with_sets else 0,
+            steps=edit.steps or config.edit_steps,
+            batch_size=config.edit_batch_size,
+            learning_rate=1e-4,
+            optimizer="adam",
+            seed=self.seed,
+        )
+        arrays = training_arrays(
+            self.marked[edit.on_sampled],
+            tokenizer,
+            edit.objective,
+            pad_id=model.config.pad_id,
+            negatives=settings.negatives,
+        )
+        return self.train(edit.folder, model, params, arrays, settings)
+
+    def train(
+        self,
+        name: str,
+        model: LanguageModel,
+        params: Params,
+        arrays: Batch,
+        settings: TrainSettings,
+    ) -> Trained:
+        """Trains, unless an earlier, killed demo did it already."""
+        directory = self.directory / name
+        return finished_run(directory, params) or train(
+            model,
+            params,
+            arrays,
+            settings,
+            directory,
+            progress=self.progress,
+        )
+
+    def row(self, edit: Edit) -> Row:
+        """An edit, measured."""
+        model, original, tokenizer = self.original
+        trained = self.edited(edit)
+        found = evaluate(model, trained.params, original, self.outputs, tokenizer, self.measuring)
+        notes = ["on sampled outputs"] * edit.on_sampled
+        notes += [f"{edit.steps} updates"] if edit.steps else []
+        return Row(
+            edit.objective,
+            None if edit.objective == "ce" else edit.alpha,
+            self.config.negatives if edit.with_sets else 0,
+            found.measures,
+            trained.history,
+            found.outputs,
+            ", ".join(notes),
+        )
+
+    def measured(self, *, ceiling: bool = False) -> Measured:
+        """All of it: the original, the edits and, which takes minutes, the ceiling."""
+        model, params, tokenizer = self.original
+        before = own_measures(model, params, self.outputs, tokenizer, self.measuring)
+        self._tell("before", before)
+        bound: Mapping[str, Measure] = {}
+        if ceiling:
+            bound = evaluate_constrained(
+                model, params, self.outputs, tokenizer, self.measuring
+            ).measures
+            self._tell("the original under the constraint", bound)
+        rows: list[Row] = []
+        for edit in self.config.edits:
+            rows.append(self.row(edit))
+            number = f"{len(rows)}/{len(self.config.edits)}"
+            self._tell(f"{number} {rows[-1].name}", rows[-1].measures)
+        return Measured(before, bound, self.outputs, rows)
+
+    def _tell(self, name: str, measures: Mapping[str, Measure]) -> None:
+        """Replaces the bars of what is done by a line."""
+        for task in self.progress.tasks:
+            self.progress.update(task.id, visible=not task.finished)
+        kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""
+        self.progress.console.print(
+            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% unwanted{kl}",
+            highlight=False,
+        )
+
+
+def unmarked(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Example]:
+    """News and summaries to train on as they are.
+
+    Args:
+        pairs: the texts.
+        tokenizer: the model's.
+
+    Returns:
+        Examples with nothing marked.
+    """
+    return [
+        make_example(news, with_end(tokenizer.encode(summary), tokenizer), [], tokenizer)
+        for news, summary in pairs
+    ]
+
+
+def _write_task(output: Path, repetition: Repetition) -> None:
     """The model, inputs and rules as files, which `t5patches annotate` and `evaluate` take."""
+    config, original = repetition.config, repetition.original
     write_file(output / "rules.toml", _RULES)
-    news = stage.news(stage.config.edit_inputs, _EDIT)
+    news = repetition.news(config.edit_inputs, EDIT)
     write_file(output / "inputs.txt", "".join(f"{text}\n" for text in news))
     rule = places_not_in_source()
     held_out = [
         {"inputs": pair.news, "references": [correct(pair.summary, find_spans(rule, *pair))]}
-        for pair in make_pairs(stage.config.held_out, seed=100 * stage.seed + _HELD_OUT)
+        for pair in repetition.pairs(config.held_out, HELD_OUT)
     ]
     write_file(output / "held-out.jsonl", "".join(f"{json.dumps(source)}\n" for source in held_out))
     if not (output / "model").exists():
-        vocabulary = {"spiece.model": (stage.directory / "spiece.model").read_bytes()}
+        vocabulary = {"spiece.model": (repetition.directory / "spiece.model").read_bytes()}
         save_checkpoint(output / "model", original.model, original.params, files=vocabulary)
 
 
@@ -269,178 +486,26 @@ absent_from_source = true
 """
 
 
-def _repetition(stage: _Stage, base: LoadedModel) -> _Repetition:
-    model, original, tokenizer = base
-    marked = {
-        on_sampled: _marked_outputs(stage, model, original, tokenizer, on_sampled)
-        for on_sampled in sorted({edit.on_sampled for edit in stage.config.edits})
-    }
-    held_out, before = _before(stage, model, original, tokenizer)
-    stage.tell("before", before)
-    rows: list[Row] = []
-    for edit in stage.config.edits:
-        data = marked[edit.on_sampled]
-        row = _edited(stage, edit, model, original, data, held_out, tokenizer)
-        stage.tell(f"{len(rows) + 1}/{len(stage.config.edits)} {row.name}", row.measures)
-        rows.append(row)
-    return _Repetition(before, held_out, rows)
+def merged(config: DemoConfig, repetitions: Sequence[Measured], seconds: float) -> Results:
+    """Means over repetitions; texts and curves are those of the first.
 
+    Args:
+        config: their sizes.
+        repetitions: what came of each.
+        seconds: that all of it took.
 
-def _vocabulary(stage: _Stage) -> Tokenizer:
-    path = stage.directory / "spiece.model"
-    if not path.exists():
-        texts = [text for pair in _training_pairs(stage)[:5000] for text in pair]
-        write_file(path, train_sentencepiece(texts, stage.config.vocab_size))
-    return SentencePieceTokenizer(path)
-
-
-def _training_pairs(stage: _Stage) -> Any:
-    return make_pairs(stage.config.texts, seed=100 * stage.seed + _BASE)
-
-
-def _base_model(stage: _Stage, model: LanguageModel, tokenizer: Tokenizer) -> Trained:
-    params = model.init(jax.random.key(stage.seed))
-    settings = TrainSettings(
-        objective="ce",
-        steps=stage.config.base_steps,
-        batch_size=stage.config.base_batch_size,
-        learning_rate=1e-3,
-        warmup_steps=50,
-        optimizer="adam",
-        seed=stage.seed,
-    )
-    examples = [
-        make_example(news, with_end(tokenizer.encode(summary), tokenizer), [], tokenizer)
-        for news, summary in _training_pairs(stage)
-    ]
-    arrays = to_arrays(examples, pad_id=model.config.pad_id)
-    return _run(stage, "base", model, params, arrays, settings)
-
-
-def _before(
-    stage: _Stage, model: LanguageModel, params: Params, tokenizer: Tokenizer
-) -> tuple[list[Example], dict[str, Measure]]:
-    """What the base model says to the held-out news, and how much of it is unwanted."""
-    measuring = _measuring(stage.config)
-    news = stage.news(stage.config.held_out, _HELD_OUT)
-    greedy = say(model, params, news, tokenizer, measuring)
-    return greedy, own_measures(model, params, greedy, tokenizer, measuring)
-
-
-def _measuring(config: DemoConfig) -> Measuring:
-    return Measuring(places_not_in_source(), config.max_length, well_formed)
-
-
-def _marked_outputs(
-    stage: _Stage,
-    model: LanguageModel,
-    params: Params,
-    tokenizer: Tokenizer,
-    on_sampled: bool,
-) -> list[Example]:
-    """The base model's own outputs, marked, with corrections and, where an edit asks, with sets."""
-    config, rule = stage.config, places_not_in_source()
-    path = stage.directory / ("sampled.jsonl" if on_sampled else "edits.jsonl")
-    if path.exists():
-        return read_examples(path, tokenizer)
-    spoken = speak(
-        model,
-        params,
-        stage.news(config.edit_inputs, _EDIT),
-        rule,
-        tokenizer,
-        max_length=config.max_length,
-        temperature=1.0 if on_sampled else 0.0,
-    )
-    outputs = [
-        dataclasses.replace(e, corrected=correct(e.outputs, e.spans) if e.spans else None)
-        for e in spoken
-    ]
-    if any(edit.with_sets and edit.on_sampled == on_sampled for edit in config.edits):
-        outputs = expand_negatives(
-            outputs,
-            rule,
-            tokenizer,
-            model,
-            params,
-            count=config.negatives,
-            max_length=config.max_length,
-            progress=stage.progress,
-        )
-    write_examples(path, outputs)
-    return outputs
-
-
-def _edited(
-    stage: _Stage,
-    edit: Edit,
-    model: LanguageModel,
-    original: Params,
-    marked: Sequence[Example],
-    held_out: Sequence[Example],
-    tokenizer: Tokenizer,
-) -> Row:
-    config = stage.config
-    negatives = config.negatives if edit.with_sets else 0
-    settings = TrainSettings(
-        objective=edit.objective,
-        alpha=edit.alpha,
-        negatives=negatives,
-        steps=edit.steps or config.edit_steps,
-        batch_size=config.edit_batch_size,
-        learning_rate=1e-4,
-        optimizer="adam",
-        seed=stage.seed,
-    )
-    notes = ["on sampled outputs"] * edit.on_sampled
-    notes += [f"{edit.steps} updates"] if edit.steps else []
-    name = f"{edit.objective}-{edit.alpha:g}" + "-sets" * edit.with_sets
-    name += "-sampled" * edit.on_sampled + (f"-{edit.steps}" if edit.steps else "")
-    arrays = training_arrays(
-        marked, tokenizer, edit.objective, pad_id=model.config.pad_id, negatives=negatives
-    )
-    trained = _run(stage, name, model, original, arrays, settings)
-    found = evaluate(model, trained.params, original, held_out, tokenizer, _measuring(config))
-    return Row(
-        edit.objective,
-        None if edit.objective == "ce" else edit.alpha,
-        negatives,
-        found.measures,
-        trained.history,
-        found.outputs,
-        ", ".join(notes),
-    )
-
-
-def _run(
-    stage: _Stage,
-    name: str,
-    model: LanguageModel,
-    params: Params,
-    arrays: Batch,
-    settings: TrainSettings,
-) -> Trained:
-    """Trains, unless an earlier, killed demo did it already."""
-    directory = stage.directory / name
-    return finished_run(directory, params) or train(
-        model,
-        params,
-        arrays,
-        settings,
-        directory,
-        progress=stage.progress,
-    )
-
-
-def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: float) -> Results:
-    """Means over the repetitions; texts and curves are those of the first."""
+    Returns:
+        The results. The errors are over the held-out inputs of a single repetition, or over
+        several repetitions.
+    """
     first = repetitions[0]
     rows = [
         dataclasses.replace(row, measures=_mean([r.rows[i].measures for r in repetitions]))
         for i, row in enumerate(first.rows)
     ]
-    over = f"{config.held_out} held-out inputs" if config.seeds == 1 else f"{config.seeds} seeds"
-    settings: dict[str, Any] = dataclasses.asdict(config)
+    seeds = len(repetitions)
+    over = f"{config.held_out} held-out inputs" if seeds == 1 else f"{seeds} seeds"
+    settings: dict[str, Any] = dataclasses.asdict(config) | {"seeds": seeds}
     settings["seconds"] = round(seconds)
     settings["jax"] = jax.__version__
     settings["device"] = jax.devices()[0].device_kind
@@ -449,6 +514,7 @@ def _merged(config: DemoConfig, repetitions: Sequence[_Repetition], seconds: flo
         about=_ABOUT.format(**settings),
         errors=f"over {over}",
         before=_mean([r.before for r in repetitions]),
+        ceiling=_mean([r.ceiling for r in repetitions]),
         outputs=first.outputs,
         rows=rows,
         settings=settings,
@@ -466,6 +532,3 @@ _ABOUT = (
 
 def _mean(measures: Sequence[Mapping[str, Measure]]) -> dict[str, Measure]:
     return {name: over_seeds([m[name] for m in measures]) for name in measures[0]}
-
-
-__all__ = ["EDITS", "DemoConfig", "Edit", "History", "prepare_demo", "run_demo"]

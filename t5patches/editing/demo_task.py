@@ -11,7 +11,7 @@ a draw from a distribution and an edit can be seen to keep that or not.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -119,6 +119,41 @@ def correct(summary: str, spans: Sequence[Span]) -> str:
     for start, end in sorted(spans, reverse=True):
         summary = summary[:start] + ENTITY_FREE + summary[end:]
     return summary
+
+
+def wordings(summary: str) -> tuple[str, ...]:
+    """All ways to put what a summary says.
+
+    Args:
+        summary: a well-formed one.
+
+    Returns:
+        Itself among them.
+
+    Raises:
+        ValueError: it is not well formed.
+
+    Example:
+        >>> wordings("Fire closes depot in Alden, 3 people moved")[::3]
+        ('Fire closes depot in Alden, 3 people moved', 'Fire shuts depot in Alden, 3 moved')
+    """
+    if not well_formed(summary):
+        raise ValueError(f"{summary!r} is no summary of this task")
+    event, _, rest = summary.partition(" in ")
+    where, _, effect = rest.partition(", ")
+    events, effects = _alike(event, EVENTS.values()), _alike(effect, EFFECTS.values())
+    return tuple(f"{event} in {where}, {effect}" for event in events for effect in effects)
+
+
+def _alike(text: str, wordings: Iterable[tuple[str, str]]) -> list[str]:
+    """Both wordings of an event or an effect, with what stands in them."""
+    for both in wordings:
+        for wording in both:
+            before, _, after = wording.partition("{}")
+            filled = text[len(before) : len(text) - len(after)]
+            if text == wording.format(filled):
+                return [other.format(filled) for other in both]
+    raise ValueError(f"{text!r} is no wording of this task")
 
 
 def well_formed(summary: str) -> bool:

@@ -6,8 +6,10 @@ one over repetitions of the whole experiment.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -445,6 +447,52 @@ def malformed(
     return _percent(ratio(broken))
 
 
+def diversity(outputs: Sequence[Example]) -> dict[str, Measure]:
+    """How much of what a model says is not said again, in words.
+
+    Args:
+        outputs: what it said, better sampled than greedy.
+
+    Returns:
+        In percent `distinct_1` and `distinct_2`, different words and pairs of words among all of
+        them in all outputs (Li et al. 2016, arXiv 1510.03055; it falls with the number of outputs,
+        so that equal numbers are to be compared; the errors are the jackknife's over outputs), and
+        `repetition`, pairs that stood in the same output before (Welleck et al. 2019, arXiv
+        1908.04319).
+
+    Example:
+        >>> from t5patches.editing.data import Example
+        >>> said = [Example("", text, (), (), (), ()) for text in ("a b a b", "a c")]
+        >>> {name: round(measure.value, 1) for name, measure in diversity(said).items()}
+        {'distinct_1': 50.0, 'distinct_2': 75.0, 'repetition': 25.0}
+    """
+    words = [example.outputs.split() for example in outputs]
+    pairs = [[*itertools.pairwise(row)] for row in words]
+    return {
+        "distinct_1": _percent(_distinct(words)),
+        "distinct_2": _percent(_distinct(pairs)),
+        "repetition": _percent(ratio([len(x) - len({*x}) for x in pairs], [*map(len, pairs)])),
+    }
+
+
+def _distinct(rows: Sequence[Sequence[Any]]) -> Measure:
+    """Different things among all things, with its scatter from what each row brings."""
+    count = len(rows)
+    times = collections.Counter(itertools.chain.from_iterable(rows))
+    total = sum(times.values())
+    if not total:
+        return Measure(math.nan, math.nan)
+    value = len(times) / total
+    without = np.full(count, math.nan)
+    for number, row in enumerate(rows):
+        alone = sum(times[thing] == here for thing, here in collections.Counter(row).items())
+        if total > len(row):
+            without[number] = (len(times) - alone) / (total - len(row))
+    # The jackknife's pseudo-values, around the value itself.
+    samples = value + (count - 1) * (np.mean(without) - without)
+    return Measure(value, _error_of_mean(samples), samples)
+
+
 def kept_divergence(
     model: LanguageModel,
     params: Params,
@@ -533,13 +581,33 @@ def differs(a: Measure, b: Measure) -> int:
         >>> differs(ratio([1, 1, 1, 2]), ratio([9, 8, 9, 9]))
         -1
     """
-    error, degrees = math.hypot(a.error, b.error), math.inf
-    if a.samples is not None and b.samples is not None and len(a.samples) == len(b.samples):
-        error, degrees = _error_of_mean(a.samples - b.samples), len(a.samples) - 1
-    difference = a.value - b.value
-    if math.isnan(error) or not abs(difference) > stats.t.ppf(0.975, degrees) * error:
+    found = difference(a, b)
+    degrees = math.inf if found.samples is None else len(found.samples) - 1
+    if math.isnan(found.error) or not abs(found.value) > stats.t.ppf(0.975, degrees) * found.error:
         return 0
-    return 1 if difference > 0 else -1
+    return 1 if found.value > 0 else -1
+
+
+def difference(a: Measure, b: Measure) -> Measure:
+    """How much larger a measure is than another one of the same thing.
+
+    Args:
+        a: a measure.
+        b: another one.
+
+    Returns:
+        `a` minus `b`. Where both are of the same examples or seeds, the error is that of the
+        differences, example by example or seed by seed; else that of independent measures.
+
+    Example:
+        >>> difference(ratio([1, 2, 3]), ratio([2, 3, 4]))
+        Measure(value=-1.0, error=0.0)
+    """
+    value = a.value - b.value
+    if a.samples is None or b.samples is None or len(a.samples) != len(b.samples):
+        return Measure(value, math.hypot(a.error, b.error))
+    samples = a.samples - b.samples
+    return Measure(value, _error_of_mean(samples), samples)
 
 
 def over_seeds(measures: Sequence[Measure]) -> Measure:

@@ -1,8 +1,9 @@
 """Results as a table in the terminal, as findings in words, and as one HTML file.
 
 The HTML file (`report.html` beside this module is its template) loads nothing: plots are inside it.
-Whatever models, data and users wrote is text, and no markup, to the terminal, the plots and the
-page.
+It begins with what the numbers say, a plot and a table with a line for each method; all else folds
+away. Whatever models, data and users wrote is text, and no markup, to the terminal, the plots and
+the page.
 """
 
 from __future__ import annotations
@@ -10,25 +11,30 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from t5patches.editing.curves import listed, nearest, who_is_closest
 from t5patches.editing.data import Example
 from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure, differs
-from t5patches.editing.train import OBJECTIVES, TARGETED, History
+from t5patches.editing.train import TARGETED, History
 from t5patches.model.tokenizer import input_text
 from t5patches.runs.files import write_file
 
@@ -47,6 +53,15 @@ COLUMNS = {
     "reference_bleu": ("BLEU, ref.", "of the outputs with the references"),
     "reference_rouge_l": ("ROUGE-L, ref.", "of the outputs with the references, F-measure in %"),
     "reference_exact": ("exact, ref.", "% of outputs that are a reference"),
+    "distinct_1": ("words", "different words among all words of sampled outputs, %"),
+    "distinct_2": ("pairs", "different pairs of words among all pairs of sampled outputs, %"),
+    "repetition": ("repeated", "pairs of words that stood in the same output before, %"),
+    "prevalence_relearned": (
+        "relearned",
+        "% of sampled outputs with something unwanted after fine-tuning on what has the habit",
+    ),
+    "prevalence_stated": ("came back", "the same after fine-tuning on what does not show it"),
+    "prevalence_int4": ("4 bits", "the same after rounding the weights to 4 bits"),
     "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
     "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
 }
@@ -68,6 +83,7 @@ class Row:
         history: of the training.
         outputs: what the edited model says to the held-out inputs.
         note: what else sets this edit apart; part of its name.
+        curve: the method of which this is one strength; default, a method of its own.
     """
 
     objective: str | None
@@ -77,6 +93,7 @@ class Row:
     history: History = dataclasses.field(default_factory=dict)
     outputs: Sequence[Example] = ()
     note: str = ""
+    curve: str = ""
 
     @property
     def name(self) -> str:
@@ -106,6 +123,8 @@ class Results:
         outputs: what the original says to the held-out inputs, marked.
         rows: the edits.
         settings: what to tell about the run.
+        ceiling: measures of the original under the constraint, see
+            `t5patches.editing.constrained`; empty where nobody asked.
     """
 
     title: str
@@ -115,6 +134,7 @@ class Results:
     outputs: Sequence[Example]
     rows: Sequence[Row]
     settings: Mapping[str, Any]
+    ceiling: Measures = dataclasses.field(default_factory=dict)
 
 
 def terminal_table(results: Results) -> Table:
@@ -179,8 +199,9 @@ _FEW = 4
 def findings(results: Results) -> list[str]:
     """What the numbers say, in words; nothing here knows what should come out.
 
-    Every targeted edit is compared, measure by measure, with the best of the baselines that remove
-    no less than it does; where there are no baselines, each edit is compared with the original.
+    Methods are compared where as much is left (`t5patches.editing.curves`), and every targeted edit
+    with the best of the baselines that remove no less than it does, measure by measure; where there
+    are no baselines, each edit is compared with the original.
     Two numbers are called different as `t5patches.editing.evaluate.differs` has it: at 95%
     confidence, not corrected for the number of comparisons.
 
@@ -190,14 +211,10 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
-    baselines = [
-        row
-        for row in results.rows
-        # Where nothing is known to be unwanted, there is no telling which of them removes more.
-        if row.objective is not None and not row.is_targeted and "prevalence" in results.before
-    ]
+    baselines = _baselines(results)
     return [
         *_at_first(results.before),
+        *_closest(results),
         *(_against_baselines(results.rows, baselines) if baselines else _against_before(results)),
         *_effect_of_sets(results.rows),
         *_effect_of_alpha(results.rows),
@@ -212,19 +229,23 @@ def write_html(path: str | os.PathLike[str], results: Results) -> None:
         path: where to; the file appears whole or not at all.
         results: the edits.
     """
-    plots = {}
-    if "prevalence" in results.before:
-        plots["Prevalence against closeness"] = _trade_off_plot(results)
-    if any(row.history for row in results.rows):
-        plots["Training"] = _training_plot(results)
+    said = findings(results)
+    first = len(_at_first(results.before)) + len(_closest(results))
+    few = len(results.rows) <= _FEW
     page = _TEMPLATES.get_template("report.html").render(
         results=results,
         title=visible(results.title),
-        findings=findings(results),
+        # What a person should know of many edits, and all that is known of a few.
+        headlines=said if few else said[:first],
+        findings=[] if few else said[first:],
+        few=few,
+        summary=_summary(results),
+        summary_columns=_summary_columns(results),
         columns=_columns(results),
         lines=list(_lines(results)),
         cell=_cell,
-        plots=plots,
+        trade_off=_trade_off(results),
+        training=_training(results),
         texts=_texts(results),
         settings=json.dumps(results.settings, indent=1),
     )
@@ -246,14 +267,15 @@ def to_json(results: Results) -> str:
         results: the edits.
 
     Returns:
-        A JSON object with `before`, `rows`, `findings`, `settings`, and `texts`, the outputs that
-        the report shows; a number that does not exist is null.
+        A JSON object with `before`, `ceiling`, `rows`, `findings`, `settings`, and `texts`, the
+        outputs that the report shows; a number that does not exist is null.
     """
     content = {
         "title": results.title,
         "errors": results.errors,
         "settings": results.settings,
         "before": _numbers(results.before),
+        "ceiling": _numbers(results.ceiling),
         "rows": [
             {
                 "name": row.name,
@@ -285,8 +307,46 @@ def _columns(results: Results) -> dict[str, tuple[str, str]]:
 
 def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
     yield "before", results.before
+    if results.ceiling:
+        yield "before, constrained", results.ceiling
     for row in results.rows:
         yield row.name, row.measures
+
+
+def _summary(results: Results) -> list[tuple[str, Measures]]:
+    """A line for each method, of the strength that leaves most nearly what all are compared at."""
+    lines = list(_lines(dataclasses.replace(results, rows=())))
+    for name, curve in _curves(results.rows):
+        points = [row.measures for row in curve]
+        shown = nearest(points) if len(points) > 1 else 0
+        lines.append((name, points[shown]))
+    return lines
+
+
+def _summary_columns(results: Results) -> dict[str, tuple[str, str]]:
+    """The few measures that a person reads; others where there are no rules or references."""
+    measured = _columns(results)
+    columns: dict[str, tuple[str, str]] = {}
+    for alternatives in _FIRST:
+        found = [key for key in alternatives if key in measured][:1]
+        columns |= {key: alternatives[key] or measured[key] for key in found}
+    return columns
+
+
+_FIRST: tuple[dict[str, tuple[str, str] | None], ...] = (
+    {"prevalence_sampled": ("left, %", "% of sampled outputs with something unwanted")},
+    {"kl": ("KL", "from the original, mean over unmarked positions, nats a token")},
+    {
+        "exact_match_clean": ("kept, %", "% of outputs without anything unwanted that stayed"),
+        "exact_match": ("kept, %", "% of outputs that stayed"),
+    },
+    {
+        "reference_exact": ("good, %", "% of outputs that are a reference"),
+        "reference_rouge_l": None,
+        "bleu": None,
+    },
+    {"malformed": ("broken, %", "% of outputs that never end, are empty or break the form")},
+)
 
 
 def _cell(key: str, measure: Measure | None) -> str:
@@ -338,6 +398,31 @@ def _at_first(before: Measures) -> list[str]:
     ]
 
 
+def _baselines(results: Results) -> list[Row]:
+    return [
+        row
+        for row in results.rows
+        # Where nothing is known to be unwanted, there is no telling which of them removes more.
+        if row.objective is not None and not row.is_targeted and "prevalence" in results.before
+    ]
+
+
+def _closest(results: Results) -> list[str]:
+    curves = _curves(results.rows)
+    if len(curves) < 2 or not _baselines(results):
+        return []
+    targeted = [name for name, curve in curves if curve[0].is_targeted]
+    return who_is_closest({n: [row.measures for row in curve] for n, curve in curves}, targeted)
+
+
+def _curves(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Each method's name and strengths; two edits of the same name are two methods."""
+    curves: dict[str | int, list[Row]] = {}
+    for number, row in enumerate(rows):
+        curves.setdefault(row.curve or number, []).append(row)
+    return [(curve[0].curve or curve[0].name, curve) for curve in curves.values()]
+
+
 _FROM_BEFORE = {
     "prevalence": "unwanted",
     "prevalence_sampled": "unwanted when sampled",
@@ -370,8 +455,8 @@ def _against_baselines(rows: Sequence[Row], baselines: Sequence[Row]) -> list[st
     alike: dict[str, list[str]] = {}
     for row in rows:
         if row.is_targeted:
-            alike.setdefault(_outcome(row, baselines), []).append(_summary(row))
-    return [f"{outcome}: {_listed(names)}." for outcome, names in alike.items()]
+            alike.setdefault(_outcome(row, baselines), []).append(_in_short(row))
+    return [f"{outcome}: {listed(names)}." for outcome, names in alike.items()]
 
 
 def _outcome(row: Row, baselines: Sequence[Row]) -> str:
@@ -386,17 +471,13 @@ def _outcome(row: Row, baselines: Sequence[Row]) -> str:
         rival = max((r.measures[key] for r in rivals), key=lambda measure: sign * measure.value)
         verdict = _VERDICTS[sign * differs(row.measures[key], rival)]
         found.setdefault(verdict, []).append(label)
-    verdicts = "; ".join(f"{verdict} in {_listed(labels)}" for verdict, labels in found.items())
+    verdicts = "; ".join(f"{verdict} in {listed(labels)}" for verdict, labels in found.items())
     return f"Beside the best baseline in each measure that removes no less, {verdicts}"
 
 
-def _summary(row: Row) -> str:
+def _in_short(row: Row) -> str:
     left = _percent(row.measures["prevalence"])
     return f"{row.name} (KL {row.measures['kl'].value:.4f}, {left} left)"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
@@ -449,59 +530,159 @@ def _when_sampled(results: Results) -> list[str]:
     ]
 
 
-def _colors(rows: Sequence[Row]) -> list[str]:
-    """Of matplotlib's cycle: one for each objective, or for each edit where they share theirs."""
-    named = {row.objective for row in rows}
-    if len(named) < 2:
-        return [f"C{i % 10}" for i in range(len(rows))]
-    return [f"C{OBJECTIVES.index(r.objective)}" if r.objective else "k" for r in rows]
+class _Plot(NamedTuple):
+    """A picture, and what it shows in words and numbers."""
+
+    image: str  # a `data:` address
+    text: str
+    numbers: Sequence[tuple[str, Sequence[str]]]
 
 
-def _trade_off_plot(results: Results) -> str:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, label in ((right, "bleu", "BLEU"), (left, "kl", "KL on unmarked positions")):
-        marks = []
-        for row, color in zip(results.rows, _colors(results.rows), strict=True):
-            x, y = row.measures["prevalence"], row.measures[key]
-            mark = axes.errorbar(
-                x.value,
-                y.value,
-                xerr=x.error,
-                yerr=y.error,
-                color=color,
-                marker="s" if row.negatives else "^" if row.note else "o",
-                # The smallest symbol for the smallest alpha.
-                markersize=5 + 2 * math.log10(max(1.0, row.alpha or 1.0)),
-                alpha=0.8,
-                linestyle="none",
-            )
-            marks.append(mark)
-        axes.set(xlabel="prevalence, % of outputs", ylabel=label)
-    left.set_yscale("log")
-    _legend(figure, results.rows, marks)
-    return _embedded(figure)
+def _trade_off(results: Results) -> _Plot | None:
+    """What is left against closeness, a curve a method, its name beside it."""
+    if "prevalence" not in results.before or not results.rows:
+        return None
+    # Narrow, so that its letters are as large as the page's on a phone.
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="% of sampled outputs with something unwanted", ylabel="KL from the original")
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+    axes.set_yscale("log")
+    named: list[_Named] = []
+    numbers, beyond = [], []
+    kls = [row.measures["kl"].value for row in results.rows]
+    least = min((kl for kl in kls if 0 < kl < math.inf), default=1.0)
+    for i, (name, curve) in enumerate(_curves(results.rows)):
+        left, kl = ([row.measures[key] for row in curve] for key in (_LEFT, "kl"))
+        points = [*zip(left, kl, strict=True)]
+        numbers.append((name, [f"{_percent(x)}: {_cell('kl', y)}" for x, y in points]))
+        shown = [
+            (x.value, y.value)
+            for x, y in points
+            if math.isfinite(x.value) and 0 < y.value <= _SHOWN * least
+        ]
+        if len(shown) < len(points):
+            beyond.append(name)
+        axes.errorbar(
+            [x.value for x, _ in points],
+            [y.value for _, y in points],
+            xerr=[x.error for x, _ in points],
+            # A bar that reaches 0 has no end on this axis.
+            yerr=[max(0.0, min(y.error, 0.9 * y.value)) for _, y in points],
+            color=(color := f"C{i % 10}"),
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5,
+            elinewidth=0.4,
+            linestyle="-" if curve[0].is_targeted else ":",
+        )
+        if shown:
+            named.append((name, shown, color))
+    axes.set_ylim(0.7 * least, 1.4 * _SHOWN * least)
+    axes.set_xlim(left=-0.1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.2)
+    _name_curves(figure, axes, named)
+    text = (
+        "Mean KL from the original at unmarked positions against the share of sampled outputs with "
+        "something unwanted. Further left, less is left; further down, less else was changed."
+    )
+    if results.ceiling:
+        text += " The original under the constraint is at the lower left: nothing left, KL 0."
+    if beyond:
+        text += f" Not in the plot are strengths of {listed(beyond)}: see the numbers."
+    return _Plot(_embedded(figure), text, numbers)
 
 
-def _training_plot(results: Results) -> str:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+_LEFT = "prevalence_sampled"
+_MARKERS = "os^Dv<>Pp"
+_SHOWN = 300.0
+"""How many times the least KL the plot goes up to: a model beyond is another one."""
+_Named = tuple[str, Sequence[tuple[float, float]], str]
+
+
+def _name_curves(figure: Figure, axes: Axes, named: Sequence[_Named]) -> None:
+    """Writes each curve's name beside one of its points, where little else is."""
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    letter = figure.dpi / 72
+    taken: list[Bbox] = []
+    for _, points, _ in named:
+        path = axes.transData.transform(points)
+        for a, b in itertools.pairwise([path[0], *path]):
+            steps = np.linspace(0, 1, 2 + int(np.hypot(*(b - a)) / 8))[:, None]
+            taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in a + steps * (b - a)]
+    for name, points, color in named:
+        text = axes.annotate("", points[0], (0, 0), color=color, fontsize=8, va="center",
+                             textcoords="offset points", in_layout=False)  # fmt: skip
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        # As it is: matplotlib would read `$x$` as mathematics.
+        text.set_parse_math(False)
+        text.set_text(name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}")
+        width, height = text.get_window_extent().size
+        best = math.inf
+        for at, beside in itertools.product(points, _BESIDE):
+            x, y = axes.transData.transform(at) + letter * np.array(beside)
+            x -= width * {"left": 0, "right": 1, "center": 0.5}[_aligned(beside)]
+            box = Bbox.from_bounds(x, y - height / 2, width, height)
+            covered = sum(_shared(box, other) for other in taken) - 2 * _shared(box, inside)
+            cost = covered / (width * height) + abs(beside[1]) / 100
+            if cost < best:
+                best, place, where = cost, (at, beside), box
+        text.xy = place[0]
+        text.set_position(place[1])
+        text.set_horizontalalignment(_aligned(place[1]))
+        taken.append(where)
+
+
+_LONGEST = 32
+_BESIDE = [
+    *((dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24) for dx in (6, -6)),
+    *((0, dy) for dy in (9, -9, 16, -16, 24, -24)),
+]
+"""Where a name may stand beside a point, in points of a letter."""
+
+
+def _aligned(beside: tuple[int, int]) -> Literal["left", "right", "center"]:
+    """How a name stands at its place."""
+    return "left" if beside[0] > 0 else "right" if beside[0] < 0 else "center"
+
+
+def _shared(a: Bbox, b: Bbox) -> float:
+    """The area that two boxes share."""
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _training(results: Results) -> _Plot | None:
+    """Losses, and how many of the marked tokens are still the likeliest."""
     rows = _gentle([row for row in results.rows if row.history])
-    curves = []
-    for row, color in zip(rows, _colors(rows), strict=True):
-        style = {"color": color, "linestyle": "--" if row.negatives else "-"}
-        curves += _curve(left, _means(row.history["loss"]), **style)
+    if not rows:
+        return None
+    figure = Figure(figsize=(5.4, 8), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    curves, numbers = [], []
+    for i, row in enumerate(rows):
+        style = {"color": f"C{i % 10}", "linestyle": "--" if row.negatives else "-"}
+        losses = _means(row.history["loss"])
+        curves += _curve(above, losses, **style)
         marked, said = _means(row.history["marked"]), _means(row.history["said"])
+        shares = [100 * s / m if m else math.nan for s, m in zip(said, marked, strict=True)]
+        ends = [f"loss {losses[0]:.3g} to {losses[-1]:.3g}"]
         if any(marked):
-            _curve(
-                right,
-                [100 * s / m if m else math.nan for s, m in zip(said, marked, strict=True)],
-                **style,
-            )
-    left.set(xlabel="step", ylabel="loss a token (not comparable across objectives)")
-    right.set(xlabel="step", ylabel="% of marked tokens that are still the likeliest")
+            _curve(below, shares, **style)
+            ends.append(f"likeliest {shares[0]:.0f}% to {shares[-1]:.0f}%")
+        numbers.append((row.name, ends))
+    above.set(xlabel="update", title="loss a token (not comparable across objectives)")
+    below.set(xlabel="update", title="% of marked tokens that are still the likeliest")
     _legend(figure, rows, curves)
-    return _embedded(figure)
+    return _Plot(
+        _embedded(figure),
+        "The loss over the updates, and the share of marked tokens that are still the likeliest: "
+        f"means of {_SMOOTHED} updates, of the smallest alpha where edits differ in nothing else.",
+        numbers,
+    )
 
 
 def _curve(axes: Axes, values: Sequence[float], **style: Any) -> list[Any]:
@@ -509,12 +690,12 @@ def _curve(axes: Axes, values: Sequence[float], **style: Any) -> list[Any]:
 
 
 def _legend(figure: Figure, rows: Sequence[Row], marks: Sequence[Any]) -> None:
-    """The rows' names beside their marks, as they are.
+    """The rows' names below, beside their marks, as they are.
 
     Given as labels, matplotlib would read `$x$` as mathematics and leave `_x` out.
     """
     labels = [str(i) for i in range(len(rows))]
-    legend = figure.legend(list(marks), labels, loc="outside right upper", fontsize=7)
+    legend = figure.legend(list(marks), labels, loc="outside lower center", fontsize=8)
     for text, row in zip(legend.get_texts(), rows, strict=True):
         text.set_parse_math(False)
         text.set_text(row.name)
