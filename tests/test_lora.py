@@ -514,7 +514,7 @@ def test_an_adapter_is_no_model_to_edit(place, capsys):
     (adapter / "adapter_config.json").write_text("{}")
     for option in ("--model", "--original"):
         assert run(place, option, adapter, output="again") == 2
-        assert "is an adapter and no whole model: edit the model that" in capsys.readouterr().err
+        assert "is an adapter and no whole model: take the model that" in capsys.readouterr().err
     assert not unfinished(place / "again").exists()
 
 
