@@ -579,6 +579,8 @@ def _trade_off(results: Results) -> _Plot | None:
             named.append((name, shown, color))
     axes.set_ylim(0.7 * least, 1.4 * _SHOWN * least)
     axes.set_xlim(left=-0.1)
+    right = axes.get_xlim()[1]
+    axes.set_xticks([x for x in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if x <= right])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.2)
