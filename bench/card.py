@@ -93,6 +93,10 @@ def times(options: argparse.Namespace) -> Iterator[Step]:
     shapes = list(itertools.product(options.vocabularies, options.dtypes))
     programs = list(itertools.product(options.objectives, (KERNEL, "xla")))
 
+    @functools.lru_cache(maxsize=1)  # the largest take 16 GB
+    def operands(shape: tuple[int, str]) -> tuple[jax.Array, ...]:
+        return gpu.operands(options.tokens, *shape)
+
     def compiled(shape: tuple[int, str], program: tuple[str, str]) -> Any:
         like = jax.eval_shape(lambda: gpu.operands(options.tokens, *shape))
         return loss_and_gradient(program[1], program[0]).lower(*like).compile()
@@ -104,18 +108,16 @@ def times(options: argparse.Namespace) -> Iterator[Step]:
             for program in programs
         }
         try:
-            for shape in shapes:
-                args = gpu.operands(options.tokens, *shape)
-                for program in programs:
-                    of = dict(zip(("vocabulary", "dtype"), shape, strict=True))
-                    of |= {"tokens": options.tokens, "objective": program[0], "what": program[1]}
+            for shape, program in itertools.product(shapes, programs):
+                of = dict(zip(("vocabulary", "dtype"), shape, strict=True))
+                of |= {"tokens": options.tokens, "objective": program[0], "what": program[1]}
 
-                    def measure(key: Any = (shape, program), args: Any = args) -> Row:
-                        run = pending[key].result()
-                        row = gpu.time_of(lambda: run(*args), jax.block_until_ready)
-                        return row | {"gb_per_second": 3 * args[0].nbytes / 1e6 / row["ms"]}
+                def measure(shape: Any = shape, program: Any = program) -> Row:
+                    run, args = pending[shape, program].result(), operands(shape)
+                    row = gpu.time_of(lambda: run(*args), jax.block_until_ready)
+                    return row | {"gb_per_second": 3 * args[0].nbytes / 1e6 / row["ms"]}
 
-                    yield of, measure
+                yield of, measure
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -123,13 +125,13 @@ def times(options: argparse.Namespace) -> Iterator[Step]:
 def heads(options: argparse.Namespace) -> Iterator[Step]:
     """Hidden states to loss and both gradients, by bytes a chunk."""
     shape = {"tokens": options.tokens, "vocabulary": max(options.vocabularies)}
-    args = common.head_inputs(**shape, width=gpu.HEAD["width"])
+    inputs = functools.cache(lambda: common.head_inputs(**shape, width=gpu.HEAD["width"]))
     for mib in options.chunks_mib:
 
         def measure(mib: int = mib) -> Row:
             setattr(chunked_linear, CHUNKS[PLATFORM][0], mib << 20)
             jax.clear_caches()
-            return gpu.run_head(KERNEL, "tnff", args)
+            return gpu.run_head(KERNEL, "tnff", inputs())
 
         of = {"dtype": "bfloat16", "objective": "tnff", "what": KERNEL, "chunk_mib": mib}
         yield shape | of, measure
@@ -142,6 +144,7 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
         of: Row = {"tokens": tokens, "vocabulary": size, "dtype": dtype}
         of |= {"objective": name, "what": "error"}
         yield of, functools.partial(error, name, dtype, tokens, size)
+    size = small[-1][1]
     for name, dtype in itertools.product(options.objectives[:2], options.dtypes):
         of = {"vocabulary": size, "dtype": dtype, "objective": name, "what": "repeats"}
         yield of, functools.partial(differing, name, dtype, size, options.repeats)
