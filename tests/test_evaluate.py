@@ -154,7 +154,7 @@ def test_divergence_is_the_mean_over_kept_tokens():
     )
     kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
     kept = arrays["weights"] > 0
-    for batch_size in (3, 4, 7):
+    for batch_size in (3, 7):
         found = kept_divergence(tiny_model(), params, original, BEFORE, batch_size=batch_size)
         assert found.value == pytest.approx(kl[kept].mean(), rel=1e-4)
     assert kept_divergence(tiny_model(), params, params, BEFORE).value == pytest.approx(0, abs=1e-6)
