@@ -143,8 +143,10 @@ def test_a_few_edits_stand_side_by_side():
     assert re.search(r"before +┃ +TNFF, alpha 1 +┃ +corrective", shown)
     assert re.search(r"KL +│ +0.0100 ±0.0010 │ +0.0123 ±0.0010 │ +0.0100 ±0.0010 │", shown)
     assert "• Before, 36.0%" in shown
+    for name, (heading, _) in COLUMNS.items():
+        assert (f"│ {heading} " in shown) == (name in measures())
     show(results(*few.rows * 3), Console(file=(many := io.StringIO()), width=160))
-    assert re.search(r"TNFF, alpha 1 +│ +0.0123 ±0.0010 │ +5.0 ±1.0", many.getvalue())
+    assert re.search(r"TNFF, alpha 1 +│ +10.0 ±1.0 │ +0.0123 ±0.0010", many.getvalue())
 
 
 def of_its_own(**values):
@@ -187,16 +189,16 @@ def test_numbers_without_errors_tell_nothing():
     assert findings(results()) == [findings(results(*rows))[0]]
 
 
-def test_the_table_has_every_number():
+def test_a_table_of_many_edits_has_a_line_each():
     out = io.StringIO()
-    Console(file=out, width=160).print(
+    Console(file=out, width=100).print(
         terminal_table(results(row(kl=0.0123, malformed=math.nan), row("ce", None)))
     )
     shown = out.getvalue()
-    for name, (heading, _) in COLUMNS.items():
-        assert (heading in shown) == (name in measures())
-    assert re.search(r"TNFF, alpha 1 +│ +0.0123 ±0.0010 │ +5.0 ±1.0 .* – │\n", shown)
-    assert re.search(r"before .*36.0 ±1.0", shown)
+    assert re.search(r"edit .*left, % .*KL .*kept, % .*broken, %", shown)
+    assert re.search(r"TNFF, alpha 1 .* 0.0123 ±0.0010 .* – │\n", shown)
+    assert re.search(r"before .*97.0 ±1.0", shown)
+    assert "left, %: % of sampled outputs with something unwanted" in shown
     assert "corrective" in shown
     assert "standard error over 9 inputs" in shown
 

@@ -138,7 +138,7 @@ class Results:
 
 
 def terminal_table(results: Results) -> Table:
-    """The measures of all edits.
+    """A line for each edit, with the few measures that a person reads first.
 
     Args:
         results: the edits.
@@ -146,9 +146,9 @@ def terminal_table(results: Results) -> Table:
     Returns:
         A table for `rich.console.Console.print`.
     """
-    table = _table(results)
+    columns = _summary_columns(results)
+    table = _table(results, "".join(f"\n{name}: {what}" for name, what in columns.values()))
     table.add_column("edit")
-    columns = _columns(results)
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
     for name, measures in _lines(results):
@@ -175,8 +175,8 @@ def side_by_side(results: Results) -> Table:
     return table
 
 
-def _table(results: Results) -> Table:
-    caption = f"± standard error {results.errors}"
+def _table(results: Results, legend: str = "") -> Table:
+    caption = f"± standard error {results.errors}{legend}"
     return Table(title=Text(visible(results.title)), caption=Text(caption))
 
 
