@@ -123,7 +123,8 @@ def test_few_rows_have_edits():
 @pytest.mark.parametrize(
     ("name", "size", "dtype"),
     [(name, size, (np.float32, jnp.bfloat16)[(i + j) % 2])
-     for i, name in enumerate(CASES) for j, size in enumerate((1, 130, 1000, 2049, 32100))],
+     for i, name in enumerate(CASES) for j, size in enumerate((1, 130, 1000, 2049, 32100))
+     if (name, size) != ("ce-smoothed", 1)],  # which is refused
 )  # fmt: skip
 def test_sizes(name, size, dtype):
     edits = 64 if name in TAKES_EDITS else 0

@@ -115,9 +115,8 @@ def test_three_passes(chip, name, dtype):
     """Both logits are read once, the gradient is written once."""
     program = compiled(chip, name, dtype, "gradient", 32128, 2048)
     assert passes(program, (2048, 32128)) == 3
-    most = 0.01 * 2048 * 32128 * dtype.dtype.itemsize
-    if chip == "v5p" and name in ("tnrf", "tnrll"):  # kept tokens have loops of their own: spills
-        most = 2_900_000
+    # Of blocks of twice the rows, and of loops of their own for kept tokens, a v5p spills some.
+    most = 2_900_000 if chip == "v5p" else 0.01 * 2048 * 32128 * dtype.dtype.itemsize
     assert program.memory_analysis().temp_size_in_bytes < most
 
 
