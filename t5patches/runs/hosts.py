@@ -52,25 +52,12 @@ def once(work: Callable[[], object]) -> None:
     Raises:
         ValueError: in the others, saying why the first one could not. It raises its own error.
     """
-    if jax.process_count() == 1:
+
+    def done() -> int:
         work()
-        return
-    told = np.zeros(_LONGEST, np.uint8)
-    try:
-        if is_first():
-            work()
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}".encode()[:_LONGEST]
-        told[: len(said)] = np.frombuffer(said, np.uint8)
-        raise
-    finally:
-        heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8))
-    reason = heard.rstrip(b"\0").decode(errors="replace")
-    if reason:
-        raise ValueError(f"the first process could not go on: {reason}")
+        return 0
 
-
-_LONGEST = 4096
+    first_says(done)
 
 
 def first_says(question: Callable[[], int]) -> int:
@@ -80,17 +67,55 @@ def first_says(question: Callable[[], int]) -> int:
     not part ways over it.
 
     Args:
-        question: what the first process alone is asked; as `once` has it where it raises.
+        question: what the first process alone is asked.
 
     Returns:
         Its answer.
+
+    Raises:
+        ValueError: in the others, saying why the first one could not. It raises its own error.
     """
-    answers: list[int] = []
-    once(lambda: answers.append(question()))
     if jax.process_count() == 1:
-        return answers[0]
-    held = np.asarray(answers[0] if answers else 0, np.int32)
-    return int(multihost_utils.broadcast_one_to_all(held))
+        return question()
+    said = b""
+    try:
+        if is_first():
+            said = b"%d" % question()
+    except BaseException as error:
+        said = f"{_FAILED}{type(error).__name__}: {error}".encode()[:_LONGEST]
+        raise
+    finally:
+        heard = _of_the_first(said).decode(errors="replace")
+    if heard.startswith(_FAILED):
+        raise ValueError(f"the first process could not go on: {heard.removeprefix(_FAILED)}")
+    return int(heard)
+
+
+_FAILED = "failed: "
+_LONGEST = 4096
+
+
+def _of_the_first(said: bytes) -> bytes:
+    """What the first process says, in every process.
+
+    `multihost_utils.broadcast_one_to_all` waits for one of a process's devices. Where another one
+    of them is not through when the processes leave, JAX takes its connections down and waits for
+    it for ever.
+    """
+    devices = jax.sharding.Mesh(jax.devices(), "all")
+    each, same = (
+        jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
+        for axes in (("all",), ())
+    )
+    row = np.zeros((1, _LONGEST), np.uint8)
+    row[0, : len(said)] = np.frombuffer(said, np.uint8)
+
+    def of_device(index: Any) -> np.ndarray:
+        return row if index[0].start == 0 else np.zeros_like(row)  # the first process's first
+
+    rows = jax.make_array_from_callback((devices.size, _LONGEST), each, of_device)
+    total = jax.jit(lambda x: x.sum(0, dtype=x.dtype), out_shardings=same)(rows)
+    return bytes(np.asarray(jax.block_until_ready(total).addressable_data(0))).rstrip(b"\0")
 
 
 def place(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
