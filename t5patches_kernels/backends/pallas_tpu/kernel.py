@@ -684,7 +684,9 @@ def call_of(
     """The kernel of a stage on a chip, or None where it would need rows that do not fit."""
     rows, columns = operands.model[0].shape
     sizes = tuple(x.dtype.itemsize for x in (*operands.model, *operands.reference))
-    private = tokens.edit_ids is not None or objectives.reference_of(op.settings) == "self"
+    second_row = objectives.reference_of(op.settings)
+    edited = second_row == "given" and tokens.edit_ids is not None
+    private = edited or second_row == "self"
     size = (op, stage, columns, sizes, private, chip.vmem)
     plan = plans.plan(*size, tokens=rows) or plans.streamed(*size)
     if plan is None:
