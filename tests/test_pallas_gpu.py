@@ -9,6 +9,7 @@ import pytest
 from harness import (
     CASES,
     MAIN,
+    TAKES_EDITS,
     Batch,
     _compiled,
     assert_as_good_as_dense,
@@ -38,7 +39,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(plans, "_WIDE", 128)
     monkeypatch.setattr(plans, "_PIECES", 4)
     monkeypatch.setattr(plans, "_SHARED_BYTES", 12 << 10)
-    assert plans.plan(SIZE, (4, 4)) == plans.Plan(128, 4, 3, 2)
+    assert plans.plan(SIZE, (4, 4)) == plans.Plan(SIZE, (4, 4), 1, lanes=128, pieces=4, slots=2)
 
 
 # On every run half of the objectives in float32, and the other half in bfloat16.
@@ -72,6 +73,41 @@ def test_no_races(name, monkeypatch):
     _compiled.cache_clear()
     assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, SIZE))))
     assert not gpu_callbacks.get_races().races_found
+
+
+# --- A row that a cluster of blocks shares, its segments one after the other ----------------------
+
+SHARED_SIZE = {"float32": 1292, "bfloat16": 1288}
+
+
+@pytest.fixture
+def _shared_rows(monkeypatch):
+    """Rows of which no block has as many entries as another, and none has room for its own."""
+    monkeypatch.setattr(plans, "_PIECES", 2)
+    monkeypatch.setattr(plans, "_SHARED_BYTES", 6 << 10)
+    for dtype, segments in (("float32", (644, 648)), ("bfloat16", (640, 648))):
+        itemsizes = (jnp.dtype(dtype).itemsize,) * 2
+        plan = plans.plan(SHARED_SIZE[dtype], itemsizes, tk.BlockSizes(cluster=2))
+        assert (plan.segments, plan.chunks, plan.slots) == (segments, 3, 2)
+
+
+@pytest.mark.usefixtures("_shared_rows")
+@pytest.mark.parametrize(
+    ("name", "cluster", "dtype", "edits"),
+    [("tnrf", 2, "float32", 0)]
+    + [slow_unless(False, name, cluster, dtype, 3 * (name in TAKES_EDITS))
+       for name in CASES for cluster in (2, 4, 8) for dtype in SHARED_SIZE],
+)  # fmt: skip
+def test_a_row_that_a_cluster_shares(name, cluster, dtype, edits):
+    """Also where one block has masked entries alone, and the other all that counts."""
+    size = SHARED_SIZE[dtype]
+    z, r, y, w, *rest = one_of_each(batch(5, size, edits=edits, dtype=jnp.dtype(dtype)))
+    z[::4, : size // 2], z[2::4, size // 2 + 4 :] = -np.inf, -np.inf
+    r[np.isinf(z)] = -np.inf
+    rows = Batch(z, r, np.where(np.isinf(z).any(-1), z.argmax(-1), y), w, *rest)
+    if not edits:
+        rows = Batch(*(x[:9] for x in rows))
+    assert_as_good_as_dense(name, tk.BlockSizes(cluster), rows, jnp.dtype(dtype))
 
 
 def operands(lead=(2, 3), size=136):
