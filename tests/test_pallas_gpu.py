@@ -110,6 +110,24 @@ def test_a_row_that_a_cluster_shares(name, cluster, dtype, edits):
     assert_as_good_as_dense(name, tk.BlockSizes(cluster), rows, jnp.dtype(dtype))
 
 
+@pytest.mark.slow
+def test_a_row_that_a_cluster_shares_and_skips():
+    z, r, y, w = operands(size=264)
+
+    def gradient(implementation):
+        def total(z):
+            out = tk.targeted_negative_loss(
+                z, r, y, w, objective="tnrf", skip_ignored=True, implementation=implementation
+            )
+            return out.loss.sum()
+
+        return jax.value_and_grad(total)(z)
+
+    want, got = gradient("xla"), gradient(tk.BlockSizes(cluster=2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    assert not np.asarray(got[1])[np.asarray(w) == 0].any()
+
+
 def operands(lead=(2, 3), size=136):
     rng = np.random.default_rng(0)
     z, r = (jnp.asarray(rng.normal(size=(*lead, size)), jnp.float32) for _ in range(2))
@@ -170,11 +188,21 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
-    [(50257, "pad the vocabulary to a multiple of 4"), (64, "rows of 128 to 262144"),
-     (1 << 19, "rows of 128 to 262144")],
+    ("size", "implementation", "message"),
+    [(50257, NAME, "pad the vocabulary to a multiple of 4"),
+     (50257, tk.BlockSizes(cluster=8), "pad the vocabulary to a multiple of 4"),
+     (64, NAME, "rows of 128 to 262144"),
+     (1 << 19, NAME, r"rows of 128 to 262144 .*BlockSizes\(\)"),
+     (264, tk.BlockSizes(cluster=4), "BlockSizes.cluster=4.*rows of 512 to 524288 .*not 264"),
+     ((1 << 19) + 8, tk.BlockSizes(), "rows of 128 to 524288")],
 )  # fmt: skip
-def test_why_not(size, message):
+def test_why_not(size, implementation, message):
     z, r, y, w = operands(lead=(1,), size=size)
     with pytest.raises(NotImplementedError, match=message):
-        tk.targeted_negative_loss(z, r, y, w, implementation=NAME)
+        tk.targeted_negative_loss(z, r, y, w, implementation=implementation)
+
+
+@pytest.mark.parametrize("cluster", [0, 3, 32, "8"])
+def test_no_such_cluster(cluster):
+    with pytest.raises(ValueError, match=r"one of 1, 2, 4, 8, 16, or None .*got"):
+        tk.BlockSizes(cluster)

@@ -94,9 +94,9 @@ class _Segment:
           place: which of the block's: an interpreter's one block has all.
         """
         self.row, self.call, self.plan, self.refs = row, row.call, row.call.plan, row.refs
-        units, clusters = self.plan.columns // self.plan.unit, self.plan.cluster
+        units, blocks = self.plan.columns // self.plan.unit, self.plan.cluster
         first, end = (
-            jax.lax.div((number + k) * jnp.int32(units), jnp.int32(clusters)) * self.plan.unit
+            jax.lax.div((number + k) * jnp.int32(units), jnp.int32(blocks)) * self.plan.unit
             for k in (0, 1)
         )
         self.first, self.end = first, end  # columns

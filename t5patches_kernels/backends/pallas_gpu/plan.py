@@ -77,7 +77,8 @@ def why_not(columns: int, itemsizes: tuple[int, ...], sizes: BlockSizes = ONE_BL
     least = THREADS * (sizes.cluster or 1)
     most = _MAX_COLUMNS if sizes.cluster == 1 else _MAX_SHARED_COLUMNS
     if not least <= columns <= most:
-        return f"it takes rows of {least} to {most} entries, not {columns}"
+        larger = " (BlockSizes() takes more)" if most < columns <= _MAX_SHARED_COLUMNS else ""
+        return f"it takes rows of {least} to {most} entries, not {columns}{larger}"
     return None
 
 
@@ -136,7 +137,7 @@ class Plan:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """What a block of value and gradient has in shared memory: its arrays and their barriers."""
+        """What a block of value and gradient has in shared memory: arrays, and their barriers."""
         chunk, of_logits = self.chunk, dict(zip("zr", self.itemsizes, strict=False))
         arrays = {f"{name}_ring": self.slots * chunk * size for name, size in of_logits.items()}
         arrays["out"] = OUT_SLOTS * chunk * self.itemsizes[0]
