@@ -17,6 +17,8 @@ from harness import CASES, MAIN, slow_unless
 import t5patches_kernels as tk
 from bench import common, gpu
 from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 pytestmark = pytest.mark.skipif(isinstance(device(), str), reason=str(device()))
 
@@ -204,15 +206,21 @@ def test_kernel_of_a_cluster(name, dtype, cluster, size, tmp_path, monkeypatch):
         next(tmp_path.glob(f"*.{x}")).read_text() for x in ("ptx", "ptxas", "mlir-passes.log")
     )
     assert f".reqnctapercluster {cluster}, 1, 1" in ptx
+    itemsizes = (jnp.dtype(dtype).itemsize,) * (2 if name in tk.TARGETED_NEGATIVE else 1)
+    plan = plans.plan(size, itemsizes, sizes)
+    op = Operation(Settings(name, size, smoothing=1e-6))
+    call = plans.Call(op, Stage.VALUE_AND_GRAD, plan, edits=1)
+    kinds = (True, False) if call.branches else (True,)
+    met = sum(2 + call.reads_reference_first(pushed) for pushed in kinds)  # to merge, and to leave
     arrive, wait = (ptx.count(f"barrier.cluster.{x}.aligned;") for x in ("arrive", "wait"))
-    assert arrive == wait - 1 >= 2  # Mosaic's own wait at the start is for an arrival without order
+    assert (arrive, wait) == (met, met + 1)  # Mosaic's own at the start arrives without order
     of_blocks = re.findall(r"mapa\.shared::cluster\.u64 .*, (\d+);", ptx)
     assert len(of_blocks) == ptx.count("ld.shared::cluster")
     assert len({of_blocks.count(str(k)) for k in range(cluster)}) == 1
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", ptxas))
-    itemsizes = (jnp.dtype(dtype).itemsize,) * (2 if name in tk.TARGETED_NEGATIVE else 1)
-    buffers = plans.plan(size, itemsizes, sizes).buffers
-    assert {int(n) for n in SHARED.findall(passes)} == {sum(x.bytes for x in buffers)}
+    assert {int(n) for n in SHARED.findall(passes)} == {sum(x.bytes for x in plan.buffers)}
+    (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", ptxas))
+    assert -(-registers // 8) * 8 * plans.THREADS * plan.blocks <= 65536
 
 
 _FOR_BLACKWELL = """
