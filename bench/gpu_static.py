@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -77,25 +78,22 @@ def assembled(
     return {"registers": int(found[1]), "spilled bytes": spilled}
 
 
-def cluster(card: jax.Device, vocabulary: int, dtype: Any) -> dict[str, Any]:
+def cluster(card: jax.Device, objective: str, vocabulary: int, dtype: Any) -> dict[str, Any]:
     """The best plan of rows that a cluster of blocks shares, beside that of one block a row."""
+    op = Operation(Settings(objective, vocabulary, smoothing=1e-6))
     itemsizes = (jnp.dtype(dtype).itemsize,) * 2
 
-    def passes(objective: str, sizes: BlockSizes) -> float:
-        op = Operation(Settings(objective, vocabulary, smoothing=1e-6))
-        plan = plans.plan(vocabulary, itemsizes, sizes)
-        call = plans.Call(op, Stage.VALUE_AND_GRAD, plan, edits=1)
-        return round(max(call.passes(pushed) for pushed in (False, True)), 2)
+    def call(sizes: BlockSizes) -> plans.Call:
+        return plans.call_of(op, Stage.VALUE_AND_GRAD, vocabulary, itemsizes, 1, sizes)
 
     best, one = BlockSizes(), BlockSizes(cluster=1)
-    plan = plans.plan(vocabulary, itemsizes, best)
+    plan = call(best).plan
     row: dict[str, Any] = {"cluster": plan.cluster, "blocks an SM": plan.blocks}
     row["shared memory"] = {buffer.name: buffer.bytes for buffer in plan.buffers}
-    for objective in ("tnff", "tnrr"):
-        row[f"{objective} passes"] = passes(objective, best)
-        if not plans.why_not(vocabulary, itemsizes, one):
-            row[f"{objective} passes, one block"] = passes(objective, one)
-    return row | assembled(card, best, "tnrf", vocabulary, dtype)
+    row["passes"] = round(call(best).passes(pushed=True), 2)
+    if not plans.why_not(vocabulary, itemsizes, one):
+        row["passes, one block"] = round(call(one).passes(pushed=True), 2)
+    return row | assembled(card, best, objective, vocabulary, dtype)
 
 
 def head(card: jax.Device, objective: str) -> dict[str, Any]:
@@ -119,11 +117,12 @@ def main() -> None:
     parser.add_argument("--clusters", action="store_true", help="these alone")
     rows = []
     if parser.parse_args().clusters:
-        for vocabulary in (*common.VOCABULARIES.values(), LARGEST):
-            for dtype in ("float32", "bfloat16"):
-                row: dict[str, Any] = {"vocabulary": vocabulary, "dtype": dtype}
-                rows.append(row | cluster(card, vocabulary, dtype))
-                print(rows[-1], flush=True)
+        sizes = (*common.VOCABULARIES.values(), LARGEST)
+        for of in itertools.product(sizes, ("float32", "bfloat16"), ("tnff", "tnrr")):
+            vocabulary, dtype, objective = of
+            row: dict[str, Any] = dict(zip(("vocabulary", "dtype", "objective"), of, strict=True))
+            rows.append(row | cluster(card, objective, vocabulary, dtype))
+            print(rows[-1], flush=True)
         print(f"stored in {common.save('gpu-clusters', rows)}")
         return
     for objective in common.OBJECTIVES:

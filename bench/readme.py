@@ -275,28 +275,24 @@ def gpu_clusters(result: dict) -> str:
     """The table of `python -m bench.gpu_static --clusters`."""
     rows = [
         [
-            f"{r['dtype']} {r['vocabulary']}",
+            f"`{r['objective']}` {r['dtype']} {r['vocabulary']}",
+            f"{r['passes, one block']:.2f}" if "passes, one block" in r else "",
+            f"{r['passes']:.2f}",
             str(r["cluster"]),
             str(r["blocks an SM"]),
             f"{sum(r['shared memory'].values()) / 2**10:.0f}",
-            *(
-                f"{r[name]:.2f}" if name in r else ""
-                for objective in ("tnff", "tnrr")
-                for name in (f"{objective} passes, one block", f"{objective} passes")
-            ),
             str(r["registers"]),
             str(r["spilled bytes"]),
         ]
         for r in result["rows"]
     ]
-    header = ["", "blocks a row", "blocks an SM", "KB a block", "`tnff`: one block's passes",
-              "a cluster's", "`tnrr`: one block's passes", "a cluster's", "registers, `tnrf`",
-              "spilled"]  # fmt: skip
+    header = ["", "one block's passes", "a cluster's passes", "blocks a row", "blocks an SM",
+              "KB a block", "registers", "spilled"]  # fmt: skip
     return _measured(
         "`python -m bench.gpu_static --clusters`: **static; no cluster has run on a card.** Value "
         "and gradient of rows that `BlockSizes()` spreads over a cluster of thread blocks: the "
         "plan's passes over [T, V] arrays, beside those of one block a row (which takes at most "
-        "262144 columns); registers and spilled bytes as compiled for an H200.",
+        "262144 columns), and its blocks; registers and spilled bytes as compiled for an H200.",
         result["setting"],
         header,
         rows,

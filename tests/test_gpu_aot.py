@@ -155,8 +155,8 @@ def instructions(tmp_path, monkeypatch):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
-    def loops(name):
-        program(name, "pallas_gpu", "bfloat16", gradient=True, rows=264, size=8192)
+    def loops(name, implementation="pallas_gpu", size=8192):
+        program(name, implementation, "bfloat16", gradient=True, rows=264, size=size)
         return column_loops(next(tmp_path.glob("*.ptx")).read_text())
 
     return loops
@@ -176,6 +176,14 @@ def test_instructions_of_an_entry(name, most, special, instructions):
     entries = 16  # of a thread, in one step of each loop
     assert len(lines) <= most * entries
     assert len(special_functions(lines)) <= special * entries
+
+
+@pytest.mark.slow
+def test_instructions_of_an_entry_whose_logarithm_is_kept(instructions):
+    lines = [line for step in instructions("tnrr", tk.BlockSizes(), V) for line in step]
+    entries = 16
+    assert len(lines) <= 40.5 * entries
+    assert len(special_functions(lines)) <= 5.25 * entries
 
 
 @pytest.mark.parametrize("name", [slow_unless(True, "tnrf"), slow_unless(False, "tnrll")])
@@ -207,9 +215,9 @@ def test_kernel_of_a_cluster(name, dtype, cluster, size, tmp_path, monkeypatch):
     )
     assert f".reqnctapercluster {cluster}, 1, 1" in ptx
     itemsizes = (jnp.dtype(dtype).itemsize,) * (2 if name in tk.TARGETED_NEGATIVE else 1)
-    plan = plans.plan(size, itemsizes, sizes)
     op = Operation(Settings(name, size, smoothing=1e-6))
-    call = plans.Call(op, Stage.VALUE_AND_GRAD, plan, edits=1)
+    call = plans.call_of(op, Stage.VALUE_AND_GRAD, size, itemsizes, 1, sizes)
+    plan = call.plan
     kinds = (True, False) if call.branches else (True,)
     met = sum(2 + call.reads_reference_first(pushed) for pushed in kinds)  # to merge, and to leave
     arrive, wait = (ptx.count(f"barrier.cluster.{x}.aligned;") for x in ("arrive", "wait"))

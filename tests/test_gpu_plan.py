@@ -14,13 +14,14 @@ ONE = tk.BlockSizes(cluster=1)
 BLOCK_BYTES = 227 << 10  # that CUDA gives one, on Hopper and Blackwell
 
 
-def plan(columns, dtype, sizes=BEST):
-    return plans.plan(columns, (jnp.dtype(dtype).itemsize,) * 2, sizes)
+def call_of(objective, columns, dtype, sizes):
+    op = Operation(Settings(objective, columns, smoothing=1e-6))
+    itemsizes = (jnp.dtype(dtype).itemsize,) * 2
+    return plans.call_of(op, Stage.VALUE_AND_GRAD, columns, itemsizes, 1, sizes)
 
 
 def passes(columns, dtype, objective, sizes):
-    op = Operation(Settings(objective, columns, smoothing=1e-6))
-    call = plans.Call(op, Stage.VALUE_AND_GRAD, plan(columns, dtype, sizes), edits=1)
+    call = call_of(objective, columns, dtype, sizes)
     return max(call.passes(pushed) for pushed in (False, True))
 
 
@@ -50,23 +51,40 @@ def test_passes_of_one_block(dtype, objective, of_one):
     assert round(passes(250112, dtype, objective, ONE), 2) == of_one
 
 
+def test_what_is_kept_of_a_row():
+    """Logarithms, where two blocks still share an SM or the reference makes room for them."""
+    kept = {
+        (objective, dtype, columns)
+        for objective in tk.TARGETED_NEGATIVE
+        for dtype in ("float32", "bfloat16")
+        for columns in (32128, 250112)
+        if call_of(objective, columns, dtype, BEST).keeps(pushed=True)
+    }
+    shapes = (("bfloat16", 32128), ("float32", 32128), ("float32", 250112))
+    assert kept == {(name, *shape) for name in ("tnrr", "tnrf", "tnrll") for shape in shapes}
+    assert not call_of("tnrf", 32128, "float32", BEST).keeps(pushed=False)
+    assert not call_of("tnrr", 8192, "float32", ONE).keeps(pushed=True)
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16, None])
 @pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (4, 2), (2,)])
 def test_all_blocks_have_room(cluster, itemsizes):
     sizes = tk.BlockSizes(cluster)
     for columns in np.random.default_rng(0).integers(16, 65536, size=50) * 8:
         if plans.why_not(int(columns), itemsizes, sizes) is None:
-            found = plans.plan(int(columns), itemsizes, sizes)
-            assert sum(buffer.bytes for buffer in found.buffers) <= BLOCK_BYTES
-            assert found.blocks >= 1
-            assert 1 <= found.slots <= found.chunks
+            for logarithms in {False, len(itemsizes) == 2}:
+                found = plans.plan(int(columns), itemsizes, sizes, logarithms)
+                assert sum(buffer.bytes for buffer in found.buffers) <= BLOCK_BYTES
+                assert found.blocks >= 1
+                assert 1 <= found.slots <= found.chunks
+                assert found.held == 1 or not found.keeps
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
 def test_each_entry_is_summed_once(cluster):
     """By the rule of the kernel: a chunk has what no chunk before it has had."""
     for columns in np.random.default_rng(cluster).integers(8 * cluster, 4096, size=30) * 16:
-        cut = plan(int(columns), "bfloat16", tk.BlockSizes(cluster))
+        cut = plans.plan(int(columns), (2, 2), tk.BlockSizes(cluster))
         units, seen = cut.columns // cut.unit, np.zeros(cut.columns, int)
         for k in range(cluster):
             first, end = (n * units // cluster * cut.unit for n in (k, k + 1))

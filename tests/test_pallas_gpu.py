@@ -80,26 +80,34 @@ def test_no_races(name, monkeypatch):
 SHARED_SIZE = {"float32": 1292, "bfloat16": 1288}
 
 
-@pytest.fixture
-def _shared_rows(monkeypatch):
-    """Rows of which no block has as many entries as another, and none has room for its own."""
+SHARED_BYTES = {"held": 28 << 10, "not held": 6 << 10}
+
+
+def share_rows(monkeypatch, held):
+    """Rows of which no block has as many entries as another, with room for all of its own or not.
+
+    Where there is room, log s(q) is kept too.
+    """
     monkeypatch.setattr(plans, "_PIECES", 2)
-    monkeypatch.setattr(plans, "_SHARED_BYTES", 6 << 10)
+    monkeypatch.setattr(plans, "_SHARED_BYTES", SHARED_BYTES[held])
     for dtype, segments in (("float32", (644, 648)), ("bfloat16", (640, 648))):
         itemsizes = (jnp.dtype(dtype).itemsize,) * 2
-        plan = plans.plan(SHARED_SIZE[dtype], itemsizes, tk.BlockSizes(cluster=2))
-        assert (plan.segments, plan.chunks, plan.slots) == (segments, 3, 2)
+        plan = plans.plan(SHARED_SIZE[dtype], itemsizes, tk.BlockSizes(cluster=2), logarithms=True)
+        slots, keeps = (3, True) if held == "held" else (2, False)
+        assert (plan.segments, plan.chunks, plan.slots, plan.keeps) == (segments, 3, slots, keeps)
 
 
-@pytest.mark.usefixtures("_shared_rows")
 @pytest.mark.parametrize(
-    ("name", "cluster", "dtype", "edits"),
-    [("tnrf", 2, "float32", 0)]
-    + [slow_unless(False, name, cluster, dtype, 3 * (name in TAKES_EDITS))
-       for name in CASES for cluster in (2, 4, 8) for dtype in SHARED_SIZE],
+    ("name", "cluster", "dtype", "edits", "held"),
+    [("tnrf", 2, "float32", 0, "held")]
+    + [slow_unless(False, name, cluster, dtype, 3 * (name in TAKES_EDITS), held)
+       for name in CASES for dtype in SHARED_SIZE
+       for cluster, held in ((2, "not held"), (2, "held"), (8, "held"))],
 )  # fmt: skip
-def test_a_row_that_a_cluster_shares(name, cluster, dtype, edits):
+def test_a_row_that_a_cluster_shares(name, cluster, dtype, edits, held, monkeypatch):
     """Also where one block has masked entries alone, and the other all that counts."""
+    share_rows(monkeypatch, held)
+    _compiled.cache_clear()
     size = SHARED_SIZE[dtype]
     z, r, y, w, *rest = one_of_each(batch(5, size, edits=edits, dtype=jnp.dtype(dtype)))
     z[::4, : size // 2], z[2::4, size // 2 + 4 :] = -np.inf, -np.inf

@@ -57,7 +57,7 @@ from t5patches_kernels.backends.pallas_gpu.plan import (
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Stats, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Parts, Stats, Tile
 
 
 def _layout(lanes: int) -> Any:
@@ -104,6 +104,7 @@ class _Segment:
         self.functions = _functions(self.plan.lanes, row.interpret)
         self.loops_done = 0
         self.read_before: set[str] = set()  # rings
+        self.kept = False  # log s(q)
 
     # --- Chunks ------------------------------------------------------------------------------
 
@@ -172,13 +173,13 @@ class _Segment:
                 carry = jax.lax.fori_loop(first, last, partial(step, waits=waits), carry)
         return carry
 
-    def pieces(self, of: str, chunk: Array, *, once: bool) -> list[Stats]:
+    def pieces(self, of: str, chunk: Array, *, once: str = "") -> list[Stats]:
         """The pieces of a chunk, edited, in float32, each as the logits `of` by name.
 
-        With `once`, entries that the chunk before has had are masked.
+        Of the logits `once`, entries that the chunk before has had are masked.
         """
         read = [{name: self.read(name, chunk, k) for name in of} for k in range(self.plan.pieces)]
-        overlaps = once and self.plan.overlaps
+        overlaps = once if self.plan.overlaps else ""
         changes = [chunk == self.plan.chunks - 1] if overlaps else []
         changes += [self.holds(chunk, column) for column, _ in self.row.edits if "r" in of]
 
@@ -189,7 +190,7 @@ class _Segment:
             return read
         return jax.lax.cond(functools.reduce(jnp.logical_or, changes), changed, lambda x: x, read)
 
-    def change(self, chunk: Array, k: int, piece: Stats, overlaps: bool) -> Stats:
+    def change(self, chunk: Array, k: int, piece: Stats, overlaps: str) -> Stats:
         """A piece as `pieces` has it, from what was read."""
         piece = dict(piece)
         for edited, log_factor in self.row.edits if "r" in piece else ():
@@ -197,7 +198,7 @@ class _Segment:
             piece["r"] = piece["r"] + jnp.where(at, log_factor, jnp.float32(0))
         if overlaps:
             fresh = self.columns(chunk, k) >= self.own_start(chunk)
-            piece = {name: jnp.where(fresh, x, -jnp.inf) for name, x in piece.items()}
+            piece |= {name: jnp.where(fresh, piece[name], -jnp.inf) for name in overlaps}
         return piece
 
     def holds(self, chunk: Array, column: Array) -> Array:
@@ -222,30 +223,40 @@ class _Segment:
     def each_lane(self, x: float) -> Array:
         return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
 
-    def tile(self, piece: Stats, row: Stats) -> Tile:
-        smoothing = self.call.op.settings.smoothing
-        return Tile(piece.get("z"), piece.get("r"), row, smoothing, functions=self.functions)
+    def tile(self, piece: Stats, row: Stats, known: Parts | None = None) -> Tile:
+        z, r, smoothing = piece.get("z"), piece.get("r"), self.call.op.settings.smoothing
+        return Tile(z, r, row, smoothing, known=known, functions=self.functions)
+
+    def of_kept(self, chunk: Array, piece: int) -> tuple[Any, tuple[Array, Any]]:
+        """Where a piece's log s(q) is kept: an array, and what of it."""
+        where = self.refs["r_ring" if self.plan.keeps_in_place else "log_s"]
+        return where, (self.slot(chunk), pl.ds(piece * self.plan.lanes, self.plan.lanes))
 
     # --- Column loops ------------------------------------------------------------------------
 
-    def sums(self, of: str, names: frozenset[str], known: Stats) -> Stats:
+    def sums(self, of: str, names: frozenset[str], known: Stats, keep: bool = False) -> Stats:
         """The sums `names` of the segment, and the maxima of the logits `of` not yet `known`.
 
-        In the unit of the functions.
+        In the unit of the functions. With `keep`, log s(q) is kept for the gradient.
         """
+        self.kept = keep
+        once = "z" if keep else of  # sums are weighted by z's, and what is kept is of all entries
         tops = {statistics.MAXIMUM[x]: x for x in of if statistics.MAXIMUM[x] not in known}
 
         def body(_: Array, chunk: Array, stats: Stats) -> Stats:
-            pieces = self.pieces(of, chunk, once=True)
+            pieces = self.pieces(of, chunk, once=once)
             maxima = {
                 m: functools.reduce(jnp.maximum, (piece[x] for piece in pieces), stats[m])
                 for m, x in tops.items()
             }
             stats = statistics.rebase(stats, maxima, functions=self.functions)
-            for piece in pieces:
+            for k, piece in enumerate(pieces):
                 tile = self.tile(piece, known | maxima)
                 for name, x in statistics.terms(tile, names).items():
                     stats[name] = stats[name] + x
+                if keep:
+                    where, entries = self.of_kept(chunk, k)
+                    where[entries] = tile.log_mass()
             return stats
 
         start = dict.fromkeys(tops, FLOOR) | dict.fromkeys(sorted(names), 0.0)
@@ -254,10 +265,18 @@ class _Segment:
         lanes = statistics.rebase(lanes, found, functions=self.functions)
         return found | {name: jnp.sum(lanes[name]) for name in sorted(names)}
 
+    def known(self, chunk: Array, piece: int) -> Parts:
+        """What an earlier loop has kept of a piece."""
+        if not self.kept:
+            return {}
+        where, entries = self.of_kept(chunk, piece)
+        return {statistics.LOG_MASS: self.across(where[entries])}
+
     def gradient(self, table: statistics.Coefficients, row: Stats) -> None:
         """Writes the gradient: the weights and values of every entry times their coefficients."""
         own, table = table.get("zy"), {key: x for key, x in table.items() if key != "zy"}
-        of = "zr" if any({"r", "s", "ratio"} & {*key} for key in table) else "z"
+        from_r = {"r", "s"} if self.kept else {"r", "s", "ratio"}
+        of = "zr" if any(from_r & {*key} for key in table) else "z"
         out = self.refs["out"]
 
         def add_own(chunk: Array, own: Array, dz: list[Array]) -> list[Array]:
@@ -267,7 +286,10 @@ class _Segment:
         def body(i: Array, chunk: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(OUT_SLOTS))
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            tiles = (self.tile(piece, row) for piece in self.pieces(of, chunk, once=False))
+            tiles = (
+                self.tile(piece, row, self.known(chunk, k))
+                for k, piece in enumerate(self.pieces(of, chunk))
+            )
             dz = [statistics.gradient(tile, table, None, finite=True) for tile in tiles]
             if own is not None:
                 here = self.holds(chunk, self.row.target)
@@ -334,10 +356,11 @@ class _Row:
         self.segments = [_Segment(self, number, place) for place, number in enumerate(mine)]
         self.merges = 0
 
-    def sums(self, of: str, names: frozenset[str], known: Stats) -> Stats:
+    def sums(self, of: str, names: frozenset[str], known: Stats, keep: bool = False) -> Stats:
         """The sums `names` of the row, and the maxima of the logits `of` that are not `known`."""
         functions = self.segments[0].functions
-        parts = self.of_all_blocks([segment.sums(of, names, known) for segment in self.segments])
+        parts = [segment.sums(of, names, known, keep) for segment in self.segments]
+        parts = self.of_all_blocks(parts)
         if len(parts) > 1:
             tops = {m: _total(jnp.maximum, parts, m) for m in parts[0].keys() & statistics.MAXIMA}
             parts = [statistics.rebase(part, tops, functions=functions) for part in parts]
@@ -453,7 +476,8 @@ def _whole_row(row: _Row, pushed: bool) -> None:
         known |= objectives.finish_reference(known)
         made_from = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
         names = statistics.with_normalisers(frozenset(made_from))
-    stats = row.sums("zr" if call.reference else "z", names, known) | known | {"zy": row.zy}
+    of = "zr" if call.reference else "z"
+    stats = row.sums(of, names, known, call.keeps(pushed)) | known | {"zy": row.zy}
     if call.reference:
         stats["ry"] = row.ry
 
@@ -543,6 +567,8 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
         dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
         returned["dz"] = (z.shape, dtype)
         scratch["out"] = plgpu.SMEM((OUT_SLOTS, plan.chunk), dtype)
+    if plan.keeps and not plan.keeps_in_place:
+        scratch["log_s"] = plgpu.SMEM((slots, plan.chunk), jnp.float32)
     if blocks > 1:
         scratch["sums"] = plgpu.SMEM((MERGES, THREADS), jnp.float32)
     kernel = plgpu.kernel(
@@ -585,5 +611,5 @@ def run(
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, donate=False)  # neither changes the kernel
-    call = Call(op, stage, plans.plan(columns, itemsizes, sizes), edits)
+    call = plans.call_of(op, stage, columns, itemsizes, edits, sizes)
     return _run(call, interpret, operands, tokens)

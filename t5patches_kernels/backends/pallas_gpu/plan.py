@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from t5patches_kernels.core import objectives
+from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operation, Stage
 
 _SHARED_BYTES = 228 << 10  # of an SM
@@ -103,6 +103,7 @@ class Plan:
     lanes: int  # entries of a piece
     pieces: int  # of a chunk
     slots: int  # chunks of an array that a block holds
+    keeps: bool = False  # log s(q) too, in float32, from the sums to the gradient
 
     @property
     def chunk(self) -> int:
@@ -136,10 +137,17 @@ class Plan:
         return self.slots / self.chunks
 
     @property
+    def keeps_in_place(self) -> bool:
+        """Whether log s(q) is as large as the reference's logits, and written over them."""
+        return self.itemsizes[1:] == (4,)
+
+    @property
     def buffers(self) -> tuple[Buffer, ...]:
         """What a block of value and gradient has in shared memory: arrays, and their barriers."""
         chunk, of_logits = self.chunk, dict(zip("zr", self.itemsizes, strict=False))
         arrays = {f"{name}_ring": self.slots * chunk * size for name, size in of_logits.items()}
+        if self.keeps and not self.keeps_in_place:
+            arrays["log_s"] = self.slots * chunk * 4
         arrays["out"] = OUT_SLOTS * chunk * self.itemsizes[0]
         if self.cluster > 1:
             arrays["sums"] = MERGES * THREADS * 4
@@ -154,44 +162,72 @@ class Plan:
         return min(_MOST_BLOCKS, _SHARED_BYTES // each)
 
 
-def plan(columns: int, itemsizes: tuple[int, ...], sizes: BlockSizes = ONE_BLOCK) -> Plan:
+def plan(
+    columns: int,
+    itemsizes: tuple[int, ...],
+    sizes: BlockSizes = ONE_BLOCK,
+    logarithms: bool = False,
+) -> Plan:
     """Chunks as large as registers allow, and as many slots as shared memory does.
 
     Where a block has a row alone, two blocks share an SM, so that one computes while the other
     waits; of rows of two float32 logits one has an SM alone, as then it holds most of T5's row and
     two hold a third of theirs (on an H100 a quarter faster; what else was tried stands in
-    bench/README.md). Of a cluster's, as many as three share an SM while all of the row stays on
-    chip, and chunks are of the size by which the last ones overlap least.
+    bench/README.md). Of a cluster's, two share an SM while all of the row stays on chip, with its
+    logarithms where there is room for these too, and the last chunks overlap as little as can be.
 
     Args:
       columns: entries of a row.
       itemsizes: of the logits that are read; the first are the model's, and the gradient's are no
         larger.
       sizes: the cluster's.
+      logarithms: whether the gradient needs those that the sums took.
     """
     if sizes.cluster is None:
         every = [BlockSizes(cluster) for cluster in _CLUSTERS]
-        plans = [plan(columns, itemsizes, x) for x in every if not why_not(columns, itemsizes, x)]
-        return max(plans, key=lambda x: (x.held, min(x.blocks, 2), -x.cluster))
+        able = [x for x in every if not why_not(columns, itemsizes, x)]
+        plans = [plan(columns, itemsizes, x, logarithms) for x in able]
+        return max(plans, key=lambda x: (x.held, min(x.blocks, 2), x.keeps, -x.cluster))
     if sizes.cluster == 1:
         return _cut(columns, itemsizes, 1, 2 if sum(itemsizes) <= 4 else 1, _PIECES)
     cuts = [
-        _cut(columns, itemsizes, sizes.cluster, blocks, pieces)
+        _cut(columns, itemsizes, sizes.cluster, blocks, pieces, keeps)
         for blocks in range(1, _MOST_BLOCKS + 1)
         for pieces in range(_PIECES, _PIECES // 2 - 1, -1)
+        for keeps in {False, logarithms}
     ]
-    return max(cuts, key=lambda x: (x.held, x.blocks, -x.chunks * x.chunk))
+    cuts = [x for x in cuts if x.held == 1 or not x.keeps]
+    order = lambda x: (x.held, min(x.blocks, 2), x.keeps, -x.chunks * x.chunk, x.pieces)  # noqa: E731
+    return max(cuts, key=order)
 
 
-def _cut(columns: int, itemsizes: tuple[int, ...], cluster: int, blocks: int, pieces: int) -> Plan:
+def _cut(
+    columns: int,
+    itemsizes: tuple[int, ...],
+    cluster: int,
+    blocks: int,
+    pieces: int,
+    keeps: bool = False,
+) -> Plan:
     """The plan by how many blocks share an SM and how many pieces a chunk has, at most."""
     one = Plan(columns, itemsizes, cluster, THREADS, 1, 1)
     least = one.segments[0]
     lanes = _WIDE if least >= _WIDE else THREADS
     one = dataclasses.replace(one, lanes=lanes, pieces=min(pieces, least // lanes))
     room = _SHARED_BYTES // blocks - _OWN_BYTES - (_ALIGNED if cluster > 1 else 0)
-    slots = (room // one.chunk - OUT_SLOTS * itemsizes[0]) // sum(itemsizes)
-    return dataclasses.replace(one, slots=min(one.chunks, _MOST_SLOTS, max(2, slots)))
+    each = sum(itemsizes) + (4 if keeps and not one.keeps_in_place else 0)
+    slots = (room // one.chunk - OUT_SLOTS * itemsizes[0]) // each
+    slots = min(one.chunks, _MOST_SLOTS, max(2, slots))
+    return dataclasses.replace(one, slots=slots, keeps=keeps)
+
+
+def takes_logarithms(op: Operation, stage: Stage, pushed: bool) -> bool:
+    """Whether the gradient of such rows needs the logarithms of s(q), and else nothing of it."""
+    needed = objectives.needs_of(op.settings, pushed=pushed)
+    reverse = needed & statistics.SECOND_PASS.keys() == {"rkl"} and op.settings.smoothing > 0
+    summed = needed - statistics.SECOND_PASS.keys() - {*statistics.OF_REFERENCE}
+    of_model = all(statistics.SUMS[name].weight == "z" for name in summed)
+    return stage is Stage.VALUE_AND_GRAD and reverse and of_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +268,10 @@ class Call:
         """Whether the first column loop is over the reference alone: the next takes logarithms."""
         return bool(self.needs(pushed) & {"rkl", "sqr"})
 
+    def keeps(self, pushed: bool) -> bool:
+        """Whether such rows' logarithms stay on chip: those of the reverse divergence."""
+        return self.plan.keeps and takes_logarithms(self.op, self.stage, pushed)
+
     def passes(self, pushed: bool) -> float:
         """Arrays as large as the logits that value and gradient move, at most.
 
@@ -247,3 +287,16 @@ class Call:
         """The statistics that leave the kernel, in order."""
         pair = {"rm", "ry"} if self.reference else set()
         return tuple(sorted(self.names | {"m", "zy", "bad"} | pair))
+
+
+def call_of(
+    op: Operation,
+    stage: Stage,
+    columns: int,
+    itemsizes: tuple[int, ...],
+    edits: int,
+    sizes: BlockSizes = ONE_BLOCK,
+) -> Call:
+    """The call of a kernel, with the plan that it has."""
+    logarithms = any(takes_logarithms(op, stage, pushed) for pushed in (False, True))
+    return Call(op, stage, plan(columns, itemsizes, sizes, logarithms), edits)
