@@ -50,6 +50,7 @@ from t5patches_kernels.backends.pallas_gpu.plan import (
     COPY_BYTES,
     MERGES,
     OUT_SLOTS,
+    REDUCTIONS,
     THREADS,
     BlockSizes,
     Call,
@@ -584,6 +585,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=REDUCTIONS,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=None if interpret is None else _interpreter(interpret),

@@ -11,8 +11,7 @@ from t5patches_kernels.core.operation import Operation, Stage
 _SHARED_BYTES = 228 << 10  # of an SM
 _OWN_BYTES = 4 << 10  # what a block takes of them beside its slots, at most
 _RESERVED = 1 << 10  # of that, by CUDA
-_REDUCTIONS = 2 << 10  # by Mosaic GPU, which also aligns each array
-_ALIGNED = 1 << 10
+_ALIGNED = REDUCTIONS = 1 << 10  # each array, by Mosaic GPU; what it reduces over lanes in
 THREADS = 128
 _WIDE = 2 * THREADS  # lanes of a piece
 _PIECES = 8
@@ -151,7 +150,7 @@ class Plan:
         arrays["out"] = OUT_SLOTS * chunk * self.itemsizes[0]
         if self.cluster > 1:
             arrays["sums"] = MERGES * THREADS * 4
-        arrays["reductions"] = _REDUCTIONS
+        arrays["reductions"] = REDUCTIONS
         aligned = [Buffer(name, _up(n, _ALIGNED) * _ALIGNED) for name, n in arrays.items()]
         return (*aligned, *(Buffer(f"{name}_arrived", self.slots * 8) for name in of_logits))
 
@@ -194,7 +193,7 @@ def plan(
         _cut(columns, itemsizes, sizes.cluster, blocks, pieces, keeps)
         for blocks in range(1, _MOST_BLOCKS + 1)
         for pieces in range(_PIECES, _PIECES // 2 - 1, -1)
-        for keeps in {False, logarithms}
+        for keeps in ((False, True) if logarithms else (False,))
     ]
     cuts = [x for x in cuts if x.held == 1 or not x.keeps]
     order = lambda x: (x.held, min(x.blocks, 2), x.keeps, -x.chunks * x.chunk, x.pieces)  # noqa: E731
@@ -222,11 +221,11 @@ def _cut(
 
 
 def takes_logarithms(op: Operation, stage: Stage, pushed: bool) -> bool:
-    """Whether the gradient of such rows needs the logarithms of s(q), and else nothing of it."""
+    """Whether the gradient of such rows needs log s(q), and else nothing of the reference."""
     needed = objectives.needs_of(op.settings, pushed=pushed)
     reverse = needed & statistics.SECOND_PASS.keys() == {"rkl"} and op.settings.smoothing > 0
-    summed = needed - statistics.SECOND_PASS.keys() - {*statistics.OF_REFERENCE}
-    of_model = all(statistics.SUMS[name].weight == "z" for name in summed)
+    beside = needed - statistics.SECOND_PASS.keys() - {*statistics.OF_REFERENCE}
+    of_model = not any({"r", "s"} & {*statistics.SUMS[name]} for name in beside)
     return stage is Stage.VALUE_AND_GRAD and reverse and of_model
 
 
