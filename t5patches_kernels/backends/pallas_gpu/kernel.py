@@ -6,7 +6,8 @@ and when it is done with one fetches the next that shares its slot. The next loo
 chunks in the other direction, so it begins with those that are still there: a row that fits into
 the ring is read once, and of a longer one the ring's share is. Where sums take the logarithm of the
 smoothed reference, the first loop is over the reference alone, while the model's chunks arrive that
-the second begins with.
+the second begins with. Where a plan has room for that logarithm, it is kept for the gradient, which
+then reads the model alone.
 
 The blocks of a cluster put their segments' sums into their own shared memory, meet, and each reads
 those of all and merges them in the same order: from there on all know the same row. An interpreter,
@@ -228,10 +229,10 @@ class _Segment:
         z, r, smoothing = piece.get("z"), piece.get("r"), self.call.op.settings.smoothing
         return Tile(z, r, row, smoothing, known=known, functions=self.functions)
 
-    def of_kept(self, chunk: Array, piece: int) -> tuple[Any, tuple[Array, Any]]:
-        """Where a piece's log s(q) is kept: an array, and what of it."""
-        where = self.refs["r_ring" if self.plan.keeps_in_place else "log_s"]
-        return where, (self.slot(chunk), pl.ds(piece * self.plan.lanes, self.plan.lanes))
+    def kept_at(self, chunk: Array, piece: int) -> Any:
+        """Where log s(q) of a piece is kept: written and read by the threads of its entries."""
+        entries = pl.ds(piece * self.plan.lanes, self.plan.lanes)
+        return self.refs[self.plan.keeps_in].at[self.slot(chunk), entries]
 
     # --- Column loops ------------------------------------------------------------------------
 
@@ -256,8 +257,7 @@ class _Segment:
                 for name, x in statistics.terms(tile, names).items():
                     stats[name] = stats[name] + x
                 if keep:
-                    where, entries = self.of_kept(chunk, k)
-                    where[entries] = tile.log_mass()
+                    self.kept_at(chunk, k)[...] = tile.log_mass()
             return stats
 
         start = dict.fromkeys(tops, FLOOR) | dict.fromkeys(sorted(names), 0.0)
@@ -265,13 +265,6 @@ class _Segment:
         found = {m: jnp.max(lanes[m]) for m in tops}
         lanes = statistics.rebase(lanes, found, functions=self.functions)
         return found | {name: jnp.sum(lanes[name]) for name in sorted(names)}
-
-    def known(self, chunk: Array, piece: int) -> Parts:
-        """What an earlier loop has kept of a piece."""
-        if not self.kept:
-            return {}
-        where, entries = self.of_kept(chunk, piece)
-        return {statistics.LOG_MASS: self.across(where[entries])}
 
     def gradient(self, table: statistics.Coefficients, row: Stats) -> None:
         """Writes the gradient: the weights and values of every entry times their coefficients."""
@@ -287,10 +280,12 @@ class _Segment:
         def body(i: Array, chunk: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(OUT_SLOTS))
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            tiles = (
-                self.tile(piece, row, self.known(chunk, k))
-                for k, piece in enumerate(self.pieces(of, chunk))
-            )
+            pieces = self.pieces(of, chunk)
+            known: list[Parts] = [{} for _ in pieces]
+            if self.kept:
+                kept = (self.across(self.kept_at(chunk, k)[...]) for k in range(len(pieces)))
+                known = [{statistics.LOG_MASS: x} for x in kept]
+            tiles = (self.tile(piece, row, x) for piece, x in zip(pieces, known, strict=True))
             dz = [statistics.gradient(tile, table, None, finite=True) for tile in tiles]
             if own is not None:
                 here = self.holds(chunk, self.row.target)
@@ -312,10 +307,9 @@ class _Segment:
     def write_zeros(self) -> None:
         """The gradient of a row of which nothing is asked."""
         out = self.refs["out"]
+        zeros = self.each_lane(0.0).astype(out.dtype)
         for k in range(self.plan.pieces):
-            out[0, pl.ds(k * self.plan.lanes, self.plan.lanes)] = self.each_lane(0.0).astype(
-                out.dtype
-            )
+            out[0, pl.ds(k * self.plan.lanes, self.plan.lanes)] = zeros
         plgpu.commit_smem()
 
         def copy(chunk: Array, _: None) -> None:
@@ -363,9 +357,10 @@ class _Row:
         parts = [segment.sums(of, names, known, keep) for segment in self.segments]
         parts = self.of_all_blocks(parts)
         if len(parts) > 1:
-            tops = {m: _total(jnp.maximum, parts, m) for m in parts[0].keys() & statistics.MAXIMA}
+            found = [m for m in statistics.MAXIMA if m in parts[0]]
+            tops = {m: _total(jnp.maximum, parts, m) for m in found}
             parts = [statistics.rebase(part, tops, functions=functions) for part in parts]
-            parts = [tops | {name: _total(jnp.add, parts, name) for name in names}]
+            parts = [tops | {name: _total(jnp.add, parts, name) for name in sorted(names)}]
         return statistics.in_nats(parts[0], functions)
 
     def of_all_blocks(self, parts: list[Stats]) -> list[Stats]:
@@ -568,8 +563,8 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
         dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
         returned["dz"] = (z.shape, dtype)
         scratch["out"] = plgpu.SMEM((OUT_SLOTS, plan.chunk), dtype)
-    if plan.keeps and not plan.keeps_in_place:
-        scratch["log_s"] = plgpu.SMEM((slots, plan.chunk), jnp.float32)
+    if plan.keeps and plan.keeps_in not in scratch:
+        scratch[plan.keeps_in] = plgpu.SMEM((slots, plan.chunk), jnp.float32)
     if blocks > 1:
         scratch["sums"] = plgpu.SMEM((MERGES, THREADS), jnp.float32)
     kernel = plgpu.kernel(

@@ -136,17 +136,17 @@ class Plan:
         return self.slots / self.chunks
 
     @property
-    def keeps_in_place(self) -> bool:
-        """Whether log s(q) is as large as the reference's logits, and written over them."""
-        return self.itemsizes[1:] == (4,)
+    def keeps_in(self) -> str:
+        """The array that log s(q) is kept in: where the reference's logits were, if as large."""
+        return "r_ring" if self.itemsizes[1:] == (4,) else "log_s"
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
         """What a block of value and gradient has in shared memory: arrays, and their barriers."""
         chunk, of_logits = self.chunk, dict(zip("zr", self.itemsizes, strict=False))
         arrays = {f"{name}_ring": self.slots * chunk * size for name, size in of_logits.items()}
-        if self.keeps and not self.keeps_in_place:
-            arrays["log_s"] = self.slots * chunk * 4
+        if self.keeps:
+            arrays[self.keeps_in] = self.slots * chunk * 4
         arrays["out"] = OUT_SLOTS * chunk * self.itemsizes[0]
         if self.cluster > 1:
             arrays["sums"] = MERGES * THREADS * 4
@@ -214,7 +214,7 @@ def _cut(
     lanes = _WIDE if least >= _WIDE else THREADS
     one = dataclasses.replace(one, lanes=lanes, pieces=min(pieces, least // lanes))
     room = _SHARED_BYTES // blocks - _OWN_BYTES - (_ALIGNED if cluster > 1 else 0)
-    each = sum(itemsizes) + (4 if keeps and not one.keeps_in_place else 0)
+    each = sum(itemsizes) + (4 if keeps and one.keeps_in == "log_s" else 0)
     slots = (room // one.chunk - OUT_SLOTS * itemsizes[0]) // each
     slots = min(one.chunks, _MOST_SLOTS, max(2, slots))
     return dataclasses.replace(one, slots=slots, keeps=keeps)
