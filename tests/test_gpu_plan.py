@@ -6,6 +6,7 @@ import pytest
 
 import t5patches_kernels as tk
 from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Operation, Stage
 
@@ -64,6 +65,16 @@ def test_what_is_kept_of_a_row():
     assert kept == {(name, *shape) for name in ("tnrr", "tnrf", "tnrll") for shape in shapes}
     assert not call_of("tnrf", 32128, "float32", BEST).keeps(pushed=False)
     assert not call_of("tnrr", 8192, "float32", ONE).keeps(pushed=True)
+
+
+def test_nothing_is_written_over_logits_that_are_read_again(monkeypatch):
+    def both(row, c):
+        return objectives.reverse(row, c) + objectives.forward(row, c)
+
+    for name, term in (("reverse", objectives.reverse), ("both", both)):
+        monkeypatch.setitem(objectives.OBJECTIVES, name, objectives.Objective(term, term))
+        kept = call_of(name, 32128, "float32", BEST).keeps(pushed=True)
+        assert kept == (name == "reverse")
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16, None])
