@@ -112,6 +112,7 @@ bench-tpu: $(VENV)/.has-bench-tpu ## speed on a TPU; without one it says so
 
 bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any machine
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static --clusters
 
 bench-card: $(VENV)/.has-bench ## five minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.card

@@ -5,12 +5,14 @@ r"""A borrowed card in minutes: first whether the kernels are right on it, then 
 
 In this order, as what fails first says most:
 
+0. on a GPU, rows that a cluster of blocks shares, by every number of blocks: 8 tokens, beside
+   float64. No cluster has run yet: where one hangs, ``--clusters`` without a number leaves all out;
 1. every objective on few tokens, in low blocks and in tall ones: how far loss and gradient are from
    float64, beside how far the dense formula in float32 is. A kernel that waits for a copy that
    never comes hangs here, and costs no more than this;
 2. the same call a hundred times: how often its bits differ;
 3. a copy on the device;
-4. value and gradient of many tokens, by the kernel and by streaming XLA;
+4. value and gradient of many tokens, by the kernel, with clusters, and by streaming XLA;
 5. the head, from hidden states, by the size of a chunk.
 
 Each row is stored once it is there, in `results/gpu-card.json` or `results/tpu-card.json`. When the
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import common, gpu
+from t5patches_kernels import BlockSizes
 from t5patches_kernels.backends import chunked_linear
 
 # A CPU is a dry run of the GPU's.
@@ -39,6 +42,11 @@ PLATFORM = "tpu" if jax.default_backend() == "tpu" else "gpu"
 KERNEL = f"pallas_{PLATFORM}"
 OBJECTIVES = (*common.OBJECTIVES, *common.ALONE)
 SMALL = ((8, 264), (530, 264), (8, 32128))  # tokens and vocabularies of the first part
+# Tokens, vocabularies and blocks: rows that stay on chip, and in float32 some that do not. Kept
+# rows of the objective are merged once, those pushed down twice.
+CLUSTERS = (2, 4, 8, 16)
+SHARED = (*((8, 32128, cluster) for cluster in CLUSTERS), (8, 250112, 8))
+MERGED = "tnrf"
 THREADS = 8  # that compile
 TOKENS = {"gpu": 8192, "tpu": 2048}
 CHUNKS = {"gpu": ("GPU_CHUNK_BYTES", [512, 1024, 2048]), "tpu": ("TPU_CHUNK_BYTES", [237])}
@@ -47,16 +55,22 @@ Row = dict[str, Any]
 Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
 
 
-def loss_and_gradient(what: str, objective: str) -> Any:
+def loss_and_gradient(what: str | BlockSizes, objective: str) -> Any:
     """Of logits, as one program."""
     return jax.jit(jax.value_and_grad(functools.partial(common.total, what, objective)))
 
 
-def error(objective: str, dtype: str, tokens: int, vocabulary: int) -> Row:
+def error(
+    objective: str,
+    dtype: str,
+    tokens: int,
+    vocabulary: int,
+    what: str | BlockSizes = KERNEL,
+) -> Row:
     """How far the kernel's loss and gradient are from float64, and how far they may be."""
     z, r, y, w = gpu.operands(tokens, vocabulary, dtype)
     y = y.at[0].set(0).at[1].set(vocabulary - 1)
-    ours = jax.device_get(loss_and_gradient(KERNEL, objective)(z, r, y, w))
+    ours = jax.device_get(loss_and_gradient(what, objective)(z, r, y, w))
     z, r, y, w = jax.device_get((z, r, y, w))
 
     def by_dense(precision: Any) -> tuple[np.ndarray, ...]:
@@ -75,10 +89,12 @@ def error(objective: str, dtype: str, tokens: int, vocabulary: int) -> Row:
     return row
 
 
-def differing(objective: str, dtype: str, vocabulary: int, repeats: int) -> Row:
+def differing(
+    objective: str, dtype: str, vocabulary: int, repeats: int, what: str | BlockSizes = KERNEL
+) -> Row:
     """How often a call gives other bits than the first."""
     args = gpu.operands(8 if jax.default_backend() == "cpu" else 2048, vocabulary, dtype)
-    call, same = loss_and_gradient(KERNEL, objective), jax.jit(_equal)
+    call, same = loss_and_gradient(what, objective), jax.jit(_equal)
     first = call(*args)
     differ = sum(not same(first, call(*args)) for _ in range(repeats))
     return {"repeats": repeats, "differ": differ, "right": differ == 0}
@@ -91,7 +107,10 @@ def _equal(a: Any, b: Any) -> jax.Array:
 def times(options: argparse.Namespace) -> Iterator[Step]:
     """Value and gradient of logits; what comes next compiles meanwhile."""
     shapes = list(itertools.product(options.vocabularies, options.dtypes))
-    programs = list(itertools.product(options.objectives, (KERNEL, "xla")))
+    whats: dict[str, str | BlockSizes] = {KERNEL: KERNEL, "xla": "xla"}
+    if options.clusters:
+        whats["cluster"] = BlockSizes()
+    programs = list(itertools.product(options.objectives, whats))
 
     @functools.lru_cache(maxsize=1)  # the largest take 16 GB
     def operands(shape: tuple[int, str]) -> tuple[jax.Array, ...]:
@@ -99,7 +118,7 @@ def times(options: argparse.Namespace) -> Iterator[Step]:
 
     def compiled(shape: tuple[int, str], program: tuple[str, str]) -> Any:
         like = jax.eval_shape(lambda: gpu.operands(options.tokens, *shape))
-        return loss_and_gradient(program[1], program[0]).lower(*like).compile()
+        return loss_and_gradient(whats[program[1]], program[0]).lower(*like).compile()
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         pending = {
@@ -139,15 +158,24 @@ def heads(options: argparse.Namespace) -> Iterator[Step]:
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
     """All of it, in order."""
-    small = [size for size in SMALL if size[1] <= max(options.vocabularies)]
-    for (tokens, size), name, dtype in itertools.product(small, options.objectives, options.dtypes):
+    largest = max(options.vocabularies)
+    shared = [x for x in SHARED if x[1] <= largest and x[2] in options.clusters]
+    for (tokens, size, cluster), dtype in itertools.product(shared, options.dtypes):
         of: Row = {"tokens": tokens, "vocabulary": size, "dtype": dtype}
+        of |= {"objective": MERGED, "what": "error", "cluster": cluster}
+        yield of, functools.partial(error, MERGED, dtype, tokens, size, BlockSizes(cluster))
+    small = [size for size in SMALL if size[1] <= largest]
+    for (tokens, size), name, dtype in itertools.product(small, options.objectives, options.dtypes):
+        of = {"tokens": tokens, "vocabulary": size, "dtype": dtype}
         of |= {"objective": name, "what": "error"}
         yield of, functools.partial(error, name, dtype, tokens, size)
     size = small[-1][1]
     for name, dtype in itertools.product(options.objectives[:2], options.dtypes):
         of = {"vocabulary": size, "dtype": dtype, "objective": name, "what": "repeats"}
-        yield of, functools.partial(differing, name, dtype, size, options.repeats)
+        again = functools.partial(differing, name, dtype, size, options.repeats)
+        yield of, again
+        if options.clusters:
+            yield of | {"cluster": "best"}, functools.partial(again, BlockSizes())
     copy = functools.partial(gpu.copy_gb_per_second, False)
     yield {"what": "copy"}, lambda: {"gb_per_second": copy()}
     yield from times(options)
@@ -164,6 +192,14 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--chunks-mib", type=int, nargs="+", default=CHUNKS[PLATFORM][1])
+    parser.add_argument(
+        "--clusters",
+        type=int,
+        nargs="*",
+        choices=CLUSTERS,
+        default=CLUSTERS if PLATFORM == "gpu" else (),
+        help="blocks that share a row, on a GPU",
+    )
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []

@@ -143,7 +143,7 @@ def head_inputs(tokens: int, vocabulary: int, width: int) -> tuple[jax.Array, ..
 # --- What is compared -----------------------------------------------------------------------------
 
 
-def total(what: str, objective: str, z, r, y, w) -> jax.Array:
+def total(what: str | tk.BlockSizes, objective: str, z, r, y, w) -> jax.Array:
     """The sum of an objective's losses.
 
     Args:

@@ -1,16 +1,19 @@
 r"""The static table of the GPU programs: what the compiler says of them, ahead of time.
 
     python -m bench.gpu_static
+    python -m bench.gpu_static --clusters   # rows that a cluster of blocks shares
 
 **Nothing here ran on a GPU.** Passes are the ``[T, V]`` arrays that the optimised program reads and
 writes, counted in its HLO; temporaries are the compiler's own figure, in such arrays; registers and
-spills are ptxas's. Needs the CUDA plugin: ``pip install --no-deps jax-cuda13-plugin
-jax-cuda13-pjrt nvidia-cuda-nvcc``.
+spills are ptxas's. Of clusters, passes are those of the plan. Needs the CUDA plugin: ``pip install
+--no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc``.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -22,12 +25,16 @@ import jax
 import jax.numpy as jnp
 
 from bench import common, gpu
+from t5patches_kernels import BlockSizes
 from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 import gpu_topology
 
 TOKENS, VOCABULARY = 2048, common.VOCABULARIES["T5"]
+LARGEST = 524288  # that a cluster takes
 
 
 def shapes(tokens: int, vocabulary: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -52,15 +59,41 @@ def kernel(card: jax.Device, objective: str, dtype: Any) -> dict[str, Any]:
     """Chunks, slots, registers and spills of the kernel."""
     plan = plans.plan(VOCABULARY, (jnp.dtype(dtype).itemsize,) * 2)
     row: dict[str, Any] = {"chunks": plan.chunks, "slots": plan.slots}
+    return row | assembled(card, "pallas_gpu", objective, VOCABULARY, dtype)
+
+
+def assembled(
+    card: jax.Device, what: str | BlockSizes, objective: str, vocabulary: int, dtype: Any
+) -> dict[str, int]:
+    """What ptxas says of the kernel."""
     with tempfile.TemporaryDirectory() as dump:
         os.environ["MOSAIC_GPU_DUMP_TO"] = dump
-        f = jax.value_and_grad(functools.partial(common.total, "pallas_gpu", objective))
-        gpu_topology.compile_for(card, f, *shapes(TOKENS, VOCABULARY, dtype))
+        f = jax.value_and_grad(functools.partial(common.total, what, objective))
+        gpu_topology.compile_for(card, f, *shapes(TOKENS, vocabulary, dtype))
         reports = "".join(x.read_text() for x in pathlib.Path(dump).glob("*.ptxas"))
-    if found := re.search(r"Used (\d+) registers", reports):
-        row["registers"] = int(found[1])
-        row["spilled bytes"] = sum(int(n) for n in re.findall(r"(\d+) bytes spill", reports))
-    return row
+    found = re.search(r"Used (\d+) registers", reports)
+    if not found:  # there is no ptxas here, or the same kernel was compiled before
+        return {}
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", reports))
+    return {"registers": int(found[1]), "spilled bytes": spilled}
+
+
+def cluster(card: jax.Device, objective: str, vocabulary: int, dtype: Any) -> dict[str, Any]:
+    """The best plan of rows that a cluster of blocks shares, beside that of one block a row."""
+    op = Operation(Settings(objective, vocabulary, smoothing=1e-6))
+    itemsizes = (jnp.dtype(dtype).itemsize,) * 2
+
+    def call(sizes: BlockSizes) -> plans.Call:
+        return plans.call_of(op, Stage.VALUE_AND_GRAD, vocabulary, itemsizes, 1, sizes)
+
+    best, one = BlockSizes(), BlockSizes(cluster=1)
+    plan = call(best).plan
+    row: dict[str, Any] = {"cluster": plan.cluster, "blocks an SM": plan.blocks}
+    row["shared memory"] = {buffer.name: buffer.bytes for buffer in plan.buffers}
+    row["passes"] = round(call(best).passes(pushed=True), 2)
+    if not plans.why_not(vocabulary, itemsizes, one):
+        row["passes, one block"] = round(call(one).passes(pushed=True), 2)
+    return row | assembled(card, best, objective, vocabulary, dtype)
 
 
 def head(card: jax.Device, objective: str) -> dict[str, Any]:
@@ -80,10 +113,21 @@ def main() -> None:
     card = gpu_topology.device()
     if isinstance(card, str):
         raise SystemExit(card)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clusters", action="store_true", help="these alone")
     rows = []
+    if parser.parse_args().clusters:
+        sizes = (*common.VOCABULARIES.values(), LARGEST)
+        for of in itertools.product(sizes, ("float32", "bfloat16"), ("tnff", "tnrr")):
+            vocabulary, dtype, objective = of
+            row: dict[str, Any] = dict(zip(("vocabulary", "dtype", "objective"), of, strict=True))
+            rows.append(row | cluster(card, objective, vocabulary, dtype))
+            print(rows[-1], flush=True)
+        print(f"stored in {common.save('gpu-clusters', rows)}")
+        return
     for objective in common.OBJECTIVES:
         for dtype in ("float32", "bfloat16"):
-            row: dict[str, Any] = {"compiled for": card.device_kind}
+            row = {"compiled for": card.device_kind}
             row |= {"objective": objective, "dtype": dtype}
             rows.append(row | streamed(card, objective, dtype) | kernel(card, objective, dtype))
             print(rows[-1], flush=True)

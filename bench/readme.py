@@ -271,6 +271,34 @@ def gpu_static(result: dict) -> str:
     )
 
 
+def gpu_clusters(result: dict) -> str:
+    """The table of `python -m bench.gpu_static --clusters`."""
+    rows = [
+        [
+            f"`{r['objective']}` {r['dtype']} {r['vocabulary']}",
+            f"{r['passes, one block']:.2f}" if "passes, one block" in r else "",
+            f"{r['passes']:.2f}",
+            str(r["cluster"]),
+            str(r["blocks an SM"]),
+            f"{sum(r['shared memory'].values()) / 2**10:.0f}",
+            str(r["registers"]),
+            str(r["spilled bytes"]),
+        ]
+        for r in result["rows"]
+    ]
+    header = ["", "one block's passes", "a cluster's passes", "blocks a row", "blocks an SM",
+              "KB a block", "registers", "spilled"]  # fmt: skip
+    return _measured(
+        "`python -m bench.gpu_static --clusters`: **static; no cluster has run on a card.** Value "
+        "and gradient of rows that `BlockSizes()` spreads over a cluster of thread blocks: the "
+        "plan's passes over [T, V] arrays, beside those of one block a row (which takes at most "
+        "262144 columns), and its blocks; registers and spilled bytes as compiled for an H200.",
+        result["setting"],
+        header,
+        rows,
+    )
+
+
 GPU_PROGRAMS = {
     "dense": "dense, ms",
     "torch": "torch.compile, ms",
@@ -789,6 +817,7 @@ SECTIONS = {
     "gpu_fewer_tokens": ("gpu", gpu_fewer_tokens),
     "gpu_linear": ("gpu-linear", gpu_linear),
     "h200-static": ("h200-static", gpu_static),
+    "gpu-clusters": ("gpu-clusters", gpu_clusters),
     "t5x-step": ("t5x-step", t5x_step),
     "t5x-step-static": ("t5x-step-static", t5x_step_static),
     "teacher-cache": ("teacher-cache", teacher_cache),

@@ -3,6 +3,7 @@
 See `losses` for what all functions share, and the README for the table of objectives.
 """
 
+from t5patches_kernels.backends.pallas_gpu.plan import BlockSizes
 from t5patches_kernels.calls import Edits
 from t5patches_kernels.core.objectives import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 from t5patches_kernels.dispatch import IMPLEMENTATIONS
@@ -33,6 +34,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "TARGETED_NEGATIVE",
     "TRAINING_OBJECTIVES",
+    "BlockSizes",
     "Edits",
     "PolicyLoss",
     "TokenLoss",

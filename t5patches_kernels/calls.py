@@ -16,6 +16,7 @@ from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Head, Operands, Operation, Tokens, columns_of
 from t5patches_kernels.core.statistics import REMOVED
+from t5patches_kernels.dispatch import Implementation
 
 Array = jax.Array
 
@@ -43,7 +44,9 @@ class Inputs(NamedTuple):
     head: Head | None
 
 
-def logits_inputs(logits: Array, ref_logits: Array | None, implementation: str | None) -> Inputs:
+def logits_inputs(
+    logits: Array, ref_logits: Array | None, implementation: Implementation
+) -> Inputs:
     """Checks logits given whole."""
     float64 = implementation == "reference"
     checks.floats("logits", logits, float64=float64)
@@ -62,7 +65,7 @@ def linear_inputs(
     logit_scale: float,
     softcap: float | None,
     transposed: bool,
-    implementation: str | None,
+    implementation: Implementation,
 ) -> Inputs:
     """Checks hidden states and the head that makes logits of them."""
     pairs = [("hidden", hidden, "kernel", kernel)]
@@ -232,7 +235,7 @@ def _run_reference(
 
 
 def _run_driver(
-    implementation: str | None, op: Operation, operands: Operands, tokens: _Tokens
+    implementation: Implementation, op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
     columns = columns_of(op, operands)
 
@@ -281,7 +284,7 @@ class How(NamedTuple):
 
     skip_ignored: bool = False
     vocab_axis: str | None = None
-    implementation: str | None = None
+    implementation: Implementation = None
 
 
 def call(
@@ -324,7 +327,7 @@ def call(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _program(
-    implementation: str | None, op: Operation, operands: Operands, tokens: _PerToken
+    implementation: Implementation, op: Operation, operands: Operands, tokens: _PerToken
 ) -> tuple[dict[str, Array], Array]:
     """`_on_rows` in a `jax.shard_map` that is run step by step, as one step.
 
@@ -334,7 +337,7 @@ def _program(
 
 
 def _on_rows(
-    implementation: str | None, op: Operation, operands: Operands, tokens: _PerToken
+    implementation: Implementation, op: Operation, operands: Operands, tokens: _PerToken
 ) -> tuple[dict[str, Array], Array]:
     """Flattens the tokens' leading dimensions, runs the operation, and puts them back."""
     lead = operands.model[0].shape[:-1]

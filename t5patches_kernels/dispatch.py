@@ -24,6 +24,7 @@ from jax.interpreters import batching, mlir
 from t5patches_kernels import checks
 from t5patches_kernels.backends import chunked_linear as linear_backend
 from t5patches_kernels.backends import tiling
+from t5patches_kernels.backends.pallas_gpu.plan import ONE_BLOCK, BlockSizes
 from t5patches_kernels.backends.xla import streaming
 from t5patches_kernels.core.operation import (
     Driver,
@@ -37,6 +38,7 @@ from t5patches_kernels.core.operation import (
 from t5patches_kernels.core.statistics import Array, Stats
 
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
+Implementation = str | BlockSizes | None  # the second is "pallas_gpu" with a cluster a row
 # The best by platform, where it runs; elsewhere "xla".
 _BEST = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 _KERNELS = tuple(_BEST.values())
@@ -44,14 +46,14 @@ _KERNELS = tuple(_BEST.values())
 _DEVICES_OF = {"tpu": ("tpu",), "cuda": ("cuda", "gpu"), "rocm": ("rocm", "gpu"), "cpu": ("cpu",)}
 
 
-def check(implementation: str | None, op: Operation) -> None:
+def check(implementation: Implementation, op: Operation) -> None:
     """Raises what can be said of an implementation before anything is traced.
 
     Raises:
       ValueError: there is none of that name.
       NotImplementedError: it cannot run the operation on any device.
     """
-    if implementation is None:
+    if implementation is None or isinstance(implementation, BlockSizes):
         return
     checks.one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "reference" and op.vocab_axis is not None:
@@ -62,7 +64,7 @@ def check(implementation: str | None, op: Operation) -> None:
 
 
 @functools.cache  # one object a choice: programs are cached under their driver
-def driver(implementation: str | None, *, linear: bool) -> Driver:
+def driver(implementation: Implementation, *, linear: bool) -> Driver:
     """The driver of an implementation, or of the best for what a program is lowered for.
 
     Args:
@@ -73,6 +75,13 @@ def driver(implementation: str | None, *, linear: bool) -> Driver:
     return partial(linear_backend.run, rows) if linear else rows
 
 
+def _named(implementation: Implementation) -> tuple[str | None, BlockSizes]:
+    """The name of an implementation, and how the GPU kernel cuts a row up."""
+    if isinstance(implementation, BlockSizes):
+        return "pallas_gpu", implementation
+    return implementation, ONE_BLOCK
+
+
 # --- The primitive --------------------------------------------------------------------------------
 
 _stage = Primitive("t5patches_stage")
@@ -80,7 +89,7 @@ _stage.multiple_results = True
 
 
 def _run(
-    implementation: str | None,
+    implementation: Implementation,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -90,11 +99,12 @@ def _run(
 ) -> Result:
     """The driver (`operation.Driver`) of logits."""
     interpret = None
-    if implementation in _KERNELS:
-        reason = _why_not_rows(implementation, stage, operands)
+    name, sizes = _named(implementation)
+    if name in _KERNELS:
+        reason = _why_not_rows(name, stage, operands, sizes)
         if reason:
             raise _cannot(implementation, reason)
-        interpret = _kernel(implementation).INTERPRET
+        interpret = _kernel(name).INTERPRET
     leaves, tree = jax.tree.flatten((operands, tokens, stats, d_stats))
     found = _stage.bind(
         *leaves,
@@ -180,7 +190,7 @@ def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **par
         gradient = [x.astype(op.gradient_dtype or x.dtype) for x in out.gradient or ()]
         return [out.stats[name] for name in returned(op, stage)] + gradient
 
-    if platform == "cpu" and implementation in _KERNELS:
+    if platform == "cpu" and _named(implementation)[0] in _KERNELS:
         # An interpreter's callbacks are ordered among themselves. The order begins and ends with
         # the kernel: programs must not depend on whether it will be interpreted.
         effects = jax.make_jaxpr(run)(*map(_shaped, context.avals_in)).effects
@@ -203,7 +213,7 @@ mlir.register_lowering(_stage, partial(_lower, "cpu"))
 
 
 def choose(
-    implementation: str | None, target: Target, stage: Stage, operands: Operands, interpret: Any
+    implementation: Implementation, target: Target, stage: Stage, operands: Operands, interpret: Any
 ) -> Driver:
     """The driver of logits for what a program is lowered for.
 
@@ -217,8 +227,9 @@ def choose(
     Raises:
       NotImplementedError: `implementation` was asked for and cannot run there.
     """
-    name = implementation or _BEST.get(target.platform, "xla")
-    reason = _why_not(name, target) or _why_not_rows(name, stage, operands)
+    asked, sizes = _named(implementation)
+    name = asked or _BEST.get(target.platform, "xla")
+    reason = _why_not(name, target) or _why_not_rows(name, stage, operands, sizes)
     if not reason and not implementation and name == "pallas_gpu" and not _capability(target):
         reason = "which GPU the program will run on is not known"
     if reason and implementation:
@@ -232,7 +243,7 @@ def choose(
         kind = getattr(target.device, "device_kind", None)
         return partial(_kernel(name).run, _kernel(name).plans.chip(kind), interpret)
     if name == "pallas_gpu":
-        return partial(_kernel(name).run, interpret)
+        return partial(_kernel(name).run, interpret, sizes)
     return streaming.form(target.platform)
 
 
@@ -263,7 +274,7 @@ def _capability(target: Target) -> str | None:
     return getattr(target.device, "compute_capability", None)
 
 
-def _why_not_rows(name: str, stage: Stage, operands: Operands) -> str | None:
+def _why_not_rows(name: str, stage: Stage, operands: Operands, sizes: BlockSizes) -> str | None:
     """The reason for which an implementation cannot take these rows on any device."""
     if name != "pallas_gpu":
         return None
@@ -274,7 +285,7 @@ def _why_not_rows(name: str, stage: Stage, operands: Operands) -> str | None:
     if stage not in _WHOLE_ROWS:
         return None
     logits = (*operands.model, *operands.reference)
-    return kernel.plans.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits))
+    return kernel.plans.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits), sizes)
 
 
 def _kernel(name: str) -> ModuleType:
@@ -282,7 +293,7 @@ def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"t5patches_kernels.backends.{name}.kernel")
 
 
-def _cannot(name: str, reason: str) -> NotImplementedError:
+def _cannot(name: Implementation, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f'implementation={name!r}: {reason}. Or use implementation="xla", which runs anywhere.'
     )

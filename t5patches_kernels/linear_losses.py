@@ -24,6 +24,7 @@ from __future__ import annotations
 import jax
 
 from t5patches_kernels import calls, losses
+from t5patches_kernels.backends.pallas_gpu.plan import BlockSizes
 from t5patches_kernels.calls import Edits, How
 from t5patches_kernels.losses import PolicyLoss, TokenLoss, TokenStatistics
 
@@ -57,7 +58,7 @@ def linear_targeted_negative_loss(
     edits: Edits | None = None,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     """`targeted_negative_loss` of two models' hidden states.
 
@@ -123,7 +124,7 @@ def linear_unlikelihood_loss(
     edits: Edits | None = None,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     """`unlikelihood_loss` of hidden states.
 
@@ -159,7 +160,7 @@ def linear_negative_likelihood_loss(
     z_loss: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     """`negative_likelihood_loss` of hidden states.
 
@@ -195,7 +196,7 @@ def linear_cross_entropy_loss(
     z_loss: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     """`cross_entropy_loss` of hidden states.
 
@@ -236,7 +237,7 @@ def linear_policy_gradient_loss(
     entropy_coefficient: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> PolicyLoss:
     """`policy_gradient_loss` of hidden states.
 
@@ -274,7 +275,7 @@ def linear_token_statistics(
     softcap: float | None = None,
     transposed: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenStatistics:
     """`token_statistics` of hidden states.
 

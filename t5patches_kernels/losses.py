@@ -19,8 +19,9 @@ what. (The deprecated ``with mesh:`` alone, without T5X's ``pjit``, does not tel
 Arguments that they share:
 
 * ``implementation``: None for the best for the device compiled for, or ``"xla"`` (streaming,
-  anywhere) or ``"reference"`` (dense, also float64, differentiable any number of times). One that
-  is asked for by name and cannot run raises.
+  anywhere) or ``"reference"`` (dense, also float64, differentiable any number of times), or a
+  `BlockSizes` (the GPU kernel, each row over a cluster of thread blocks). One that is asked for and
+  cannot run raises.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``skip_ignored``: True spares the work for ignored tokens, however many they turn out to be when
@@ -38,6 +39,7 @@ from typing import NamedTuple
 import jax
 
 from t5patches_kernels import calls, checks
+from t5patches_kernels.backends.pallas_gpu.plan import BlockSizes
 from t5patches_kernels.calls import Edits, How, Inputs
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
@@ -237,7 +239,7 @@ def targeted_negative_loss(
     edits: Edits | None = None,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     r"""Targeted negative training: towards the reference with unwanted tokens removed.
 
@@ -318,7 +320,7 @@ def unlikelihood_loss(
     edits: Edits | None = None,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     r"""Unlikelihood: ``-log p[y]`` for kept tokens, ``-alpha log(1 - p[N])`` for pushed-down ones.
 
@@ -371,7 +373,7 @@ def negative_likelihood_loss(
     z_loss: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     r"""Negative likelihood: ``-w log p[y]``, held once a pushed-down token is unlikely enough.
 
@@ -422,7 +424,7 @@ def cross_entropy_loss(
     z_loss: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenLoss:
     r"""Cross-entropy ``-w log p[y]``, with label smoothing and z-loss as T5X has them.
 
@@ -469,7 +471,7 @@ def kl_divergence(
     edits: Edits | None = None,
     smoothing: float = 0.0,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> Array:
     r"""``KL(s(q), p)`` (forward) or ``KL(p, s(q))`` (reverse) of two rows of raw logits.
 
@@ -523,7 +525,7 @@ def policy_gradient_loss(
     entropy_coefficient: float = 0.0,
     skip_ignored: bool = False,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> PolicyLoss:
     r"""PPO's and GRPO's clipped objective, with a KL penalty and an entropy bonus, in one pass.
 
@@ -608,7 +610,7 @@ def token_statistics(
     ref_logits: Array | None = None,
     *,
     vocab_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> TokenStatistics:
     r"""Log-probabilities, entropy and ``KL(p, q)`` from the reference, in one pass.
 

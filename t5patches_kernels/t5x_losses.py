@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t5patches_kernels import autodiff, calls, checks, dense, losses
+from t5patches_kernels.backends.pallas_gpu.plan import BlockSizes
 from t5patches_kernels.calls import How
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.statistics import REMOVED
@@ -22,7 +23,11 @@ Array = jax.Array
 
 
 def cross_entropy_with_logits(
-    logits: Array, targets: Array, z_loss: float = 0.0, *, implementation: str | None = None
+    logits: Array,
+    targets: Array,
+    z_loss: float = 0.0,
+    *,
+    implementation: str | BlockSizes | None = None,
 ) -> tuple[Array, Array]:
     """``-sum targets * log_softmax(logits) + z_loss * logsumexp(logits)^2`` per token.
 
@@ -74,7 +79,7 @@ def compute_weighted_cross_entropy(
     z_loss: float = 0.0,
     loss_normalizing_factor: float | Array | None = None,
     *,
-    implementation: str | None = None,
+    implementation: str | BlockSizes | None = None,
 ) -> tuple[Array, Array, Array | int]:
     """The weighted sum of a batch's cross-entropies.
 

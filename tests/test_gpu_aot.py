@@ -16,6 +16,9 @@ from harness import CASES, MAIN, slow_unless
 
 import t5patches_kernels as tk
 from bench import common, gpu
+from t5patches_kernels.backends.pallas_gpu import plan as plans
+from t5patches_kernels.core.objectives import Settings
+from t5patches_kernels.core.operation import Operation, Stage
 
 pytestmark = pytest.mark.skipif(isinstance(device(), str), reason=str(device()))
 
@@ -152,8 +155,8 @@ def instructions(tmp_path, monkeypatch):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
-    def loops(name):
-        program(name, "pallas_gpu", "bfloat16", gradient=True, rows=264, size=8192)
+    def loops(name, implementation="pallas_gpu", size=8192):
+        program(name, implementation, "bfloat16", gradient=True, rows=264, size=size)
         return column_loops(next(tmp_path.glob("*.ptx")).read_text())
 
     return loops
@@ -175,6 +178,14 @@ def test_instructions_of_an_entry(name, most, special, instructions):
     assert len(special_functions(lines)) <= special * entries
 
 
+@pytest.mark.slow
+def test_instructions_of_an_entry_whose_logarithm_is_kept(instructions):
+    lines = [line for step in instructions("tnrr", tk.BlockSizes(), V) for line in step]
+    entries = 16
+    assert len(lines) <= 40.5 * entries
+    assert len(special_functions(lines)) <= 5.25 * entries
+
+
 @pytest.mark.parametrize("name", [slow_unless(True, "tnrf"), slow_unless(False, "tnrll")])
 def test_a_kept_row_has_two_loops_and_no_logarithm(name, instructions):
     """One over the reference, two with logarithms, and those of kept rows."""
@@ -182,20 +193,60 @@ def test_a_kept_row_has_two_loops_and_no_logarithm(name, instructions):
     assert sorted(logarithms) == [False, False, False, True, True]
 
 
+SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "cluster", "size"),
+    [slow_unless((name, dtype, cluster, size) == ("tnrr", "bfloat16", 16, 250112),
+                 name, dtype, cluster, size)
+     for name in MAIN for dtype in DTYPES
+     for cluster, size in ((2, V), (4, V), (8, 250112), (16, 250112), (16, 524288))],
+)  # fmt: skip
+def test_kernel_of_a_cluster(name, dtype, cluster, size, tmp_path, monkeypatch):
+    """Blocks start, meet and leave together, read each other's sums, and hold what is planned."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    sizes = tk.BlockSizes(cluster)
+    rows = 264 - cluster - len(name)  # others than where the same kernel was compiled before
+    program(name, sizes, dtype, gradient=True, rows=rows, size=size)
+    ptx, ptxas, passes = (
+        next(tmp_path.glob(f"*.{x}")).read_text() for x in ("ptx", "ptxas", "mlir-passes.log")
+    )
+    assert f".reqnctapercluster {cluster}, 1, 1" in ptx
+    itemsizes = (jnp.dtype(dtype).itemsize,) * (2 if name in tk.TARGETED_NEGATIVE else 1)
+    op = Operation(Settings(name, size, smoothing=1e-6))
+    call = plans.call_of(op, Stage.VALUE_AND_GRAD, size, itemsizes, 1, sizes)
+    plan = call.plan
+    kinds = (True, False) if call.branches else (True,)
+    met = sum(2 + call.reads_reference_first(pushed) for pushed in kinds)  # to merge, and to leave
+    arrive, wait = (ptx.count(f"barrier.cluster.{x}.aligned;") for x in ("arrive", "wait"))
+    assert (arrive, wait) == (met, met + 1)  # Mosaic's own at the start arrives without order
+    of_blocks = re.findall(r"mapa\.shared::cluster\.u64 .*, (\d+);", ptx)
+    assert len(of_blocks) == ptx.count("ld.shared::cluster")
+    assert len({of_blocks.count(str(k)) for k in range(cluster)}) == 1
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", ptxas))
+    assert {int(n) for n in SHARED.findall(passes)} == {sum(x.bytes for x in plan.buffers)}
+    (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", ptxas))
+    assert -(-registers // 8) * 8 * plans.THREADS * plan.blocks <= 65536
+
+
 _FOR_BLACKWELL = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import conftest, test_gpu_aot
 for case in sys.argv[2:]:
-    name, dtype = case.split(":")
-    test_gpu_aot.program(name, "pallas_gpu", dtype, gradient=True, rows=264, card="B200")
+    name, dtype, cluster = case.split(":")
+    sizes = test_gpu_aot.tk.BlockSizes(int(cluster))
+    test_gpu_aot.program(name, sizes, dtype, gradient=True, rows=264, card="B200")
 """
 
 
 @pytest.mark.parametrize(
     "cases",
-    [("tnrf:float32", "tnrr:bfloat16"),
-     pytest.param(tuple(f"{x}:{d}" for x in MAIN for d in DTYPES), marks=pytest.mark.slow)],
+    [("tnrf:float32:1", "tnrr:bfloat16:2"),
+     pytest.param(tuple(f"{x}:{d}:{c}" for x in MAIN for d in DTYPES for c in (1, 4, 16)),
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_kernels_for_blackwell(cases, tmp_path):
     """In a process of its own: Mosaic calls ptxas for the card that it first compiled for."""

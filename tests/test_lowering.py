@@ -1,6 +1,7 @@
 """What is compiled is what suits the machine compiled for, whichever machine compiles."""
 
 import functools
+import re
 import warnings
 
 import gpu_topology
@@ -13,7 +14,7 @@ from gpu_topology import passes
 from jax import export
 
 import t5patches_kernels as tk
-from t5patches_kernels import dispatch
+from t5patches_kernels import BlockSizes, dispatch
 from t5patches_kernels.core.operation import Operands, Stage
 from t5patches_kernels.dispatch import Target
 
@@ -197,6 +198,8 @@ def test_the_default(platform, device, columns, dtype, kernel):
         target = Target(platform, device)
         form = dispatch.choose(None, target, Stage.VALUE_AND_GRAD, Operands((z,), (z,)), None)
     assert ("pallas" in getattr(form, "func", form).__module__) == kernel
+    if kernel and platform == "cuda":  # no cluster has run on a card
+        assert form.args[1] == BlockSizes(cluster=1)
     assert len(said) == (platform == "cuda" and not kernel)
 
 
@@ -208,12 +211,16 @@ def test_the_default(platform, device, columns, dtype, kernel):
         ("pallas_gpu", "tpu", None),
         ("pallas_gpu", "rocm", None),
         ("pallas_gpu", "cuda", _Card("8.0")),
+        (BlockSizes(cluster=2), "cuda", _Card("8.0")),
+        (BlockSizes(), "tpu", None),
     ],
 )
 def test_by_name_and_impossible(name, platform, device):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
     z = jax.ShapeDtypeStruct((2, V), jnp.float32)
-    with pytest.raises(NotImplementedError, match=f'{name}.*needs.*implementation="xla"'):
+    with pytest.raises(
+        NotImplementedError, match=f'{re.escape(str(name))}.*needs.*implementation="xla"'
+    ):
         dispatch.choose(
             name, Target(platform, device), Stage.VALUE_AND_GRAD, Operands((z,), (z,)), None
         )

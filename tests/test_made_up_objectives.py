@@ -17,7 +17,7 @@ from harness import GPU_FORM, gpu_form_by_name
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from t5patches_kernels import calls
+from t5patches_kernels import BlockSizes, calls
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Objective, Settings
 
@@ -243,6 +243,7 @@ SIZES = {
     GPU_FORM: (48, 256),
     "pallas_tpu": (130, 257),
     "pallas_gpu": (136, 264),  # rows that its copies can take
+    BlockSizes(cluster=2): (256, 264),
     "sharded": (130, 258),
 }
 
@@ -319,6 +320,7 @@ test_xla_for_gpus = on(GPU_FORM, 4)
 test_a_sharded_vocabulary = on("sharded", 4)
 test_pallas_tpu = on("pallas_tpu", 3)
 test_pallas_gpu = on("pallas_gpu", 2)
+test_pallas_gpu_with_clusters = pytest.mark.slow(on(BlockSizes(cluster=2), 4))
 
 
 def test_control_a_wrong_term_is_seen():

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-IMPLEMENTATIONS = ("xla", "pallas_gpu")
+IMPLEMENTATIONS = ("xla", "pallas_gpu", tk.BlockSizes(cluster=2))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -47,9 +47,10 @@ def test_the_program_of_a_gpu_is_the_one_for_gpus(size, kernel):
     assert ("mosaic_gpu" in text) == kernel
 
 
+@pytest.mark.parametrize("implementation", ["pallas_gpu", tk.BlockSizes()])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tnff", "tnrf"])
-def test_the_same_bits_every_time(name, dtype):
+def test_the_same_bits_every_time(name, dtype, implementation):
     """What threads share is in order: no barrier of the kernel is automatic."""
     size = 32064  # its last chunk overlaps
     keys = jax.random.split(jax.random.key(0), 2)
@@ -57,7 +58,7 @@ def test_the_same_bits_every_time(name, dtype):
     y, w = jnp.arange(2048) * 13 % size, jnp.where(jnp.arange(2048) % 4 == 0, -1.0, 1.0)
 
     def total(z):
-        out = tk.targeted_negative_loss(z, r, y, w, objective=name, implementation="pallas_gpu")
+        out = tk.targeted_negative_loss(z, r, y, w, objective=name, implementation=implementation)
         return out.loss.sum()
 
     visit = jax.jit(jax.value_and_grad(total))

@@ -9,6 +9,7 @@ import pytest
 from harness import (
     CASES,
     MAIN,
+    TAKES_EDITS,
     Batch,
     _compiled,
     assert_as_good_as_dense,
@@ -38,7 +39,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(plans, "_WIDE", 128)
     monkeypatch.setattr(plans, "_PIECES", 4)
     monkeypatch.setattr(plans, "_SHARED_BYTES", 12 << 10)
-    assert plans.plan(SIZE, (4, 4)) == plans.Plan(128, 4, 3, 2)
+    assert plans.plan(SIZE, (4, 4)) == plans.Plan(SIZE, (4, 4), 1, lanes=128, pieces=4, slots=2)
 
 
 # On every run half of the objectives in float32, and the other half in bfloat16.
@@ -72,6 +73,67 @@ def test_no_races(name, monkeypatch):
     _compiled.cache_clear()
     assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, SIZE))))
     assert not gpu_callbacks.get_races().races_found
+
+
+# --- A row that a cluster of blocks shares, its segments one after the other ----------------------
+
+SHARED_SIZE = {"float32": 1292, "bfloat16": 1288}
+
+
+SHARED_BYTES = {"held": 28 << 10, "not held": 6 << 10}
+
+
+def share_rows(monkeypatch, held):
+    """Rows of which no block has as many entries as another, with room for all of its own or not.
+
+    Where there is room, log s(q) is kept too.
+    """
+    monkeypatch.setattr(plans, "_PIECES", 2)
+    monkeypatch.setattr(plans, "_SHARED_BYTES", SHARED_BYTES[held])
+    for dtype, segments in (("float32", (644, 648)), ("bfloat16", (640, 648))):
+        itemsizes = (jnp.dtype(dtype).itemsize,) * 2
+        plan = plans.plan(SHARED_SIZE[dtype], itemsizes, tk.BlockSizes(cluster=2), logarithms=True)
+        slots, keeps = (3, True) if held == "held" else (2, False)
+        assert (plan.segments, plan.chunks, plan.slots, plan.keeps) == (segments, 3, slots, keeps)
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "dtype", "edits", "held"),
+    [("tnrf", 2, "float32", 0, "held")]
+    + [slow_unless(False, name, cluster, dtype, 3 * (name in TAKES_EDITS), held)
+       for name in CASES for dtype in SHARED_SIZE
+       for cluster, held in ((2, "not held"), (2, "held"), (8, "held"))],
+)  # fmt: skip
+def test_a_row_that_a_cluster_shares(name, cluster, dtype, edits, held, monkeypatch):
+    """Also where one block has masked entries alone, and the other all that counts."""
+    share_rows(monkeypatch, held)
+    _compiled.cache_clear()
+    size = SHARED_SIZE[dtype]
+    z, r, y, w, *rest = one_of_each(batch(5, size, edits=edits, dtype=jnp.dtype(dtype)))
+    z[::4, : size // 2], z[2::4, size // 2 + 4 :] = -np.inf, -np.inf
+    r[np.isinf(z)] = -np.inf
+    rows = Batch(z, r, np.where(np.isinf(z).any(-1), z.argmax(-1), y), w, *rest)
+    if not edits:
+        rows = Batch(*(x[:9] for x in rows))
+    assert_as_good_as_dense(name, tk.BlockSizes(cluster), rows, jnp.dtype(dtype))
+
+
+@pytest.mark.slow
+def test_a_row_that_a_cluster_shares_and_skips():
+    z, r, y, w = operands(size=264)
+
+    def gradient(implementation):
+        def total(z):
+            out = tk.targeted_negative_loss(
+                z, r, y, w, objective="tnrf", skip_ignored=True, implementation=implementation
+            )
+            return out.loss.sum()
+
+        return jax.value_and_grad(total)(z)
+
+    want, got = gradient("xla"), gradient(tk.BlockSizes(cluster=2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    assert not np.asarray(got[1])[np.asarray(w) == 0].any()
 
 
 def operands(lead=(2, 3), size=136):
@@ -134,11 +196,21 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
-    [(50257, "pad the vocabulary to a multiple of 4"), (64, "rows of 128 to 262144"),
-     (1 << 19, "rows of 128 to 262144")],
+    ("size", "implementation", "message"),
+    [(50257, NAME, "pad the vocabulary to a multiple of 4"),
+     (50257, tk.BlockSizes(cluster=8), "pad the vocabulary to a multiple of 4"),
+     (64, NAME, "rows of 128 to 262144"),
+     (1 << 19, NAME, r"rows of 128 to 262144 .*BlockSizes\(\)"),
+     (264, tk.BlockSizes(cluster=4), "BlockSizes.cluster=4.*rows of 512 to 524288 .*not 264"),
+     ((1 << 19) + 8, tk.BlockSizes(), "rows of 128 to 524288")],
 )  # fmt: skip
-def test_why_not(size, message):
+def test_why_not(size, implementation, message):
     z, r, y, w = operands(lead=(1,), size=size)
     with pytest.raises(NotImplementedError, match=message):
-        tk.targeted_negative_loss(z, r, y, w, implementation=NAME)
+        tk.targeted_negative_loss(z, r, y, w, implementation=implementation)
+
+
+@pytest.mark.parametrize("cluster", [0, 3, 32, "8"])
+def test_no_such_cluster(cluster):
+    with pytest.raises(ValueError, match=r"one of 1, 2, 4, 8, 16, or None .*got"):
+        tk.BlockSizes(cluster)

@@ -136,6 +136,7 @@ def with_normalisers(names: frozenset[str]) -> frozenset[str]:
 # The weights and values of a tile by kind and name: ("weight", "z") is e^(z - m).
 Parts = dict[tuple[str, str | None], Array]  # [R, C]
 PRODUCT = ("product", "ratio")  # of the two factors of "zs"
+LOG_MASS = ("log", "s")  # log s(q), but for what is the row's
 
 
 class Tile:
@@ -213,7 +214,12 @@ class Tile:
         if self.smoothing == 0.0:
             return self.value("r")
         even = self.smoothing * self.row["rs"]
-        return self.functions.log(self.weight("s") if self._unmasked else self.weight("r") + even)
+
+        def log() -> Array:
+            mass = self.weight("s") if self._unmasked else self.weight("r") + even
+            return self.functions.log(mass)
+
+        return self.part_or(LOG_MASS, log)
 
     def weighed(self, weight: str | None, x: Array) -> Array:
         """`x` times a weight."""

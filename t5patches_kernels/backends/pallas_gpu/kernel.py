@@ -1,11 +1,17 @@
 """Mosaic GPU, for Hopper and Blackwell: a row's logits stay in shared memory between column loops.
 
-A thread block takes one row. The chunks of each array come by bulk copy into a ring of slots of its
-own; a column loop works on each chunk in turn, and when it is done with one fetches the next that
-shares its slot. The next loop goes through the chunks in the other direction, so it begins with
-those that are still there: a row that fits into the ring is read once, and of a longer one the
-ring's share is. Where sums take the logarithm of the smoothed reference, the first loop is over the
-reference alone, while the model's chunks arrive that the second begins with.
+A thread block takes one row, or a cluster of blocks does, each a segment of it. The chunks of each
+array come by bulk copy into a ring of slots of its own; a column loop works on each chunk in turn,
+and when it is done with one fetches the next that shares its slot. The next loop goes through the
+chunks in the other direction, so it begins with those that are still there: a row that fits into
+the ring is read once, and of a longer one the ring's share is. Where sums take the logarithm of the
+smoothed reference, the first loop is over the reference alone, while the model's chunks arrive that
+the second begins with. Where a plan has room for that logarithm, it is kept for the gradient, which
+then reads the model alone.
+
+The blocks of a cluster put their segments' sums into their own shared memory, meet, and each reads
+those of all and merges them in the same order: from there on all know the same row. An interpreter,
+which knows no clusters, takes the segments one after the other.
 
 A row branches by its own token's weight: that of a kept token leaves out what only the term of a
 pushed-down one reads, and its block knows no logarithm then.
@@ -17,7 +23,8 @@ chunks have, edited entries, the target, an overlap, the others branch around.
 No barrier is automatic. The threads of a block share two things: a slot of the ring, into which a
 copy is only sent after `commit_smem` behind the last read, and which is only read after waiting for
 that copy; and a slot of the gradient, written after waiting for the copy out of it two chunks ago
-and copied after `commit_smem`.
+and copied after `commit_smem`. The blocks of a cluster share their sums: each merge has a place of
+its own, which is read after all have met, and no block leaves before they have met once more.
 
 The kernel runs the stages that read a row more than once; a stage of one pass is the XLA form's,
 which already makes no more passes than it must.
@@ -40,11 +47,19 @@ from jax.extend import core
 
 from t5patches_kernels.backends import tiling
 from t5patches_kernels.backends.pallas_gpu import plan as plans
-from t5patches_kernels.backends.pallas_gpu.plan import COPY_BYTES, OUT_SLOTS, THREADS, Call
+from t5patches_kernels.backends.pallas_gpu.plan import (
+    COPY_BYTES,
+    MERGES,
+    OUT_SLOTS,
+    REDUCTIONS,
+    THREADS,
+    BlockSizes,
+    Call,
+)
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
-from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Stats, Tile
+from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Parts, Stats, Tile
 
 
 def _layout(lanes: int) -> Any:
@@ -69,30 +84,29 @@ def _functions(lanes: int, interpret: bool) -> Functions:
     return Functions(jnp.exp2, jnp.log2 if interpret else log2, 1 / math.log(2))
 
 
-class _Row:
-    """A row, its chunks in shared memory, and the loops over them."""
+class _Segment:
+    """A block's segment of a row, its chunks in shared memory, and the loops over them."""
 
-    def __init__(self, call: Call, pushed: bool, interpret: bool, refs: dict[str, Any]):
-        self.call, self.plan, self.refs = call, call.plan, refs
-        self.interpret = interpret
-        self.index = jax.lax.axis_index("row")
-        ids, scalars = refs["ids"], refs["scalars"]
-        self.target = ids[self.index, 0]
-        first = 4 + len(call.numbers)  # of the edits' factors
-        w, bad, self.zy, self.ry, *numbers = (scalars[self.index, k] for k in range(first))
-        self.of_token: Stats = {"w": w, "bad": bad != 0.0}
-        self.of_token |= dict(zip(call.numbers, numbers, strict=True))
-        self.edits = [
-            (ids[self.index, 1 + k], scalars[self.index, first + k]) for k in range(call.edits)
-        ]
-        self.functions = _functions(call.plan.lanes, interpret)
+    def __init__(self, row: _Row, number: Array | int, place: int):
+        """One segment.
+
+        Args:
+          row: whose segment it is.
+          number: which of the row's.
+          place: which of the block's: an interpreter's one block has all.
+        """
+        self.row, self.call, self.plan, self.refs = row, row.call, row.call.plan, row.refs
+        units, blocks = self.plan.columns // self.plan.unit, self.plan.cluster
+        first, end = (
+            jax.lax.div((number + k) * jnp.int32(units), jnp.int32(blocks)) * self.plan.unit
+            for k in (0, 1)
+        )
+        self.first, self.end = first, end  # columns
+        self.first_slot = place * self.plan.slots
+        self.functions = _functions(self.plan.lanes, row.interpret)
         self.loops_done = 0
         self.read_before: set[str] = set()  # rings
-        # The first chunks of each ring's first loop.
-        for name in sorted(self.rings("zr" if call.reference else "z")):
-            late = call.reads_reference_first(pushed) and name == "z"
-            for k in range(self.plan.slots):
-                self.load([name], jnp.int32(self.plan.chunks - 1 - k if late else k))
+        self.kept = False  # log s(q)
 
     # --- Chunks ------------------------------------------------------------------------------
 
@@ -101,18 +115,29 @@ class _Row:
         return {"z" if self.call.reference == "self" else name for name in of}
 
     def start(self, chunk: Array) -> Array:
-        """The first column of a chunk; the last chunk ends with the row and overlaps the others."""
-        first = jnp.minimum(chunk * self.plan.chunk, self.call.columns - self.plan.chunk)
+        """The first column of a chunk; the last one ends with the segment and overlaps others."""
+        first = jnp.minimum(self.own_start(chunk), self.end - self.plan.chunk)
         return pl.multiple_of(first, COPY_BYTES // 4)
 
+    def own_start(self, chunk: Array) -> Array:
+        """The first column of a chunk that no chunk before it has."""
+        return self.first + chunk * self.plan.chunk
+
     def slot(self, chunk: Array) -> Array:
-        return jax.lax.rem(chunk, jnp.int32(self.plan.slots))
+        return self.first_slot + jax.lax.rem(chunk, jnp.int32(self.plan.slots))
+
+    def load_first(self, pushed: bool) -> None:
+        """Fetches the first chunks of each ring's first loop."""
+        for name in sorted(self.rings("zr" if self.call.reference else "z")):
+            late = self.call.reads_reference_first(pushed) and name == "z"
+            for k in range(self.plan.slots):
+                self.load([name], jnp.int32(self.plan.chunks - 1 - k if late else k))
 
     def load(self, rings: Iterable[str], chunk: Array) -> None:
         columns = pl.ds(self.start(chunk), self.plan.chunk)
         for name in rings:
             plgpu.copy_gmem_to_smem(
-                self.refs[name].at[self.index, columns],
+                self.refs[name].at[self.row.index, columns],
                 self.refs[f"{name}_ring"].at[self.slot(chunk)],
                 self.refs[f"{name}_arrived"].at[self.slot(chunk)],
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
@@ -150,15 +175,15 @@ class _Row:
                 carry = jax.lax.fori_loop(first, last, partial(step, waits=waits), carry)
         return carry
 
-    def pieces(self, of: str, chunk: Array, *, once: bool) -> list[Stats]:
+    def pieces(self, of: str, chunk: Array, *, once: str = "") -> list[Stats]:
         """The pieces of a chunk, edited, in float32, each as the logits `of` by name.
 
-        With `once`, entries that the chunk before has had are masked.
+        Of the logits `once`, entries that the chunk before has had are masked.
         """
         read = [{name: self.read(name, chunk, k) for name in of} for k in range(self.plan.pieces)]
-        overlaps = once and self.call.columns % self.plan.chunk != 0
+        overlaps = once if self.plan.overlaps else ""
         changes = [chunk == self.plan.chunks - 1] if overlaps else []
-        changes += [self.holds(chunk, column) for column, _ in self.edits if "r" in of]
+        changes += [self.holds(chunk, column) for column, _ in self.row.edits if "r" in of]
 
         def changed(pieces: list[Stats]) -> list[Stats]:
             return [self.change(chunk, k, piece, overlaps) for k, piece in enumerate(pieces)]
@@ -167,15 +192,15 @@ class _Row:
             return read
         return jax.lax.cond(functools.reduce(jnp.logical_or, changes), changed, lambda x: x, read)
 
-    def change(self, chunk: Array, k: int, piece: Stats, overlaps: bool) -> Stats:
+    def change(self, chunk: Array, k: int, piece: Stats, overlaps: str) -> Stats:
         """A piece as `pieces` has it, from what was read."""
         piece = dict(piece)
-        for edited, log_factor in self.edits if "r" in piece else ():
+        for edited, log_factor in self.row.edits if "r" in piece else ():
             at = self.columns(chunk, k) == edited
             piece["r"] = piece["r"] + jnp.where(at, log_factor, jnp.float32(0))
         if overlaps:
-            fresh = self.columns(chunk, k) >= chunk * self.plan.chunk
-            piece = {name: jnp.where(fresh, x, -jnp.inf) for name, x in piece.items()}
+            fresh = self.columns(chunk, k) >= self.own_start(chunk)
+            piece |= {name: jnp.where(fresh, piece[name], -jnp.inf) for name in overlaps}
         return piece
 
     def holds(self, chunk: Array, column: Array) -> Array:
@@ -195,72 +220,181 @@ class _Row:
 
     def across(self, x: Array) -> Array:
         """Spreads a piece over the threads as all pieces are; the interpreter has no threads."""
-        return x if self.interpret else plgpu.layout_cast(x, _layout(self.plan.lanes))
+        return x if self.row.interpret else plgpu.layout_cast(x, _layout(self.plan.lanes))
 
     def each_lane(self, x: float) -> Array:
         return self.across(jnp.full((self.plan.lanes,), x, jnp.float32))
 
-    def tile(self, piece: Stats, row: Stats) -> Tile:
-        smoothing = self.call.op.settings.smoothing
-        return Tile(piece.get("z"), piece.get("r"), row, smoothing, functions=self.functions)
+    def tile(self, piece: Stats, row: Stats, known: Parts | None = None) -> Tile:
+        z, r, smoothing = piece.get("z"), piece.get("r"), self.call.op.settings.smoothing
+        return Tile(z, r, row, smoothing, known=known, functions=self.functions)
+
+    def kept_at(self, chunk: Array, piece: int) -> Any:
+        """Where log s(q) of a piece is kept: written and read by the threads of its entries."""
+        entries = pl.ds(piece * self.plan.lanes, self.plan.lanes)
+        return self.refs[self.plan.keeps_in].at[self.slot(chunk), entries]
 
     # --- Column loops ------------------------------------------------------------------------
 
-    def sums(self, of: str, names: frozenset[str], known: Stats) -> Stats:
-        """The sums `names` of the row, and the maxima of the logits `of` that are not `known`."""
+    def sums(self, of: str, names: frozenset[str], known: Stats, keep: bool = False) -> Stats:
+        """The sums `names` of the segment, and the maxima of the logits `of` not yet `known`.
+
+        In the unit of the functions. With `keep`, log s(q) is kept for the gradient.
+        """
+        self.kept = keep
+        once = "z" if keep else of  # sums are weighted by z's, and what is kept is of all entries
         tops = {statistics.MAXIMUM[x]: x for x in of if statistics.MAXIMUM[x] not in known}
 
         def body(_: Array, chunk: Array, stats: Stats) -> Stats:
-            pieces = self.pieces(of, chunk, once=True)
+            pieces = self.pieces(of, chunk, once=once)
             maxima = {
                 m: functools.reduce(jnp.maximum, (piece[x] for piece in pieces), stats[m])
                 for m, x in tops.items()
             }
             stats = statistics.rebase(stats, maxima, functions=self.functions)
-            for piece in pieces:
+            for k, piece in enumerate(pieces):
                 tile = self.tile(piece, known | maxima)
                 for name, x in statistics.terms(tile, names).items():
                     stats[name] = stats[name] + x
+                if keep:
+                    self.kept_at(chunk, k)[...] = tile.log_mass()
             return stats
 
         start = dict.fromkeys(tops, FLOOR) | dict.fromkeys(sorted(names), 0.0)
         lanes = self.column_loop(of, body, {name: self.each_lane(x) for name, x in start.items()})
-        row = {m: jnp.max(lanes[m]) for m in tops}
-        lanes = statistics.rebase(lanes, row, functions=self.functions)
-        sums = {name: jnp.sum(lanes[name]) for name in sorted(names)}
-        return row | statistics.in_nats(sums, self.functions)
+        found = {m: jnp.max(lanes[m]) for m in tops}
+        lanes = statistics.rebase(lanes, found, functions=self.functions)
+        return found | {name: jnp.sum(lanes[name]) for name in sorted(names)}
 
     def gradient(self, table: statistics.Coefficients, row: Stats) -> None:
         """Writes the gradient: the weights and values of every entry times their coefficients."""
-        own = table.pop("zy", None)
-        of = "zr" if any({"r", "s", "ratio"} & {*key} for key in table) else "z"
+        own, table = table.get("zy"), {key: x for key, x in table.items() if key != "zy"}
+        from_r = {"r", "s"} if self.kept else {"r", "s", "ratio"}
+        of = "zr" if any(from_r & {*key} for key in table) else "z"
         out = self.refs["out"]
 
         def add_own(chunk: Array, own: Array, dz: list[Array]) -> list[Array]:
-            at = (self.columns(chunk, k) == self.target for k in range(self.plan.pieces))
+            at = (self.columns(chunk, k) == self.row.target for k in range(self.plan.pieces))
             return [x + jnp.where(y, own, jnp.float32(0)) for x, y in zip(dz, at, strict=True)]
 
         def body(i: Array, chunk: Array, carry: Array) -> Array:
             part = jax.lax.rem(i, jnp.int32(OUT_SLOTS))
             plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-            tiles = (self.tile(piece, row) for piece in self.pieces(of, chunk, once=False))
+            pieces = self.pieces(of, chunk)
+            known: list[Parts] = [{} for _ in pieces]
+            if self.kept:
+                kept = (self.across(self.kept_at(chunk, k)[...]) for k in range(len(pieces)))
+                known = [{statistics.LOG_MASS: x} for x in kept]
+            tiles = (self.tile(piece, row, x) for piece, x in zip(pieces, known, strict=True))
             dz = [statistics.gradient(tile, table, None, finite=True) for tile in tiles]
             if own is not None:
-                here = self.holds(chunk, self.target)
+                here = self.holds(chunk, self.row.target)
                 dz = jax.lax.cond(here, partial(add_own, chunk, own), lambda x: x, dz)
             for k, x in enumerate(dz):
                 out[part, pl.ds(k * self.plan.lanes, self.plan.lanes)] = x.astype(out.dtype)
             plgpu.commit_smem()
-            if self.call.columns % self.plan.chunk:
+            if self.plan.overlaps:
                 # The last chunk and the one before it share entries: one copy after the other.
                 second = self.plan.chunks - 1 if self.forward else 1
                 pl.when(i == second)(lambda: plgpu.wait_smem_to_gmem(0))
             columns = pl.ds(self.start(chunk), self.plan.chunk)
-            plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.index, columns])
+            plgpu.copy_smem_to_gmem(out.at[part], self.refs["dz"].at[self.row.index, columns])
             return carry
 
         self.column_loop(of, body, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    def write_zeros(self) -> None:
+        """The gradient of a row of which nothing is asked."""
+        out = self.refs["out"]
+        zeros = self.each_lane(0.0).astype(out.dtype)
+        for k in range(self.plan.pieces):
+            out[0, pl.ds(k * self.plan.lanes, self.plan.lanes)] = zeros
+        plgpu.commit_smem()
+
+        def copy(chunk: Array, _: None) -> None:
+            columns = pl.ds(self.start(chunk), self.plan.chunk)
+            plgpu.copy_smem_to_gmem(out.at[0], self.refs["dz"].at[self.row.index, columns])
+
+        jax.lax.fori_loop(0, self.plan.chunks, copy, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+@plgpu.inline_mgpu()
+def _meet(_: Any) -> None:
+    """Waits for the cluster's other blocks; what they wrote to shared memory can then be read."""
+    from jaxlib.mlir.dialects import nvvm
+
+    nvvm.cluster_arrive(aligned=True)  # releases, at the cluster's scope
+    nvvm.cluster_wait(aligned=True)  # acquires
+
+
+class _Row:
+    """A row, of which a block has a segment."""
+
+    def __init__(self, call: Call, interpret: bool, refs: dict[str, Any]):
+        self.call, self.refs, self.interpret = call, refs, interpret
+        self.index = jax.lax.axis_index("row")
+        ids, scalars = refs["ids"], refs["scalars"]
+        self.target = ids[self.index, 0]
+        first = 4 + len(call.numbers)  # of the edits' factors
+        w, bad, self.zy, self.ry, *numbers = (scalars[self.index, k] for k in range(first))
+        self.of_token: Stats = {"w": w, "bad": bad != 0.0}
+        self.of_token |= dict(zip(call.numbers, numbers, strict=True))
+        self.edits = [
+            (ids[self.index, 1 + k], scalars[self.index, first + k]) for k in range(call.edits)
+        ]
+        blocks = call.plan.cluster
+        self.shared = blocks > 1 and not interpret
+        self.block = jax.lax.axis_index("block") if self.shared else 0
+        mine = [self.block] if self.shared else range(blocks)
+        self.segments = [_Segment(self, number, place) for place, number in enumerate(mine)]
+        self.merges = 0
+
+    def sums(self, of: str, names: frozenset[str], known: Stats, keep: bool = False) -> Stats:
+        """The sums `names` of the row, and the maxima of the logits `of` that are not `known`."""
+        functions = self.segments[0].functions
+        parts = [segment.sums(of, names, known, keep) for segment in self.segments]
+        parts = self.of_all_blocks(parts)
+        if len(parts) > 1:
+            found = [m for m in statistics.MAXIMA if m in parts[0]]
+            tops = {m: _total(jnp.maximum, parts, m) for m in found}
+            parts = [statistics.rebase(part, tops, functions=functions) for part in parts]
+            parts = [tops | {name: _total(jnp.add, parts, name) for name in sorted(names)}]
+        return statistics.in_nats(parts[0], functions)
+
+    def of_all_blocks(self, parts: list[Stats]) -> list[Stats]:
+        """The same of every block of the cluster, in order."""
+        if not self.shared:
+            return parts
+        (mine,), names, sums = parts, sorted(parts[0]), self.refs["sums"]
+        for k, name in enumerate(names):
+            sums[self.merges, k] = mine[name]
+        _meet()
+        every = [
+            plgpu.cluster_ref(sums, {"block": jnp.int32(k)}) for k in range(self.call.plan.cluster)
+        ]
+        parts = [{name: theirs[self.merges, k] for k, name in enumerate(names)} for theirs in every]
+        self.merges += 1
+        return parts
+
+    def write_stats(self, stats: Stats) -> None:
+        """Writes the statistics that leave the kernel; one block does."""
+
+        def write() -> None:
+            for k, name in enumerate(self.call.returned):
+                self.refs["stats"][k, self.index] = stats[name]
+
+        pl.when(self.block == 0)(write) if self.shared else write()
+
+    def leave(self) -> None:
+        """A block stays until the others have read its sums."""
+        if self.shared:
+            _meet()
+
+
+def _total(op: Callable[[Array, Array], Array], parts: list[Stats], name: str) -> Array:
+    return functools.reduce(op, (part[name] for part in parts))
 
 
 def _power(x: Array, y: int) -> Array:
@@ -305,7 +439,7 @@ def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> 
     weight = named["scalars"][jax.lax.axis_index("row"), 0]
 
     def run(pushed: bool) -> None:
-        _whole_row(_Row(call, pushed, interpret, named), pushed)
+        _whole_row(_Row(call, interpret, named), pushed)
 
     def by_kind() -> None:
         if call.branches:
@@ -316,7 +450,7 @@ def _kernel(call: Call, interpret: bool, names: tuple[str, ...], *refs: Any) -> 
 
     if call.op.skip_ignored:
         pl.when(weight != 0)(by_kind)
-        pl.when(weight == 0)(lambda: _skip(call, named))
+        pl.when(weight == 0)(lambda: _skip(_Row(call, interpret, named)))
     else:
         by_kind()
 
@@ -327,6 +461,8 @@ def _whole_row(row: _Row, pushed: bool) -> None:
     needed = names = call.needs(pushed)
     if names & statistics.SECOND_PASS.keys() == {"sqz"}:  # without a logarithm: of one loop's sums
         names = names - {"sqz"} | {"qz", "sum_z"}
+    for segment in row.segments:
+        segment.load_first(pushed)
 
     # The sums, over the reference alone first where others take the logarithm of s(q).
     known: Stats = {}
@@ -336,7 +472,8 @@ def _whole_row(row: _Row, pushed: bool) -> None:
         known |= objectives.finish_reference(known)
         made_from = {statistics.SECOND_PASS.get(name, name) for name in names - alone}
         names = statistics.with_normalisers(frozenset(made_from))
-    stats = row.sums("zr" if call.reference else "z", names, known) | known | {"zy": row.zy}
+    of = "zr" if call.reference else "z"
+    stats = row.sums(of, names, known, call.keeps(pushed)) | known | {"zy": row.zy}
     if call.reference:
         stats["ry"] = row.ry
 
@@ -352,36 +489,22 @@ def _whole_row(row: _Row, pushed: bool) -> None:
         d_stats = _lowerable(derivatives, stats)
         unread = objectives.unread(c, pushed=pushed)
         read = {name: x for name, x in d_stats.items() if name not in unread}
-        table = statistics.coefficients(stats, read, row.functions)
+        table = statistics.coefficients(stats, read, row.segments[0].functions)
         asked = statistics.any_asked(table)
-        pl.when(asked)(lambda: row.gradient(table, stats))
-        pl.when(~asked)(lambda: _write_zeros(call, row.refs))
+        for segment in row.segments:
+            pl.when(asked)(partial(segment.gradient, table, stats))
+            pl.when(~asked)(segment.write_zeros)
 
-    stats["bad"] = jnp.where(stats["bad"], 1.0, 0.0)
-    for k, name in enumerate(call.returned):
-        row.refs["stats"][k, row.index] = stats[name]
+    row.write_stats(stats | {"bad": jnp.where(stats["bad"], 1.0, 0.0)})
+    row.leave()
 
 
-def _skip(call: Call, refs: dict[str, Any]) -> None:
+def _skip(row: _Row) -> None:
     """An ignored token, of which nothing is read."""
-    for k in range(len(call.returned)):
-        refs["stats"][k, jax.lax.axis_index("row")] = jnp.float32(0)
-    if call.stage is Stage.VALUE_AND_GRAD:
-        _write_zeros(call, refs)
-
-
-def _write_zeros(call: Call, refs: dict[str, Any]) -> None:
-    """The gradient of a row of which nothing is asked."""
-    index, out, chunk = jax.lax.axis_index("row"), refs["out"], call.plan.chunk
-    out[0, :] = jnp.zeros((chunk,), out.dtype)
-    plgpu.commit_smem()
-
-    def copy(i: Array, _: None) -> None:
-        first = pl.multiple_of(jnp.minimum(i * chunk, call.columns - chunk), COPY_BYTES // 4)
-        plgpu.copy_smem_to_gmem(out.at[0], refs["dz"].at[index, pl.ds(first, chunk)])
-
-    jax.lax.fori_loop(0, call.plan.chunks, copy, None)
-    plgpu.wait_smem_to_gmem(0)
+    row.write_stats(dict.fromkeys(row.call.returned, jnp.float32(0)))
+    if row.call.stage is Stage.VALUE_AND_GRAD:
+        for segment in row.segments:
+            segment.write_zeros()
 
 
 # The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`), by name.
@@ -421,22 +544,29 @@ def _inputs(call: Call, operands: Operands, tokens: Tokens) -> dict[str, Array]:
 def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Tokens) -> Result:
     inputs = _inputs(call, operands, tokens)
     (z,) = operands.model
-    rows, chunk = z.shape[0], call.plan.chunk
+    rows, plan = z.shape[0], call.plan
     axes = tiling.all_axes(inputs)
     if interpret is not None and axes:
         raise NotImplementedError(_NO_VMA)
     varying = jax.sharding.ManualAxisType(varying=axes)
     returned: dict[str, Any] = {"stats": ((len(call.returned), rows), jnp.float32)}
     logits = [name for name in ("z", "r") if name in inputs]
-    rings = {f"{name}_ring": inputs[name].dtype for name in logits}
+    # An interpreter's one block has the slots of a cluster.
+    blocks, slots = (
+        (plan.cluster, plan.slots) if interpret is None else (1, plan.cluster * plan.slots)
+    )
     scratch: dict[str, Any] = {
-        k: plgpu.SMEM((call.plan.slots, chunk), dtype) for k, dtype in rings.items()
+        f"{name}_ring": plgpu.SMEM((slots, plan.chunk), inputs[name].dtype) for name in logits
     }
-    scratch |= {f"{name}_arrived": plgpu.Barrier(num_barriers=call.plan.slots) for name in logits}
+    scratch |= {f"{name}_arrived": plgpu.Barrier(num_barriers=slots) for name in logits}
     if call.stage is Stage.VALUE_AND_GRAD:
         dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
         returned["dz"] = (z.shape, dtype)
-        scratch["out"] = plgpu.SMEM((OUT_SLOTS, chunk), dtype)
+        scratch["out"] = plgpu.SMEM((OUT_SLOTS, plan.chunk), dtype)
+    if plan.keeps and plan.keeps_in not in scratch:
+        scratch[plan.keeps_in] = plgpu.SMEM((slots, plan.chunk), jnp.float32)
+    if blocks > 1:
+        scratch["sums"] = plgpu.SMEM((MERGES, THREADS), jnp.float32)
     kernel = plgpu.kernel(
         partial(_kernel, call, interpret is not None, (*inputs, *returned, *scratch)),
         out_type=tuple(
@@ -445,9 +575,12 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
         scratch_types=tuple(scratch.values()),
         grid=(rows,),
         grid_names=("row",),
+        cluster=(blocks,) * (blocks > 1),
+        cluster_names=("block",) * (blocks > 1),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=REDUCTIONS,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=None if interpret is None else _interpreter(interpret),
@@ -460,6 +593,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
 
 def run(
     interpret: Options | None,
+    sizes: BlockSizes,
     op: Operation,
     stage: Stage,
     operands: Operands,
@@ -474,5 +608,5 @@ def run(
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)
     edits = 0 if tokens.edit_ids is None else tokens.edit_ids.shape[1]
     op = dataclasses.replace(op, head=None, donate=False)  # neither changes the kernel
-    call = Call(op, stage, plans.plan(columns, itemsizes), columns, edits)
+    call = plans.call_of(op, stage, columns, itemsizes, edits, sizes)
     return _run(call, interpret, operands, tokens)
