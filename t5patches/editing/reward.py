@@ -49,7 +49,9 @@ from t5patches.editing.data import (
     with_end,
 )
 from t5patches.editing.programs import (
+    BELOW,
     MAY_DIFFER,
+    WEIGHT,
     Rows,
     State,
     batch_shapes,
@@ -58,13 +60,14 @@ from t5patches.editing.programs import (
     rows_of,
     state_shapes,
     updated,
+    with_head,
 )
 from t5patches.editing.rules import load_callable
 from t5patches.editing.scores import Scorer, try_out
 from t5patches.editing.states import History, States
 from t5patches.model.batches import round_up
 from t5patches.model.folder import load_model
-from t5patches.model.lora import Lora, trained_shapes, weights_fingerprint, with_trained
+from t5patches.model.lora import Lora, weights_fingerprint, with_trained
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -73,7 +76,6 @@ from t5patches.runs.fingerprints import file_fingerprint, fingerprint, json_fing
 from t5patches_kernels import pairwise_reward_loss
 
 RECORD = "reward.json"
-WEIGHT, BELOW = "weight", "below"
 BENEATH = "weights"  # in the record: the fingerprint of the model that the head was trained on
 
 
@@ -265,13 +267,8 @@ class How(NamedTuple):
     lora: Lora | None
 
     def shapes(self, model: LanguageModel) -> tuple[State, Params]:
-        """What is trained with its optimizer, and what it starts from, as shapes.
-
-        What is trained is the `weight` [D] of the head, and `below` it the adapter, or the model.
-        """
-        weight = jax.ShapeDtypeStruct((model.config.emb_dim,), jnp.float32)
-        trained = {WEIGHT: weight, BELOW: dict(trained_shapes(model, self.lora))}
-        state = state_shapes(trained, self.optimizer)
+        """What is trained with its optimizer, and what it starts from, as shapes."""
+        state = state_shapes(with_head(model, self.lora), self.optimizer)
         return state, on_first_device(dict(model.param_shapes()))
 
     @property
@@ -332,9 +329,7 @@ def train_reward(
             found = states.restore(like._asdict(), "history")
             state, history = State(found["params"], found["optimizer"]), found["history"]
         else:
-            weight = jnp.zeros_like(like.params[WEIGHT], device=like.params[WEIGHT].sharding)
-            below = begun(model, base, settings.lora, settings.seed, like.params[BELOW])
-            trained = {WEIGHT: weight, BELOW: below}
+            trained = begun(model, base, settings.lora, settings.seed, like.params)
             state = State(trained, jax.jit(how.optimizer.init)(trained))
         task = (
             progress.add_task("reward", total=steps, completed=first, note="compiling")
