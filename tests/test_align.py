@@ -349,6 +349,7 @@ def test_with_a_value_head_the_score_rises_too(tmp_path):
     assert np.mean(score[-3:]) > 1.3 * np.mean(score[:2])
 
 
+@pytest.mark.slow
 def test_a_value_head_is_gone_on_with(unbroken_by_value, tmp_path):
     scorer = Broken(4, KeyboardInterrupt())  # beyond the first checkpoint
     with pytest.raises(KeyboardInterrupt):
@@ -786,6 +787,16 @@ def test_a_plan_says_what_will_be_made(place, monkeypatch, capsys):
     assert "4 updates of 16 outputs" in said
     assert "memory on each of 1 x" in said
     assert not (place / "out.unfinished").exists()
+
+
+def test_the_plan_is_of_the_programs_that_run(place, caplog):
+    """Of a length that no other test has, with an adapter and a value head."""
+    with jax.log_compiles():
+        assert command("--max-length", "7", "--steps", "1", "--advantages", "value") == 0
+    for program in ("_decode", "read", "update"):
+        assert caplog.text.count(f"Compiling jit({program})") == 1, program
+    card = (place / "out" / "README.md").read_text()
+    assert "Advantages against a value head (explained variance 0.00)" in card
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from t5patches.editing.policy import (
     compiled_update,
     largest_rows,
 )
-from t5patches.editing.programs import MAY_DIFFER, dtype_named, rows_of
+from t5patches.editing.programs import MAY_DIFFER, dtype_named, on_first_device, rows_of
 from t5patches.editing.reward import load_scorer, reward_fingerprint
 from t5patches.editing.scores import Scorer
 from t5patches.editing.train import training_progress
@@ -278,6 +278,7 @@ def _planned(
         max_length=settings.max_length,
         streams=settings.samples,
         sample=True,
+        params=on_first_device(jax.eval_shape(how.params, base, state.params)),
     )
     count = rows * settings.samples
     what = f"{count} outputs at a time, to inputs of {longest} tokens"
