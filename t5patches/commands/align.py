@@ -14,7 +14,8 @@ model's hidden states learns what to expect, and is left out of OUTPUT.
                                 also given what the model was given for each. The module is looked
                                 for where Python looks, and in this directory. An output may be
                                 empty. t5patches.scorers:harmlessness is ready to use
-  --reward DIR                  a reward model, which `t5patches reward` makes
+  --reward DIR                  a reward model, which `t5patches reward` makes; it reads outputs as
+                                far as its positions go
 
 Only an adapter is trained (--lora): the model without it is the original. OUTPUT is a folder of the
 PEFT library, to lie beside the model (`evaluate` takes it with --base), or with --merge a whole

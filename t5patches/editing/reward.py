@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -503,19 +504,28 @@ class Reward:
         """Rewards of outputs.
 
         Args:
-            outputs: N texts.
+            outputs: N texts. One that has more tokens to this model than it has positions, as
+                another model's tokens may be longer, is read as far as these go, with a warning.
             inputs: that each answers.
 
         Returns:
             [N] float32.
 
         Raises:
-            ValueError: one is longer than the model's positions.
+            ValueError: an input is longer than the model's positions.
         """
         pairs = zip(inputs, outputs, strict=True)
-        examples = [whole_output(text, output, self._tokenizer) for text, output in pairs]
+        whole = [whole_output(text, output, self._tokenizer) for text, output in pairs]
+        examples = [self._as_far_as_it_can(example) for example in whole]
         lengths = np.array([(len(e.input_ids), len(e.output_ids)) for e in examples])
         require_positions(self._model.config, *lengths.T)
+        if examples != whole:
+            warnings.warn(
+                f"some outputs have more tokens to the reward model in {self._folder} than it has "
+                f"positions ({self._model.config.max_positions}): they are scored without their "
+                "last words",
+                stacklevel=2,
+            )
         found = np.zeros(len(examples), np.float32)
         pad_id = self._model.config.pad_id
         for rows, batch in example_batches(examples, self._batch_size, pad_id):
@@ -523,6 +533,16 @@ class Reward:
             given = (self._weight, self._params, batch["inputs"], batch["outputs"], ends)
             found[rows] = np.asarray(_rewards(*given, model=self._model))[: len(rows)]
         return found
+
+    def _as_far_as_it_can(self, example: Example) -> Example:
+        """An output that this model has positions for."""
+        positions = self._model.config.max_positions
+        if positions is None:
+            return example
+        # Of the last token the state before it is read: it needs no position of its own.
+        room = max(1, positions - len(example.input_ids) + 1)
+        ids, marked = example.output_ids[:room], example.marked[:room]
+        return dataclasses.replace(example, output_ids=ids, marked=marked)
 
     def require_inputs(self, inputs: Sequence[Inputs], max_length: int) -> None:
         """Refuses inputs that this model cannot be given, before outputs to them are made.
