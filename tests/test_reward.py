@@ -343,7 +343,9 @@ def test_a_reward_model_needs_room_for_the_outputs(tmp_path):
     model = small_decoder(vocab_size=336, width=4, layers=1, begin_id=0, max_positions=9)
     files = {"tokenizer.json": tokenizer_samples.tokenizer_json("byte-level")}
     save_checkpoint(tmp_path / "made", model, model.init(jax.random.key(0)), files=files)
-    head = record_text({"job": {"chat": None}}, np.arange(4), weights_fingerprint(tmp_path / "made"))
+    head = record_text(
+        {"job": {"chat": None}}, np.arange(4), weights_fingerprint(tmp_path / "made")
+    )
     (tmp_path / "made" / "reward.json").write_text(head)
     reward = Reward(tmp_path / "made")
     assert len(reward._tokenizer.encode_prompt("zz")) == 2
