@@ -3,6 +3,8 @@
 import doctest
 import io
 import json
+import pathlib
+import re
 
 import editing_samples
 import jax
@@ -35,6 +37,15 @@ def test_corrections():
     )
     assert answers.stops(said, spans) == "Fire shuts depot."
     assert answers.stops("Brea", [(0, 4)]) == "."  # no empty text, which no file may hold
+
+
+def test_the_line_that_is_shown_is_one(tmp_path):
+    text = (pathlib.Path(__file__).parent.parent / "bench" / "README.md").read_text()
+    (shown,) = re.findall(r"```json\n(.*?corrected_targets.*?)```", text, re.DOTALL)
+    (tmp_path / "answers.jsonl").write_text(shown.replace("\n", ""))
+    (line,) = read_examples(tmp_path / "answers.jsonl", editing_samples.tokenizer())
+    assert [line.outputs[start:end] for start, end in line.spans] == ["Quarley"]
+    assert line.corrected == answers.answers(line.outputs, line.spans)
 
 
 def test_shares_are_of_where_it_was_due():
