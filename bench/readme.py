@@ -15,6 +15,7 @@ import pathlib
 import re
 import textwrap
 
+from bench import answers as answers_
 from bench import common
 from bench.kl_estimates import KINDS, summary
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
@@ -568,6 +569,27 @@ def kl_estimates(result: dict) -> str:
     )
 
 
+def answers(result: dict) -> str:
+    """The table of `python -m bench.answers`."""
+    settings = result["settings"]
+    shown = [answers_.cells(row) for row in result["rows"]]
+    rows = [[row["name"], *of.values()] for row, of in zip(result["rows"], shown, strict=True)]
+    was, now = next(row["example"] for row in result["rows"] if row["name"] == answers_.SHOWN)
+    table = _measured(
+        f"`python -m bench.answers`: {settings['updates']} updates each, Adam, learning rate "
+        f"{settings['learning_rate']:g}; {result['held_out']} held-out inputs. Unwanted, and "
+        "unwanted when sampled: as above. Of the inputs where the original named a place that the "
+        'news does not: the share that is answered, and that stops. The same where it said "in the '
+        'area", and where it named the place that the news states: there an answer is wrong. Clean '
+        "kept: of outputs with nothing unwanted, word for word. KL from the original at unmarked "
+        "tokens. ± standard errors over inputs.",
+        result["setting"],
+        ["", *shown[0]],
+        rows,
+    )
+    return f"{table}\n\n> {was}\n>\n> → {now}"
+
+
 def tutorial(result: dict) -> str:
     """The four commands and what they printed."""
     of_four = result["rows"][: len(COMMANDS)]
@@ -806,6 +828,7 @@ SECTIONS = {
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
     "kl-estimates": ("kl-estimates", kl_estimates),
+    "answers": ("answers", answers),
     "host-cpu": ("host-cpu", host_cpu),
     "ignored": ("ignored", ignored),
     "edit-small": ("edit-small", edit_small),

@@ -48,6 +48,11 @@ class Command(NamedTuple):
 
 
 _SPEAK = "--inputs inputs.txt --rules letters.toml --max-length 5 --batch-size 2"
+_ALIGN = (
+    "align --model model --inputs inputs.txt --scorer kills:letters --steps 2 --inputs-per-step 2 "
+    "--samples 4 --update-size 4 --max-length 4 --lora 2 --most-kl 50 --learning-rate 0.05 "
+    "--checkpoint-every 1 --implementation reference"
+)
 COMMANDS = {
     "annotate": Command(
         f"annotate --model model {_SPEAK} --expand 2 --output made.jsonl",
@@ -67,12 +72,16 @@ COMMANDS = {
         other="--seed 1",
     ),
     "align": Command(
-        "align --model model --inputs inputs.txt --scorer kills:letters --steps 2 "
-        "--inputs-per-step 2 --samples 4 --update-size 4 --max-length 4 --lora 2 --most-kl 50 "
-        "--learning-rate 0.05 --checkpoint-every 1 --implementation reference --output aligned",
+        f"{_ALIGN} --output aligned",
         "aligned",
         again="--resume",
         other="--resume --temperature 2",
+    ),
+    "align by value": Command(
+        f"{_ALIGN} --advantages value --output aligned",
+        "aligned",
+        again="--resume",
+        other="--resume --gamma 0.5",
     ),
     "reward": Command(
         "reward --model model --preferences preferences.jsonl --batch-size 2 --epochs 2 --lora 2 "

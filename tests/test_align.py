@@ -1,5 +1,6 @@
 """`t5patches align`: towards a score, near the original, whatever the scorer does."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,11 +27,14 @@ from t5patches.editing.policy import (
     group_advantages,
     policy_loss,
     read,
+    update,
 )
+from t5patches.editing.programs import BELOW, WEIGHT, State
+from t5patches.editing.values import ValueHead, generalized_advantages, whitened
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import Lora, attached, init_adapter
+from t5patches.model.lora import Lora, attached, init_adapter, trained_shapes
 from t5patches.model.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from t5patches.model.tokenizer_files import load_tokenizer
 
@@ -110,12 +114,13 @@ def some_batch(model, rng, how):
         "inputs": rng.integers(3, vocab, (3, 4)).astype(np.int32),
         "outputs": rng.integers(3, vocab, (3, 5)).astype(np.int32),
         "weights": weights,
-        "advantages": np.array([1.0, -0.5, 2.0], np.float32),
+        "advantages": np.array([[1.0], [-0.5], [2.0]], np.float32),
     }
     reading = jax.jit(functools.partial(read, model=model, how=how))
-    log_probs, _, ref_hidden = reading(adapter, base, batch)
+    found = reading(adapter, base, batch)
     noise = rng.choice([-0.5, -0.1, 0.1, 0.5], (3, 5)).astype(np.float32)
-    batch |= {"old_log_probs": np.asarray(log_probs) + noise, "ref_hidden": ref_hidden}
+    batch |= {name: x for name, x in found.items() if name != "kl"}
+    batch["old_log_probs"] += noise
     return base, adapter, batch
 
 
@@ -153,7 +158,7 @@ def test_the_gradient_is_that_of_the_text_in_float64(model, adapted):
     log_p, log_q = (log_softmax(x, HOW.temperature) for x in (z, r))
     p = np.exp(log_p)
     rho = np.exp((log_p * said).sum(-1) - batch["old_log_probs"])
-    a = np.broadcast_to(batch["advantages"][:, None], rho.shape).astype(np.float64)
+    a = np.broadcast_to(batch["advantages"], rho.shape).astype(np.float64)
     held = ((a > 0) & (rho > 1.3)) | ((a < 0) & (rho < 0.8))
     kl = (p * (log_p - log_q)).sum(-1, keepdims=True)
     w = batch["weights"].astype(np.float64)
@@ -172,10 +177,10 @@ def test_the_gradient_is_that_of_the_text_in_float64(model, adapted):
 
     loss_of = functools.partial(policy_loss, model=model, how=how)
     graded = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-    (loss, share), found = graded(adapter, base, batch, text, jnp.float32(0.3))
+    (loss, more), found = graded(adapter, base, batch, text, jnp.float32(0.3))
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert share == pytest.approx((w * held).sum() / w.sum())
-    assert 0 < share < 1
+    assert more["clipped"] == pytest.approx((w * held).sum() / w.sum())
+    assert 0 < more["clipped"] < 1
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * largest, rtol=1e-4)
@@ -203,6 +208,98 @@ def test_the_coefficient_keeps_to_a_target():
     np.testing.assert_allclose(betas, [0.1, 0.1 * 0.8, 0.1 * 0.8 * 1.1, 0.1 * 0.8 * 1.1 * 1.2])
 
 
+def test_advantages_by_values_are_those_of_the_recursion():
+    """By hand, each output alone and no longer than it is."""
+    rng = np.random.default_rng(0)
+    lengths, gamma, lam = (6, 1, 4), 0.9, 0.7
+    weights = (np.arange(6) < np.array(lengths)[:, None]).astype(np.float32)
+    values, rewards = rng.standard_normal((3, 6)).astype(np.float32), rng.standard_normal(3)
+    advantages, returns = generalized_advantages(rewards, values, weights, gamma, lam)
+    for row, length in enumerate(lengths):
+        v = [float(x) for x in values[row, :length]] + [0.0]
+        expected = [0.0] * (length + 1)
+        for t in reversed(range(length)):
+            reward = rewards[row] if t == length - 1 else 0.0
+            expected[t] = reward + gamma * v[t + 1] - v[t] + gamma * lam * expected[t + 1]
+        np.testing.assert_allclose(advantages[row, :length], expected[:length], rtol=1e-12)
+        assert not advantages[row, length:].any()
+        assert not returns[row, length:].any()
+    np.testing.assert_allclose(returns[weights > 0], (advantages + values)[weights > 0])
+    # With gamma and lambda 1 it is the reward that a value is compared with.
+    advantages, returns = generalized_advantages(rewards, values, weights, 1.0, 1.0)
+    np.testing.assert_allclose(returns, rewards[:, None] * weights, atol=1e-7)
+    white = whitened(advantages, weights)
+    assert white.dtype == np.float32
+    assert white[weights > 0].mean() == pytest.approx(0, abs=1e-6)
+    assert white[weights > 0].std() == pytest.approx(1, rel=1e-3)
+    assert not white[weights == 0].any()
+    assert not whitened(np.full((3, 6), 0.1), weights).any()
+
+
+def test_values_are_learnt_by_the_clipped_loss():
+    """Where advantages are 0 and the KL costs nothing there is no other loss."""
+    rng = np.random.default_rng(1)
+    model, head = SOFTCAPPED, ValueHead(coefficient=0.4, clip=0.3)
+    how = HOW._replace(value=head, kl_coefficient=0.0, learning_rate=0.01)
+    base, adapter, batch = some_batch(model, rng, HOW)
+    trained = {WEIGHT: jnp.asarray(0.3 * rng.standard_normal(16), jnp.float32), BELOW: adapter}
+    found = jax.jit(functools.partial(read, model=model, how=how))(trained, base, batch)
+    hidden = jax.jit(model.hidden)(attached(base, adapter, how.lora), batch)
+    hidden, weight = (np.asarray(x, np.float64) for x in (hidden, trained[WEIGHT]))
+    values = hidden @ weight
+    np.testing.assert_allclose(found["old_values"], values, rtol=1e-4, atol=1e-5)
+    old = values + rng.choice([-0.5, -0.1, 0.1, 0.5], values.shape)
+    returns = values + rng.choice([-1.0, 1.0], values.shape)
+    w, count = batch["weights"].astype(np.float64), batch["weights"].sum()
+    own = (values - returns) ** 2
+    held = (np.clip(values, old - 0.3, old + 0.3) - returns) ** 2
+    assert (w * (held > own)).any()
+    assert (w * (held < own)).any()
+    near = (np.abs(values - old) <= 0.3) | (own >= held)
+    expected = np.einsum("bl,bld->d", w * np.where(near, values - returns, 0), hidden) / count
+
+    batch |= {"advantages": 0 * batch["advantages"], "returns": returns.astype(np.float32)}
+    learning = jax.jit(functools.partial(update, model=model, how=how))
+    state = State(trained, how.optimizer.init(trained))
+    with jax.numpy_dtype_promotion("standard"):
+        first, metrics = learning(state, base, batch | {"old_values": np.float32(old)}, {}, 0.0)
+        assert metrics["value_loss"] == pytest.approx(
+            0.5 * (w * np.maximum(own, held)).sum() / count, rel=1e-4
+        )
+        assert metrics["loss"] == pytest.approx(0.4 * float(metrics["value_loss"]), rel=1e-5)
+        gradient = jax.tree.map(lambda x: x / (1 - 0.9), first.optimizer[0].mu)  # as Adam keeps it
+        np.testing.assert_allclose(gradient[WEIGHT], 0.4 * expected, rtol=1e-3, atol=1e-5)
+        # What is below the head learns too.
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient[BELOW])) > 1e-4
+        # Updates bring it down, where no value has gone far enough on its way.
+        losses = []
+        for _ in range(8):
+            given = batch | {"old_values": batch["returns"]}
+            state, metrics = learning(state, base, given, {}, 0.0)
+            losses.append(float(metrics["value_loss"]))
+    assert losses[:5] == sorted(losses[:5], reverse=True)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_rewards_are_counted_in_the_first_steps_deviations():
+    settings = dataclasses.replace(SETTINGS, value=ValueHead(gamma=1.0, lam=1.0))
+    history = {"score": [10.0, 30.0], "deviation": [4.0, 100.0]}
+    arrays = {"old_values": np.zeros((2, 1), np.float32), "weights": np.ones((2, 1), np.float32)}
+    scores = np.array([[10.0, 18.0]])
+    found, more = policy_module._with_advantages(arrays, scores, history, settings)
+    np.testing.assert_array_equal(found["returns"], [[0.0], [2.0]])
+    np.testing.assert_allclose(found["advantages"], [[-1.0], [1.0]], rtol=1e-3)
+    assert more == {"explained_variance": 0.0}
+
+
+def test_one_output_to_each_input_is_compared_with_the_other_inputs():
+    policy_module._require_differences(np.array([[1.0], [2.0]]))
+    with pytest.raises(
+        ValueError, match=r"the first step's outputs have one score \(such as 1 for"
+    ):
+        policy_module._require_differences(np.array([[1.0], [1.0]]))
+
+
 # --- A run ----------------------------------------------------------------------------------------
 
 
@@ -219,6 +316,45 @@ def test_the_score_rises_and_the_kl_begins_at_0(unbroken):
     assert all(1 <= x <= 8 for x in history["length"])
     assert unbroken.collapse is None
     assert unbroken.steps == 8
+
+
+BY_VALUE = dataclasses.replace(SETTINGS, value=ValueHead(), steps=4)
+
+
+@pytest.fixture(scope="module")
+def unbroken_by_value(tmp_path_factory):
+    """One with a value head."""
+    return run(tmp_path_factory.getbasetemp() / "by-value", settings=BY_VALUE)
+
+
+def test_what_is_told_and_left_of_a_value_head(unbroken_by_value):
+    history = unbroken_by_value.history
+    measured = ("score", "kl", "length", "same", "kl_coefficient", "deviation")
+    assert {name: len(x) for name, x in history.items()} == {
+        **dict.fromkeys(measured, 5),
+        **dict.fromkeys(("loss", "clipped", "value_loss", "explained_variance"), 4),
+    }
+    assert history["explained_variance"][0] == 0  # the head is zero
+    assert all(history["explained_variance"][1:])
+    # The head is no part of what is left.
+    expected = trained_shapes(TINY, SETTINGS.lora)
+    assert jax.tree.structure(unbroken_by_value.params) == jax.tree.structure(dict(expected))
+
+
+@pytest.mark.slow
+def test_with_a_value_head_the_score_rises_too(tmp_path):
+    """Also with one output to each input."""
+    settings = dataclasses.replace(BY_VALUE, steps=8, samples=1, inputs_per_step=16)
+    score = run(tmp_path / "run", settings=settings).history["score"]
+    assert np.mean(score[-3:]) > 1.3 * np.mean(score[:2])
+
+
+@pytest.mark.slow
+def test_a_value_head_is_gone_on_with(unbroken_by_value, tmp_path):
+    scorer = Broken(4, KeyboardInterrupt())  # beyond the first checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", scorer, BY_VALUE)
+    assert_same(run(tmp_path / "run", scorer, BY_VALUE), unbroken_by_value)
 
 
 @pytest.mark.slow
@@ -379,7 +515,11 @@ def test_another_run_is_refused(unbroken, tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 1}, "samples is 1: at least 2 is needed"),
+        ({"samples": 1}, "samples is 1: at least 2 is needed, as .* compared .*--advantages value"),
+        (
+            {"samples": 1, "inputs_per_step": 1, "update_size": 1, "value": ValueHead()},
+            "a step has 1 output, and nothing to compare it with",
+        ),
         ({"temperature": 0.0}, "temperature is 0.0: a number above 0 is needed"),
         ({"update_size": 5}, "update_size is 5 and a step has 64 outputs"),
         ({"clip": (1.5, 0.2)}, "clip is"),
@@ -618,6 +758,12 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "update_size is 5" in refused("--update-size", "5")
     assert "dtype is 'float16'" in refused("--dtype", "float16")
     assert "need one another" in refused("--fim", "0.5")
+    said = refused("--gamma", "0.9", "--gae-lambda", "1")
+    assert "--gamma, --gae-lambda: of a value head alone; give --advantages value too" in said
+    assert "samples is 1: at least 2 is needed" in refused("--samples", "1")
+    value = ("--advantages", "value")
+    assert "lam is 1.5: a number from 0 to 1" in refused(*value, "--gae-lambda", "1.5")
+    assert "clip is 0.0: a number above 0" in refused(*value, "--value-clip", "0")
     fim = ("--fim", "0.5", "--fim-sentinels", "<a>", "<b>", "<c>")
     assert "fim transforms other text, and there is none (--pretraining)" in refused(*fim)
     assert "no special token '<a>'" in refused(*fim, "--pretraining", "text.txt")
@@ -634,12 +780,23 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
 
 def test_a_plan_says_what_will_be_made(place, monkeypatch, capsys):
     monkeypatch.setattr(align_module, "load_checkpoint", None)
-    assert command("--plan") == 0
+    assert command("--plan", "--advantages", "value", "--gamma", "0.9") == 0
     said = capsys.readouterr().out
+    assert "advantages against a value head (gamma 0.9, lambda 0.95)" in said
     assert "2 steps of 4 of 4 inputs, 8 outputs to each: 96 outputs of at most 8 tokens" in said
     assert "4 updates of 16 outputs" in said
     assert "memory on each of 1 x" in said
     assert not (place / "out.unfinished").exists()
+
+
+def test_the_plan_is_of_the_programs_that_run(place, caplog):
+    """Of a length that no other test has, with an adapter and a value head."""
+    with jax.log_compiles():
+        assert command("--max-length", "7", "--steps", "1", "--advantages", "value") == 0
+    for program in ("_decode", "read", "update"):
+        assert caplog.text.count(f"Compiling jit({program})") == 1, program
+    card = (place / "out" / "README.md").read_text()
+    assert "Advantages against a value head (explained variance 0.00)" in card
 
 
 @pytest.mark.slow

@@ -95,3 +95,10 @@ def test_what_is_longer_than_the_positions_is_told(place, capsys):
     assert run(*call, "--max-length", 10) == 2
     assert "has 12 positions" in capsys.readouterr().err
     assert not (place / "none.jsonl").exists()
+    # A correction that answers may be longer than what it corrects: told before weights are read.
+    line = {"inputs": "a", "outputs": "ab", "spans": [[0, 1]], "corrected_targets": "ab " * 9}
+    (place / "answers.jsonl").write_text(json.dumps(line))
+    call = ("edit", "--model", place / "short", "--data", place / "answers.jsonl")
+    for objective in ("ce", "dpo"):
+        assert run(*call, "--objective", objective, "--output", place / "none", "--plan") == 2
+        assert "has 12 positions" in capsys.readouterr().err

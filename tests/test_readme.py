@@ -1,8 +1,11 @@
 """What README.md says is run, its numbers are those stored, and ten minutes are enough for it."""
 
+import argparse
+import importlib
 import inspect
 import pathlib
 import re
+import shlex
 import subprocess
 
 import editing_samples
@@ -10,7 +13,7 @@ import jax
 import pytest
 
 import t5patches_kernels
-from bench import readme
+from bench import readme, tutorial
 from t5patches import cli, commands, editing
 from t5patches_kernels.core.objectives import TARGETED_NEGATIVE
 
@@ -61,6 +64,55 @@ def test_commands_and_flags_exist(capsys):
     assert flags
     for flag in flags:
         assert any(flag in shown for shown in helps.values()), flag
+
+
+def commands_shown():
+    """The whole command lines of both documents and of the commands' own help."""
+    texts = [document.read_text() for document in readme.DOCUMENTS]
+    modules = [importlib.import_module(f"t5patches.commands.{name}") for name in commands.NAMES]
+    texts += [inspect.getdoc(module) for module in modules]
+    found = re.findall(r"^(?:\$| ) (t5patches (?:.*\\\n)*.*)", "\n".join(texts), re.MULTILINE)
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("line", commands_shown(), ids=lambda line: " ".join(line.split()[1:3]))
+def test_command_lines_are_understood(line):
+    cli._parser().parse_args(tutorial.words(line))
+
+
+@DOCUMENTS
+def test_options_with_their_values_are_understood(document):
+    """Such as `--lora 8`, or `t5patches edit --cache-teacher DIR`, amid the text."""
+    (subparsers,) = cli._parser()._subparsers._group_actions
+    said = re.findall(r"`(?:t5patches ([a-z]+) )?(--[^`]+)`", document.read_text())
+    assert said
+    for command, given in said:
+        option, *_ = words = shlex.split(given)
+        parsers = [subparsers.choices[command]] if command else subparsers.choices.values()
+        actions = [
+            action for p in parsers for action in p._actions if option in action.option_strings
+        ]
+        assert actions, given
+        named = len(words) == 1
+        assert named or any(understood(action, words) for action in actions), given
+
+
+def understood(action, words):
+    alone = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+    alone._add_action(action)
+    try:
+        return not alone.parse_known_args(words)[1]
+    except argparse.ArgumentError:
+        return False
+
+
+def test_what_is_not_understood_is_found():
+    (subparsers,) = cli._parser()._subparsers._group_actions
+    actions = {o: a for a in subparsers.choices["edit"]._actions for o in a.option_strings}
+    for given in ("--lora 8", "--until 0.02", "--keep FILE", "--plan", "--distributed a:1 2 0"):
+        assert understood(actions[given.split()[0]], given.split()), given
+    for given in ("--lora x", "--until soon", "--keep", "--plan 3", "--chat sometimes"):
+        assert not understood(actions[given.split()[0]], given.split()), given
 
 
 def test_the_table_of_losses_names_every_objective_and_its_function():

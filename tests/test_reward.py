@@ -343,13 +343,25 @@ def test_a_reward_model_needs_room_for_the_outputs(tmp_path):
     model = small_decoder(vocab_size=336, width=4, layers=1, begin_id=0, max_positions=9)
     files = {"tokenizer.json": tokenizer_samples.tokenizer_json("byte-level")}
     save_checkpoint(tmp_path / "made", model, model.init(jax.random.key(0)), files=files)
-    head = record_text({"job": {"chat": None}}, np.zeros(4), weights_fingerprint(tmp_path / "made"))
+    head = record_text(
+        {"job": {"chat": None}}, np.arange(4), weights_fingerprint(tmp_path / "made")
+    )
     (tmp_path / "made" / "reward.json").write_text(head)
     reward = Reward(tmp_path / "made")
     assert len(reward._tokenizer.encode_prompt("zz")) == 2
     reward.require_inputs(["z", "zz"], 7)  # and an end token, which is read of no place of its own
     with pytest.raises(ValueError, match="cannot be given input 2: a prompt has 2 tokens and its"):
         reward.require_inputs(["z", "zz"], 8)
+    # What is longer all the same, as another tokenizer counts otherwise, is read as far as it goes.
+    said = "xqzjkvwyxqzj"
+    assert len(reward._tokenizer.encode(said).ids) == len(said)
+    fits = reward([said[:7]], ["zz"])
+    with pytest.warns(UserWarning, match=r"positions \(9\): they are scored without their last w"):
+        longer = reward([said, said[:6]], ["zz", "zz"])
+    assert longer[0] == pytest.approx(fits[0], rel=1e-5)
+    assert longer[1] != pytest.approx(fits[0], rel=1e-3)
+    with pytest.raises(ValueError, match="a prompt has 10 tokens and its output may have 1"):
+        reward(["z"], ["z" * 10])
 
 
 def test_what_is_wrong_is_told_before_weights_are_read(place, tmp_path, monkeypatch, capsys):

@@ -5,14 +5,17 @@ tokens, `annotate` and `edit` are cheaper and change less.)
 
 Each step samples several outputs to some of the inputs, has them scored, and updates the model:
 towards outputs that score higher than the others to the same input, and not far from the original,
-by the exact KL divergence of every token's distribution (GRPO, with PPO's clip).
+by the exact KL divergence of every token's distribution (GRPO, with PPO's clip). With
+--advantages value it goes towards tokens of which more came than was expected (PPO): a head on the
+model's hidden states learns what to expect, and is left out of OUTPUT.
 
   --scorer my_module:function   function(outputs) takes a list of texts and returns as many numbers,
                                 the higher the better; with a second parameter named `inputs` it is
                                 also given what the model was given for each. The module is looked
                                 for where Python looks, and in this directory. An output may be
                                 empty. t5patches.scorers:harmlessness is ready to use
-  --reward DIR                  a reward model, which `t5patches reward` makes
+  --reward DIR                  a reward model, which `t5patches reward` makes; it reads outputs as
+                                far as its positions go
 
 Only an adapter is trained (--lora): the model without it is the original. OUTPUT is a folder of the
 PEFT library, to lie beside the model (`evaluate` takes it with --base), or with --merge a whole
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scored.add_argument("--reward", metavar="DIR", help="scores outputs, see above")
     common.add_run_options(parser, "--remat and ")
     _add_steps(parser.add_argument_group("steps"))
+    _add_advantages(parser.add_argument_group("advantages"))
     _add_closeness(parser.add_argument_group("what it keeps to"))
     adapter = parser.add_argument_group("adapter")
     common.add_adapter_options(adapter, 8)
@@ -70,7 +74,7 @@ def _add_steps(group: Any) -> None:
     for name, what, default in (
         ("--steps", "times to sample, score and update", 50),
         ("--inputs-per-step", "inputs that are answered in a step", 8),
-        ("--samples", "outputs to each of them, which are compared with one another", 8),
+        ("--samples", "outputs to each of them, compared with one another or with a value", 8),
         ("--update-size", "outputs in an update; it divides those of a step", 32),
         ("--epochs", "times that a step's outputs are learnt from", 1),
     ):
@@ -91,6 +95,29 @@ def _add_steps(group: Any) -> None:
     group.add_argument(
         "--learning-rate", metavar="RATE", type=float, default=3e-4, help="of Adam (default: "
         "0.0003, for adapters; all parameters want a tenth or less)")  # fmt: skip
+
+
+def _add_advantages(group: Any) -> None:
+    group.add_argument(
+        "--advantages",
+        metavar="KIND",
+        choices=("group", "value"),
+        default="group",
+        help="group or value: of an output, against the others to the same input, or of each of "
+        "its tokens, against a value head (default: group)",
+    )
+    for name, what, default in (
+        ("--value-coefficient", "what the loss of its values counts", 0.1),
+        ("--value-clip", "how far a value may go in a step, in deviations of the score", 0.2),
+        ("--gamma", "what a token later counts, of one now", 1),
+        ("--gae-lambda", "1 compares what came with the value, 0 one value with the next", 0.95),
+    ):
+        group.add_argument(
+            name,
+            metavar="X",
+            type=float,
+            help=f"with a value head: {what} (default: {default})",
+        )
 
 
 def _add_closeness(group: Any) -> None:
@@ -191,6 +218,7 @@ def run(options: argparse.Namespace) -> int:
     from t5patches.editing.policy import PolicySettings, Stopped
 
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
+    given["value"] = _value(options)
     settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}
     inputs = [source.inputs for source in read_sources(options, options.model)]
     given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
@@ -222,6 +250,21 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _value(options: argparse.Namespace) -> Any:
+    """The value head that is asked for; None where advantages are within the group."""
+    from t5patches.editing.values import ValueHead
+
+    of = {"value_coefficient": "coefficient", "value_clip": "clip"}
+    of |= {"gamma": "gamma", "gae_lambda": "lam"}
+    given = {name: getattr(options, name) for name in of if getattr(options, name) is not None}
+    if options.advantages == "value":
+        return ValueHead(**{of[name]: x for name, x in given.items()})
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names}: of a value head alone; give --advantages value too")
+    return None
 
 
 def _fim(options: argparse.Namespace) -> Any:

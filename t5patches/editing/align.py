@@ -41,7 +41,7 @@ from t5patches.editing.policy import (
     compiled_update,
     largest_rows,
 )
-from t5patches.editing.programs import MAY_DIFFER, dtype_named, rows_of
+from t5patches.editing.programs import MAY_DIFFER, dtype_named, on_first_device, rows_of
 from t5patches.editing.reward import load_scorer, reward_fingerprint
 from t5patches.editing.scores import Scorer
 from t5patches.editing.train import training_progress
@@ -225,6 +225,11 @@ def _checked(job: Job, read: _Read) -> Checked:
         f"tokens to sample and score, {settings.steps * settings.updates} updates of "
         f"{settings.update_size} outputs"
     ]
+    if settings.value is not None:
+        notes.append(
+            f"advantages against a value head (gamma {settings.value.gamma:g}, lambda "
+            f"{settings.value.lam:g})"
+        )
     if pretraining is not None:
         notes.append(f"beside each update {settings.update_size} of "
                      f"{len(pretraining['inputs'])} other texts")  # fmt: skip
@@ -273,6 +278,7 @@ def _planned(
         max_length=settings.max_length,
         streams=settings.samples,
         sample=True,
+        params=on_first_device(jax.eval_shape(how.params, base, state.params)),
     )
     count = rows * settings.samples
     what = f"{count} outputs at a time, to inputs of {longest} tokens"
@@ -336,6 +342,9 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     kept = f"coefficient {settings.kl_coefficient:g}"
     if settings.target_kl is not None:
         kept += f" at first, adapted towards {settings.target_kl:g} nats a token"
+    against = "the other outputs to the same input"
+    if settings.value is not None:
+        against = f"a value head (explained variance {history['explained_variance'][-1]:.2f})"
     collapse = f"- It ended early: {record['collapse']}.\n" if record["collapse"] else ""
     return card_with(
         job.model,
@@ -345,6 +354,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
         f"- {trained}: {record['steps']} steps of {settings.inputs_per_step} inputs with "
         f"{settings.samples} outputs each at temperature {settings.temperature:g}, Adam, learning "
         f"rate {settings.learning_rate:g}, seed {settings.seed}.\n"
+        f"- Advantages against {against}.\n"
         f"- Kept close to the model it was made from by the exact KL, {kept}.\n"
         f"- Score {history['score'][0]:.4g} at first, {history['score'][-1]:.4g} at last; KL "
         f"{history['kl'][-1]:.4g} nats a token; outputs of {history['length'][0]:.1f} tokens at "

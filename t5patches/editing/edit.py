@@ -27,6 +27,7 @@ from t5patches.editing.data import (
     Example,
     Limits,
     Source,
+    corrected_examples,
     read_examples,
     read_kept,
     to_arrays,
@@ -270,6 +271,8 @@ def check(job: Job) -> Checked:
             item = _to_be_said(item.inputs, most, tokenizer)
         examples.append(item)
     given = [*marked, *examples[first:]]
+    if settings.objective in ("ce", "dpo"):  # which train on corrections, that may be longer
+        given += corrected_examples(examples[:first], tokenizer)
     lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in given])
     require_positions(model.config, *lengths.T)
     if unsaid:

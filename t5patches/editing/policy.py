@@ -6,9 +6,10 @@ same input,
 
 .. math:: A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-4}}
 
-(GRPO; no value head). Updates then raise the probability of the tokens of outputs with a positive
-advantage and lower that of the others, by PPO's clipped loss with the exact divergence from the
-original, averaged over tokens:
+(GRPO; no value head), or each of its tokens has one of its own, by a value head (PPO, see
+`t5patches.editing.values`; over a step's tokens they are brought to mean 0 and variance 1). Updates
+then raise the probability of tokens with a positive advantage and lower that of the others, by
+PPO's clipped loss with the exact divergence from the original, averaged over tokens:
 
 .. math:: \frac{1}{\sum_t w_t} \sum_t w_t
     \left[-\min(\rho_t A, \mathrm{clip}(\rho_t) A) + \beta\, KL(p_t, q_t)\right]
@@ -42,7 +43,9 @@ from rich.progress import Progress
 from t5patches.editing.annotate import until_end
 from t5patches.editing.data import Batch, batch_indices, pad_rows
 from t5patches.editing.programs import (
+    BELOW,
     MAY_DIFFER,
+    WEIGHT,
     Rows,
     State,
     batch_shapes,
@@ -51,12 +54,20 @@ from t5patches.editing.programs import (
     rows_of,
     state_shapes,
     updated,
+    with_head,
 )
 from t5patches.editing.scores import Scorer, ScorerError, score
 from t5patches.editing.states import History, States
+from t5patches.editing.values import (
+    ValueHead,
+    explained_variance,
+    generalized_advantages,
+    value_loss,
+    whitened,
+)
 from t5patches.model.batches import round_up
 from t5patches.model.generate import generate
-from t5patches.model.lora import Lora, trained_shapes, with_trained
+from t5patches.model.lora import Lora, with_trained
 from t5patches.model.protocol import LanguageModel, OutputHead, Params
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -68,7 +79,7 @@ from t5patches_kernels import (
 )
 
 REF_HIDDEN = "ref_hidden"
-MEASURED = ("score", "kl", "length", "same", "kl_coefficient")
+LEARNT = ("loss", "clipped", "value_loss", "explained_variance")  # the others are measured first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,8 @@ class PolicySettings:
     Attributes:
         steps: times to sample, score and update.
         inputs_per_step: inputs that are answered in a step.
-        samples: outputs to each of them, which are compared with one another.
+        samples: outputs to each of them, which are compared with one another; with a value head one
+            is enough.
         max_length: tokens that an output may have.
         temperature: that outputs are sampled at.
         batch_size: outputs made at a time.
@@ -91,6 +103,8 @@ class PolicySettings:
         target_kl: None keeps `kl_coefficient`. Nats a token: after each step beta is multiplied by
             ``1 + clip(KL / target - 1, -0.2, 0.2)``.
         pretraining_weight: what a token of other text counts, where there is such text.
+        value: a head that says what an output is going to score: advantages are by how much more
+            comes of a token; None has them within the outputs to an input.
         most_kl: nats a token, above which the model has collapsed.
         most_length_change: a factor; the mean length of outputs, times or divided by it, beyond
             which the model has collapsed.
@@ -115,6 +129,7 @@ class PolicySettings:
     pretraining_weight: float = 1.0
     most_kl: float = 1.0
     most_length_change: float = 4.0
+    value: ValueHead | None = None
     lora: Lora | None = Lora(8)  # noqa: RUF009 (it is frozen)
     seed: int = 0
     checkpoint_every: int = 5
@@ -125,6 +140,14 @@ class PolicySettings:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
+        if self.value is None and self.samples < 2:
+            raise ValueError(
+                f"samples is {self.samples}: at least 2 is needed, as the outputs to an input are "
+                "compared with one another; with a value head (--advantages value) one is enough"
+            )
+        if self.outputs < 2:
+            raise ValueError("a step has 1 output, and nothing to compare it with: give more inputs"
+                             " or samples a step")  # fmt: skip
         for name in _ABOVE_0:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -159,7 +182,7 @@ class PolicySettings:
 _LEAST = {
     "steps": 1,
     "inputs_per_step": 1,
-    "samples": 2,
+    "samples": 1,
     "max_length": 1,
     "batch_size": 1,
     "update_size": 1,
@@ -185,9 +208,11 @@ class Aligned(NamedTuple):
         history: for every step, of the model before its updates, `score` (mean over outputs),
             `kl` (mean over tokens of the exact divergence from the original, nats), `length`
             (tokens, mean over outputs), `same` (the share of inputs to which all outputs have one
-            score, and nothing is learnt from) and `kl_coefficient`; then `loss` and `clipped` (the
-            share of tokens that the clip holds), means over its updates. The first five have one
-            number more: they are also measured of the model that training made.
+            score, and nothing is learnt from in the group) and `kl_coefficient`; then `loss` and
+            `clipped` (the share of tokens that the clip holds), means over its updates. With a
+            value head also `deviation` (of the scores of a step's outputs), then `value_loss` and
+            `explained_variance` (of what values have become, by the values before). What is
+            measured before the updates has one number more: of the model that training made.
         collapse: why training ended early, in words; None where it did not.
     """
 
@@ -207,6 +232,7 @@ class How(NamedTuple):
     pretraining_weight: float
     lora: Lora | None
     implementation: str | None
+    value: ValueHead | None = None
 
     @classmethod
     def of(cls, settings: PolicySettings) -> How:
@@ -216,8 +242,18 @@ class How(NamedTuple):
 
     def shapes(self, model: LanguageModel) -> tuple[State, Params]:
         """What is trained with its optimizer, and the original, as shapes; nothing is made."""
-        state = state_shapes(trained_shapes(model, self.lora), self.optimizer)
+        headed = with_head(model, self.lora)
+        trained = self.below(headed) if self.value is None else headed
+        state = state_shapes(trained, self.optimizer)
         return state, on_first_device(dict(model.param_shapes()))
+
+    def below(self, trained: Params) -> Params:
+        """Of what is trained, the adapter's or the model's parameters: all but a value head."""
+        return trained.get(BELOW, trained)
+
+    def params(self, base: Params, trained: Params) -> Params:
+        """The parameters of the model in training, as the network takes them."""
+        return with_trained(base, self.below(trained), self.lora)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -230,7 +266,7 @@ class _Sampled(NamedTuple):
 
     inputs: list[Inputs]  # that each is the answer to
     texts: list[str]
-    arrays: Batch  # inputs, outputs, weights; old_log_probs and ref_hidden by teacher forcing
+    arrays: Batch  # inputs, outputs, weights; by teacher forcing what `read` finds, but for the KL
     kl: float  # nats, mean over tokens
     length: float  # tokens, mean over outputs
 
@@ -327,10 +363,11 @@ def align(
                 states.save(step, state._asdict(), {"history": history})
             if step < settings.steps:
                 beta = history["kl_coefficient"][-1]
-                state, metrics = run.learn(state, sampled, group_advantages(scores), beta, step)
-                _append(history, metrics)
+                arrays, metrics = _with_advantages(sampled.arrays, scores, history, settings)
+                state, more = run.learn(state, arrays, beta, step)
+                _append(history, more | metrics)
         if collapse is None:
-            return Aligned(state.params, settings.steps, history, None)
+            return Aligned(run.below(state), settings.steps, history, None)
         if not states.latest:
             raise FloatingPointError(
                 f"{collapse}, and of the steps before no state is kept: lower the learning rate, "
@@ -338,9 +375,9 @@ def align(
             )
         state, _ = run.restored(states)
         # That of the checkpoint lacks what was measured of its state where a scorer failed there.
-        measured = _before({name: history[name] for name in MEASURED}, states.latest + 1)
-        history = _before(history, states.latest) | measured
-        return Aligned(state.params, states.latest, history, collapse)
+        measured = {name: values for name, values in history.items() if name not in LEARNT}
+        history = _before(history, states.latest) | _before(measured, states.latest + 1)
+        return Aligned(run.below(state), states.latest, history, collapse)
 
 
 class Run:
@@ -380,6 +417,10 @@ class Run:
         params = begun(self._model, self._base, lora, seed, like)
         return State(params, jax.jit(self._how.optimizer.init)(params))
 
+    def below(self, state: State) -> Params:
+        """What was trained, without a value head."""
+        return self._how.below(state.params)
+
     def restored(self, states: States) -> tuple[State, History]:
         """The latest state there is, and the history up to it."""
         like = self._how.shapes(self._model)[0]
@@ -395,7 +436,7 @@ class Run:
         inputs = pad_rows(prompts, pad_id, round_up(max(map(len, prompts)), longest))
         generated = generate(
             self._model,
-            with_trained(self._base, state.params, self._how.lora),
+            self._how.params(self._base, state.params),
             inputs,
             max_length=settings.max_length,
             prefixes=np.zeros((len(rows), settings.samples, 0), np.int32),
@@ -417,8 +458,8 @@ class Run:
             program = compiled_reading(self._model, self._how, rows_of(part))
             found = jax.block_until_ready(program(state.params, self._base, part))
             parts.append(jax.tree.map(np.asarray, found))
-        old_log_probs, kl, ref_hidden = map(np.concatenate, zip(*parts, strict=True))
-        arrays |= {"old_log_probs": old_log_probs, REF_HIDDEN: ref_hidden}
+        arrays |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        kl = arrays.pop("kl")
         return _Sampled(
             inputs=[self._inputs[i] for i in rows for _ in range(settings.samples)],
             texts=[self._tokenizer.decode(ids).text for ids in said],
@@ -428,11 +469,10 @@ class Run:
         )
 
     def learn(
-        self, state: State, sampled: _Sampled, advantages: np.ndarray, beta: float, step: int
+        self, state: State, arrays: Batch, beta: float, step: int
     ) -> tuple[State, dict[str, float]]:
         """Makes a step's updates; the memory of the state is given away."""
         settings = self._settings
-        arrays = sampled.arrays | {"advantages": advantages.reshape(-1)}
         order = np.random.default_rng([settings.seed, step])
         found: list[dict[str, Any]] = []
         for rows in np.concatenate(
@@ -459,7 +499,7 @@ class Run:
 
 def read(
     trained: Params, base: Params, batch: Mapping[str, jax.Array], *, model: LanguageModel, how: How
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> dict[str, jax.Array]:
     """Reads outputs by the model that said them and by the original, as the update does.
 
     Args:
@@ -470,13 +510,15 @@ def read(
         how: see `How`.
 
     Returns:
-        The tokens' log-probabilities [B, L], the exact divergences KL(model, original) [B, L],
-        0 where a token does not count, and the original's hidden states [B, L, D].
+        `old_log_probs` [B, L], of the tokens, and `kl` [B, L], the exact divergences KL(model,
+        original), 0 where a token does not count; `ref_hidden` [B, L, D], the original's hidden
+        states; with a value head `old_values` [B, L].
     """
-    params, counts = with_trained(base, trained, how.lora), batch["weights"] > 0
+    params, counts = how.params(base, trained), batch["weights"] > 0
     head, ref_hidden = model.head(params), model.hidden(base, batch)
+    hidden = model.hidden(params, batch)
     found: Any = linear_token_statistics(
-        model.hidden(params, batch),
+        hidden,
         head.kernel,
         batch["outputs"],
         ref_hidden,
@@ -485,7 +527,8 @@ def read(
         implementation=how.implementation,
     )
     log_prob, kl = (jnp.where(counts, x, 0.0) for x in (found.log_prob, found.kl))
-    return log_prob, kl, ref_hidden
+    read_ = {"old_log_probs": log_prob, "kl": kl, REF_HIDDEN: ref_hidden}
+    return read_ if how.value is None else read_ | {"old_values": _values(trained, hidden)}
 
 
 def policy_loss(
@@ -497,14 +540,15 @@ def policy_loss(
     *,
     model: LanguageModel,
     how: How,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of an update, see the module.
 
     Args:
         trained: what is trained.
         base: parameters of the original.
         batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, L], `ref_hidden`
-            [B, L, D], `advantages` [B].
+            [B, L, D], `advantages` [B, 1] or [B, L]; with a value head `old_values` and `returns`
+            [B, L].
         text: other text, `inputs`, `outputs` and `weights`, whose mean cross-entropy is added;
             empty for none.
         beta: what a nat of divergence costs, where that is adapted.
@@ -512,18 +556,19 @@ def policy_loss(
         how: see `How`.
 
     Returns:
-        The loss, and the share of tokens that the clip holds.
+        The loss, and of it `clipped`, the share of tokens that the clip holds, and with a value
+        head `value_loss`.
     """
-    params, weights = with_trained(base, trained, how.lora), batch["weights"]
-    head, count = model.head(params), weights.sum()
+    params, weights = how.params(base, trained), batch["weights"]
+    head, count, hidden = model.head(params), weights.sum(), model.hidden(params, batch)
     tokens: Any = linear_policy_gradient_loss(
-        model.hidden(params, batch),
+        hidden,
         head.kernel,
         batch[REF_HIDDEN],
         model.head(base).kernel,
         batch["outputs"],
         weights,
-        jnp.broadcast_to(batch["advantages"][:, None], weights.shape),
+        jnp.broadcast_to(batch["advantages"], weights.shape),
         batch["old_log_probs"],
         clip=how.clip,
         kl_coefficient=how.kl_coefficient or 0.0,
@@ -532,6 +577,12 @@ def policy_loss(
         implementation=how.implementation,
     )
     loss = tokens.loss.sum() / count
+    metrics = {"clipped": tokens.clipped.sum(dtype=jnp.float32) / count}
+    if how.value is not None:
+        values, old_values = _values(trained, hidden), batch["old_values"]
+        errors = value_loss(values, old_values, batch["returns"], how.value.clip)
+        metrics["value_loss"] = jnp.where(weights > 0, errors, 0.0).sum() / count
+        loss += how.value.coefficient * metrics["value_loss"]
     if how.kl_coefficient is None:
         loss += beta * jnp.where(weights > 0, tokens.kl, 0.0).sum() / count
     if text:
@@ -545,7 +596,12 @@ def policy_loss(
             implementation=how.implementation,
         )
         loss += how.pretraining_weight * likelihood.loss.sum() / text["weights"].sum()
-    return loss, tokens.clipped.sum(dtype=jnp.float32) / count
+    return loss, metrics
+
+
+def _values(trained: Params, hidden: jax.Array) -> jax.Array:
+    """The values of tokens, [B, L] float32."""
+    return hidden.astype(jnp.float32) @ trained[WEIGHT]
 
 
 def update(
@@ -570,14 +626,14 @@ def update(
         how: see `How`.
 
     Returns:
-        The state after, with the loss and the share of tokens that the clip holds.
+        The state after, with the loss and what `policy_loss` says of it.
     """
 
-    def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
+    def loss_of(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         return policy_loss(trained, base, batch, text, beta, model=model, how=how)
 
-    state, loss, clipped = updated(loss_of, state, how.optimizer)
-    return state, {"loss": loss, "clipped": clipped}
+    state, loss, metrics = updated(loss_of, state, how.optimizer)
+    return state, {"loss": loss, **metrics}
 
 
 def _at_temperature(head: OutputHead, temperature: float) -> dict[str, Any]:
@@ -604,16 +660,20 @@ def largest_rows(
         For `compiled_reading` and for `compiled_update`.
     """
     size, length, width = settings.update_size, settings.max_length, model.config.emb_dim
+    of_tokens = (size, length), np.dtype(np.float32)
     read_ = [
         ("inputs", (size, input_length), np.dtype(np.int32)),
         ("outputs", (size, length), np.dtype(np.int32)),
-        ("weights", (size, length), np.dtype(np.float32)),
+        ("weights", *of_tokens),
     ]
     more = [
-        ("advantages", (size,), np.dtype(np.float32)),
-        ("old_log_probs", (size, length), np.dtype(np.float32)),
+        ("advantages", (size, 1), np.dtype(np.float32)),
+        ("old_log_probs", *of_tokens),
         (REF_HIDDEN, (size, length, width), np.dtype(model.config.dtype)),
     ]
+    if settings.value is not None:
+        more[0] = ("advantages", *of_tokens)
+        more += [("old_values", *of_tokens), ("returns", *of_tokens)]
     return tuple(read_), tuple(sorted(read_ + more))
 
 
@@ -655,9 +715,13 @@ def compiled_update(model: LanguageModel, how: How, rows: Rows, text: Rows) -> A
 
 def _require_differences(scores: np.ndarray) -> None:
     """Refuses a first step that nothing can be learnt from: a scorer is wrong, or asks too much."""
+    # Where each input has one output, all of them are compared.
+    of = f"the outputs to each of the first step's {len(scores)} inputs"
+    if scores.shape[1] == 1:
+        scores, of = scores.T, "the first step's outputs"
     if not np.ptp(scores, axis=1).any():
         raise ValueError(
-            f"the outputs to each of the first step's {len(scores)} inputs have one score (such as "
+            f"{of} have one score (such as "
             f"{scores[0, 0]:g} for all {scores.shape[1]}): nothing can be learnt from them. Take "
             "more inputs or samples a step or a higher temperature, inputs to which outputs differ "
             "in score, or another scorer"
@@ -671,13 +735,31 @@ def _measures(
     if settings.target_kl is not None and "kl_coefficient" in history:
         error = min(0.2, max(-0.2, sampled.kl / settings.target_kl - 1))
         beta = history["kl_coefficient"][-1] * (1 + error)
-    return {
+    measures = {
         "score": float(scores.mean()),
         "kl": sampled.kl,
         "length": sampled.length,
         "same": float((np.ptp(scores, axis=1) == 0).mean()),
         "kl_coefficient": beta,
     }
+    return measures if settings.value is None else measures | {"deviation": float(scores.std())}
+
+
+def _with_advantages(
+    arrays: Batch, scores: np.ndarray, history: History, settings: PolicySettings
+) -> tuple[Batch, dict[str, float]]:
+    """What updates learn from, and what is to be known of it."""
+    head = settings.value
+    if head is None:
+        return arrays | {"advantages": group_advantages(scores).reshape(-1, 1)}, {}
+    rewards = (scores.reshape(-1) - history["score"][0]) / history["deviation"][0]
+    values, weights = arrays["old_values"], arrays["weights"]
+    advantages, returns = generalized_advantages(rewards, values, weights, head.gamma, head.lam)
+    more = {
+        "advantages": whitened(advantages, weights),
+        "returns": np.asarray(returns, np.float32),
+    }
+    return arrays | more, {"explained_variance": explained_variance(values, returns, weights)}
 
 
 def _collapse(sampled: _Sampled, history: History, settings: PolicySettings) -> str | None:
@@ -723,4 +805,9 @@ class _Display:
         note = f"score {last['score']:.3g}, KL {last['kl']:.3g}, length {last['length']:.1f}"
         if "clipped" in last:
             note += f", clipped {100 * last['clipped']:.1f}%"
+        if "value_loss" in last:
+            note += (
+                f", value loss {last['value_loss']:.3g}, explained variance "
+                f"{last['explained_variance']:.2f}"
+            )
         self._progress.update(self._task, completed=step, note=note)

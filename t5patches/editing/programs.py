@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from t5patches.model.lora import Lora, init_adapter
+from t5patches.model.lora import Lora, init_adapter, trained_shapes
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
 
@@ -21,6 +21,9 @@ Rows = tuple[tuple[str, tuple[int, ...], Any], ...]
 MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = dict.fromkeys(
     ("checkpoint_every", "remat"), lambda there, asked: True
 )
+WEIGHT, BELOW = "weight", "below"
+"""What is trained with a scalar head: the weight [D] of the head, and the adapter, or the model."""
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -113,6 +116,20 @@ def state_shapes(trained: Any, optimizer: optax.GradientTransformation) -> State
     return on_first_device(State(trained, jax.eval_shape(optimizer.init, trained)))
 
 
+def with_head(model: LanguageModel, lora: Lora | None) -> dict[str, Any]:
+    """What a run trains that has a scalar head on the hidden states, as shapes.
+
+    Args:
+        model: the network.
+        lora: the adapter that is trained below the head; None trains all parameters.
+
+    Returns:
+        `weight` and `below`.
+    """
+    weight = jax.ShapeDtypeStruct((model.config.emb_dim,), jnp.float32)
+    return {WEIGHT: weight, BELOW: dict(trained_shapes(model, lora))}
+
+
 def begun(
     model: LanguageModel, params: Params, lora: Lora | None, seed: int, like: Params
 ) -> dict[str, Any]:
@@ -126,8 +143,11 @@ def begun(
         like: shapes of what is trained, and where each lies.
 
     Returns:
-        Parameters like those.
+        Parameters like those; a head (see `with_head`) is zero.
     """
+    if like.keys() == {WEIGHT, BELOW}:
+        weight = jnp.zeros_like(like[WEIGHT], device=like[WEIGHT].sharding)
+        return {WEIGHT: weight, BELOW: begun(model, params, lora, seed, like[BELOW])}
     start = params if lora is None else init_adapter(model, lora, seed)
     # Copied, as every update gives the memory of its state away.
     return jax.tree.map(

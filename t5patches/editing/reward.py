@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,9 @@ from t5patches.editing.data import (
     with_end,
 )
 from t5patches.editing.programs import (
+    BELOW,
     MAY_DIFFER,
+    WEIGHT,
     Rows,
     State,
     batch_shapes,
@@ -58,13 +61,14 @@ from t5patches.editing.programs import (
     rows_of,
     state_shapes,
     updated,
+    with_head,
 )
 from t5patches.editing.rules import load_callable
 from t5patches.editing.scores import Scorer, try_out
 from t5patches.editing.states import History, States
 from t5patches.model.batches import round_up
 from t5patches.model.folder import load_model
-from t5patches.model.lora import Lora, trained_shapes, weights_fingerprint, with_trained
+from t5patches.model.lora import Lora, weights_fingerprint, with_trained
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -73,7 +77,6 @@ from t5patches.runs.fingerprints import file_fingerprint, fingerprint, json_fing
 from t5patches_kernels import pairwise_reward_loss
 
 RECORD = "reward.json"
-WEIGHT, BELOW = "weight", "below"
 BENEATH = "weights"  # in the record: the fingerprint of the model that the head was trained on
 
 
@@ -265,13 +268,8 @@ class How(NamedTuple):
     lora: Lora | None
 
     def shapes(self, model: LanguageModel) -> tuple[State, Params]:
-        """What is trained with its optimizer, and what it starts from, as shapes.
-
-        What is trained is the `weight` [D] of the head, and `below` it the adapter, or the model.
-        """
-        weight = jax.ShapeDtypeStruct((model.config.emb_dim,), jnp.float32)
-        trained = {WEIGHT: weight, BELOW: dict(trained_shapes(model, self.lora))}
-        state = state_shapes(trained, self.optimizer)
+        """What is trained with its optimizer, and what it starts from, as shapes."""
+        state = state_shapes(with_head(model, self.lora), self.optimizer)
         return state, on_first_device(dict(model.param_shapes()))
 
     @property
@@ -332,9 +330,7 @@ def train_reward(
             found = states.restore(like._asdict(), "history")
             state, history = State(found["params"], found["optimizer"]), found["history"]
         else:
-            weight = jnp.zeros_like(like.params[WEIGHT], device=like.params[WEIGHT].sharding)
-            below = begun(model, base, settings.lora, settings.seed, like.params[BELOW])
-            trained = {WEIGHT: weight, BELOW: below}
+            trained = begun(model, base, settings.lora, settings.seed, like.params)
             state = State(trained, jax.jit(how.optimizer.init)(trained))
         task = (
             progress.add_task("reward", total=steps, completed=first, note="compiling")
@@ -508,19 +504,28 @@ class Reward:
         """Rewards of outputs.
 
         Args:
-            outputs: N texts.
+            outputs: N texts. One that has more tokens to this model than it has positions, as
+                another model's tokens may be longer, is read as far as these go, with a warning.
             inputs: that each answers.
 
         Returns:
             [N] float32.
 
         Raises:
-            ValueError: one is longer than the model's positions.
+            ValueError: an input is longer than the model's positions.
         """
         pairs = zip(inputs, outputs, strict=True)
-        examples = [whole_output(text, output, self._tokenizer) for text, output in pairs]
+        whole = [whole_output(text, output, self._tokenizer) for text, output in pairs]
+        examples = [self._as_far_as_it_can(example) for example in whole]
         lengths = np.array([(len(e.input_ids), len(e.output_ids)) for e in examples])
         require_positions(self._model.config, *lengths.T)
+        if examples != whole:
+            warnings.warn(
+                f"some outputs have more tokens to the reward model in {self._folder} than it has "
+                f"positions ({self._model.config.max_positions}): they are scored without their "
+                "last words",
+                stacklevel=2,
+            )
         found = np.zeros(len(examples), np.float32)
         pad_id = self._model.config.pad_id
         for rows, batch in example_batches(examples, self._batch_size, pad_id):
@@ -528,6 +533,16 @@ class Reward:
             given = (self._weight, self._params, batch["inputs"], batch["outputs"], ends)
             found[rows] = np.asarray(_rewards(*given, model=self._model))[: len(rows)]
         return found
+
+    def _as_far_as_it_can(self, example: Example) -> Example:
+        """An output that this model has positions for."""
+        positions = self._model.config.max_positions
+        if positions is None:
+            return example
+        # Of the last token the state before it is read: it needs no position of its own.
+        room = max(1, positions - len(example.input_ids) + 1)
+        ids, marked = example.output_ids[:room], example.marked[:room]
+        return dataclasses.replace(example, output_ids=ids, marked=marked)
 
     def require_inputs(self, inputs: Sequence[Inputs], max_length: int) -> None:
         """Refuses inputs that this model cannot be given, before outputs to them are made.

@@ -27,11 +27,9 @@ from t5patches.editing.outputs import (
     save_result,
 )
 from t5patches.editing.plan import MemoryPlan, require_room
-from t5patches.editing.programs import MAY_DIFFER, rows_of
+from t5patches.editing.programs import BELOW, MAY_DIFFER, WEIGHT, rows_of
 from t5patches.editing.reward import (
-    BELOW,
     RECORD,
-    WEIGHT,
     How,
     Pair,
     Reward,

@@ -131,6 +131,7 @@ def working_memory(
     streams: int = 1,
     forced: int = 0,
     sample: bool = False,
+    params: Params | None = None,
 ) -> int:
     """What a batch of `generate` holds beside the parameters, as the compiler has planned it.
 
@@ -144,6 +145,8 @@ def working_memory(
       streams: outputs to each prompt.
       forced: length of `prefixes`.
       sample: whether there is a temperature.
+      params: shapes of the parameters and where they lie, for programs on parameters with an
+        adapter or on a device that was chosen; default, the model's own.
 
     Returns:
       Bytes.
@@ -159,7 +162,7 @@ def working_memory(
         np.int32(0),
         jax.ShapeDtypeStruct((rows,), jax.dtypes.canonicalize_dtype(np.int64)),
     )
-    plan, params = _Plan(model, max_length, sample), model.param_shapes()
+    plan, params = _Plan(model, max_length, sample), params or model.param_shapes()
     program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
     return beside(params, program)
 
