@@ -69,11 +69,28 @@ def test_two_hosts_make_the_model_that_one_makes(command, tmp_path):
         np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
     record = json.loads((tmp_path / "two" / "t5patches.json").read_text())
     assert record["rounds"][0]["devices"] == "8 x cpu"
-    # What the first one refuses, the other does not wait for.
-    first, second = by_two(command("two", "--steps", "4"))
-    assert first.returncode == second.returncode == 2
-    assert "nothing is overwritten" in first.stderr
-    assert "the first process could not go on: ValueError" in second.stderr
+
+
+REFUSED = """
+from t5patches.runs import hosts
+
+def refuse():
+    raise ValueError("it is there already")
+
+print("found", hosts.first_says(lambda: 7 if hosts.is_first() else 8))
+try:
+    hosts.once(refuse)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_the_first_refuses_the_others_do_not_wait_for(tmp_path):
+    first, second = two_processes.run(REFUSED, tmp_path)
+    assert "found 7" in first
+    assert "found 7" in second
+    assert first.endswith("\nit is there already\n")
+    assert "the first process could not go on: ValueError: it is there already" in second
 
 
 @pytest.mark.parametrize("address", [("localhost",), ("localhost:1", "two", "0")])

@@ -34,8 +34,9 @@ from t5patches_kernels.core.operation import Operation, Stage
 
 NAME = "pallas_tpu"
 SEEDS = st.integers(0, 2**32 - 1)
-SWEEP = [slow_unless(name in MAIN or i % 2 == 0, name, 257) for i, name in enumerate(CASES)]
-SWEEP += [slow_unless(i % 4 == 0, name, 7) for i, name in enumerate(MAIN)]
+# On every run half of them; test_sets_of_edits and test_bfloat16 have others.
+SWEEP = [slow_unless(i % 2 == 0, name, 257) for i, name in enumerate(CASES)]
+SWEEP += [slow_unless(i % 4 == 1, name, 7) for i, name in enumerate(MAIN)]
 
 
 @pytest.fixture

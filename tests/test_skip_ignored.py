@@ -78,8 +78,9 @@ def _small_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("tnrf", "xla"), ("ce", "xla"), ("tnrf", "reference"), ("ul", "pallas_tpu"),
-     ("tnrf", "pallas_gpu"), ("tnff", GPU_FORM), slow_unless(False, "tnff", "xla"),
+    [("tnrf", "xla"), slow_unless(False, "ce", "xla"), slow_unless(False, "tnrf", "reference"),
+     ("ul", "pallas_tpu"), ("tnrf", "pallas_gpu"), ("tnff", GPU_FORM),
+     slow_unless(False, "tnff", "xla"),
      slow_unless(False, "ul", "xla"), slow_unless(False, "tnrf", "pallas_tpu")],
 )  # fmt: skip
 def test_logits(name, implementation, monkeypatch):
