@@ -157,7 +157,8 @@ ON_BACKENDS = [
     ),
     *((name, GPU_FORM) for name in ("tnff", "tnrf", "ul")),
     *((name, "pallas_tpu") for name in ("tnrf", "tnrll", "ul")),
-    *((name, "pallas_gpu") for name in ("tnrll", "ul")),
+    ("ul", "pallas_gpu"),
+    slow_unless(False, "tnrll", "pallas_gpu"),
 ]
 
 

@@ -69,6 +69,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow  # where the fuzzing itself is
 def test_faults_are_found():
     targets = {fault.__name__: fuzz.Target("inputs.txt", fault) for fault in FAULTS}
     with fuzz.Reader(targets, seconds=1, memory=1 << 30) as reader:

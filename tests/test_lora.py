@@ -208,7 +208,7 @@ WIDE = {"vocab_size": 4096, "emb_dim": 64, "mlp_dim": 256}
 
 
 @pytest.mark.usefixtures("_adam")
-@pytest.mark.parametrize("objective", ["tnrf", "ul"])
+@pytest.mark.parametrize("objective", ["tnrf", slow_unless(False, "ul")])
 def test_one_copy_of_the_model_and_none_in_the_optimizer(objective):
     """Read off the compiled program: what goes in, and what it holds beside that."""
     model = tiny_model(**WIDE)
@@ -312,6 +312,7 @@ def test_checkpoints_hold_the_adapter_alone_and_a_killed_run_goes_on(tmp_path, m
         )  # fmt: skip
 
 
+@pytest.mark.slow  # test_train splits all parameters
 def test_devices_that_split_the_model_give_the_same(tmp_path):
     model, params = tiny_model(vocab_size=332), tiny_params(vocab_size=332)
     one = train(model, params, ARRAYS, TRAINING, tmp_path / "one")
@@ -437,6 +438,7 @@ def test_evaluate_and_annotate_take_an_adapter_beside_its_base(place, capsys):
     assert not (place / "x.jsonl").exists()
 
 
+@pytest.mark.slow  # test_edit kills one of all parameters
 def test_a_killed_edit_goes_on_and_a_cached_original_gives_the_same(place, monkeypatch):
     assert run(place, "--lora", 2, output="unbroken") == 0
     kill_at_batch(3, monkeypatch)

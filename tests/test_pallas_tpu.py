@@ -34,8 +34,8 @@ from t5patches_kernels.core.operation import Operation, Stage
 
 NAME = "pallas_tpu"
 SEEDS = st.integers(0, 2**32 - 1)
-# On every run half of them; test_sets_of_edits and test_bfloat16 have others.
-SWEEP = [slow_unless(i % 2 == 0, name, 257) for i, name in enumerate(CASES)]
+# On every run a third of them; test_sets_of_edits and test_bfloat16 have others.
+SWEEP = [slow_unless(i % 3 == 0, name, 257) for i, name in enumerate(CASES)]
 SWEEP += [slow_unless(i % 4 == 1, name, 7) for i, name in enumerate(MAIN)]
 
 
@@ -66,7 +66,7 @@ def test_bfloat16(name, seed):
     assert_as_good_as_dense(name, NAME, batch(seed, 257, dtype=jnp.bfloat16), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", [slow_unless(i % 2 == 1, x) for i, x in enumerate(TAKES_EDITS)])
+@pytest.mark.parametrize("name", [slow_unless(i % 4 == 1, x) for i, x in enumerate(TAKES_EDITS)])
 @settings(max_examples=2)
 @given(seed=SEEDS)
 def test_sets_of_edits(name, seed):
@@ -83,7 +83,7 @@ def test_blocks_of_kept_tokens(name, dtype):
     assert_as_good_as_dense(name, NAME, b, dtype)
 
 
-@pytest.mark.parametrize("name", ["tnrf", "tnrf-divergence"])
+@pytest.mark.parametrize("name", [slow_unless(False, "tnrf"), "tnrf-divergence"])
 def test_rows_of_several_steps(name):
     """Loops of several steps, in blocks with pushed-down tokens and without."""
     assert_as_good_as_dense(name, NAME, one_of_each(batch(0, 2049)))
@@ -136,7 +136,7 @@ def test_sizes(name, size, dtype):
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("tnff", -1.0),
+        slow_unless(False, "tnff", -1.0),
         slow_unless(False, "tnrll", -1.0),
         ("tnrll", 1.0),
         slow_unless(False, "tnrf", 1.0),
@@ -180,8 +180,8 @@ def _plan(objective, stage, columns, itemsizes, vmem, private=True, of=plans.pla
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [slow_unless(dtype == often, name, dtype)
-     for name, often in (("tnff", np.float32), ("tnrf", np.float32), ("ul", jnp.bfloat16),
-                           ("ce-smoothed", np.float32))
+     for name, often in (("tnff", None), ("tnrf", np.float32), ("ul", jnp.bfloat16),
+                           ("ce-smoothed", None))
      for dtype in (np.float32, jnp.bfloat16)],
 )  # fmt: skip
 def test_in_tiles(name, dtype):
@@ -272,7 +272,7 @@ def _simulated(monkeypatch, _fresh_programs):
 
 @pytest.mark.usefixtures("_simulated")
 @pytest.mark.parametrize(
-    "name", [slow_unless(x in ("tnrf", "ul"), x) for x in ("tnff", "tnrf", "tnfll", "ul", "ce")]
+    "name", [slow_unless(x == "tnrf", x) for x in ("tnff", "tnrf", "tnfll", "ul", "ce")]
 )
 def test_no_race_and_nothing_uninitialised(name):
     edits = 3 if name in TAKES_EDITS else 0
@@ -317,7 +317,7 @@ def _kernels(jaxpr):
 
 
 @pytest.mark.usefixtures("_simulated")
-@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
+@pytest.mark.parametrize("name", [slow_unless(x == "tnrf", x) for x in ("tnff", "tnrf", "ul")])
 def test_a_grid_of_one_step_leaves_its_inputs_alone(name):
     """An edit patches a copy, so the caller's arrays stay what they were."""
     z, r, y = Z[0, :5], R[0, :5], Y[0, :5]
@@ -332,7 +332,9 @@ def test_a_grid_of_one_step_leaves_its_inputs_alone(name):
 # --- Transforms -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tnff", "tnrll", "ul", "nl"])
+@pytest.mark.parametrize(
+    "name", [slow_unless(x in ("tnrll", "nl"), x) for x in ("tnff", "tnrll", "ul", "nl")]
+)
 def test_any_cotangent(name):
     def grad(implementation):
         loss = functools.partial(LOSSES[name], implementation=implementation)
@@ -383,7 +385,10 @@ def test_split_vocabulary(name):
     close(f(Z), want(Z))
 
 
-@pytest.mark.parametrize(("name", "softcap"), [("tnff", None), ("tnrf", 2.0), ("ul", None)])
+@pytest.mark.parametrize(
+    ("name", "softcap"),
+    [slow_unless(False, "tnff", None), ("tnrf", 2.0), slow_unless(False, "ul", None)],
+)
 def test_linear(name, softcap):
     def grads(implementation):
         loss = functools.partial(LINEAR[name], softcap=softcap, implementation=implementation)

@@ -28,8 +28,11 @@ def batch(model, rows=2):
     return {name: x.astype(np.int32) for name, x in ids.items()}
 
 
-@pytest.mark.parametrize("dropout", [0.1, slow_unless(False, 0.0)])
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [slow_unless((kind, dropout) == ("decoder", 0.1), kind, dropout)
+     for kind in SMALL for dropout in (0.0, 0.1)],
+)  # fmt: skip
 def test_the_gradient_is_the_same(kind, dropout):
     layers = 2 if kind == "decoder" else 1  # of T5, as many in each half
     model = SMALL[kind](vocab_size=32, width=16, layers=layers).replace(dropout_rate=dropout)

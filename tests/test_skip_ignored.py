@@ -79,8 +79,8 @@ def _small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [("tnrf", "xla"), slow_unless(False, "ce", "xla"), slow_unless(False, "tnrf", "reference"),
-     ("ul", "pallas_tpu"), ("tnrf", "pallas_gpu"), ("tnff", GPU_FORM),
-     slow_unless(False, "tnff", "xla"),
+     ("ul", "pallas_tpu"), ("ul", "pallas_gpu"), ("tnff", GPU_FORM),
+     slow_unless(False, "tnff", "xla"), slow_unless(False, "tnrf", "pallas_gpu"),
      slow_unless(False, "ul", "xla"), slow_unless(False, "tnrf", "pallas_tpu")],
 )  # fmt: skip
 def test_logits(name, implementation, monkeypatch):
@@ -175,7 +175,8 @@ def _gradient(implementation):
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*TPU")
 @pytest.mark.parametrize(
-    ("chip", "columns"), [slow_unless(False, "v4", 32128), ("v4", 250112), ("v6e", 32100)]
+    ("chip", "columns"),
+    [slow_unless(False, "v4", 32128), ("v4", 250112), slow_unless(False, "v6e", 32100)],
 )
 def test_compiles_for_tpus(chip, columns):
     text = compile_for_tpu(chip, _gradient("pallas_tpu"), *_shapes(2044, columns)).as_text()

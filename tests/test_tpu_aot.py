@@ -71,7 +71,7 @@ def test_compiles(chip, name, dtype, mode, v, t):
 
 @pytest.mark.parametrize(
     ("chip", "what"),
-    [slow_unless((i + j) % 4 == 0, chip, what)
+    [slow_unless((i + j) % 8 == 0 or (chip, what) == ("v6e", "statistics"), chip, what)
      for i, chip in enumerate(CHIPS) for j, what in enumerate(("edits", "statistics"))],
 )  # fmt: skip
 def test_compiles_sets_of_edits_and_statistics(chip, what):
@@ -144,7 +144,7 @@ def test_value_reads_every_array_once(name):
 
 @pytest.mark.parametrize(
     ("chip", "name"),
-    [slow_unless(name == "tnrf", "v4", name) for name in TARGETED_NEGATIVE]
+    [slow_unless(False, "v4", name) for name in TARGETED_NEGATIVE]
     + [slow_unless((i + j) % 4 == 0, chip, name)
        for i, chip in enumerate(CHIPS) if chip != "v4" for j, name in enumerate(("tnff", "tnrf"))],
 )  # fmt: skip

@@ -393,6 +393,7 @@ def test_lengths_count_what_is_trained_on_even_where_the_model_said_padding():
     assert batch["weights"].shape[1] >= 60
 
 
+@pytest.mark.slow  # test_edit resumes runs of one length
 def test_a_run_of_several_lengths_is_resumed_bit_for_bit(tmp_path):
     arrays = to_arrays(one_long(), pad_id=0)
     settings = dataclasses.replace(SETTINGS, steps=4, batch_size=2, seed=1)
