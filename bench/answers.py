@@ -142,7 +142,7 @@ def said(outputs: Sequence[Example], before: Sequence[Example]) -> dict[str, flo
 
 def measured(repetition: Repetition, ways: Sequence[Way], learning_rate: float) -> list[dict]:
     """A row for the original and one for each way."""
-    model, original, tokenizer = repetition.original
+    model, _, tokenizer = repetition.original
     measuring = dataclasses.replace(repetition.measuring, references=None, well_formed=None)
     before = repetition.outputs
     rows: list[dict[str, Any]] = []
@@ -156,11 +156,11 @@ def measured(repetition: Repetition, ways: Sequence[Way], learning_rate: float) 
             rows[-1]["example"] = next((a.outputs, b.outputs) for a, b in pairs if a.spans)
         print(rows[-1], flush=True)
 
-    own = own_measures(model, original, before, tokenizer, measuring)
+    own = own_measures(repetition.said, measuring)
     add("before", before, own)
     for way in ways:
         params = edited(repetition, way, learning_rate)
-        found = evaluate(model, params, original, before, tokenizer, measuring)
+        found = evaluate(model, params, repetition.before, tokenizer, measuring)
         add(way.name, found.outputs, found.measures)
     return rows
 

@@ -36,7 +36,7 @@ import numpy as np
 from rich.console import Console
 
 from bench import common
-from t5patches.editing.annotate import expand_negatives
+from t5patches.editing.annotate import expand_negatives, speak
 from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
@@ -49,11 +49,11 @@ from t5patches.editing.evaluate import (
     over_seeds,
     prevalence,
     ratio,
-    say,
 )
 from t5patches.editing.report import Results, show, write_html
 from t5patches.editing.train import TARGETED, TrainSettings, training_progress
 from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches.runs.files import write_file
 
 UPDATES = (10, 30, 100)
@@ -102,12 +102,13 @@ MEASURES = (
 
 def further(repetition: Repetition, name: str, params: Params) -> dict[str, Measure]:
     """Of a model as it is, and of what it becomes: fine-tuned in two ways, and rounded."""
-    model, original, tokenizer = repetition.original
+    model, _, tokenizer = repetition.original
     inputs = [example.inputs for example in repetition.outputs]
 
     def sampled(params: Params) -> list[Example]:
         measuring = repetition.measuring
-        return say(model, params, inputs, tokenizer, measuring, temperature=1.0)
+        rule = places_not_in_source()
+        return speak(model, params, inputs, rule, tokenizer, temperature=1.0, **measuring.asks)
 
     found = {**diversity(sampled(params)), "kl_needed": needed(repetition, params)}
     for treatment, treated in (
@@ -116,7 +117,7 @@ def further(repetition: Repetition, name: str, params: Params) -> dict[str, Meas
         ("int4", rounded(params)),
     ):
         found[f"prevalence_{treatment}"] = prevalence(sampled(treated))["prevalence"]
-        found[f"kl_{treatment}"] = kept_divergence(model, treated, original, repetition.outputs)
+        found[f"kl_{treatment}"] = kept_divergence(model, treated, repetition.before)
     return found
 
 
@@ -165,15 +166,15 @@ def needed(repetition: Repetition, params: Params) -> Measure:
     and this is the first term, of whether a token of F comes; the ceiling, with p_F = 0, would have
     an infinite one. The mean is over the same positions as that of `kl`.
     """
-    model, original, _ = repetition.original
-    outputs, sets = repetition.outputs, unwanted_next(repetition)
-    sums, counts = np.zeros(len(outputs)), np.zeros(len(outputs))
-    for rows, batch in example_batches(outputs, 256, model.config.pad_id):
+    model, original = repetition.original[0], repetition.before
+    sets = unwanted_next(repetition)
+    sums, counts = np.zeros((2, len(sets)))
+    for rows, batch in original.batches:
         unwanted = np.zeros((*batch["outputs"].shape, model.config.vocab_size), bool)
         for i, row in enumerate(rows):
             for at, ids in sets[row].items():
                 unwanted[i, at, [*ids]] = True
-        kl = np.asarray(_whether_unwanted(params, original, batch, unwanted, model))
+        kl = np.asarray(_whether_unwanted(params, original.head, batch, unwanted, model))
         kept = batch["weights"] > 0
         sums[rows] = np.where(kept, kl, 0).sum(-1)[: len(rows)]
         counts[rows] = kept.sum(-1)[: len(rows)]
@@ -182,19 +183,20 @@ def needed(repetition: Repetition, params: Params) -> Measure:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _whether_unwanted(
-    params: Params, original: Params, batch: Batch, unwanted: np.ndarray, model: LanguageModel
+    params: Params, original_head: Params, batch: Batch, unwanted: np.ndarray, model: LanguageModel
 ) -> jax.Array:
     """KL between whether the one and the other say a token of the set, [B, L]."""
 
-    def both(params: Params) -> tuple[jax.Array, jax.Array]:
-        z = model.head(params).logits(model.hidden(params, batch))
+    def both(head: Params, hidden: Any) -> tuple[jax.Array, jax.Array]:
+        z = model.head(head).logits(hidden)
         inside, outside = (
             jax.nn.logsumexp(z, -1, where=where) - jax.nn.logsumexp(z, -1)
             for where in (unwanted, ~unwanted)
         )
         return inside, outside
 
-    (q, no_q), (p, no_p) = both(original), both(params)
+    q, no_q = both(original_head, batch[ORIGINAL_HIDDEN])
+    p, no_p = both(params, model.hidden(params, batch))
     kl = jnp.exp(q) * (q - p) + jnp.exp(no_q) * (no_q - no_p)
     return jnp.where(unwanted.any(-1), kl, 0)
 

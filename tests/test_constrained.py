@@ -12,7 +12,7 @@ from editing_samples import logits, tiny_model, tiny_params, tokenizer
 from t5patches.editing.annotate import find_spans, pattern, speak
 from t5patches.editing.constrained import evaluate_constrained, speak_constrained
 from t5patches.editing.data import token_mask
-from t5patches.editing.evaluate import Measuring, evaluate
+from t5patches.editing.evaluate import Measuring, evaluate, read_original
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -87,7 +87,8 @@ def test_the_constraint_is_measured_as_an_edit_is():
     before = speak(model, params, INPUTS, RULE, tokenizer(), max_length=LENGTH)
     asked = Measuring(RULE, max_length=LENGTH, references=[["a fire"]] * len(INPUTS))
     found = evaluate_constrained(model, params, before, tokenizer(), asked)
-    other = evaluate(model, params, params, before, tokenizer(), asked)
+    original = read_original(model, params, before)
+    other = evaluate(model, params, original, tokenizer(), asked)
     assert found.measures.keys() == other.measures.keys()
     assert found.measures["kl"].value == 0
     for name in ("prevalence", "prevalence_sampled", "prevalence_tokens"):

@@ -1,6 +1,7 @@
 """Measures of an edit against numbers worked out by hand or by another way."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -23,9 +24,12 @@ from t5patches.editing.evaluate import (
     prevalence,
     quality,
     ratio,
+    read_original,
+    say,
     similarity,
     worst_of_several,
 )
+from t5patches.model.decoder.model import small_decoder
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -78,7 +82,7 @@ def test_outputs_must_be_paired():
     with pytest.raises(ValueError, match="got 3 new and 4 original outputs"):
         similarity(AFTER[:3], BEFORE)
     with pytest.raises(ValueError, match="at least one is needed"):
-        evaluate(tiny_model(), tiny_params(), tiny_params(), [], tokenizer(), Measuring())
+        read_original(tiny_model(), tiny_params(), [])
 
 
 def test_empty_outputs_score_nothing_and_break_nothing():
@@ -145,19 +149,48 @@ def test_diversity_and_its_error_by_leaving_out_one_output_at_a_time():
     assert math.isnan(found(["a b"])["distinct_1"].error)
 
 
-def test_divergence_is_the_mean_over_kept_tokens():
-    params, original = tiny_params(0), tiny_params(1)
-    arrays = to_arrays(BEFORE, pad_id=0)
-    log_p, log_q = (
-        np.asarray(jax.nn.log_softmax(logits(tiny_model(), tree, arrays)), np.float64)
-        for tree in (params, original)
-    )
+MODELS = {
+    "T5": tiny_model(),
+    "decoder": small_decoder(vocab_size=336, width=16, layers=1, begin_id=0, end_ids=(1,)),
+}
+
+
+@functools.cache
+def params_of(model, seed):
+    return jax.jit(model.init)(jax.random.key(seed))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_divergence_is_the_mean_over_kept_tokens(model):
+    params, original = params_of(model, 0), params_of(model, 1)
+    arrays = to_arrays(BEFORE, pad_id=model.config.pad_id)
+    log_probs = jax.jit(lambda tree: jax.nn.log_softmax(logits(model, tree, arrays)))
+    log_p, log_q = (np.asarray(log_probs(tree), np.float64) for tree in (params, original))
     kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
     kept = arrays["weights"] > 0
-    for batch_size in (3, 7):
-        found = kept_divergence(tiny_model(), params, original, BEFORE, batch_size=batch_size)
-        assert found.value == pytest.approx(kl[kept].mean(), rel=1e-4)
-    assert kept_divergence(tiny_model(), params, params, BEFORE).value == pytest.approx(0, abs=1e-6)
+    read = read_original(model, original, BEFORE, batch_size=3)
+    found = kept_divergence(model, params, read)
+    assert found.value == pytest.approx(kl[kept].mean(), rel=1e-4)
+    assert kept_divergence(model, original, read).value == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_what_is_said_at_one_reading_is_what_is_said_at_several(model):
+    rule, params = pattern(r"\S*[aeo]\S*"), params_of(model, 0)
+    inputs = [f"news {i}" for i in range(5)]
+    measuring = Measuring(rule, max_length=6, meter=Meter(len, samples=3), batch_size=4, seed=2)
+    said = say(model, params, inputs, tokenizer(), measuring)
+
+    def alone(**how):
+        return speak(model, params, inputs, rule, tokenizer(), **measuring.asks, **how)
+
+    assert said.greedy == alone()
+    assert said.sampled == alone(temperature=1.0)
+    assert said.scored == alone(temperature=1.0, samples=3)
+    assert said.sampled != said.greedy
+    without = say(model, params, inputs, tokenizer(), dataclasses.replace(measuring, rule=None))
+    assert [e.output_ids for e in without.greedy] == [e.output_ids for e in said.greedy]
+    assert without.sampled == []
 
 
 def test_ratios_and_their_errors():
@@ -216,12 +249,13 @@ def test_evaluation_compares_what_both_models_say():
     inputs = [f"news {i}" for i in range(6)]
     before = speak(model, tiny_params(1), inputs, rule, tokenizer(), max_length=6)
     asked = Measuring(rule, max_length=6)
-    same = evaluate(model, tiny_params(1), tiny_params(1), before, tokenizer(), asked)
+    original = read_original(model, tiny_params(1), before)
+    same = evaluate(model, tiny_params(1), original, tokenizer(), asked)
     assert same.outputs == before
     assert same.measures["exact_match"].value == 100
     assert same.measures["kl"].value == pytest.approx(0, abs=1e-6)
     strict = dataclasses.replace(asked, well_formed=lambda text: False)
-    other = evaluate(model, tiny_params(0), tiny_params(1), before, tokenizer(), strict)
+    other = evaluate(model, tiny_params(0), original, tokenizer(), strict)
     assert other.measures["kl"].value > 0
     assert other.measures["malformed"].value == 100
     assert other.measures["exact_match"].value < 100
@@ -231,7 +265,7 @@ def test_evaluation_compares_what_both_models_say():
         references=[[text] for text in inputs],
         meter=Meter(lambda texts: [len(text) for text in texts], samples=2, threshold=1e9),
     )
-    plain = evaluate(model, tiny_params(0), tiny_params(1), before, tokenizer(), plain)
+    plain = evaluate(model, tiny_params(0), original, tokenizer(), plain)
     assert plain.measures["score_probability"].value == 0
     assert plain.measures["score_maximum"].value > 0
     assert set(plain.measures) == {

@@ -17,7 +17,7 @@ from t5patches.editing.annotate import find_spans, pattern
 from t5patches.editing.data import to_arrays
 from t5patches.editing.demo import DemoConfig, Edit, Repetition
 from t5patches.editing.demo_task import make_pairs, places_not_in_source
-from t5patches.editing.evaluate import Measure, difference, kept_divergence
+from t5patches.editing.evaluate import Measure, difference, kept_divergence, read_original
 from t5patches.editing.report import Results, Row, show, write_html
 from t5patches.editing.train import OBJECTIVES, training_progress
 
@@ -78,9 +78,8 @@ def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
     model, outputs = tiny_model(), [example("a", "a fire in Rome"), example("b", "the mayor")]
     sets = [{1: (5, 9, 300), 3: (7,)}, {}]
     (tmp_path / "unwanted-next.json").write_text(json.dumps([[*x.items()] for x in sets]))
-    repetition = types.SimpleNamespace(
-        original=(model, tiny_params(0), tokenizer()), outputs=outputs, directory=tmp_path
-    )
+    before = read_original(model, tiny_params(0), outputs)
+    repetition = types.SimpleNamespace(original=(model,), before=before, directory=tmp_path)
     found = frontier.needed(repetition, tiny_params(1))
     batch = to_arrays(outputs, pad_id=0)
     softmax = jax.jit(lambda params: jax.nn.softmax(logits(model, params, batch)))
@@ -93,7 +92,7 @@ def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
     count = sum(len(e.output_ids) for e in outputs)
     assert found.value == pytest.approx(total / count, rel=1e-3)
     # A part of the whole, and nothing of a model that is the original.
-    kl = kept_divergence(model, tiny_params(1), tiny_params(0), outputs)
+    kl = kept_divergence(model, tiny_params(1), before)
     assert 0 < found.value < kl.value
     assert frontier.needed(repetition, tiny_params(0)).value == pytest.approx(0, abs=1e-7)
 

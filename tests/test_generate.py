@@ -170,6 +170,16 @@ def test_a_sample_depends_on_its_seed_and_index_and_not_on_its_batch():
     np.testing.assert_array_equal(sample(3, 6, temperature=1e-4), expected_from_prefixes())
 
 
+def test_a_greedy_stream_beside_a_sampled_one_changes_neither():
+    call = {"max_length": 9, "temperature": 1.0, "rng": jax.random.key(3), "batch_size": 12}
+    streams = np.stack([PREFIXES] * 2, 1)
+    got = generate(MODEL, PARAMS, INPUTS, prefixes=streams, greedy_first=True, **call)
+    np.testing.assert_array_equal(got[:, 0], expected_from_prefixes())
+    sampled = generate(MODEL, PARAMS, INPUTS, prefixes=PREFIXES, **call)
+    np.testing.assert_array_equal(got[:, 1], sampled)
+    assert (got[:, 0] != got[:, 1]).any()
+
+
 def test_other_ids_may_end_and_pad():
     greedy = EXPECTED["greedy"][0, :8].tolist()
     end = greedy.index(greedy[2])

@@ -1,15 +1,20 @@
 """`t5patches evaluate`: an original and its edits on the same inputs, side by side."""
 
+import collections
+import functools
+import itertools
 import json
 import re
 
 import fuzz
+import jax
 import pytest
-from editing_samples import TEXTS, model_folder
+from editing_samples import TEXTS, model_folder, tiny_model, tiny_params
 
 from t5patches import cli
 from t5patches.editing import annotate, evaluate
 from t5patches.editing.edit import RECORD
+from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -70,6 +75,33 @@ def test_rounds_stand_side_by_side(run, folder, tmp_path, capsys):
     assert "round-1" in page
     assert page.count("<img") == 2
     assert "<mark>" in page
+
+
+def test_nothing_is_read_again(run, folder, tmp_path, monkeypatch):
+    """A greedy and a sampled output come from one reading, and the original is not run per edit."""
+    reads = collections.Counter()
+
+    def count(name, first):
+        reads[name, float(first)] += 1
+
+    def counted(name, method):
+        def read(self, params, *arguments, **options):
+            # By which model.
+            jax.debug.callback(functools.partial(count, name), self.head(params).kernel[0, 0])
+            return method(self, params, *arguments, **options)
+
+        return read
+
+    for name in ("hidden", "prefill"):
+        monkeypatch.setattr(T5, name, counted(name, getattr(T5, name)))
+    sizes = {"mlp_dim": 24}  # a model whose programs no other test has compiled
+    before, *after = (str(model_folder(tmp_path / str(i), i, **sizes)) for i in range(3))
+    compared = ("--before", before, "--after", *after, "--inputs", "inputs.txt")
+    assert run(*compared, "--rules", "rules.toml", "--quiet") == 0
+    jax.effects_barrier()
+    model = tiny_model(**sizes)
+    firsts = [float(model.head(tiny_params(i, **sizes)).kernel[0, 0]) for i in range(3)]
+    assert reads == {(name, x): 1 for name in ("hidden", "prefill") for x in firsts}
 
 
 def test_without_rules_it_tells_how_far_an_edit_is(run, folder, capsys):
@@ -139,7 +171,7 @@ PLANS = [
         ("--scorer", "my_scorer:length", "--samples", "25"),
         r"25 outputs at a time, to inputs of \d+ tokens take [^;]*that does not fit. shorter",
     ),
-    ("memory_beside", 0.0, (), "8 outputs read by both models at a time, .* a batch size of 5 "),
+    ("memory_beside", 0.0, (), "8 outputs read at a time, .* a batch size of 5 "),
 ]
 
 
@@ -272,17 +304,18 @@ def test_a_comparison_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
 
 def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
     everything = ("--after", "round-1", "--inputs", "inputs.jsonl", "--rules", "rules.toml")
-    everything += ("--json",)
+    # As many samples for the scorer as for the rules: what is kept of them is not confused.
+    everything += ("--scorer", "my_scorer:length", "--samples", "1", "--json")
     report = ("--report", str(tmp_path / "r.html"))
     assert run(*everything) == 0
     whole = json.loads(capsys.readouterr().out)
     made, killed = [], []
 
     def generate(*arguments, real=annotate.generate, **options):
-        if len(made) == 3 and not killed:  # among the edit's outputs
+        if len(made) == 4 and not killed:  # among the edit's outputs
             killed.append(True)
             raise KeyboardInterrupt
-        made.append(options["temperature"])
+        made.append(options["numbers"].tolist())
         return real(*arguments, **options)
 
     monkeypatch.setattr(annotate, "generate", generate)
@@ -292,5 +325,8 @@ def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, ca
     assert "holds another run, which differs in model" in capsys.readouterr().err
     assert run(*everything, *report) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == whole["rows"]
-    assert made == [0.0, 1.0, 0.0, 1.0]  # nothing twice
+    # Two models, each of which has said nothing twice.
+    assert len(made) == 6
+    assert made[:3] == made[3:]
+    assert sorted(itertools.chain(*made[:2])) == sorted(made[2]) == [*range(6)]
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]

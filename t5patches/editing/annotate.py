@@ -288,6 +288,7 @@ def require_room_to_speak(
     max_length: int,
     temperature: float = 0.0,
     samples: int = 1,
+    greedy_first: bool = False,
     batch_size: int = 256,
     beside: int = 0,
 ) -> None:
@@ -300,13 +301,15 @@ def require_room_to_speak(
         max_length: tokens that an output may have.
         temperature: 0 for greedy decoding.
         samples: outputs to each input.
+        greedy_first: whether there is a greedy output besides.
         batch_size: outputs made at a time.
         beside: bytes that are yet to be read, parameters for one.
 
     Raises:
         ValueError: naming what to change.
     """
-    ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
+    streams = samples + greedy_first
+    ids, groups = _by_length(inputs, tokenizer, batch_size, streams)
     require_positions(model.config, np.array([len(row) for row in ids]), max_length)
     group = largest(groups)
     working = working_memory(
@@ -314,12 +317,13 @@ def require_room_to_speak(
         rows=len(group.filled),
         input_length=group.length,
         max_length=max_length,
-        streams=samples,
+        streams=streams,
         sample=temperature > 0,
+        greedy_first=greedy_first,
     )
-    count = len(group.filled) * samples
+    count = len(group.filled) * streams
     what = f"{count} outputs at a time, to inputs of {group.length} tokens"
-    require_room(what, working, beside, count, least=samples)
+    require_room(what, working, beside, count, least=streams)
 
 
 def require_room_to_expand(
@@ -371,11 +375,11 @@ def require_room_to_expand(
 
 
 def _by_length(
-    inputs: Sequence[Inputs], tokenizer: Tokenizer, batch_size: int, samples: int
+    inputs: Sequence[Inputs], tokenizer: Tokenizer, batch_size: int, streams: int
 ) -> tuple[list[tuple[int, ...]], list[Group]]:
     """The prompts, and which of them are answered at a time."""
     ids = [tokenizer.encode_prompt(text) for text in inputs]
-    return ids, by_length([len(row) for row in ids], max(1, batch_size // samples))
+    return ids, by_length([len(row) for row in ids], max(1, batch_size // streams))
 
 
 def speak(
@@ -388,6 +392,7 @@ def speak(
     max_length: int,
     temperature: float = 0.0,
     samples: int = 1,
+    greedy_first: bool = False,
     seed: int = 0,
     batch_size: int = 256,
     keep: Keep = make_part,
@@ -404,6 +409,7 @@ def speak(
         max_length: tokens that an output may have.
         temperature: 0 for greedy decoding.
         samples: outputs to each input.
+        greedy_first: whether to make the greedy output too, from the same reading of the input.
         seed: of the sampling.
         batch_size: outputs made at a time.
         keep: `t5patches.runs.claims.Parts.get`, which makes no output again that a killed run
@@ -411,9 +417,11 @@ def speak(
         progress: shows how far it is; None shows nothing.
 
     Returns:
-        `samples` examples for each input, one after the other.
+        `samples` examples for each input, one after the other; with `greedy_first` the greedy one
+        and then these, which are the same without it.
     """
-    ids, groups = _by_length(inputs, tokenizer, batch_size, samples)
+    streams = samples + greedy_first
+    ids, groups = _by_length(inputs, tokenizer, batch_size, streams)
     tokens = pad_rows(ids, model.config.pad_id)
     params = jax.tree.map(jnp.asarray, params)
 
@@ -423,23 +431,24 @@ def speak(
             params,
             tokens[rows],
             max_length=max_length,
-            prefixes=np.zeros((len(rows), samples, 0), np.int32),
+            prefixes=np.zeros((len(rows), streams, 0), np.int32),
             temperature=temperature,
+            greedy_first=greedy_first,
             rng=jax.random.key(seed),
             batch_size=batch_size,
             numbers=rows,
         )
         return [[list(ids) for ids in until_end(row, model.config.end_ids)] for row in said]
 
-    name = "sampled outputs" if temperature else "outputs"
-    task = progress.add_task(name, total=len(inputs) * samples, note="") if progress else None
+    name = "sampled outputs" if temperature and not greedy_first else "outputs"
+    task = progress.add_task(name, total=len(inputs) * streams, note="") if progress else None
     outputs: list[list[list[int]]] = [[] for _ in inputs]
     for number, group in enumerate(groups):
         made = keep(f"outputs-by-length-{number}", functools.partial(say, group.rows))
         for row, said in zip(group.rows, made, strict=True):
             outputs[row] = said
         if progress and task is not None:
-            progress.update(task, advance=len(group.rows) * samples)
+            progress.update(task, advance=len(group.rows) * streams)
     numbers = [number for number, said in enumerate(outputs) for _ in said]
     return annotate(
         [inputs[number] for number in numbers],

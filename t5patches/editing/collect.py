@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
@@ -144,7 +145,7 @@ def require_room(model: LoadedModel, inputs: Sequence[Inputs], settings: Collect
     Raises:
         ValueError: naming what to change.
     """
-    sizes: dict[str, int] = {
+    sizes: dict[str, Any] = {
         "max_length": settings.max_length,
         "batch_size": settings.batch_size,
         "beside": yet_to_place(model.params),

@@ -38,7 +38,17 @@ from t5patches.editing.demo_task import (
     well_formed,
     wordings,
 )
-from t5patches.editing.evaluate import Measure, Measuring, evaluate, over_seeds, own_measures, say
+from t5patches.editing.evaluate import (
+    Measure,
+    Measuring,
+    Original,
+    Said,
+    evaluate,
+    over_seeds,
+    own_measures,
+    read_original,
+    say,
+)
 from t5patches.editing.report import Results, Row, to_json, write_html
 from t5patches.editing.train import (
     Trained,
@@ -308,11 +318,21 @@ class Repetition:
         return Measuring(rule, self.config.max_length, well_formed, good)
 
     @functools.cached_property
-    def outputs(self) -> list[Example]:
-        """What the original says to the held-out news, marked."""
+    def said(self) -> Said:
+        """What the original says to the held-out news."""
         news = self.news(self.config.held_out, HELD_OUT)
         model, params, tokenizer = self.original
         return say(model, params, news, tokenizer, self.measuring)
+
+    @property
+    def outputs(self) -> list[Example]:
+        """Its greedy outputs, marked."""
+        return self.said.greedy
+
+    @functools.cached_property
+    def before(self) -> Original:
+        """These, read by the original once for all edits."""
+        return read_original(*self.original[:2], self.outputs)
 
     @functools.cached_property
     def marked(self) -> dict[bool, list[Example]]:
@@ -400,9 +420,9 @@ class Repetition:
 
     def row(self, edit: Edit) -> Row:
         """An edit, measured."""
-        model, original, tokenizer = self.original
+        model, _, tokenizer = self.original
         trained = self.edited(edit)
-        found = evaluate(model, trained.params, original, self.outputs, tokenizer, self.measuring)
+        found = evaluate(model, trained.params, self.before, tokenizer, self.measuring)
         notes = ["on sampled outputs"] * edit.on_sampled
         notes += [f"{edit.steps} updates"] if edit.steps else []
         return Row(
@@ -418,7 +438,7 @@ class Repetition:
     def measured(self, *, ceiling: bool = False) -> Measured:
         """All of it: the original, the edits and, which takes minutes, the ceiling."""
         model, params, tokenizer = self.original
-        before = own_measures(model, params, self.outputs, tokenizer, self.measuring)
+        before = own_measures(self.said, self.measuring)
         self._tell("before", before)
         bound: Mapping[str, Measure] = {}
         if ceiling:

@@ -25,11 +25,12 @@ from scipy import stats
 
 from t5patches.editing.annotate import Keep, Rule, require_room_to_speak, speak
 from t5patches.editing.batches import example_batches, largest_shapes
-from t5patches.editing.data import Example
+from t5patches.editing.data import Batch, Example
 from t5patches.editing.plan import require_room
 from t5patches.editing.scores import Scorer, score
 from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches.model.tokenizer import Inputs, Span, Tokenizer
 from t5patches.runs.claims import make_part
 from t5patches_kernels import linear_token_statistics
@@ -52,6 +53,37 @@ class Measure:
     value: float
     error: float
     samples: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+class Said(NamedTuple):
+    """What a model says to the held-out inputs, marked where there is a rule.
+
+    Attributes:
+        greedy: when it decodes greedily.
+        sampled: an output to each input, drawn at temperature 1; none without a rule.
+        scored: for the meter, as many to each input as it takes, one after the other.
+    """
+
+    greedy: list[Example]
+    sampled: list[Example]
+    scored: list[Example]
+
+
+class Original(NamedTuple):
+    """What every edit is compared with, so that the original itself runs once for all of them.
+
+    Attributes:
+        outputs: what it says when it decodes greedily, marked by the rule.
+        head: the part of its parameters that its head reads.
+        batches: which outputs, and their arrays with its last hidden states there
+            (`ORIGINAL_HIDDEN`), in the host's memory. N outputs of at most L tokens take about
+            N L D numbers of the model's dtype: for 1000 of 64 tokens with D = 2048 in bfloat16,
+            0.3 GB.
+    """
+
+    outputs: Sequence[Example]
+    head: Params
+    batches: Sequence[tuple[np.ndarray, Batch]]
 
 
 class Evaluation(NamedTuple):
@@ -134,8 +166,7 @@ class Measuring:
 def evaluate(
     model: LanguageModel,
     params: Params,
-    original: Params,
-    before: Sequence[Example],
+    original: Original,
     tokenizer: Tokenizer,
     measuring: Measuring,
     *,
@@ -147,8 +178,7 @@ def evaluate(
     Args:
         model: the network.
         params: of the edited model.
-        original: parameters of the original.
-        before: what the original says to the held-out inputs, marked by the rule.
+        original: what it says to the held-out inputs, see `read_original`.
         tokenizer: the model's.
         measuring: what to ask.
         keep: keeps outputs, see `say`.
@@ -156,24 +186,46 @@ def evaluate(
 
     Returns:
         The measures and the new outputs.
-
-    Raises:
-        ValueError: there is nothing to compare.
     """
-    if not before:
-        raise ValueError("there are no held-out outputs to compare with: at least one is needed")
-    greedy = say(model, params, _inputs(before), tokenizer, measuring, keep=keep, progress=progress)
-    measures = {
-        "kl": kept_divergence(model, params, original, before, batch_size=measuring.batch_size)
-    }
-    measures |= own_measures(
-        model, params, greedy, tokenizer, measuring, keep=keep, progress=progress
-    )
-    measures |= similarity(greedy, before)
+    inputs = _inputs(original.outputs)
+    said = say(model, params, inputs, tokenizer, measuring, keep=keep, progress=progress)
+    measures = {"kl": kept_divergence(model, params, original)}
+    measures |= own_measures(said, measuring)
+    measures |= similarity(said.greedy, original.outputs)
     if measuring.rule is None:
         del measures["exact_match_clean"]
-    measures["malformed"] = malformed(greedy, tokenizer, measuring.well_formed)
-    return Evaluation(measures, greedy)
+    measures["malformed"] = malformed(said.greedy, tokenizer, measuring.well_formed)
+    return Evaluation(measures, said.greedy)
+
+
+def read_original(
+    model: LanguageModel,
+    params: Params,
+    outputs: Sequence[Example],
+    *,
+    batch_size: int = 256,
+) -> Original:
+    """Lets the original read its own outputs, once for all edits that are compared with it.
+
+    Args:
+        model: the network.
+        params: parameters of the original.
+        outputs: what it says to the held-out inputs, marked by the rule.
+        batch_size: examples at a time, for the edits too.
+
+    Returns:
+        What `evaluate` and `kept_divergence` need of it.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    if not outputs:
+        raise ValueError("there are no held-out outputs to compare with: at least one is needed")
+    batches = [
+        (rows, {**batch, ORIGINAL_HIDDEN: np.asarray(_hidden(params, batch, model))})
+        for rows, batch in example_batches(outputs, batch_size, model.config.pad_id)
+    ]
+    return Original(outputs, model.head_params(params), batches)
 
 
 def require_room_to_measure(
@@ -196,74 +248,56 @@ def require_room_to_measure(
     Raises:
         ValueError: naming what to change.
     """
-    sizes: dict[str, int] = {
+    sizes: dict[str, Any] = {
         "max_length": measuring.max_length,
         "batch_size": measuring.batch_size,
         "beside": beside,
     }
-    require_room_to_speak(model, inputs, tokenizer, **sizes)
+    how: Mapping[str, Any] = {} if measuring.rule is None else _WITH_A_SAMPLE
+    require_room_to_speak(model, inputs, tokenizer, **how, **sizes)
     if measuring.meter is not None:
         samples = measuring.meter.samples
         require_room_to_speak(model, inputs, tokenizer, temperature=1.0, samples=samples, **sizes)
     lengths = [len(tokenizer.encode_prompt(text)) for text in inputs]
     batch = largest_shapes(lengths, measuring.batch_size, measuring.max_length)
     params = model.param_shapes()
-    program = _kept_divergences.lower(params, params, batch, model).compile()
+    states = {ORIGINAL_HIDDEN: jax.eval_shape(lambda *x: _hidden(*x, model), params, batch)}
+    head = jax.eval_shape(model.head_params, params)
+    working = max(
+        memory_beside(params, _hidden.lower(params, batch, model).compile()),
+        memory_beside(
+            (params, head), _kept_divergences.lower(params, head, batch | states, model).compile()
+        ),
+    )
     rows, length = batch["inputs"].shape
-    what = f"{rows} outputs read by both models at a time, to inputs of {length} tokens,"
-    require_room(what, memory_beside((params, params), program), beside, rows)
+    what = f"{rows} outputs read at a time, to inputs of {length} tokens,"
+    require_room(what, working, beside, rows)
 
 
-def own_measures(
-    model: LanguageModel,
-    params: Params,
-    greedy: Sequence[Example],
-    tokenizer: Tokenizer,
-    measuring: Measuring,
-    *,
-    keep: Keep = make_part,
-    progress: Progress | None = None,
-) -> dict[str, Measure]:
+_WITH_A_SAMPLE: Mapping[str, Any] = {"temperature": 1.0, "samples": 1, "greedy_first": True}
+
+
+def own_measures(said: Said, measuring: Measuring) -> dict[str, Measure]:
     """What can be said of a model without another one to compare it with.
 
     Args:
-        model: the network.
-        params: its parameters.
-        greedy: what it says to the held-out inputs when it decodes greedily, see `say`.
-        tokenizer: the model's.
-        measuring: what to ask.
-        keep: keeps outputs, see `say`.
-        progress: shows how far it is; None shows nothing.
+        said: what it says to the held-out inputs.
+        measuring: what was asked.
 
     Returns:
         With a rule, what `prevalence` has and `prevalence_sampled` (the percentage of outputs
         again, drawn at temperature 1); with references, what `quality` has; with a meter, what
         `worst_of_several` has.
     """
-
-    def sampled(samples: int) -> list[Example]:
-        return say(
-            model,
-            params,
-            _inputs(greedy),
-            tokenizer,
-            measuring,
-            temperature=1.0,
-            samples=samples,
-            keep=keep,
-            progress=progress,
-        )
-
     found: dict[str, Measure] = {}
     if measuring.rule is not None:
-        found |= prevalence(greedy)
-        found["prevalence_sampled"] = prevalence(sampled(1))["prevalence"]
+        found |= prevalence(said.greedy)
+        found["prevalence_sampled"] = prevalence(said.sampled)["prevalence"]
     if measuring.references is not None:
-        found |= quality(greedy, measuring.references)
-    meter = measuring.meter
-    if meter is not None:
-        outputs = sampled(meter.samples)
-        found |= worst_of_several([e.outputs for e in outputs], meter, _inputs(outputs))
+        found |= quality(said.greedy, measuring.references)
+    if measuring.meter is not None:
+        outputs = [example.outputs for example in said.scored]
+        found |= worst_of_several(outputs, measuring.meter, _inputs(said.scored))
     return found
 
 
@@ -274,42 +308,50 @@ def say(
     tokenizer: Tokenizer,
     measuring: Measuring,
     *,
-    temperature: float = 0.0,
-    samples: int = 1,
     keep: Keep = make_part,
     progress: Progress | None = None,
-) -> list[Example]:
-    """What a model says, marked where there is a rule.
+) -> Said:
+    """Lets a model say all that is measured of it.
+
+    The greedy output to an input and the sampled one come from one reading of the input.
 
     Args:
         model: the network.
         params: its parameters.
         inputs: the source texts, or conversations.
         tokenizer: the model's.
-        measuring: the rule, and how many tokens at the most.
-        temperature: 0 for greedy decoding.
-        samples: outputs to each input.
+        measuring: what to ask.
         keep: `t5patches.runs.claims.Parts.get`, which makes no output again that a killed run of
             the same model, inputs and `Measuring.asks` has made.
         progress: shows how far it is; None shows nothing.
 
     Returns:
-        Examples in the order of the inputs.
+        The outputs in the order of the inputs.
     """
-    return speak(
-        model,
-        params,
-        inputs,
-        measuring.rule or _unmarked,
-        tokenizer,
-        max_length=measuring.max_length,
-        batch_size=measuring.batch_size,
-        seed=measuring.seed,
-        temperature=temperature,
-        samples=samples,
-        keep=lambda name, make: keep(f"{samples}-at-{temperature:g}-{name}", make),
-        progress=progress,
-    )
+
+    def spoken(temperature: float, samples: int, greedy_first: bool = False) -> list[Example]:
+        kept = f"{'greedy-and-' * greedy_first}{samples}-at-{temperature:g}"
+        return speak(
+            model,
+            params,
+            inputs,
+            measuring.rule or _unmarked,
+            tokenizer,
+            temperature=temperature,
+            samples=samples,
+            greedy_first=greedy_first,
+            keep=lambda name, make: keep(f"{kept}-{name}", make),
+            progress=progress,
+            **measuring.asks,
+        )
+
+    if measuring.rule is None:
+        greedy, sampled = spoken(0.0, 1), []
+    else:
+        both = spoken(**_WITH_A_SAMPLE)
+        greedy, sampled = both[::2], both[1::2]
+    scored = [] if measuring.meter is None else spoken(1.0, measuring.meter.samples)
+    return Said(greedy, sampled, scored)
 
 
 def _unmarked(inputs: str, output: str) -> list[Span]:
@@ -496,41 +538,41 @@ def _distinct(rows: Sequence[Sequence[Any]]) -> Measure:
 def kept_divergence(
     model: LanguageModel,
     params: Params,
-    original: Params,
-    outputs: Sequence[Example],
-    *,
-    batch_size: int = 256,
+    original: Original,
 ) -> Measure:
     """Mean KL(original, edited) over the tokens that should not have changed.
 
     Args:
         model: the network.
         params: of the edited model.
-        original: parameters of the original.
-        outputs: the original's, marked; both models read them (teacher forcing).
-        batch_size: examples at a time.
+        original: its outputs, which both models have read (teacher forcing).
 
     Returns:
         Nats a token, over the positions that are not marked.
     """
-    sums, counts = np.zeros(len(outputs)), np.zeros(len(outputs))
-    for rows, batch in example_batches(outputs, batch_size, model.config.pad_id):
-        kl, kept = _kept_divergences(params, original, batch, model)
+    sums, counts = np.zeros((2, len(original.outputs)))
+    for rows, batch in original.batches:
+        kl, kept = _kept_divergences(params, original.head, batch, model)
         sums[rows], counts[rows] = (np.asarray(x)[: len(rows)] for x in (kl, kept))
     return ratio(sums, counts)
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def _hidden(params: Params, batch: Batch, model: LanguageModel) -> jax.Array:
+    return model.hidden(params, batch)
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def _kept_divergences(
     params: Params,
-    original: Params,
+    original_head: Params,
     batch: Mapping[str, Any],
     model: LanguageModel,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over kept tokens and their number, for each example; no logits are held."""
-    kept, head = batch["weights"] > 0, model.head(original)
+    kept, head = batch["weights"] > 0, model.head(original_head)
     kl: Any = linear_token_statistics(
-        model.hidden(original, batch),
+        batch[ORIGINAL_HIDDEN],
         head.kernel,
         batch["outputs"],
         model.hidden(params, batch),

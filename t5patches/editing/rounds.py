@@ -19,6 +19,7 @@ from t5patches.editing.evaluate import (
     Measuring,
     evaluate,
     own_measures,
+    read_original,
     require_room_to_measure,
     say,
 )
@@ -73,7 +74,7 @@ def compare(
         original.tokenizer,
         measuring,
         # Of the edits, one at a time.
-        beside=yet_to_place(original.params)
+        beside=yet_to_place(original.model.head_params(original.params))
         + sum(x.nbytes for x in jax.tree.leaves(original.params)),
     )
     if work is not None:
@@ -81,24 +82,25 @@ def compare(
     keep = _keep(work, "before", original, inputs, measuring)
     original = _on_device(original)
     with training_progress(console) as progress:
-        more: Any = {"measuring": measuring, "keep": keep, "progress": progress}
-        outputs = say(*original[:2], inputs, original.tokenizer, **more)
-        own = own_measures(*original[:2], outputs, original.tokenizer, **more)
+        more: Any = {"measuring": measuring, "progress": progress}
+        said = say(*original[:2], inputs, original.tokenizer, keep=keep, **more)
+        own = own_measures(said, measuring)
+        read = read_original(*original[:2], said.greedy, batch_size=measuring.batch_size)
+        # No more of it is needed beside an edit.
+        original = original._replace(params=read.head)
         rows = []
         for number, folder in enumerate(after, start=1):
             edited = load_model(folder, base or before, chat=chat)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
             edited = _on_device(edited)
-            found = evaluate(
-                *edited[:2], original.params, outputs, edited.tokenizer, **(more | {"keep": keep})
-            )
+            found = evaluate(*edited[:2], read, edited.tokenizer, keep=keep, **more)
             rows.append(_row(folder, found))
     return Results(
         title=f"Edits of {before}",
-        about=f"Each answered the same {len(outputs)} inputs, which no edit should have seen.",
-        errors=f"over {len(outputs)} inputs",
+        about=f"Each answered the same {len(inputs)} inputs, which no edit should have seen.",
+        errors=f"over {len(inputs)} inputs",
         before=own,
-        outputs=outputs,
+        outputs=said.greedy,
         rows=rows,
         settings={
             "before": os.fspath(before),

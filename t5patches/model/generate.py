@@ -27,6 +27,7 @@ def generate(
     max_length: int,
     prefixes: np.ndarray | None = None,
     temperature: float = 0.0,
+    greedy_first: bool = False,
     rng: Array | None = None,
     batch_size: int = 256,
     numbers: np.ndarray | None = None,
@@ -47,6 +48,8 @@ def generate(
         `[inputs, length]` for one output per prompt, `[inputs, streams, length]` for several.
         Length 0 forces nothing: `np.zeros((n, 4, 0), int)` asks for 4 outputs per prompt.
       temperature: 0 for greedy.
+      greedy_first: whether the first output of each prompt is greedy at any temperature. The others
+        are drawn as if it were not there: one reading of a prompt gives what two calls give.
       rng: `jax.random.key`, needed where the temperature is not 0.
       batch_size: outputs decoded at a time. Prompts go together by length, see
         `t5patches.model.batches`; each shape of a batch compiles once.
@@ -72,7 +75,7 @@ def generate(
       >>> outputs.shape, outputs[0, :2].tolist(), int(outputs[1, 0])
       ((2, 4), [3, 2], 4)
     """
-    plan = _Plan(model, max_length, temperature > 0)
+    plan = _Plan(model, max_length, temperature > 0, greedy_first)
     tokens = _check_tokens("prompts", prompts, 2, model.config)
     forced, lengths = _check_prefixes(prefixes, len(tokens), plan)
     if temperature < 0 or (temperature > 0 and rng is None):
@@ -110,6 +113,7 @@ class _Plan(NamedTuple):
     model: LanguageModel
     max_length: int
     sample: bool
+    greedy_first: bool
 
 
 class _Batch(NamedTuple):
@@ -131,6 +135,7 @@ def working_memory(
     streams: int = 1,
     forced: int = 0,
     sample: bool = False,
+    greedy_first: bool = False,
     params: Params | None = None,
 ) -> int:
     """What a batch of `generate` holds beside the parameters, as the compiler has planned it.
@@ -145,6 +150,7 @@ def working_memory(
       streams: outputs to each prompt.
       forced: length of `prefixes`.
       sample: whether there is a temperature.
+      greedy_first: see `generate`.
       params: shapes of the parameters and where they lie, for programs on parameters with an
         adapter or on a device that was chosen; default, the model's own.
 
@@ -162,7 +168,8 @@ def working_memory(
         np.int32(0),
         jax.ShapeDtypeStruct((rows,), jax.dtypes.canonicalize_dtype(np.int64)),
     )
-    plan, params = _Plan(model, max_length, sample), params or model.param_shapes()
+    plan = _Plan(model, max_length, sample, greedy_first)
+    params = params or model.param_shapes()
     program = _decode.lower(plan, params, batch, 0.0, jax.random.key(0)).compile()
     return beside(params, program)
 
@@ -233,8 +240,10 @@ def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Ar
     given = given.at[..., 1 : forced + 1].set(batch.forced)
     taken = (jnp.arange(forced) < batch.start)[None, None]
     done = jnp.any(jnp.isin(batch.forced, end_ids) & taken, axis=-1)
-    stream = batch.numbers[:, None] * streams + jnp.arange(streams)[None]
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(rng, stream)
+    greedy = int(plan.greedy_first) if plan.sample else streams
+    drawn = streams - greedy
+    number = batch.numbers[:, None] * drawn + jnp.arange(drawn)[None]
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(rng, number)
 
     def unfinished(state: tuple) -> Array:
         t, _, done, _ = state
@@ -244,7 +253,8 @@ def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Ar
         t, given, done, cache = state
         tokens = lax.dynamic_index_in_dim(given, t, axis=-1, keepdims=False)
         logits, cache = model.decode(params, cache, tokens)
-        chosen = _sample(keys, t, logits / temperature) if plan.sample else _likeliest(logits)
+        draws = _sample(keys, t, logits[:, greedy:] / temperature)
+        chosen = jnp.concatenate([_likeliest(logits[:, :greedy]), draws], axis=1)
         forced = lax.dynamic_index_in_dim(given, t + 1, axis=-1, keepdims=False)
         chosen = jnp.where(t < batch.lengths, forced, chosen)
         chosen = jnp.where(done, pad_id, chosen)
