@@ -35,7 +35,6 @@ import numpy as np
 
 from bench import common, gpu
 from t5patches_kernels import BlockSizes
-from t5patches_kernels.backends import chunked_linear
 
 # A CPU is a dry run of the GPU's.
 PLATFORM = "tpu" if jax.default_backend() == "tpu" else "gpu"
@@ -49,7 +48,7 @@ SHARED = (*((8, 32128, cluster) for cluster in CLUSTERS), (8, 250112, 8))
 MERGED = "tnrf"
 THREADS = 8  # that compile
 TOKENS = {"gpu": 8192, "tpu": 2048}
-CHUNKS = {"gpu": ("GPU_CHUNK_BYTES", [512, 1024, 2048]), "tpu": ("TPU_CHUNK_BYTES", [237])}
+CHUNKS_MIB = {"gpu": [512, 1024, 2048], "tpu": [237]}
 
 Row = dict[str, Any]
 Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
@@ -148,9 +147,7 @@ def heads(options: argparse.Namespace) -> Iterator[Step]:
     for mib in options.chunks_mib:
 
         def measure(mib: int = mib) -> Row:
-            setattr(chunked_linear, CHUNKS[PLATFORM][0], mib << 20)
-            jax.clear_caches()
-            return gpu.run_head(KERNEL, "tnff", inputs())
+            return gpu.run_head(KERNEL, "tnff", inputs(), mib << 20)
 
         of = {"dtype": "bfloat16", "objective": "tnff", "what": KERNEL, "chunk_mib": mib}
         yield shape | of, measure
@@ -191,7 +188,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--chunks-mib", type=int, nargs="+", default=CHUNKS[PLATFORM][1])
+    parser.add_argument("--chunks-mib", type=int, nargs="+", default=CHUNKS_MIB[PLATFORM])
     parser.add_argument(
         "--clusters",
         type=int,

@@ -164,7 +164,9 @@ def total(what: str | tk.BlockSizes, objective: str, z, r, y, w) -> jax.Array:
     return loss.loss.sum()
 
 
-def head_total(what: str, objective: str, h, kernel, rh, rk, y, w) -> jax.Array:
+def head_total(
+    what: str, objective: str, h, kernel, rh, rk, y, w, *, chunk_bytes: int | None = None
+) -> jax.Array:
     """The same of hidden states, for `OBJECTIVES`: the logits whole, or made in chunks.
 
     They are float32 either way.
@@ -173,7 +175,7 @@ def head_total(what: str, objective: str, h, kernel, rh, rk, y, w) -> jax.Array:
         z, r = (jnp.dot(*x, preferred_element_type=jnp.float32) for x in ((h, kernel), (rh, rk)))
         return total(what, objective, z, r, y, w)
     loss = tk.linear_targeted_negative_loss(
-        h, kernel, rh, rk, y, w, objective=objective, implementation=what
+        h, kernel, rh, rk, y, w, objective=objective, implementation=what, chunk_bytes=chunk_bytes
     )
     return loss.loss.sum()
 

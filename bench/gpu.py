@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from bench import common
-from t5patches_kernels.backends import chunked_linear
 
 ROUNDS = 7
 ROUND_SECONDS = 0.06
@@ -121,9 +120,12 @@ def copy_gb_per_second(torch_only: bool) -> float:
 # --- The head -------------------------------------------------------------------------------------
 
 
-def run_head(what: str, objective: str, args: tuple[jax.Array, ...]) -> dict[str, Any]:
+def run_head(
+    what: str, objective: str, args: tuple[jax.Array, ...], chunk_bytes: int | None = None
+) -> dict[str, Any]:
     """Value and both gradients of the head."""
-    f = jax.value_and_grad(functools.partial(common.head_total, what, objective), (0, 1))
+    total = functools.partial(common.head_total, what, objective, chunk_bytes=chunk_bytes)
+    f = jax.value_and_grad(total, (0, 1))
     compiled = jax.jit(f).lower(*args).compile()
     row = time_of(lambda: compiled(*args), jax.block_until_ready)
     return row | {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
@@ -165,15 +167,10 @@ def head_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     args = common.head_inputs(**shape)
     for objective in options.objectives:
         for what in options.what:
-            sizes = options.chunk_mib if what != "dense" and options.chunk_mib else [None]
-            for mib in sizes:
-                if mib is not None:
-                    chunked_linear.GPU_CHUNK_BYTES = mib << 20
-                    jax.clear_caches()
-                row = guarded(functools.partial(run_head, what, objective, args))
-                chunk = (
-                    {} if what == "dense" else {"chunk_mib": chunked_linear.GPU_CHUNK_BYTES >> 20}
-                )
+            for mib in [None] if what == "dense" else options.chunk_mib:
+                chunk_bytes = None if mib is None else mib << 20
+                row = guarded(functools.partial(run_head, what, objective, args, chunk_bytes))
+                chunk = {} if mib is None else {"chunk_mib": mib}
                 yield (
                     shape
                     | {"dtype": "bfloat16", "objective": objective, "what": what}
@@ -215,7 +212,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["tnff", "tnrr"])
     parser.add_argument("--what", nargs="+", default=["dense", "xla", "pallas_gpu"])
     parser.add_argument("--linear", action="store_true", help="hidden states instead of logits")
-    parser.add_argument("--chunk-mib", type=int, nargs="+", help="with --linear: sizes to try")
+    parser.add_argument("--chunk-mib", type=int, nargs="+", default=[512], help="with --linear")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     if "torch" in options.what and options.what != ["torch"]:

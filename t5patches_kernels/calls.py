@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5patches_kernels import autodiff, checks, dense, dispatch, sharding
+from t5patches_kernels.backends import chunked_linear
 from t5patches_kernels.core import objectives
 from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Head, Operands, Operation, Tokens, columns_of
@@ -65,6 +66,7 @@ def linear_inputs(
     logit_scale: float,
     softcap: float | None,
     transposed: bool,
+    chunk_bytes: int | None,
     implementation: Implementation,
 ) -> Inputs:
     """Checks hidden states and the head that makes logits of them."""
@@ -76,7 +78,9 @@ def linear_inputs(
         checks.floats(kernel_name, k, float64=implementation == "reference")
         checks.head(hidden_name, h, kernel_name, k, transposed)
     scale = checks.number("logit_scale", logit_scale)
-    head = Head(scale, bool(transposed), checks.softcap(softcap))
+    columns, least = jnp.shape(kernel)[0 if transposed else 1], chunked_linear.LEAST_ROWS
+    chunk_bytes = checks.chunk_bytes(chunk_bytes, 4 * columns * least, least)
+    head = Head(scale, bool(transposed), checks.softcap(softcap), chunk_bytes)
     if ref is None:
         return Inputs("hidden", (hidden, kernel), (), head)
     checks.same_vocabulary(kernel, ref[1], transposed)

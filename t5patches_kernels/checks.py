@@ -185,6 +185,24 @@ def softcap(x: Any) -> float | None:
     return value
 
 
+def chunk_bytes(x: Any, least: int, least_tokens: int) -> int | None:
+    """A bound of the logits that are made at a time, or None for the device's own."""
+    if x is None:
+        return None
+    if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
+        raise TypeError(
+            "chunk_bytes must be a Python int, as in chunk_bytes=1 << 30 for 1 GiB, or None for "
+            f"what suits the device, got {x!r}."
+        )
+    if x < least:
+        raise ValueError(
+            f"chunk_bytes must hold the float32 logits of {least_tokens} tokens, here {least} "
+            f"bytes, got {x}: it counts bytes (1 << 30 is 1 GiB). Pass None for what suits the "
+            "device."
+        )
+    return int(x)
+
+
 def one_of(name: str, x: Any, valid: tuple[str, ...]) -> None:
     """A choice by name."""
     if x not in valid:

@@ -15,6 +15,13 @@ in float32 (Gemma 2). A bounded logit is never a masked one: a z that has overfl
 with the probability of -c, and one of infinity is a logit of c and no fault. To mask entries of a
 model with a softcap, mask its logits and give them to `losses`.
 
+``chunk_bytes`` bounds a chunk: the float32 logits of one model that a device makes at a time
+(`tokens_per_chunk`). For a gradient each chunk adds a whole float32 gradient of the kernel to that
+of the chunks before it: fewer, larger chunks are faster where each adds to memory, and hold up to
+four times ``chunk_bytes`` there. None is 512 MiB on a GPU, 237 MiB on a TPU and 16 MiB, for its
+caches, on a CPU. Between sizes, sums over tokens differ by rounding. ``"reference"`` takes no
+notice: it makes all logits at once.
+
 Every argument not described here means what it does in `losses`; with ``vocab_axis`` it is the
 kernels' vocabulary dimension that is split.
 """
@@ -23,7 +30,8 @@ from __future__ import annotations
 
 import jax
 
-from t5patches_kernels import calls, losses
+from t5patches_kernels import calls, checks, losses
+from t5patches_kernels.backends import chunked_linear
 from t5patches_kernels.backends.pallas_gpu.plan import BlockSizes
 from t5patches_kernels.calls import Edits, How
 from t5patches_kernels.losses import PolicyLoss, TokenLoss, TokenStatistics
@@ -50,6 +58,7 @@ def linear_targeted_negative_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     objective: str = "tnff",
     alpha: float = 1.0,
     smoothing: float = 1e-6,
@@ -73,6 +82,8 @@ def linear_targeted_negative_loss(
       softcap: a bound c > 0 of both models' logits, which become ``c * tanh(z / c)`` (Gemma 2: 30);
         None bounds none. See the module.
       transposed: whether the kernels are embedding tables.
+      chunk_bytes: a bound of the float32 logits of one model that a device makes at a time, at
+        least those of 8 tokens; None for what suits the device. See the module.
       objective: see `targeted_negative_loss`, as for what follows.
       alpha: see there.
       smoothing: see there.
@@ -87,7 +98,8 @@ def linear_targeted_negative_loss(
       A `TokenLoss`, differentiable in `hidden` and `kernel`.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`.
+      ValueError, TypeError, NotImplementedError: as for `targeted_negative_loss`, and for a
+        `chunk_bytes` that is no size.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -101,7 +113,7 @@ def linear_targeted_negative_loss(
     """
     ref = (ref_hidden, ref_kernel)
     inputs = calls.linear_inputs(
-        hidden, kernel, ref, logit_scale, softcap, transposed, implementation
+        hidden, kernel, ref, logit_scale, softcap, transposed, chunk_bytes, implementation
     )
     c = losses.targeted_negative_settings(
         calls.vocab_size(inputs, vocab_axis), objective, alpha, smoothing, z_loss, divergence
@@ -119,6 +131,7 @@ def linear_unlikelihood_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     alpha: float = 1.0,
     z_loss: float = 0.0,
     edits: Edits | None = None,
@@ -139,7 +152,7 @@ def linear_unlikelihood_loss(
       [0.2877]
     """
     inputs = calls.linear_inputs(
-        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+        hidden, kernel, None, logit_scale, softcap, transposed, chunk_bytes, implementation
     )
     c = losses.unlikelihood_settings(calls.vocab_size(inputs, vocab_axis), alpha, z_loss)
     how = How(skip_ignored, vocab_axis, implementation)
@@ -155,6 +168,7 @@ def linear_negative_likelihood_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     alpha: float = 1.0,
     threshold: float = -10.3,
     z_loss: float = 0.0,
@@ -175,7 +189,7 @@ def linear_negative_likelihood_loss(
       [-1.3863]
     """
     inputs = calls.linear_inputs(
-        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+        hidden, kernel, None, logit_scale, softcap, transposed, chunk_bytes, implementation
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.negative_likelihood_settings(size, alpha, threshold, z_loss)
@@ -192,6 +206,7 @@ def linear_cross_entropy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     skip_ignored: bool = False,
@@ -210,7 +225,7 @@ def linear_cross_entropy_loss(
       [1.3863]
     """
     inputs = calls.linear_inputs(
-        hidden, kernel, None, logit_scale, softcap, transposed, implementation
+        hidden, kernel, None, logit_scale, softcap, transposed, chunk_bytes, implementation
     )
     size = calls.vocab_size(inputs, vocab_axis)
     c = losses.cross_entropy_settings(size, label_smoothing, z_loss)
@@ -231,6 +246,7 @@ def linear_policy_gradient_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     clip: tuple[float, float] = (0.2, 0.2),
     kl: str = "exact",
     kl_coefficient: float = 0.0,
@@ -255,7 +271,7 @@ def linear_policy_gradient_loss(
     """
     inputs = calls.linear_inputs(
         hidden, kernel, _both(ref_hidden, ref_kernel), logit_scale, softcap, transposed,
-        implementation,
+        chunk_bytes, implementation,
     )  # fmt: skip
     how = How(skip_ignored, vocab_axis, implementation)
     return losses.run_policy_gradient(
@@ -274,6 +290,7 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     transposed: bool = False,
+    chunk_bytes: int | None = None,
     vocab_axis: str | None = None,
     implementation: str | BlockSizes | None = None,
 ) -> TokenStatistics:
@@ -291,7 +308,48 @@ def linear_token_statistics(
     """
     ref = _both(ref_hidden, ref_kernel)
     inputs = calls.linear_inputs(
-        hidden, kernel, ref, logit_scale, softcap, transposed, implementation
+        hidden, kernel, ref, logit_scale, softcap, transposed, chunk_bytes, implementation
     )
     how = How(vocab_axis=vocab_axis, implementation=implementation)
     return losses.run_token_statistics(inputs, how, targets)
+
+
+def tokens_per_chunk(
+    tokens: int,
+    vocab_size: int,
+    *,
+    platform: str,
+    chunk_bytes: int | None = None,
+    skip_ignored: bool = False,
+) -> int:
+    """How many tokens' logits the losses of this module make at a time.
+
+    At most those whose ``4 * vocab_size`` bytes each `chunk_bytes` holds, and about as many in each
+    chunk, in whole tiles of 8 or 128.
+
+    Args:
+      tokens: how many there are on a device.
+      vocab_size: entries of the kernel on a device.
+      platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``, as JAX's devices name it.
+      chunk_bytes: as given to the loss; None for what suits the platform.
+      skip_ignored: as given to the loss; with it there are several chunks, to skip some.
+
+    Returns:
+      Tokens a chunk; all there are where one chunk holds them.
+
+    Raises:
+      ValueError, TypeError: as for the losses.
+
+    Example:
+      >>> from t5patches_kernels.linear_losses import tokens_per_chunk
+      >>> tokens_per_chunk(8192, 250112, platform="gpu")
+      512
+      >>> tokens_per_chunk(8192, 250112, platform="gpu", chunk_bytes=2 << 30)
+      2048
+    """
+    least = chunked_linear.LEAST_ROWS
+    size = checks.chunk_bytes(chunk_bytes, 4 * vocab_size * least, least)
+    own = chunked_linear.CHUNK_BYTES
+    size = own.get(platform, own["cpu"]) if size is None else size
+    rows = chunked_linear.chunk_rows(tokens, vocab_size, size, skip_ignored=skip_ignored)
+    return min(tokens, rows)

@@ -191,6 +191,23 @@ BAD = {
         "softcap.*traced.*static",
     ),
     "softcap beyond float32": (lambda: linear(softcap=1e39), ValueError, "softcap=1e.39 is beyond"),
+    "chunk_bytes in MiB": (
+        lambda: linear(chunk_bytes=128),
+        ValueError,
+        "chunk_bytes must hold .* 8 tokens, here 160 bytes, got 128: it counts bytes.*Pass None",
+    ),
+    "chunk_bytes < 0": (
+        lambda: tk.linear_cross_entropy_loss(H, K.T, Y, transposed=True, chunk_bytes=-1),
+        ValueError,
+        "here 160 bytes, got -1",
+    ),
+    "chunk_bytes float": (lambda: linear(chunk_bytes=1e9), TypeError, "must be a Python int.*1000"),
+    "chunk_bytes bool": (lambda: linear(chunk_bytes=True), TypeError, "Python int.*got True"),
+    "chunk_bytes traced": (
+        lambda: jax.jit(lambda x: linear(chunk_bytes=x))(1 << 30),
+        TypeError,
+        "chunk_bytes must be a Python int",
+    ),
     "vocabularies": (
         lambda: linear(ref_kernel=jnp.zeros((4, 6))),
         ValueError,

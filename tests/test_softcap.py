@@ -110,7 +110,7 @@ def test_a_made_up_objective():
         want, by_logit = dense_made_up(m, c, "given", bounded_z, bounded_r, y, ids, factors)
 
         def total(z):
-            inputs = calls.linear_inputs(z, eye, (r, eye), 1.0, CAP, False, None)
+            inputs = calls.linear_inputs(z, eye, (r, eye), 1.0, CAP, False, None, None)
             losses = calls.call(c, inputs, calls.How(), y, WEIGHTS)[0]["loss"]
             return (losses * COTANGENTS).sum(), losses
 

@@ -217,7 +217,7 @@ def test_a_run_gets_more_steps_and_ends_where_a_longer_one_does(unbroken, tmp_pa
     ordered = again(tmp_path / "ordered", order=order)
     for name, more, whole in (("a", {}, unbroken[1]), ("b", {"order": order}, ordered)):
         first = {key: x[:12] for key, x in more.items()}
-        shorter = dataclasses.replace(SETTINGS, steps=4, checkpoint_every=3)
+        shorter = dataclasses.replace(SETTINGS, steps=4, checkpoint_every=3, chunk_bytes=1 << 20)
         again(tmp_path / name, settings=shorter, **first)
         if more:
             with pytest.raises(ValueError, match=r"differs in order"):

@@ -121,14 +121,14 @@ def test_linear_of_many_chunks(monkeypatch):
     """A ragged last chunk must not be counted twice in the kernel's gradient."""
     from t5patches_kernels.backends import chunked_linear
 
-    monkeypatch.setattr(chunked_linear, "_CHUNK_BYTES", 5 * 4 * V)
-    monkeypatch.setattr(chunked_linear, "_LEAST_ROWS", 5)
+    monkeypatch.setattr(chunked_linear, "LEAST_ROWS", 5)
     chunked_linear.run.clear_cache()
     h, y, w, ct = (x.reshape(B * L, *x.shape[2:]) for x in (H, Y, W, CT))
     for name in ("tnff", "tnrf", "ce"):
 
         def total(h, k, implementation, name=name):
-            out = LINEAR[name](h, k, h + 0.1, K, y, w, softcap=3.0, implementation=implementation)
+            options = {"chunk_bytes": 5 * 4 * V, "implementation": implementation}
+            out = LINEAR[name](h, k, h + 0.1, K, y, w, softcap=3.0, **options)
             return weighed(out, ct)
 
         got, want = (jax.grad(total, (0, 1))(h, K, i) for i in ("xla", "reference"))

@@ -47,7 +47,7 @@ from t5patches.editing.outputs import (
     save_result,
     unfinished,
 )
-from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory
+from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
 from t5patches.editing.programs import dtype_named
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
@@ -294,6 +294,8 @@ def check(job: Job) -> Checked:
     mesh = _mesh(job)
     cached, own = job.dtype if job.cache_teacher else None, job.original is not None
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
+    settings = with_larger_chunks(step, settings, mesh)
+    step = step.with_settings(settings)
     plan = plan_memory(step, settings, mesh)
     require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
     notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
@@ -733,7 +735,8 @@ def _cached(
 def _described(job: Job) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
     settings = dataclasses.asdict(job.settings)
-    del settings["checkpoint_every"]  # which changes nothing in what is made
+    for name in ("checkpoint_every", "chunk_bytes"):  # which change nothing in what is made
+        del settings[name]
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),

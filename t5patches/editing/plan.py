@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from t5patches.editing.train import Step, TrainSettings
 from t5patches.model import memory, placement
+from t5patches.runs import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class MemoryPlan:
             same memory.
         saved: what training all parameters would take beyond this, of parameters, gradients,
             optimizer and original; 0 where all are trained.
+        chunk_tokens: of how many tokens an update makes logits at a time; 0 where it makes none.
+        chunk_bytes: one model's float32 logits of them, which are a part of `working`.
     """
 
     device: str
@@ -48,6 +51,8 @@ class MemoryPlan:
     available: int | None
     copies: int = 0
     saved: int = 0
+    chunk_tokens: int = 0
+    chunk_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -60,10 +65,13 @@ class MemoryPlan:
         parts = ("parameters", *copies, "optimizer", "original", "working")
         listed = ", ".join(f"{name} {_size(getattr(self, name))}" for name in parts)
         of = "" if self.available is None else f" of {_size(self.available)}"
+        chunks = ""
+        if self.chunk_tokens:
+            chunks = f"; logits of {self.chunk_tokens} tokens at a time, {_size(self.chunk_bytes)}"
         saved = f"; training all parameters would take {_size(self.saved)} more" * (self.saved > 0)
         return (
             f"memory on each of {self.count} x {self.device}: {listed}; "
-            f"{_size(self.total)}{of}{saved}"
+            f"{_size(self.total)}{of}{chunks}{saved}"
         )
 
 
@@ -78,8 +86,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
     Returns:
         The plan.
     """
-    used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    here = [device for device in used if device.process_index == jax.process_index()]
+    used, here = _devices(mesh)
     trained, base, original = map(memory.held, (step.state.params, *step.frozen))
     working = memory.beside((step.state, step.frozen), step.compiled)
     on_cpu = used[0].platform == "cpu"
@@ -96,6 +103,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
         original = max(original, read) if settings.param_dtype == "float32" else original + read
+    chunk_tokens, chunk_bytes = step.logits_at_a_time(settings.chunk_bytes)
     return MemoryPlan(
         device=used[0].device_kind,
         count=len(used),
@@ -106,7 +114,65 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         working=working,
         available=_available(here[0], len(here)),
         saved=saved,
+        chunk_tokens=chunk_tokens,
+        chunk_bytes=chunk_bytes,
     )
+
+
+# Twice and four times what the losses take by themselves.
+_LARGER_CHUNKS = {"gpu": (1 << 30, 2 << 30), "tpu": (474 << 20, 948 << 20)}
+# What an update holds of a chunk: two models' logits, a gradient, and with a softcap one more.
+_ARRAYS_OF_A_CHUNK = 4
+
+
+def with_larger_chunks(
+    step: Step, settings: TrainSettings, mesh: Mesh | None = None
+) -> TrainSettings:
+    """Chooses how much of the logits an update makes at a time, by what a device has left.
+
+    Each chunk adds a whole gradient of the head's kernel to that of the chunks before it, so that
+    larger ones are faster where there is room. How much room is known exactly only of a compiled
+    update, and to compile one for each size takes longer than most edits gain: the size is chosen
+    before, the largest that takes no more than a quarter of what parameters, gradients, optimizer
+    and original leave. The update is then compiled once, as without a choice; only where that
+    shows that it does not fit, it is compiled again, with the losses' own size.
+
+    Args:
+        step: the update, not compiled yet.
+        settings: how to train. A size that they name stays.
+        mesh: see `t5patches.editing.train.train`.
+
+    Returns:
+        The settings with that size; themselves on a CPU, which has its caches to think of, where
+        a device does not say what it has, and where no size has more tokens than the losses' own.
+    """
+    _, here = _devices(mesh)
+    sizes = _LARGER_CHUNKS.get(here[0].platform, ())
+    if settings.chunk_bytes is not None or not sizes:
+        return settings
+
+    def largest() -> int:
+        held = memory.held((step.state, step.state.params, step.frozen))  # gradients are like these
+        left = (_available(here[0], len(here)) or 0) - held
+        own, _ = step.logits_at_a_time(None)
+        chosen = 0
+        for size in sizes:
+            tokens, chunk_bytes = step.logits_at_a_time(size)
+            if tokens > own and _ARRAYS_OF_A_CHUNK * chunk_bytes <= left // 4:
+                chosen = size
+        return chosen
+
+    # Devices of several processes run one program, however much each of them has left.
+    size = hosts.first_says(largest)
+    if not size:
+        return settings
+    larger = dataclasses.replace(settings, chunk_bytes=size)
+    try:
+        plan = plan_memory(step.with_settings(larger), larger, mesh)
+        fits = plan.available is not None and plan.total <= plan.available
+    except jax.errors.JaxRuntimeError:  # a TPU's compiler refuses what does not fit
+        fits = False
+    return larger if hosts.first_says(lambda: fits) else settings
 
 
 def require_memory(
@@ -215,6 +281,12 @@ def _advice(
     if plan.count > 1 and plan.device != "cpu":
         out.append("a model split over more devices leaves more on each (--model-parallel)")
     return out
+
+
+def _devices(mesh: Mesh | None) -> tuple[list[jax.Device], list[jax.Device]]:
+    """All that are used, and those of this process."""
+    used = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    return used, [device for device in used if device.process_index == jax.process_index()]
 
 
 def _available(device: jax.Device, sharing: int) -> int | None:

@@ -295,7 +295,7 @@ def _ref_log_probs(given: Given) -> Any:
 
 
 def _statistics(given: Given, hidden: Array, kernel: Array) -> Any:
-    names = ("logit_scale", "transposed", "softcap", "implementation")
+    names = ("logit_scale", "transposed", "softcap", "chunk_bytes", "implementation")
     options: dict[str, Any] = {name: given.options[name] for name in names}
     return linear_token_statistics(hidden, kernel, given.targets, **options)
 

@@ -51,6 +51,7 @@ from t5patches_kernels import (
     linear_targeted_negative_loss,
     linear_unlikelihood_loss,
 )
+from t5patches_kernels.linear_losses import tokens_per_chunk
 
 TARGETED, OBJECTIVES = TARGETED_NEGATIVE, (*TRAINING_OBJECTIVES, *RIVALS)
 WITH_ORIGINAL = (*TARGETED, *(name for name, rival in RIVALS.items() if rival.original))
@@ -97,6 +98,9 @@ class TrainSettings:
             the same parameters without the adapter, held once.
         param_dtype: of the parameters that are not trained, float32 or bfloat16; what is trained
             is float32.
+        chunk_bytes: of the losses (`t5patches_kernels.linear_losses`): how much of the logits a
+            device makes at a time. None is their own choice; `t5patches.editing.plan` has another
+            where there is room. It changes rounding alone and is no fact of a run.
     """
 
     objective: str = "tnff"
@@ -120,6 +124,7 @@ class TrainSettings:
     implementation: str | None = None
     lora: Lora | None = None
     param_dtype: str = "float32"
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
@@ -442,6 +447,9 @@ def training_progress(console: Console | None = None) -> Progress:
     )
 
 
+_SKIP_IGNORED = True
+
+
 def token_loss(
     model: LanguageModel,
     params: Params,
@@ -471,7 +479,8 @@ def token_loss(
         **head.loss_options(),
         "z_loss": settings.z_loss,
         "implementation": settings.implementation,
-        "skip_ignored": True,
+        "chunk_bytes": settings.chunk_bytes,
+        "skip_ignored": _SKIP_IGNORED,
     }
     edits = Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
     match settings.objective:
@@ -654,6 +663,7 @@ class Step:
                 cannot have such an adapter.
         """
         self._model, self._arrays, self.cached = model, arrays, cached
+        self._own_original = own_original
         self._mesh, self._settings, self._init = mesh, settings, _optimizer(settings).init
         if mesh is not None:
             placement.check_mesh(mesh, model, settings.batch_size)
@@ -683,8 +693,47 @@ class Step:
 
     def of_all(self) -> Step:
         """The update that trains all parameters where this one trains an adapter, to compare."""
-        settings = dataclasses.replace(self._settings, lora=None, param_dtype="float32")
-        return Step(self._model, settings, self._arrays, self._mesh, cached=self.cached)
+        return self.with_settings(
+            dataclasses.replace(self._settings, lora=None, param_dtype="float32")
+        )
+
+    def with_settings(self, settings: TrainSettings) -> Step:
+        """The update of the same model and data with other settings.
+
+        Args:
+            settings: how to train.
+
+        Returns:
+            Another step; nothing is compiled yet.
+        """
+        own = self._own_original
+        return Step(
+            self._model, settings, self._arrays, self._mesh, cached=self.cached, own_original=own
+        )
+
+    def logits_at_a_time(self, chunk_bytes: int | None) -> tuple[int, int]:
+        """How much of the longest batch's logits an update makes at a time on each device.
+
+        Args:
+            chunk_bytes: see `TrainSettings`.
+
+        Returns:
+            Tokens, and the bytes of one model's float32 logits of them.
+        """
+        examples, length = self.arguments[2]["outputs"].shape
+        columns, device = self._model.config.vocab_size, jax.devices()[0]
+        if self._mesh is not None:
+            examples //= self._mesh.shape[placement.DATA]
+            columns //= self._mesh.shape[placement.MODEL]
+            device = self._mesh.devices.flat[0]
+        tokens = tokens_per_chunk(
+            examples * length,
+            columns,
+            platform=device.platform,
+            chunk_bytes=chunk_bytes,
+            skip_ignored=_SKIP_IGNORED,
+        )
+        return tokens, 4 * columns * tokens
 
     @property
     def compiled(self) -> Any:
@@ -1051,9 +1100,10 @@ def _describe(
     held_out: Batch | None,
 ) -> dict[str, Any]:
     sizes = {name: str(value) for name, value in dataclasses.asdict(model.config).items()}
-    start = fingerprint(params)
+    start, facts = fingerprint(params), dataclasses.asdict(settings)
+    del facts["chunk_bytes"]
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": facts,
         "model": sizes,
         "data": fingerprint(arrays),
         **({} if order is None else {"order": fingerprint(order)}),

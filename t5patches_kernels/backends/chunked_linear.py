@@ -31,29 +31,29 @@ from t5patches_kernels.core.operation import (
 )
 from t5patches_kernels.core.statistics import Array, Stats
 
-# A float32 chunk of one logits array: small enough for a CPU's caches; on a GPU large enough for
-# its matrix units, and for the kernel's float32 gradient to be read and written seldom.
-_CHUNK_BYTES = 16 << 20
-GPU_CHUNK_BYTES = 512 << 20
-# By the TPU compiler's figures (`python -m bench.tpu_static --linear`) as much as keeps T = 4096,
-# D = 1024, V = 250112 within a twentieth of what dense logits hold.
-TPU_CHUNK_BYTES = 237 << 20
-_LEAST_ROWS = 8
+# A float32 chunk of one logits array where the caller names no size, by platform: small enough for
+# a CPU's caches; on a GPU large enough for its matrix units, and for the kernel's float32 gradient
+# to be read and written seldom; on a TPU, by its compiler's figures (`python -m bench.tpu_static
+# --linear`), as much as keeps T = 4096, D = 1024, V = 250112 within a twentieth of what dense
+# logits hold.
+CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20, "tpu": 237 << 20}
+LEAST_ROWS = 8
 # At least so many chunks where ignored tokens are skipped, as all but one token of the last may be
 # ignored; not more, as each chunk adds its gradient of the kernel to that of the others.
 _CHUNKS_TO_SKIP = 4
 _MATRIX_ROWS = 128
 
 
-def chunk_rows(rows: int, columns: int, chunk_bytes: int) -> int:
+def chunk_rows(rows: int, columns: int, chunk_bytes: int, *, skip_ignored: bool = False) -> int:
     """Tokens a chunk: about as many in each, as the last one is moved back over the one before it.
 
     In whole tiles of a matrix unit where there is room for some.
     """
-    most = max(_LEAST_ROWS, chunk_bytes // (4 * columns))
-    tile = _MATRIX_ROWS if most >= 4 * _MATRIX_ROWS else _LEAST_ROWS
+    most = max(LEAST_ROWS, chunk_bytes // (4 * columns))
+    tile = _MATRIX_ROWS if most >= 4 * _MATRIX_ROWS else LEAST_ROWS
     chunks = -(-rows // (most // tile * tile))
-    return -(-rows // (chunks * tile)) * tile
+    block = -(-rows // (chunks * tile)) * tile
+    return min(block, max(_MATRIX_ROWS, -(-rows // _CHUNKS_TO_SKIP))) if skip_ignored else block
 
 
 def product_of(hidden: Array, kernel: Array, head: Head) -> Array:
@@ -112,9 +112,9 @@ def run(
     stored = None if op.head.softcap else operands.model[0].dtype.name
     return tiling.by_platform(
         inputs,
-        gpu=partial(chunked, dataclasses.replace(op, gradient_dtype=stored), GPU_CHUNK_BYTES),
-        tpu=partial(chunked, op, TPU_CHUNK_BYTES),
-        default=partial(chunked, op, _CHUNK_BYTES),
+        gpu=partial(chunked, dataclasses.replace(op, gradient_dtype=stored), CHUNK_BYTES["gpu"]),
+        tpu=partial(chunked, op, CHUNK_BYTES["tpu"]),
+        default=partial(chunked, op, CHUNK_BYTES["cpu"]),
     )
 
 
@@ -122,7 +122,7 @@ def _chunked(
     driver: Driver,
     stage: Stage,
     op: Operation,
-    chunk_bytes: int,
+    of_device: int,
     operands: Operands,
     tokens: Tokens,
     stats: Stats | None,
@@ -151,10 +151,9 @@ def _chunked(
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(op, operands)
     inputs = (hidden, ref_hidden, tokens, stats, d_stats)
-    block, counts = chunk_rows(rows, columns, chunk_bytes), None
-    if op.skip_ignored:
-        counts = tokens.weights != 0
-        block = min(block, max(_MATRIX_ROWS, -(-rows // _CHUNKS_TO_SKIP)))
+    chunk_bytes = of_device if head.chunk_bytes is None else head.chunk_bytes
+    block = chunk_rows(rows, columns, chunk_bytes, skip_ignored=op.skip_ignored)
+    counts = tokens.weights != 0 if op.skip_ignored else None
     out, _, dw = tiling.for_row_blocks(body, inputs, rows, block, counts=counts)
     if out.gradient is None:
         return out

@@ -23,6 +23,7 @@ class Head:
     scale: float
     transposed: bool  # the kernel is [V, D], an embedding table
     softcap: float | None = None  # c: z becomes c * tanh(z / c)
+    chunk_bytes: int | None = None  # of float32 logits at a time; None: the device's own
 
 
 @dataclasses.dataclass(frozen=True)
