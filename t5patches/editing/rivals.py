@@ -295,8 +295,8 @@ def _ref_log_probs(given: Given) -> Any:
 
 
 def _statistics(given: Given, hidden: Array, kernel: Array) -> Any:
-    names = ("logit_scale", "transposed", "softcap", "chunk_bytes", "implementation")
-    options: dict[str, Any] = {name: given.options[name] for name in names}
+    of_losses = ("z_loss", "skip_ignored")
+    options: dict[str, Any] = {k: x for k, x in given.options.items() if k not in of_losses}
     return linear_token_statistics(hidden, kernel, given.targets, **options)
 
 
