@@ -71,7 +71,10 @@ def test_rows_that_fit(size):
 def test_no_races(name, monkeypatch):
     monkeypatch.setattr(pallas_gpu, "INTERPRET", (("detect_races", True),))
     _compiled.cache_clear()
-    assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, SIZE))))
+    # Whole chunks: of other sizes the last one writes numbers of the one before it again, the same
+    # ones, and the interpreter of jax 0.11 calls two copies to one place a race.
+    size = 3 * 4 * 128
+    assert_as_good_as_dense(name, NAME, Batch(*(x[:4] for x in batch(4, size))))
     assert not gpu_callbacks.get_races().races_found
 
 

@@ -877,8 +877,11 @@ def _program(
         elif settings.objective in WITH_ORIGINAL or settings.until is not None:
             original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
+    # On a device the integers of NumPy are int32.
+    on_device = jax.dtypes.canonicalize_dtype
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=of_batch) for name, (shape, dtype) in rows
+        name: jax.ShapeDtypeStruct(shape, on_device(dtype), sharding=of_batch)
+        for name, (shape, dtype) in rows
     }
     number = jax.ShapeDtypeStruct((), np.int32)
     program = jax.jit(
