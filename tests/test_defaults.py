@@ -18,7 +18,7 @@ def test_each_changes_something_that_the_command_has():
     needed = ["--model", "a", "--output", "b", "--data", "c"]
     usual, seen = vars(parser.parse_args(needed)), []
     for name, options in defaults.VARIATIONS.items():
-        asked = vars(parser.parse_args([*needed, *options]))
+        asked = vars(parser.parse_args([*needed, *options.split()]))
         seen.append({k: v for k, v in asked.items() if v != usual[k]})
         assert bool(seen[-1]) == bool(options), name
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
