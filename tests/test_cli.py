@@ -62,6 +62,7 @@ def run(*arguments):
         return left.code
 
 
+@pytest.mark.slow  # test_edit and test_train kill what takes long in it
 def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DemoConfig", functools.partial(DemoConfig, **TINY))
     # A model of this size names no places; it says enough words with an e.

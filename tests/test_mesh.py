@@ -307,7 +307,7 @@ def test_the_kernel_moves_only_where_it_must():
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*TPU")
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("linear", [False, slow_unless(False, True)])
 def test_tpu_kernels_run_on_each_chip_of_a_slice(linear):
     """Four v4 chips, ahead of time: kernels in the program, and only sums between the chips."""
     mesh = jax.sharding.Mesh(np.array(topology("v4").devices).reshape(2, 2), ("data", "model"))
