@@ -173,7 +173,8 @@ def _add_training(group: Any) -> None:
         metavar="RATE",
         type=float,
         default=0.0,
-        help="of the model being trained; the original never drops (default: 0)",
+        help="of the model being trained, whatever its config.json says; the original never drops "
+        "(default: 0)",
     )
     group.add_argument(
         "--seed",
