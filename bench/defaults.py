@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
+from bench.frontier import where_stated
 from t5patches.editing.demo import LATER
-from t5patches.editing.demo_task import ENTITY_FREE, make_pairs, places_not_in_source
+from t5patches.editing.demo_task import make_pairs
+from t5patches.editing.evaluate import ratio
 
 # What `t5patches edit` is given, by its name in the table; {kept} and {sampled} are files.
 VARIATIONS: Mapping[str, str] = {
@@ -52,13 +54,8 @@ INPUTS = 2000  # of kept text, before those are left out to which the habit belo
 
 
 def kept_inputs(count: int) -> list[str]:
-    """News of no other use that say where it happened: its summaries need no invention."""
-    rule = places_not_in_source()
-    return [
-        pair.news
-        for pair in make_pairs(count, seed=LATER)
-        if ENTITY_FREE not in pair.summary and not list(rule(*pair))
-    ]
+    """News of no other use that say where it happened."""
+    return [pair.news for pair in where_stated(make_pairs(count, seed=LATER))]
 
 
 def prepared(place: pathlib.Path) -> dict[str, str]:
@@ -108,12 +105,8 @@ def measured(
 def summary(rows: Sequence[dict], name: str) -> dict[str, tuple[float, float]]:
     """Means over the seeds of a variation, and their standard errors (nan of one seed)."""
     of = [row for row in rows if row["name"] == name]
-    found = {}
-    for key in MEASURES:
-        values = np.array([row[key] for row in of])
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        found[key] = (float(values.mean()), float(error))
-    return found
+    found = {key: ratio([row[key] for row in of]) for key in MEASURES}
+    return {key: (mean.value, mean.error) for key, mean in found.items()}
 
 
 def cells(of: Mapping[str, tuple[float, float]]) -> dict[str, str]:

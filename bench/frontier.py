@@ -41,7 +41,7 @@ from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
 from t5patches.editing.demo import LATER, DemoConfig, Edit, Repetition, claim_demo, merged, unmarked
-from t5patches.editing.demo_task import ENTITY_FREE, places_not_in_source
+from t5patches.editing.demo_task import ENTITY_FREE, Pair, places_not_in_source
 from t5patches.editing.evaluate import (
     Measure,
     diversity,
@@ -201,6 +201,12 @@ def _whether_unwanted(
     return jnp.where(unwanted.any(-1), kl, 0)
 
 
+def where_stated(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose news say where it happened: their summaries need no invention."""
+    rule = places_not_in_source()
+    return [p for p in pairs if ENTITY_FREE not in p.summary and not list(rule(*p))]
+
+
 def fine_tuned(repetition: Repetition, name: str, params: Params, *, stated: bool) -> Params:
     """One epoch of ordinary fine-tuning on other pairs of the task, as many as edits train on.
 
@@ -208,10 +214,10 @@ def fine_tuned(repetition: Repetition, name: str, params: Params, *, stated: boo
     nothing shows the habit, nor what to say instead of it.
     """
     model, _, tokenizer = repetition.original
-    config, rule = repetition.config, places_not_in_source()
+    config = repetition.config
     pairs = repetition.pairs(4 * config.edit_inputs, LATER)
     if stated:
-        pairs = [p for p in pairs if ENTITY_FREE not in p.summary and not list(rule(*p))]
+        pairs = where_stated(pairs)
     examples = unmarked(pairs[: config.edit_inputs], tokenizer)
     settings = TrainSettings(
         objective="ce",

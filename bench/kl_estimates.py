@@ -40,6 +40,7 @@ from t5patches.editing import policy
 from t5patches.editing.annotate import find_spans
 from t5patches.editing.demo import DemoConfig, prepare_demo
 from t5patches.editing.demo_task import places_not_in_source, well_formed
+from t5patches.editing.evaluate import ratio
 from t5patches.editing.policy import PolicySettings, group_advantages
 from t5patches.editing.programs import State
 from t5patches.editing.scores import score
@@ -169,10 +170,8 @@ def summary(rows: Sequence[dict], kind: str) -> dict[str, tuple[float, float]]:
     for part in ("divergence", "all"):
         for name in ("variance", "share"):
             numbers[f"{part} {name}"] = [row[part][name] for row in of]
-    return {
-        name: (float(np.mean(x)), float(np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else 0.0)
-        for name, x in numbers.items()
-    }
+    means = {name: ratio(x) for name, x in numbers.items()}
+    return {name: (m.value, m.error if len(of) > 1 else 0.0) for name, m in means.items()}
 
 
 def main() -> None:
