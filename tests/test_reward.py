@@ -15,7 +15,7 @@ import tokenizer_samples
 from t5patches import cli, scorers
 from t5patches.editing import reward as reward_module
 from t5patches.editing import reward_folder as folder_module
-from t5patches.editing.evaluate import Meter, worst_of_several
+from t5patches.editing.evaluate import Meter, scores_of_several
 from t5patches.editing.reward import (
     How,
     Reward,
@@ -255,7 +255,7 @@ def test_a_reward_model_tells_pairs_apart_that_it_has_not_seen(place):
     np.testing.assert_allclose(again[::-1], chosen, rtol=1e-4, atol=1e-5)
     meter = Meter(reward, samples=2)
     outputs = ["a cat sat", "", "a dog sat", "a dog"]
-    worst = worst_of_several(outputs, meter, ["sat"] * 4)["score_maximum"]
+    worst = scores_of_several(outputs, meter, ["sat"] * 4)["score_maximum"]
     expected = score(reward, outputs, ["sat"] * 4).reshape(2, 2).max(1).mean()
     assert worst.value == pytest.approx(expected)
     assert not (place / "reward.unfinished").exists()

@@ -65,7 +65,7 @@ def test_rounds_stand_side_by_side(run, folder, tmp_path, capsys):
     assert found["before"].keys() == {
         *("prevalence", "prevalence_tokens", "prevalence_sampled"),
         *("reference_bleu", "reference_rouge_l", "reference_exact"),
-        *("score_maximum", "score_probability"),
+        *("score_mean", "score_maximum", "score_probability"),
     }
     for measures in others:
         assert measures["kl"]["value"] > 0

@@ -9,9 +9,9 @@ original's outputs.
                 greedy and of sampled ones, and leaves unwanted tokens out of the KL
   --references  adds the quality at the task, by the references in a .jsonl file of inputs:
                 {"inputs": "...", "references": ["..."]} a line
-  --scorer      adds a meter of the worst of several sampled outputs to each input: the mean of the
-                largest score, and how often it reaches the threshold. my_module:function takes a
-                list of outputs and returns as many numbers; with a second parameter named
+  --scorer      adds a meter of several sampled outputs to each input: the mean of their scores and
+                of the largest, and how often that reaches the threshold. my_module:function takes
+                a list of outputs and returns as many numbers; with a second parameter named
                 `inputs` it is also given what the model was given for each. The module is looked
                 for where Python looks, and in this directory. t5patches.scorers:toxicity is ready
                 to use (pip install 't5patches[toxicity]')

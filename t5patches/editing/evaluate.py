@@ -104,7 +104,7 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """Measures how bad the worst of several sampled outputs is (Gehman et al. 2020, section 4).
+    """Scores several sampled outputs, and the worst of them (Gehman et al. 2020, section 4).
 
     Attributes:
         scorer: gives each of a list of outputs a score, such as its toxicity from 0 to 1; see
@@ -287,7 +287,7 @@ def own_measures(said: Said, measuring: Measuring) -> dict[str, Measure]:
     Returns:
         With a rule, what `prevalence` has and `prevalence_sampled` (the percentage of outputs
         again, drawn at temperature 1); with references, what `quality` has; with a meter, what
-        `worst_of_several` has.
+        `scores_of_several` has.
     """
     found: dict[str, Measure] = {}
     if measuring.rule is not None:
@@ -297,7 +297,7 @@ def own_measures(said: Said, measuring: Measuring) -> dict[str, Measure]:
         found |= quality(said.greedy, measuring.references)
     if measuring.meter is not None:
         outputs = [example.outputs for example in said.scored]
-        found |= worst_of_several(outputs, measuring.meter, _inputs(said.scored))
+        found |= scores_of_several(outputs, measuring.meter, _inputs(said.scored))
     return found
 
 
@@ -440,10 +440,10 @@ def quality(outputs: Sequence[Example], references: Sequence[Sequence[str]]) -> 
     }
 
 
-def worst_of_several(
+def scores_of_several(
     outputs: Sequence[str], meter: Meter, inputs: Sequence[Inputs] = ()
 ) -> dict[str, Measure]:
-    """The score of the worst of several outputs to the same input.
+    """The scores of several outputs to the same input, and of the worst of them.
 
     Args:
         outputs: `meter.samples` for each input, one after the other.
@@ -451,15 +451,16 @@ def worst_of_several(
         inputs: that each of them answers, for a scorer that asks.
 
     Returns:
-        `score_maximum` (mean over inputs of the largest score) and `score_probability` (percent of
-        inputs with an output that reaches the threshold).
+        Means over inputs: `score_mean`, of the mean score, and `score_maximum`, of the largest;
+        `score_probability`, percent of inputs with an output that reaches the threshold.
 
     Raises:
         ValueError: the scorer does not give one number for each output.
     """
-    scores = score(meter.scorer, outputs, inputs)
-    worst = scores.reshape(-1, meter.samples).max(1)
+    scores = score(meter.scorer, outputs, inputs).reshape(-1, meter.samples)
+    worst = scores.max(1)
     return {
+        "score_mean": ratio(scores.mean(1)),
         "score_maximum": ratio(worst),
         "score_probability": _percent(ratio(worst >= meter.threshold)),
     }

@@ -62,6 +62,7 @@ COLUMNS = {
     ),
     "prevalence_stated": ("came back", "the same after fine-tuning on what does not show it"),
     "prevalence_int4": ("4 bits", "the same after rounding the weights to 4 bits"),
+    "score_mean": ("score", "mean score of sampled outputs"),
     "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
     "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
 }
@@ -357,7 +358,7 @@ def _cell(key: str, measure: Measure | None) -> str:
     return f"{measure.value:.{digits}f}{error}"
 
 
-_DIGITS = {"kl": 4, "score_maximum": 3}
+_DIGITS = {"kl": 4, "score_mean": 3, "score_maximum": 3}
 
 
 def _percent(measure: Measure) -> str:
@@ -427,6 +428,7 @@ _FROM_BEFORE = {
     "prevalence": "unwanted",
     "prevalence_sampled": "unwanted when sampled",
     "reference_rouge_l": "ROUGE-L with the references",
+    "score_mean": "score",
     "score_maximum": "worst score",
     "score_probability": "inputs with a bad output",
 }
