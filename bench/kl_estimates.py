@@ -154,9 +154,8 @@ def one_seed(base: LoadedModel, inputs: Sequence[str], seed: int, keep: pathlib.
     while len(batches) < BATCHES:
         sampled = run.sample(state, settings.steps + 1 + len(batches))  # inputs of its own each
         scores = np.reshape(score(clean, sampled.texts, sampled.inputs), (-1, settings.samples))
-        arrays = sampled.arrays | {"advantages": group_advantages(scores).reshape(-1, 1)}
-        rows_ = np.random.default_rng([seed, len(batches)]).permutation(settings.outputs)
-        batches.append({name: x[rows_[: settings.update_size]] for name, x in arrays.items()})
+        arrays = sampled.arrays | {"advantages": group_advantages(scores)[..., None]}
+        batches.append(arrays)
     by_kind = gradients(base, state.params, batches)
     exact, rest = by_kind["exact"], by_kind["rest"]
     for row, kind in zip(rows, KINDS, strict=True):

@@ -12,10 +12,12 @@ from editing_samples import example, tiny_model, tiny_params
 
 from t5patches.editing.data import to_arrays
 from t5patches.editing.train import TrainSettings, token_loss
+from t5patches.model.decoder.model import small_decoder
+from t5patches.model.decoder.network import FULL, SLIDING
 from t5patches.model.generate import generate
 from t5patches.model.placement import make_mesh, param_shardings
 from t5patches.model.protocol import OutputHead
-from t5patches.model.t5.model import T5
+from t5patches.model.t5.model import T5, small_t5
 from t5patches_kernels import targeted_negative_loss
 
 VOCABULARY = 32
@@ -121,6 +123,54 @@ def test_what_is_generated_is_what_the_hidden_states_predict():
     batch = {"inputs": prompts, "outputs": outputs}
     logits = Total().head(TABLE).logits(Total().hidden(TABLE, batch))
     np.testing.assert_array_equal(np.argmax(logits, -1), outputs)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        small_t5(vocab_size=VOCABULARY, width=8, layers=2),
+        small_decoder(
+            vocab_size=VOCABULARY,
+            width=8,
+            layers=2,
+            layer_types=(FULL, SLIDING),
+            sliding_window=3,
+        ),
+    ],
+    ids=["t5", "decoder"],
+)
+def test_a_prompt_is_read_once_for_all_outputs_to_it(model):
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(3, VOCABULARY, (2, 40)).astype(np.int32)
+    inputs[1, 2:] = model.config.pad_id
+    outputs = rng.integers(3, VOCABULARY, (2, 8, 5)).astype(np.int32)
+    ways = np.asarray(rng.standard_normal((2, 8, 5, 8)), np.float32)
+    together = {"inputs": inputs, "outputs": outputs}
+    apart = {"inputs": np.repeat(inputs, 8, axis=0), "outputs": outputs.reshape(16, 5)}
+
+    @jax.jit
+    def states_and_gradient(params, batch):
+        def along(params):
+            states = model.hidden(params, batch)
+            return jnp.vdot(states, ways.reshape(states.shape)), states
+
+        return jax.grad(along, has_aux=True)(params)
+
+    (gradient, states), (expected_gradient, expected) = (
+        states_and_gradient(params, batch) for batch in (together, apart)
+    )
+    np.testing.assert_allclose(states.reshape(expected.shape), expected, rtol=2e-5, atol=2e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()),
+        gradient,
+        expected_gradient,
+    )
+    once, each = (
+        jax.jit(model.hidden).lower(params, batch).compile().cost_analysis()["flops"]
+        for batch in (together, apart)
+    )
+    assert once < 0.5 * each
 
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)

@@ -178,6 +178,11 @@ class PolicySettings:
         """How many updates a step makes."""
         return self.epochs * self.outputs // self.update_size
 
+    @property
+    def together(self) -> int:
+        """How many outputs to an input stand in a row, for which the input is read once."""
+        return math.gcd(self.samples, self.update_size)
+
 
 _LEAST = {
     "steps": 1,
@@ -266,7 +271,7 @@ class _Sampled(NamedTuple):
 
     inputs: list[Inputs]  # that each is the answer to
     texts: list[str]
-    arrays: Batch  # inputs, outputs, weights; by teacher forcing what `read` finds, but for the KL
+    arrays: Batch  # rows of inputs, outputs, weights, and what `read` finds, but for the KL
     kl: float  # nats, mean over tokens
     length: float  # tokens, mean over outputs
 
@@ -446,15 +451,16 @@ class Run:
         )
         said = until_end(generated.reshape(settings.outputs, -1), self._model.config.end_ids)
         lengths = np.array([len(ids) for ids in said])
-        length = round_up(int(lengths.max()), settings.max_length)
+        length, together = round_up(int(lengths.max()), settings.max_length), settings.together
+        counts = np.arange(length) < lengths[:, None]
         arrays = {
-            "inputs": np.repeat(inputs, settings.samples, axis=0),
-            "outputs": pad_rows(said, pad_id, length),
-            "weights": np.asarray(np.arange(length)[None] < lengths[:, None], np.float32),
+            "inputs": np.repeat(inputs, settings.samples // together, axis=0),
+            "outputs": pad_rows(said, pad_id, length).reshape(-1, together, length),
+            "weights": np.asarray(counts, np.float32).reshape(-1, together, length),
         }
-        parts = []
-        for start in range(0, settings.outputs, settings.update_size):
-            part = {name: x[start : start + settings.update_size] for name, x in arrays.items()}
+        parts, size = [], settings.update_size // together
+        for start in range(0, len(arrays["inputs"]), size):
+            part = {name: x[start : start + size] for name, x in arrays.items()}
             program = compiled_reading(self._model, self._how, rows_of(part))
             found = jax.block_until_ready(program(state.params, self._base, part))
             parts.append(jax.tree.map(np.asarray, found))
@@ -475,9 +481,10 @@ class Run:
         settings = self._settings
         order = np.random.default_rng([settings.seed, step])
         found: list[dict[str, Any]] = []
+        size = settings.update_size // settings.together
         for rows in np.concatenate(
             [
-                order.permutation(settings.outputs).reshape(-1, settings.update_size)
+                order.permutation(len(arrays["inputs"])).reshape(-1, size)
                 for _ in range(settings.epochs)
             ]
         ):
@@ -505,14 +512,14 @@ def read(
     Args:
         trained: what is trained.
         base: parameters of the original.
-        batch: `inputs` [B, S], `outputs` and `weights` [B, L].
+        batch: `inputs` [B, S], `outputs` and `weights` [B, K, L], K to each input.
         model: the network.
         how: see `How`.
 
     Returns:
-        `old_log_probs` [B, L], of the tokens, and `kl` [B, L], the exact divergences KL(model,
-        original), 0 where a token does not count; `ref_hidden` [B, L, D], the original's hidden
-        states; with a value head `old_values` [B, L].
+        `old_log_probs` [B, K, L], of the tokens, and `kl` [B, K, L], the exact divergences
+        KL(model, original), 0 where a token does not count; `ref_hidden` [B, K, L, D], the
+        original's hidden states; with a value head `old_values` [B, K, L].
     """
     params, counts = how.params(base, trained), batch["weights"] > 0
     head, ref_hidden = model.head(params), model.hidden(base, batch)
@@ -546,9 +553,9 @@ def policy_loss(
     Args:
         trained: what is trained.
         base: parameters of the original.
-        batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, L], `ref_hidden`
-            [B, L, D], `advantages` [B, 1] or [B, L]; with a value head `old_values` and `returns`
-            [B, L].
+        batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, K, L], `ref_hidden`
+            [B, K, L, D], `advantages` [B, K, 1] or [B, K, L]; with a value head `old_values` and
+            `returns` [B, K, L].
         text: other text, `inputs`, `outputs` and `weights`, whose mean cross-entropy is added;
             empty for none.
         beta: what a nat of divergence costs, where that is adapted.
@@ -600,7 +607,7 @@ def policy_loss(
 
 
 def _values(trained: Params, hidden: jax.Array) -> jax.Array:
-    """The values of tokens, [B, L] float32."""
+    """The values of tokens, [B, K, L] float32."""
     return hidden.astype(jnp.float32) @ trained[WEIGHT]
 
 
@@ -659,17 +666,18 @@ def largest_rows(
     Returns:
         For `compiled_reading` and for `compiled_update`.
     """
-    size, length, width = settings.update_size, settings.max_length, model.config.emb_dim
-    of_tokens = (size, length), np.dtype(np.float32)
+    outputs = (settings.update_size // settings.together, settings.together)
+    tokens = (*outputs, settings.max_length)
+    of_tokens = tokens, np.dtype(np.float32)
     read_ = [
-        ("inputs", (size, input_length), np.dtype(np.int32)),
-        ("outputs", (size, length), np.dtype(np.int32)),
+        ("inputs", (outputs[0], input_length), np.dtype(np.int32)),
+        ("outputs", tokens, np.dtype(np.int32)),
         ("weights", *of_tokens),
     ]
     more = [
-        ("advantages", (size, 1), np.dtype(np.float32)),
+        ("advantages", (*outputs, 1), np.dtype(np.float32)),
         ("old_log_probs", *of_tokens),
-        (REF_HIDDEN, (size, length, width), np.dtype(model.config.dtype)),
+        (REF_HIDDEN, (*tokens, model.config.emb_dim), np.dtype(model.config.dtype)),
     ]
     if settings.value is not None:
         more[0] = ("advantages", *of_tokens)
@@ -749,15 +757,15 @@ def _with_advantages(
     arrays: Batch, scores: np.ndarray, history: History, settings: PolicySettings
 ) -> tuple[Batch, dict[str, float]]:
     """What updates learn from, and what is to be known of it."""
-    head = settings.value
+    head, shape = settings.value, arrays["weights"].shape
     if head is None:
-        return arrays | {"advantages": group_advantages(scores).reshape(-1, 1)}, {}
+        return arrays | {"advantages": group_advantages(scores).reshape(*shape[:2], 1)}, {}
     rewards = (scores.reshape(-1) - history["score"][0]) / history["deviation"][0]
-    values, weights = arrays["old_values"], arrays["weights"]
+    values, weights = (arrays[name].reshape(-1, shape[-1]) for name in ("old_values", "weights"))
     advantages, returns = generalized_advantages(rewards, values, weights, head.gamma, head.lam)
     more = {
-        "advantages": whitened(advantages, weights),
-        "returns": np.asarray(returns, np.float32),
+        "advantages": whitened(advantages, weights).reshape(shape),
+        "returns": np.asarray(returns, np.float32).reshape(shape),
     }
     return arrays | more, {"explained_variance": explained_variance(values, returns, weights)}
 

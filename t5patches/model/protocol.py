@@ -212,11 +212,13 @@ class LanguageModel(Protocol):
 
         Args:
           params: the parameters.
-          batch: `inputs` `[B, S]` (the prompts) and `outputs` `[B, L]`.
+          batch: `inputs` `[B, S]` (the prompts) and `outputs` `[B, L]`, or `[B, K, L]` where each
+            prompt has several: it is read once for all of them.
           dropout_key: for dropout; None for none.
 
         Returns:
-          `[B, L, D]`: at each position of an output, the state that predicts its token.
+          `[B, L, D]` or `[B, K, L, D]`: at each position of an output, the state that predicts its
+          token.
         """
 
     def head(self, params: Params) -> OutputHead:

@@ -113,10 +113,12 @@ class Decoder:
         """The last states at the tokens before each token of the outputs."""
         config = self.config
         prompts, outputs = jnp.asarray(batch["inputs"]), jnp.asarray(batch["outputs"])
-        given = jnp.concatenate([self.first_inputs(prompts)[:, None], outputs[:, :-1]], axis=1)
-        sequence = network.follow(config, prompts, given)
-        x, _ = network.run(config, params, sequence, dropout_key)
-        return network.normalize(config, params["final_norm"], x[:, prompts.shape[1] :])
+        streams = outputs[:, None] if outputs.ndim == 2 else outputs
+        first = jnp.broadcast_to(self.first_inputs(prompts)[:, None, None], streams[..., :1].shape)
+        given = jnp.concatenate([first, streams[..., :-1]], axis=-1)
+        x, _ = network.run(config, params, network.follow(config, prompts, given), dropout_key)
+        states = x[:, prompts.shape[1] :].reshape(*outputs.shape, -1)
+        return network.normalize(config, params["final_norm"], states)
 
     def head(self, params: Params) -> OutputHead:
         """The matrix of the logits: of a tied model the embedding."""
@@ -145,8 +147,7 @@ class Decoder:
         config = self.config
         first = self.first_inputs(prompts)[:, None]
         given = jnp.concatenate([first, begun], axis=1)[:, : begun.shape[1]]
-        sequence = network.follow(config, prompts, given)
-        _, made = network.run(config, params, sequence)
+        _, made = network.run(config, params, network.follow(config, prompts, given[:, None]))
         return network.make_cache(
             made,
             jnp.maximum(network.prompt_lengths(config, prompts), 1) - 1,

@@ -406,41 +406,114 @@ def _weights(config: DecoderConfig, products: Array, allowed: Array) -> Array:
     return jax.nn.softmax(jnp.where(allowed, logits, _FORBIDDEN), axis=-1)
 
 
-# Its weights, [batch, heads, length, length], are made again in the backward pass: they are large,
+class Sequence(NamedTuple):
+    """Prompts and what follows each in one or several streams, `[batch, T]`, T = S + K L.
+
+    Attributes:
+      prompts: `[batch, S]`.
+      given: `[batch, K, L]`: a stream sees the prompt and itself.
+      before: `[batch]`, tokens of a prompt that the streams see; they go on at this position.
+    """
+
+    prompts: Array
+    given: Array
+    before: Array
+
+    @property
+    def tokens(self) -> Array:
+        """`[batch, T]`."""
+        return self._flat(self.prompts, self.given)
+
+    @property
+    def positions(self) -> Array:
+        """`[batch, T]`."""
+        in_prompt, in_stream = self._places
+        return self._flat(
+            jnp.broadcast_to(in_prompt[None], self.prompts.shape),
+            jnp.broadcast_to((self.before[:, None] + in_stream[None])[:, None], self.given.shape),
+        )
+
+    def allowed(self, window: int) -> tuple[Array, Array]:
+        """What each token may see.
+
+        Args:
+          window: itself and so many but one before it at most; 0 for all.
+
+        Returns:
+          Bool `[batch, S, S]`, of prompts, and `[batch, L, S + L]`, of a stream: of its prompt and
+          of itself.
+        """
+        in_prompt, in_stream = self._places
+        seen = (in_prompt[None] < self.before[:, None])[:, None]
+
+        def back(here: Array, there: Array) -> Array:
+            distance = here[..., :, None] - there[..., None, :]
+            return (distance >= 0) & (distance < window) if window else distance >= 0
+
+        rows, length = len(self.before), len(in_stream)
+        in_text = self.before[:, None] + in_stream[None]
+        to_prompt = back(in_text, jnp.broadcast_to(in_prompt[None], (rows, len(in_prompt)))) & seen
+        to_stream = jnp.broadcast_to(back(in_stream, in_stream)[None], (rows, length, length))
+        return back(in_prompt, in_prompt)[None] & seen, jnp.concatenate([to_prompt, to_stream], -1)
+
+    @property
+    def _places(self) -> tuple[Array, Array]:
+        prompts, given = (
+            jnp.arange(x.shape[-1], dtype=jnp.int32) for x in (self.prompts, self.given)
+        )
+        return prompts, given
+
+    def _flat(self, prompts: Array, given: Array) -> Array:
+        return jnp.concatenate([prompts, given.reshape(len(given), -1)], axis=1)
+
+
+# Its weights, [batch, heads, queries, keys], are made again in the backward pass: they are large,
 # and cheap to make.
-@functools.partial(jax.checkpoint, static_argnums=0)
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def attend_within(
-    config: DecoderConfig, query: Array, key: Array, value: Array, allowed: Array
+    config: DecoderConfig,
+    streams: int,
+    query: Array,
+    key: Array,
+    value: Array,
+    of_prompt: Array,
+    of_stream: Array,
 ) -> Array:
     """What the tokens of a sequence find in it.
 
     Args:
       config: of the network.
-      query: `[batch, length, kv heads, group, head_dim]`.
-      key: `[batch, length, kv heads, head_dim]`.
+      streams: K, that follow each prompt.
+      query: `[batch, T, kv heads, group, head_dim]`, see `Sequence`.
+      key: `[batch, T, kv heads, head_dim]`.
       value: the same.
-      allowed: bool `[batch, length, length]`, which key each query may see.
+      of_prompt: see `Sequence.allowed`.
+      of_stream: see there.
 
     Returns:
       An array like `query`.
     """
-    products = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
-    weights = _weights(config, products, allowed[:, None, None]).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value)
+    length = of_prompt.shape[-1]
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
+    def parts(x: Array) -> tuple[Array, Array]:
+        """Of the prompts, `[batch, S, ...]`, and of the streams, `[batch, K, L, ...]`."""
+        rest = x[:, length:]
+        return x[:, :length], rest.reshape(len(x), streams, -1, *x.shape[2:])
 
-class Sequence(NamedTuple):
-    """Prompts and what follows each, side by side.
-
-    Attributes:
-      tokens: `[batch, T]`.
-      positions: `[batch, T]`: those of what follows go on where a prompt ends.
-      seen: bool `[batch, T]`: tokens that others may see, which padding is not.
-    """
-
-    tokens: Array
-    positions: Array
-    seen: Array
+    (query, queries), (key, keys), (value, values) = map(parts, (query, key, value))
+    products = dot("btkgh,bskh->bkgts", query, key)
+    weights = _weights(config, products, of_prompt[:, None, None]).astype(value.dtype)
+    found = jnp.einsum("bkgts,bskh->btkgh", weights, value)
+    products = jnp.concatenate(
+        [dot("bntkgh,bskh->bnkgts", queries, key), dot("bntkgh,bnskh->bnkgts", queries, keys)],
+        axis=-1,
+    )
+    weights = _weights(config, products, of_stream[:, None, None, None]).astype(value.dtype)
+    in_streams = jnp.einsum("bnkgts,bskh->bntkgh", weights[..., :length], value) + jnp.einsum(
+        "bnkgts,bnskh->bntkgh", weights[..., length:], values
+    )
+    return jnp.concatenate([found, in_streams.reshape(len(found), -1, *found.shape[2:])], axis=1)
 
 
 def prompt_lengths(config: DecoderConfig, prompts: Array) -> Array:
@@ -463,19 +536,13 @@ def follow(config: DecoderConfig, prompts: Array, given: Array) -> Sequence:
     Args:
       config: of the network.
       prompts: `[batch, S]`.
-      given: `[batch, L]`; the first is the last token of the prompt, which is not seen in its own
-        place.
+      given: `[batch, K, L]`; the first of each stream is the last token of the prompt, which is not
+        seen in its own place.
 
     Returns:
-      `[batch, S + L]` arrays.
+      Both, side by side.
     """
-    before = jnp.maximum(prompt_lengths(config, prompts), 1)[:, None] - 1
-    place, after = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in (prompts, given))
-    return Sequence(
-        jnp.concatenate([prompts, given], axis=1),
-        jnp.concatenate([jnp.broadcast_to(place, prompts.shape), before + after], axis=1),
-        jnp.concatenate([place < before, jnp.ones(given.shape, bool)], axis=1),
-    )
+    return Sequence(prompts, given, jnp.maximum(prompt_lengths(config, prompts), 1) - 1)
 
 
 def run(
@@ -496,13 +563,9 @@ def run(
       The residual stream after the last layer, `[batch, T, D]`, and each layer's keys and values,
       `[batch, T, kv heads, head_dim]`.
     """
-    tokens, positions, seen = sequence
-    distance = positions[:, :, None] - positions[:, None]
-    causal = (distance >= 0) & seen[:, None]
-    allowed = {
-        window: causal & (distance < window) if window else causal
-        for window in {config.window(i) for i in range(config.num_layers)}
-    }
+    positions, streams = sequence.positions, sequence.given.shape[1]
+    windows = {config.window(i) for i in range(config.num_layers)}
+    allowed = {window: sequence.allowed(window) for window in windows}
 
     def drop(number: int, dropout_key: Array | None, x: Array) -> Array:
         if dropout_key is None or not config.dropout_rate:
@@ -516,7 +579,7 @@ def run(
         params: Params,
         x: Array,
         positions: Array,
-        allowed: Array,
+        allowed: tuple[Array, Array],
         dropout_key: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """A layer, and its keys and values."""
@@ -525,7 +588,7 @@ def run(
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             made.append((key, value))
-            return attend_within(config, query, key, value, allowed)
+            return attend_within(config, streams, query, key, value, *allowed)
 
         def drop_next(x: Array) -> Array:
             return drop(next(drops), dropout_key, x)
@@ -533,7 +596,7 @@ def run(
         x = layer(config, params, x, positions, attend, number=number, drop=drop_next)
         return x, made[0]
 
-    x, made = drop(0, dropout_key, embed(config, params, tokens, positions)), []
+    x, made = drop(0, dropout_key, embed(config, params, sequence.tokens, positions)), []
     for i in range(config.num_layers):
         read_layer = functools.partial(read, i)
         x, of_layer = (remat(read_layer) if config.remat else read_layer)(

@@ -99,18 +99,25 @@ class T5:
         Nothing in an output is taken for padding, as while it was decoded: a sampled one may hold
         the padding id. What stands behind its end is seen by no token before.
         """
-        begin = ((0, 0), (1, 0))
-        given = jnp.pad(batch["outputs"], begin, constant_values=self.config.begin_id)[:, :-1]
-        out: Any = Transformer(self.config).apply(
+        prompts, outputs = jnp.asarray(batch["inputs"]), jnp.asarray(batch["outputs"])
+        rows = outputs.reshape(-1, outputs.shape[-1])
+        given = jnp.pad(rows, ((0, 0), (1, 0)), constant_values=self.config.begin_id)[:, :-1]
+        apply = functools.partial(
+            Transformer(self.config).apply,
             {"params": params},
-            batch["inputs"],
-            given,
-            jnp.ones_like(given),
             enable_dropout=dropout_key is not None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
-            return_hidden=True,
         )
-        return out
+        each = len(rows) // len(prompts)
+        out: Any = apply(
+            jnp.repeat(apply(prompts, method="encode"), each, axis=0),
+            jnp.repeat(prompts, each, axis=0),
+            given,
+            jnp.ones_like(given),
+            return_hidden=True,
+            method="decode",
+        )
+        return out.reshape(*outputs.shape, -1)
 
     def head(self, params: Params) -> OutputHead:
         """The matrix of the logits: T5 1.0's is the embedding."""
