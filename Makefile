@@ -67,8 +67,8 @@ bench-pods: t5x-checkouts $(VENV)-t5x/.has-aot ## that step on slices of a TPU p
 	JAX_PLATFORMS=cpu $(with_t5x) bench.pods --sizes base --chips 8 --layers 12 --rows 64
 	JAX_PLATFORMS=cpu $(with_t5x) bench.pods
 
-test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs
-	$(VENV)-hf/bin/python -m pytest tests/test_original_library.py
+test-hf: $(VENV)-hf/.has-test-hf ## what we write, read by torch and transformers, which it installs; PRETRAINED=DIR: there two real models too
+	T5PATCHES_PRETRAINED=$(PRETRAINED) $(VENV)-hf/bin/python -m pytest tests/test_original_library.py
 
 test-tunix: $(VENV)-tunix/.has-test-tunix ## the losses in tunix's trainer, which it installs
 	$(VENV)-tunix/bin/python -m pytest tests/with_tunix

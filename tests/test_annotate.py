@@ -180,6 +180,22 @@ def test_rollouts_change_nothing_but_the_negatives(expanded):
         assert all(after.marked[p] for p in after.negatives)
 
 
+def test_a_rollout_may_end_early(expanded):
+    rule, examples, _ = expanded
+    seen = {None: [], 1: []}
+    for length, outputs in seen.items():
+
+        def shown(inputs, output, outputs=outputs):
+            outputs.append(output)
+            return rule(inputs, output)
+
+        how = {"count": 2, "max_length": 8, "rollout_length": length}
+        expand_negatives(examples, shown, tokenizer(), tiny_model(), tiny_params(), **how)
+    pairs = list(zip(*seen.values(), strict=True))
+    assert all(whole.startswith(early) for whole, early in pairs)
+    assert any(whole != early for whole, early in pairs)
+
+
 def test_nothing_marked_needs_no_rollouts(monkeypatch):
     monkeypatch.setattr(annotate_module, "generate", None)
     clean = [example("x", "in Paris")]

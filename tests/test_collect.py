@@ -221,6 +221,8 @@ def test_several_samples_do_not_depend_on_the_batches(given):
         ({"max_length": 0}, "max_length is 0"),
         ({"negatives": -1}, "negatives is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"rollout_length": 4}, r"\(--expand-length\) is 4 and negatives \(--expand\) 0"),
+        ({"rollout_length": 0, "negatives": 2}, r"--expand-length\) is 0"),
         ({"temperature": -1.0}, "the temperature is -1.0"),
         ({"temperature": float("nan")}, "the temperature is nan"),
         ({"samples": 2}, "at temperature 0 all of them are the same: give a temperature"),

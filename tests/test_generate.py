@@ -92,6 +92,19 @@ def test_prefixes_of_any_length_share_a_batch(batch_size):
     np.testing.assert_array_equal(got, expected_from_prefixes())
 
 
+def test_an_output_may_end_soon_after_its_prefix():
+    got = generate(
+        MODEL, PARAMS, INPUTS, max_length=9, prefixes=PREFIXES, batch_size=4, beyond_prefix=3
+    )
+    expected = np.array(expected_from_prefixes())
+    for row, prefix in zip(expected, PREFIXES, strict=True):
+        row[len(np.trim_zeros(prefix, "b")) + 3 :] = 0
+    np.testing.assert_array_equal(got, expected)
+    assert (got != expected_from_prefixes()).any()
+    with pytest.raises(ValueError, match=r"beyond_prefix \(0\) are at least 1"):
+        generate(MODEL, PARAMS, INPUTS, max_length=9, beyond_prefix=0)
+
+
 def test_the_streams_of_an_input_are_decoded_as_if_alone():
     streams = np.stack([PREFIXES, np.roll(PREFIXES, 1, axis=0), PREFIXES + (PREFIXES > 0)], 1)
     # An input all of whose streams share the first tokens, so that the shared part is not empty.

@@ -513,14 +513,33 @@ def test_the_plan_is_printed_and_nothing_is_written(place, capsys):
     assert sorted(place.rglob("*")) == before
 
 
-def test_an_adapter_is_no_model_to_edit(place, capsys):
-    adapter = place / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    for option in ("--model", "--original"):
-        assert run(place, option, adapter, output="again") == 2
-        assert "is an adapter and no whole model: take the model that" in capsys.readouterr().err
-    assert not unfinished(place / "again").exists()
+WHOLE = {
+    # Where a command needs a whole model; what it would read is not there.
+    "edit": ("edit", "--model", "adapter", "--data", "none.jsonl"),
+    "original": ("edit", "--model", "base", "--original", "adapter", "--data", "none.jsonl"),
+    "align": ("align", "--model", "adapter", "--inputs", "none.txt", "--scorer", "none:none"),
+    "reward": ("reward", "--model", "adapter", "--preferences", "none.jsonl"),
+    "convert": ("convert", "--model", "adapter"),
+    "convert like": ("convert", "--model", "none", "--like", "adapter"),
+    "base": ("annotate", "--model", "base", "--base", "adapter", "--inputs", "inputs.txt",
+             "--rules", "rules.toml"),
+    "before": ("evaluate", "--before", "adapter", "--after", "base", "--inputs", "inputs.txt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_an_adapter_is_no_whole_model(case, place, capsys, monkeypatch):
+    """It is refused before anything is read, and nothing is written."""
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    (place / "rules.toml").write_text('[[rule]]\nwords = ["a"]\n')
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    output = () if case == "before" else ("--output", "out")
+    assert cli_code(*WHOLE[case], *output) == 2
+    remedy = r"say which folder .*\(--base DIR\)" if case == "before" else "take the model that it"
+    assert re.search(f"adapter is an adapter and no whole model: {remedy}", capsys.readouterr().err)
+    assert sorted(place.rglob("*")) == before
 
 
 NAME = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"

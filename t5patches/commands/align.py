@@ -216,7 +216,9 @@ def run(options: argparse.Namespace) -> int:
     """
     from t5patches.editing.align import Job, align_folder, check
     from t5patches.editing.policy import PolicySettings, Stopped
+    from t5patches.model.lora import require_whole
 
+    require_whole(options.model)  # read_sources reads its tokenizer
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
     given["value"] = _value(options)
     settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}

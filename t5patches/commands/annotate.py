@@ -110,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a marked token, whose number is told first)",
     )
     parser.add_argument(
+        "--expand-length",
+        metavar="N",
+        type=common.positive,
+        help="tokens that the model goes on for behind an alternative, where the rules have seen "
+        "enough by then (default: to the output's end)",
+    )
+    parser.add_argument(
         "--examples",
         metavar="N",
         type=common.count,
@@ -216,6 +223,7 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
         max_length=options.max_length,
         negatives=options.expand,
+        rollout_length=options.expand_length,
         batch_size=options.batch_size,
         seed=options.seed,
     )

@@ -61,6 +61,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
+    from t5patches.model.lora import require_whole
+
+    for folder in (options.model, options.like):
+        if folder is not None:
+            require_whole(folder)
     idle: tuple[str, ...]
     if Path(options.model).suffix == ".gguf":
         kind, idle, convert = "GGUF file", ("like", "tokenizer", "step"), _from_gguf

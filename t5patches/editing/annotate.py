@@ -468,6 +468,7 @@ def expand_negatives(
     *,
     count: int,
     max_length: int,
+    rollout_length: int | None = None,
     batch_size: int = 512,
     keep: Keep = make_part,
     progress: Progress | None = None,
@@ -488,6 +489,8 @@ def expand_negatives(
         params: its parameters.
         count: K, how many alternatives to try at a position.
         max_length: tokens that an output may have.
+        rollout_length: tokens that a rollout goes on for behind the alternative, where the rule
+            has seen enough by then; None for to the end of the output.
         batch_size: rollouts made at a time.
         keep: `t5patches.runs.claims.Parts.get`, which makes no rollout again that a killed run
             has made.
@@ -509,10 +512,12 @@ def expand_negatives(
 
     def try_out(start: int) -> list[_Place]:
         part = places[start : start + size]
-        rollouts = _roll_out(examples, part, model, params, max_length, batch_size)
+        rollouts = _roll_out(examples, part, model, params, max_length, rollout_length, batch_size)
         found = []
         for (number, position, candidates), rows in zip(part, rollouts, strict=True):
-            outputs, source = until_end(rows, model.config.end_ids), examples[number].inputs
+            last = None if rollout_length is None else position + 1 + rollout_length
+            outputs = until_end(rows[:, :last], model.config.end_ids)
+            source = examples[number].inputs
             forbidden = (
                 token
                 for token, output in zip(candidates, outputs, strict=True)
@@ -598,6 +603,7 @@ def _roll_out(
     model: LanguageModel,
     params: Params,
     max_length: int,
+    rollout_length: int | None,
     batch_size: int,
 ) -> np.ndarray:
     """The original model's outputs from each of the candidates on, [places, K, max_length]."""
@@ -616,6 +622,7 @@ def _roll_out(
         pad_rows([examples[n].input_ids for n, _, _ in places], pad_id, width),
         max_length=max_length,
         prefixes=prefixes,
+        beyond_prefix=rollout_length,
         batch_size=batch_size,
     )
 

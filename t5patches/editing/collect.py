@@ -42,6 +42,7 @@ class CollectSettings:
         max_length: tokens that an output may have, the end token counted.
         negatives: K, alternatives to try at each marked token; 0 for none. See
             `t5patches.editing.annotate.expand_negatives`.
+        rollout_length: tokens that are said behind each of them; None for to the output's end.
         batch_size: outputs made at a time.
         seed: of the sampling.
     """
@@ -50,6 +51,7 @@ class CollectSettings:
     samples: int = 1
     max_length: int = 64
     negatives: int = 0
+    rollout_length: int | None = None
     batch_size: int = 64
     seed: int = 0
 
@@ -61,6 +63,11 @@ class CollectSettings:
         if not self.temperature >= 0:
             raise ValueError(
                 f"the temperature is {self.temperature}: 0 (greedy) or above is needed"
+            )
+        if self.rollout_length is not None and not (self.rollout_length > 0 and self.negatives):
+            raise ValueError(
+                f"rollout_length (--expand-length) is {self.rollout_length} and negatives "
+                f"(--expand) {self.negatives}: at least 1 of both is needed, or neither"
             )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
@@ -122,6 +129,7 @@ def collect(
             model.params,
             count=settings.negatives,
             max_length=settings.max_length,
+            rollout_length=settings.rollout_length,
             batch_size=settings.batch_size,
             keep=parts.get,
             progress=progress,

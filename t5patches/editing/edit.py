@@ -68,7 +68,7 @@ from t5patches.editing.train import (
 )
 from t5patches.model.folder import inspect_model
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
-from t5patches.model.lora import is_adapter, weight_fingerprints, whole_model
+from t5patches.model.lora import require_whole, weight_fingerprints, whole_model
 from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
@@ -204,6 +204,8 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
+    for folder in (job.model, job.original or job.model):
+        require_whole(folder)
     output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
     described = _described(job)
     record = output.finished(described, resume=resume)
@@ -341,20 +343,12 @@ def model_to_train(folder: PathLike, chat: str) -> tuple[LanguageModel, Tokenize
     Raises:
         ValueError: naming what is wrong, or it is an adapter.
     """
-    _require_whole(folder)
+    require_whole(folder)
     found = inspect_model(folder, chat=chat)
     read_rounds(folder)
     card_before_edits(folder)
     check_chat(folder, chat)
     return found
-
-
-def _require_whole(folder: PathLike) -> None:
-    if is_adapter(folder):
-        raise ValueError(
-            f"{folder} is an adapter and no whole model: take the model that it lies beside, or "
-            "one that it was merged with (--merge where it was made)"
-        )
 
 
 def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
@@ -451,7 +445,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
 def _check_original(job: Job) -> None:
     if job.original is None:
         return
-    _require_whole(job.original)
+    require_whole(job.original)
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
     there = there.replace(dropout_rate=here.config.dropout_rate)
     if there != here:

@@ -31,6 +31,7 @@ def generate(
     rng: Array | None = None,
     batch_size: int = 256,
     numbers: np.ndarray | None = None,
+    beyond_prefix: int | None = None,
 ) -> np.ndarray:
     r"""Decodes one or several outputs for each prompt.
 
@@ -55,6 +56,8 @@ def generate(
         `t5patches.model.batches`; each shape of a batch compiles once.
       numbers: `[inputs]`, which number of a longer list each prompt is: a sampled row is then the
         one that the whole list would give. Default: 0, 1, 2 and so on.
+      beyond_prefix: tokens that an output may have behind a forced prefix; default, as many as
+        `max_length` leaves.
 
     Returns:
       int32 `[inputs, max_length]`, or `[inputs, streams, max_length]` for prefixes of that form:
@@ -83,8 +86,12 @@ def generate(
             f"temperature is {temperature} and rng {rng}: a temperature is 0 (greedy) or above, "
             "and above 0 needs rng=jax.random.key(seed)."
         )
-    if batch_size < 1 or max_length < 1:
-        raise ValueError(f"batch_size ({batch_size}) and max_length ({max_length}) are at least 1.")
+    beyond = max_length if beyond_prefix is None else beyond_prefix
+    if min(batch_size, max_length, beyond) < 1:
+        raise ValueError(
+            f"batch_size ({batch_size}), max_length ({max_length}) and beyond_prefix ({beyond}) "
+            "are at least 1."
+        )
     inputs, streams = forced.shape[:2]
     params = jax.tree.map(jnp.asarray, params)
     rng = jax.random.key(0) if rng is None else rng
@@ -93,6 +100,7 @@ def generate(
     # Prompts of like length whose streams part at about the same place go together, so that few
     # streams wait for others to leave their prefix.
     common = _common_length(forced, lengths)
+    ends = np.minimum(lengths + beyond, max_length).astype(np.int32)
     sizes = row_lengths(tokens, model.config.pad_id)
     require_positions(model.config, sizes, max_length)
     width, at_a_time = tokens.shape[1], max(1, batch_size // streams)
@@ -100,7 +108,7 @@ def generate(
         rows = group.filled
         shared = np.int32(common[rows].min())
         part = tokens[rows, : group.length]
-        batch = _Batch(part, forced[rows], lengths[rows], shared, numbers[rows])
+        batch = _Batch(part, forced[rows], lengths[rows], ends[rows], shared, numbers[rows])
         # Waited for here: a signal that comes while NumPy reads becomes an error of its own.
         decoded = jax.block_until_ready(_decode(plan, params, batch, temperature, rng))
         out[group.rows] = decoded[: len(group.rows)]
@@ -122,6 +130,7 @@ class _Batch(NamedTuple):
     prompts: Any  # [rows, input_length]
     forced: Any  # [rows, streams, prefix_length]
     lengths: Any  # [rows, streams]: how much of it is forced
+    ends: Any  # [rows, streams]: how many tokens an output may have
     start: Any  # how many forced tokens all streams of each prompt share
     numbers: Any  # [rows]: the prompt's number, which seeds its draws
 
@@ -164,7 +173,8 @@ def working_memory(
     batch = _Batch(
         ids(rows, input_length),
         ids(rows, streams, forced),
-        jax.ShapeDtypeStruct((rows, streams), np.int32),
+        ids(rows, streams),
+        ids(rows, streams),
         np.int32(0),
         jax.ShapeDtypeStruct((rows,), jax.dtypes.canonicalize_dtype(np.int64)),
     )
@@ -259,7 +269,8 @@ def _decode(plan: _Plan, params: Any, batch: _Batch, temperature: Array, rng: Ar
         chosen = jnp.where(t < batch.lengths, forced, chosen)
         chosen = jnp.where(done, pad_id, chosen)
         given = lax.dynamic_update_index_in_dim(given, chosen, t + 1, axis=-1)
-        return t + 1, given, done | jnp.isin(chosen, end_ids), cache
+        done |= jnp.isin(chosen, end_ids) | (t + 1 >= batch.ends)
+        return t + 1, given, done, cache
 
     _, given, _, _ = lax.while_loop(unfinished, step, (batch.start, given, done, cache))
     return given[..., 1:]

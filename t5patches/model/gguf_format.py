@@ -72,7 +72,7 @@ _WORDS: Mapping[str, list[dict[str, Any]]] = {
         }.items()
     },
 }
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens, as sentencepiece numbers them
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of tokens, as sentencepiece numbers them
 
 
 class Gguf(NamedTuple):
@@ -305,7 +305,9 @@ def _sentencepiece(said: Mapping[str, Any]) -> bytes:
         said["tokenizer.ggml.token_type"],
         strict=True,
     ):
-        model.pieces.add(piece=token, score=float(score), type=int(kind))
+        # llama.cpp writes Gemma's runs of spaces as the text that they stand for.
+        piece = token.replace(" ", "▁") if kind == _USER_DEFINED else token
+        model.pieces.add(piece=piece, score=float(score), type=int(kind))
     model.trainer_spec.model_type = pb.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.vocab_size = len(model.pieces)
@@ -315,6 +317,8 @@ def _sentencepiece(said: Mapping[str, Any]) -> bytes:
         setattr(model.trainer_spec, f"{name}_id", -1 if i is None else int(i))
         if i is not None:
             setattr(model.trainer_spec, f"{name}_piece", said["tokenizer.ggml.tokens"][i])
+        if i is not None and name == "unk":  # llama.cpp writes Gemma's as a control token
+            model.pieces[i].type = _UNKNOWN
     spaced = bool(said.get("tokenizer.ggml.add_space_prefix", True))
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = spaced

@@ -315,6 +315,23 @@ def is_adapter(folder: PathLike) -> bool:
     return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
 
+def require_whole(folder: PathLike) -> None:
+    """Refuses an adapter where a whole model is needed.
+
+    Args:
+        folder: any.
+
+    Raises:
+        ValueError: it is an adapter's.
+    """
+    if is_adapter(folder):
+        raise ValueError(
+            f"{folder} is an adapter and no whole model: take the model that it lies beside, or "
+            "one that it was merged with (--merge where it was made). `annotate --model` and "
+            "`evaluate --after` take an adapter, with --base"
+        )
+
+
 def whole_model(folder: PathLike, base: PathLike | None) -> PathLike:
     """The folder that has the sizes and the tokenizer: the model's own, or of an adapter its base.
 
@@ -326,8 +343,10 @@ def whole_model(folder: PathLike, base: PathLike | None) -> PathLike:
         One of the two.
 
     Raises:
-        ValueError: `folder` is of an adapter and `base` is not given.
+        ValueError: `folder` is of an adapter and `base` is not given, or is an adapter's too.
     """
+    if base is not None:
+        require_whole(base)
     if not is_adapter(folder):
         return folder
     if base is None:
