@@ -5,7 +5,9 @@ r"""Low-rank adapters (LoRA): what is trained is two thin matrices beside a kern
 
 B starts at zero, so an adapter begins as no change at all, and the model without it stays at hand:
 it is the same parameters. A network's linear layers add the product where the parameters hold
-`lora_a` and `lora_b` beside a `kernel` (`attached`); nothing else knows of adapters.
+`lora_a` and `lora_b` beside a `kernel` (`attached`); nothing else knows of adapters. That is three
+lines of a network. Most of this module is PEFT's format and its checks, which qwix, whose adapters
+go into Flax's modules as these are called, does not have; nor is the decoder such a module.
 
 On disk an adapter is a folder of the PEFT library: `adapter_config.json` and
 `adapter_model.safetensors`, with the names of the modules of the base model's own folder. It says
