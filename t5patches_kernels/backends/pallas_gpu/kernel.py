@@ -92,7 +92,8 @@ def _functions(lanes: int, interpret: bool) -> Functions:
 def _any_of_thread(lanes: int, interpret: bool) -> Callable[[Array], Array]:
     """Whether any of a thread's entries of a piece is true; of an interpreter's, any of all.
 
-    Threads may branch by it, each its own way, while no branch needs them together.
+    Mosaic takes it for one number of all threads. Each has its own, and may branch by it while no
+    branch needs the others.
     """
     layout = _layout(lanes)
     scalar = plgpu.ShapeDtypeStruct((), jnp.bool_, layout=plgpu.Layout.WG_SPLAT(()))
