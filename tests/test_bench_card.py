@@ -77,7 +77,9 @@ def test_what_cannot_be_measured_is_said_and_stops_nothing(whole, monkeypatch, c
     assert f"{len(ORDER)} rows" in capsys.readouterr().out
 
 
-def test_when_the_time_is_over_nothing_begins(whole, capsys):
+def test_when_the_time_is_over_nothing_begins(whole, monkeypatch, capsys):
+    monkeypatch.setattr(card, "loss_and_gradient", None)  # what compiles ahead
+    monkeypatch.setattr(card.gpu, "guarded", lambda _: {"ms": 1.0})
     with pytest.raises(FileNotFoundError):  # nothing is stored either
         whole("--minutes", "0")
     assert f"0 rows in gpu-card.json, {len(ORDER)} missing" in capsys.readouterr().out
