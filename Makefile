@@ -114,8 +114,9 @@ bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any ma
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static --clusters
 
-bench-card: $(VENV)/.has-bench ## five minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
+bench-card: $(VENV)/.has-bench ## six minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.card
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.liger
 
 bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json

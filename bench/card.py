@@ -13,7 +13,9 @@ In this order, as what fails first says most:
 2. the same call a hundred times: how often its bits differ;
 3. a copy on the device;
 4. value and gradient of many tokens, by the kernel, with clusters, and by streaming XLA;
-5. the head, from hidden states, by the size of a chunk.
+5. the head, from hidden states, by the size of a chunk, and at the shapes of Liger's benchmark
+   (`bench.liger`, which `make bench-card` runs next);
+6. on a GPU, the bytes that two kernels move, by the card's own counters (`bench.counters`).
 
 Each row is stored once it is there, in `results/gpu-card.json` or `results/tpu-card.json`. When the
 time is over, nothing new begins, and the last line says how many rows are missing.
@@ -33,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import common, gpu
+from bench import common, counters, gpu, liger
 from t5patches_kernels import BlockSizes
 
 # A CPU is a dry run of the GPU's.
@@ -49,6 +51,8 @@ MERGED = "tnrf"
 THREADS = 8  # that compile
 TOKENS = {"gpu": 8192, "tpu": 2048}
 CHUNKS_MIB = {"gpu": [512, 1024, 2048], "tpu": [237]}
+# Of a row that a cluster holds and one block does not: are the passes those that are planned?
+COUNTED = {"objective": "tnff", "dtype": "bfloat16", "tokens": 2048, "vocabulary": 128256}
 
 Row = dict[str, Any]
 Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
@@ -141,16 +145,33 @@ def times(options: argparse.Namespace) -> Iterator[Step]:
 
 
 def heads(options: argparse.Namespace) -> Iterator[Step]:
-    """Hidden states to loss and both gradients, by bytes a chunk."""
-    shape = {"tokens": options.tokens, "vocabulary": max(options.vocabularies)}
-    inputs = functools.cache(lambda: common.head_inputs(**shape, width=gpu.HEAD["width"]))
-    for mib in options.chunks_mib:
+    """Hidden states to loss and both gradients: by bytes a chunk, and beside Liger's."""
+    largest = max(options.vocabularies)
+    ours = {"vocabulary": largest, "width": gpu.HEAD["width"]}
+    shapes = [(ours, mib) for mib in options.chunks_mib]
+    if PLATFORM == "gpu":
+        beside = (shape for shape in liger.SHAPES.values() if shape["vocabulary"] <= largest)
+        shapes += [(shape, options.chunks_mib[0]) for shape in beside]
 
-        def measure(mib: int = mib) -> Row:
-            return gpu.run_head(KERNEL, "tnff", inputs(), mib << 20)
+    @functools.lru_cache(maxsize=1)
+    def inputs(shape: tuple[tuple[str, int], ...]) -> tuple[jax.Array, ...]:
+        return common.head_inputs(options.tokens, **dict(shape))
+
+    for shape, mib in shapes:
+
+        def measure(shape: dict[str, int] = shape, mib: int = mib) -> Row:
+            return gpu.run_head(KERNEL, "tnff", inputs(tuple(shape.items())), mib << 20)
 
         of = {"dtype": "bfloat16", "objective": "tnff", "what": KERNEL, "chunk_mib": mib}
-        yield shape | of, measure
+        yield {"tokens": options.tokens} | shape | of, measure
+
+
+def counted(options: argparse.Namespace) -> Iterator[Step]:
+    """What two kernels move, of the card's memory."""
+    if PLATFORM == "gpu" and COUNTED["vocabulary"] <= max(options.vocabularies):
+        for what in counters.WHATS if options.clusters else (KERNEL,):
+            measure = functools.partial(counters.of_kernel, what, **COUNTED)
+            yield COUNTED | {"what": what, "counters": "ncu"}, measure
 
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
@@ -177,6 +198,7 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     yield {"what": "copy"}, lambda: {"gb_per_second": copy()}
     yield from times(options)
     yield from heads(options)
+    yield from counted(options)
 
 
 def main() -> None:
@@ -207,9 +229,10 @@ def main() -> None:
             continue
         rows.append(of | gpu.guarded(measure))
         print(*(f"{x:.4g}" if isinstance(x, float) else x for x in rows[-1].values()), flush=True)
-        path = common.save(f"{PLATFORM}-card", rows)
+        common.save(f"{PLATFORM}-card", rows)
     wrong = [row for row in rows if "error" in row or row.get("right") is False]
-    print(f"{len(rows)} rows in {path}, {missing} missing, {len(wrong)} wrong or failed", *wrong)
+    stored = f"{len(rows)} rows in {PLATFORM}-card.json"
+    print(f"{stored}, {missing} missing, {len(wrong)} wrong or failed", *wrong)
 
 
 if __name__ == "__main__":

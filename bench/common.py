@@ -129,13 +129,27 @@ def inputs(tokens: tuple[int, ...], vocabulary: int, dtype=jnp.float32, seed: in
     return z.astype(dtype), r.astype(dtype), y, w
 
 
-def head_inputs(tokens: int, vocabulary: int, width: int) -> tuple[jax.Array, ...]:
-    """Hidden states and kernels of two models in bfloat16, logits of a few units."""
+def head_scale(width: int) -> float:
+    """Of a kernel's entries: logits of normal hidden states are of a few units then."""
+    return 3.2 / math.sqrt(width)
+
+
+def head_inputs(
+    tokens: int, vocabulary: int, width: int, reference_width: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Hidden states and kernels of two models in bfloat16, near each other where as wide."""
     k = jax.random.split(jax.random.key(0), 5)
-    h = jax.random.normal(k[0], (tokens, width), jnp.bfloat16)
-    kernel = jax.random.normal(k[1], (width, vocabulary), jnp.bfloat16) * 0.1
+
+    def model(keys: tuple[jax.Array, jax.Array], width: int) -> tuple[jax.Array, jax.Array]:
+        h = jax.random.normal(keys[0], (tokens, width), jnp.bfloat16)
+        kernel = jax.random.normal(keys[1], (width, vocabulary), jnp.bfloat16)
+        return h, kernel * jnp.bfloat16(head_scale(width))
+
+    h, kernel = model((k[0], k[1]), width)
     y = jax.random.randint(k[4], (tokens,), 0, vocabulary)
     w = jnp.where(jnp.arange(tokens) % 4 == 0, -1.0, 1.0)
+    if reference_width not in (None, width):
+        return h, kernel, *model((k[2], k[3]), reference_width), y, w
     noise = [0.3 * jax.random.normal(i, x.shape, x.dtype) for i, x in ((k[2], h), (k[3], kernel))]
     return h, kernel, h + noise[0], kernel + 0.1 * noise[1], y, w
 

@@ -802,6 +802,10 @@ def pods(result: dict) -> str:
     from bench import pods
 
     last = max((row["setting"] for row in result["rows"]), key=lambda setting: setting["date"])
+    days: dict[str, set[str]] = {}
+    for row in result["rows"]:
+        days.setdefault(_whose(row["variant"]), set()).add(row["setting"]["date"])
+    compiled = (f"{whose}, {' to '.join(sorted({min(x), max(x)}))}" for whose, x in days.items())
     return _measured(
         "`make bench-pods`: **static, ahead of time, by the TPU compiler; nothing ran on a TPU.** "
         "T5X's step of TNRF on v4 slices, inputs of 512 tokens and targets of 128, parameters in "
@@ -811,7 +815,7 @@ def pods(result: dict) -> str:
         "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch "
         f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32; on 64 and 512 chips one "
         "program is compiled, and what it needs beyond the same one on 8 chips is added to what "
-        "is known of those. -: not compiled yet. "
+        f"is known of those. -: not compiled yet. Compiled: {'; '.join(compiled)}. "
         + "".join(
             f"{row['size']}, {row['chips']} chips, {_whose(row['variant'])}, "
             f"{row['layers']} layers: {row['temporaries GiB']:.2f} GiB of temporaries, "

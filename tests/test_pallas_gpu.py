@@ -67,6 +67,19 @@ def test_rows_that_fit(size):
     assert_as_good_as_dense("tnrf", NAME, one_of_each(batch(size, size)))
 
 
+@pytest.mark.parametrize("name", ["tnrf", slow_unless(False, "tnrr"), slow_unless(False, "ce")])
+def test_rows_that_rise(name):
+    """Sums follow a maximum that has risen far at once, and one that has not at the end."""
+    rng = np.random.default_rng(6)
+    kept, pushed = [400.0, 40, 6, 6], [-400.0, -40, -6, -6]  # the latter are summed backwards
+    rises = np.array(kept + pushed)[:, None] * np.linspace(0, 1, SIZE)
+    z, r = (np.float32(rises + rng.uniform(size=rises.shape)) for _ in range(2))
+    y = np.where(np.arange(8) % 2, z.argmax(-1), z.argsort(-1)[:, -2])  # the largest, or the next
+    w = np.float32([1] * 4 + [-1] * 4)
+    none = np.zeros((8, 0))
+    assert_as_good_as_dense(name, NAME, Batch(z, r, y, w, none.astype(int), np.float32(none)))
+
+
 @pytest.mark.parametrize("name", [slow_unless(False, "tnff"), "tnrf"])
 def test_no_races(name, monkeypatch):
     monkeypatch.setattr(pallas_gpu, "INTERPRET", (("detect_races", True),))

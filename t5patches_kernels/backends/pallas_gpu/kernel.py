@@ -17,8 +17,9 @@ A row branches by its own token's weight: that of a kept token leaves out what o
 pushed-down one reads, and its block knows no logarithm then.
 
 A chunk is worked on in pieces, one entry after the other in every lane. Each lane keeps sums of its
-own, relative to its own maxima (`statistics.rebase`), and lanes are added up once a loop. What few
-chunks have, edited entries, the target, an overlap, the others branch around.
+own, relative to maxima that its own have passed by no more than `SLACK` (`_Segment.follow`), and
+lanes are added up once a loop. What few chunks have, edited entries, the target, an overlap, a
+maximum that is passed by more, the others branch around.
 
 No barrier is automatic. The threads of a block share two things: a slot of the ring, into which a
 copy is only sent after `commit_smem` behind the last read, and which is only read after waiting for
@@ -61,6 +62,10 @@ from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
 from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Parts, Stats, Tile
 
+# Nats by which a lane's maximum may have passed the one that its sums are relative to. Most rows
+# pass none by more after their first chunk. Exponentials are e^8 at most, a sum as exact as before.
+SLACK = 8.0
+
 
 def _layout(lanes: int) -> Any:
     """How a piece is spread over the threads."""
@@ -82,6 +87,26 @@ def _functions(lanes: int, interpret: bool) -> Functions:
         return x.log2(approx=True)
 
     return Functions(jnp.exp2, jnp.log2 if interpret else log2, 1 / math.log(2))
+
+
+def _any_of_thread(lanes: int, interpret: bool) -> Callable[[Array], Array]:
+    """Whether any of a thread's entries of a piece is true; of an interpreter's, any of all.
+
+    Mosaic takes it for one number of all threads. Each has its own, and may branch by it while no
+    branch needs the others.
+    """
+    layout = _layout(lanes)
+    scalar = plgpu.ShapeDtypeStruct((), jnp.bool_, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=scalar)
+    def any_of_thread(_: Any, x: Any) -> Any:
+        from jaxlib.mlir.dialects import arith, vector
+
+        (entries,) = x.registers.flat
+        each = (vector.extract(entries, [], [k]) for k in range(lanes // THREADS))
+        return type(x).splat(functools.reduce(arith.ori, each), (), is_signed=False)
+
+    return jnp.any if interpret else any_of_thread
 
 
 class _Segment:
@@ -245,26 +270,43 @@ class _Segment:
         once = "z" if keep else of  # sums are weighted by z's, and what is kept is of all entries
         tops = {statistics.MAXIMUM[x]: x for x in of if statistics.MAXIMUM[x] not in known}
 
-        def body(_: Array, chunk: Array, stats: Stats) -> Stats:
+        def body(_: Array, chunk: Array, carry: tuple[Stats, Stats]) -> tuple[Stats, Stats]:
+            maxima, stats = carry
             pieces = self.pieces(of, chunk, once=once)
             maxima = {
-                m: functools.reduce(jnp.maximum, (piece[x] for piece in pieces), stats[m])
+                m: functools.reduce(jnp.maximum, (piece[x] for piece in pieces), maxima[m])
                 for m, x in tops.items()
             }
-            stats = statistics.rebase(stats, maxima, functions=self.functions)
+            stats = self.follow(maxima, stats)
+            bases = {m: stats[m] for m in tops}
             for k, piece in enumerate(pieces):
-                tile = self.tile(piece, known | maxima)
+                tile = self.tile(piece, known | bases)
                 for name, x in statistics.terms(tile, names).items():
                     stats[name] = stats[name] + x
                 if keep:
                     self.kept_at(chunk, k)[...] = tile.log_mass()
-            return stats
+            return maxima, stats
 
-        start = dict.fromkeys(tops, FLOOR) | dict.fromkeys(sorted(names), 0.0)
-        lanes = self.column_loop(of, body, {name: self.each_lane(x) for name, x in start.items()})
-        found = {m: jnp.max(lanes[m]) for m in tops}
+        floors = dict.fromkeys(tops, self.each_lane(FLOOR))
+        zeros = dict.fromkeys(sorted(names), self.each_lane(0.0))
+        maxima, lanes = self.column_loop(of, body, (floors, floors | zeros))
+        found = {m: jnp.max(maxima[m]) for m in tops}
         lanes = statistics.rebase(lanes, found, functions=self.functions)
         return found | {name: jnp.sum(lanes[name]) for name in sorted(names)}
+
+    def follow(self, maxima: Stats, stats: Stats) -> Stats:
+        """The sums, relative to other maxima if some lane's has passed its own by `SLACK`.
+
+        To correct them in every chunk takes an exponential for every eighth entry and maximum.
+        """
+        if not maxima:
+            return stats
+        ahead = functools.reduce(jnp.logical_or, (x - stats[m] > SLACK for m, x in maxima.items()))
+        return jax.lax.cond(
+            _any_of_thread(self.plan.lanes, self.row.interpret)(ahead),
+            lambda: statistics.rebase(stats, maxima, functions=self.functions),
+            lambda: stats,
+        )
 
     def gradient(self, table: statistics.Coefficients, row: Stats) -> None:
         """Writes the gradient: the weights and values of every entry times their coefficients."""
