@@ -570,6 +570,38 @@ def kl_estimates(result: dict) -> str:
     )
 
 
+def rewards(result: dict) -> str:
+    """The table of `make bench-rewards`."""
+    shown = {"score_mean": 2, "prevalence_sampled": 1, "prevalence": 1, "kl": 4,
+             "exact_match_clean": 1}  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        found = row["measures"]
+        rows.append([
+            f"{row['habit']}: {row['way'] or 'before'}",
+            *(
+                f"{found[k]['value']:.{n}f} ± {found[k]['error']:.{n}f}" if k in found else ""
+                for k, n in shown.items()
+            ),
+            f"{row['tokens']} + {row['rollouts']}" if row["way"] == "edit" else
+            str(row.get("tokens", "")),
+            f"{row['seconds'] / 60:.0f}" if row["way"] else "",
+            f"{row['gib']:.1f}" if row["way"] else "",
+        ])  # fmt: skip
+    minutes = sum(row["seconds"] for row in result["rows"]) / 60
+    return _measured(
+        f"`make bench-rewards`: SmolLM2-135M-Instruct, {result['inputs']} inputs to learn from and "
+        f"{result['measured']} others to measure: mean score of {result['samples']} sampled "
+        "outputs to each; unwanted by the rule, sampled and greedy; KL from the original at "
+        "unmarked tokens; clean outputs that stayed word for word. ± standard errors over inputs. "
+        "Tokens that the model said to learn from (+ rollouts of alternatives); all minutes of the "
+        f"way; the most that it held. {minutes:.0f} minutes in all.",
+        result["setting"],
+        ["", "score", "sampled, %", "greedy, %", "KL", "clean kept, %", "tokens", "minutes", "GiB"],
+        rows,
+    )
+
+
 def answers(result: dict) -> str:
     """The table of `python -m bench.answers`."""
     settings = result["settings"]
@@ -850,6 +882,7 @@ SECTIONS = {
     "frontier": ("frontier", frontier),
     "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
+    "rewards": ("rewards", rewards),
     "answers": ("answers", answers),
     "host-cpu": ("host-cpu", host_cpu),
     "ignored": ("ignored", ignored),
