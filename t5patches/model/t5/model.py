@@ -102,14 +102,14 @@ class T5:
         prompts, outputs = jnp.asarray(batch["inputs"]), jnp.asarray(batch["outputs"])
         rows = outputs.reshape(-1, outputs.shape[-1])
         given = jnp.pad(rows, ((0, 0), (1, 0)), constant_values=self.config.begin_id)[:, :-1]
-        apply = functools.partial(
+        apply: Any = functools.partial(
             Transformer(self.config).apply,
             {"params": params},
             enable_dropout=dropout_key is not None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
         each = len(rows) // len(prompts)
-        out: Any = apply(
+        states = apply(
             jnp.repeat(apply(prompts, method="encode"), each, axis=0),
             jnp.repeat(prompts, each, axis=0),
             given,
@@ -117,7 +117,7 @@ class T5:
             return_hidden=True,
             method="decode",
         )
-        return out.reshape(*outputs.shape, -1)
+        return states.reshape(*outputs.shape, -1)
 
     def head(self, params: Params) -> OutputHead:
         """The matrix of the logits: T5 1.0's is the embedding."""
