@@ -542,6 +542,14 @@ def test_an_adapter_is_no_whole_model(case, place, capsys, monkeypatch):
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_whole_model_has_no_base(place, capsys):
+    (place / "rules.toml").write_text('[[rule]]\nwords = ["a"]\n')
+    model, inputs, rules = (str(place / name) for name in ("base", "none.txt", "rules.toml"))
+    given = ("annotate", "--model", model, "--base", model, "--inputs", inputs, "--rules", rules)
+    assert cli_code(*given, "--output", str(place / "out")) == 2
+    assert "base is a whole model: leave it out" in capsys.readouterr().err
+
+
 NAME = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
 
 

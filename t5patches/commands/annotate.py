@@ -230,6 +230,8 @@ def run(options: argparse.Namespace) -> int:
     rules = None if discovers else read_rules(options.rules)
     human = read_lines(options.against, str, "texts: write one a line") if discovers else []
     whole = str(whole_model(options.model, options.base))
+    if options.base is not None and whole == options.model:
+        raise ValueError(f"--base is for adapters and {whole} is a whole model: leave it out")
     check_chat(options.model, options.chat, options.base)
     inputs = [source.inputs for source in read_sources(options, whole)]
     model = load_model(options.model, options.base, chat=options.chat)
