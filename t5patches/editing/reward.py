@@ -370,15 +370,15 @@ def rewards(
         weight: [D], of the head.
         params: of the model below it.
         inputs: [B, S], the prompts.
-        outputs: [B, L].
-        ends: [B], the place of the end token in each.
+        outputs: [B, L], or [B, K, L] where each prompt has several.
+        ends: [B] or [B, K], the place of the end token in each.
         model: the network.
 
     Returns:
-        [B] float32.
+        [B] or [B, K] float32.
     """
     hidden = model.hidden(params, {"inputs": inputs, "outputs": outputs})
-    last = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden, ends[..., None, None], axis=-2)[..., 0, :]
     return last.astype(jnp.float32) @ weight
 
 
@@ -397,16 +397,15 @@ def pair_loss(
     Returns:
         The mean loss, and the share of pairs that the rewards order as they should.
     """
-    both = functools.partial(jnp.concatenate, axis=0)
     found = rewards(
         trained[WEIGHT],
         with_trained(base, trained[BELOW], how.lora),
-        both([batch["inputs"]] * 2),
-        both([batch["chosen"], batch["rejected"]]),
-        both([batch["ends"][:, 0], batch["ends"][:, 1]]),
+        batch["inputs"],
+        jnp.stack([batch["chosen"], batch["rejected"]], axis=1),
+        batch["ends"],
         model=model,
     )
-    chosen, rejected = jnp.split(found, 2)
+    chosen, rejected = found[:, 0], found[:, 1]
     right = jnp.mean(chosen > rejected, dtype=jnp.float32)
     return pairwise_reward_loss(chosen, rejected).mean(), right
 

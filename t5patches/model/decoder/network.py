@@ -437,7 +437,7 @@ class Sequence(NamedTuple):
         """What each token may see.
 
         Args:
-          window: itself and so many but one before it at most; 0 for all.
+          window: how many tokens, back from itself and with it; 0 for all.
 
         Returns:
           Bool `[batch, S, S]`, of prompts, and `[batch, L, S + L]`, of a stream: of its prompt and
