@@ -433,7 +433,7 @@ def real(result: dict) -> str:
         f"{result['measured']} other articles: KL from the original at unmarked tokens, unwanted "
         "outputs (greedy, sampled; ± 4 to 6), clean outputs that stayed word for word, perplexity "
         f"of other news. So few updates remove the first habit and not the second. {minutes:.0f} "
-        f"minutes in all beside other jobs, {peak:.1f} GiB.",
+        f"minutes in all, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
         rows,
@@ -595,7 +595,7 @@ def rewards(result: dict) -> str:
         "outputs to each; unwanted by the rule, sampled and greedy; KL from the original at "
         "unmarked tokens; clean outputs that stayed word for word. ± standard errors over inputs. "
         "Tokens that the model said to learn from (+ rollouts of alternatives); all minutes of the "
-        f"way; the most that it held. {minutes:.0f} minutes in all.",
+        f"way; the most that it held. {minutes:.0f} minutes in all, beside other jobs.",
         result["setting"],
         ["", "score", "sampled, %", "greedy, %", "KL", "clean kept, %", "tokens", "minutes", "GiB"],
         rows,
