@@ -431,7 +431,7 @@ def real(result: dict) -> str:
         f"`make real`: SmolLM2-135M-Instruct sums up news in a sentence, and {found}. Each edit is "
         f"{result['steps']} updates on its own marked outputs; the rest of the table is of "
         f"{result['measured']} other articles: KL from the original at unmarked tokens, unwanted "
-        "outputs (greedy, sampled; ± 4 to 6), clean outputs that stayed word for word, perplexity "
+        "outputs (greedy, sampled; ± 3 to 6), clean outputs that stayed word for word, perplexity "
         f"of other news. So few updates remove the first habit and not the second. {minutes:.0f} "
         f"minutes in all, {peak:.1f} GiB.",
         result["setting"],
