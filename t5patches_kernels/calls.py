@@ -267,7 +267,11 @@ def _without_ignored(
     if not op.skip_ignored:
         return outputs, correct
     counts = tokens.weights != 0
-    return {name: jnp.where(counts, x, 0.0) for name, x in outputs.items()}, correct & counts
+    # A loss is 0 as it is: a choice would scale its whole gradient by 1 and 0, a pass over it.
+    outputs = {
+        name: x if name == "loss" else jnp.where(counts, x, 0.0) for name, x in outputs.items()
+    }
+    return outputs, correct & counts
 
 
 def _is_intermediate(x: Array) -> bool:

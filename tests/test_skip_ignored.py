@@ -1,5 +1,7 @@
 """Tokens of weight 0 that are skipped: the same numbers for the others, and no work."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +174,15 @@ def _gradient(implementation):
     return jax.value_and_grad(total)
 
 
+def made_by(text):
+    """The operation that makes a compiled program's last result."""
+    last = re.search(r"^ENTRY.*?ROOT [^\n]*?([%.\w-]+)\)(, metadata[^\n]*)?\n", text, re.S | re.M)[
+        1
+    ]
+    line = re.search(rf"^  {re.escape(last)} = (.*)", text[text.index("ENTRY") :], re.M)[1]
+    return re.search(r" ([\w-]+)\(", line)[1]
+
+
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*TPU")
 @pytest.mark.parametrize(
@@ -187,6 +198,13 @@ def test_compiles_for_tpus(chip, columns):
 def test_compiles_for_gpus():
     text = compile_for_gpu(gpu(), _gradient("pallas_gpu"), *_shapes(264, 32128)).as_text()
     assert "mosaic_gpu" in text
+    assert made_by(text) == "get-tuple-element"  # of the kernel, see the next
+
+
+def test_nothing_goes_over_a_sums_gradient_again():
+    """A choice of losses would: it is a factor of 1 or 0 before the whole gradient."""
+    text = jax.jit(_gradient("xla")).lower(*_shapes(264, 520)).compile().as_text()
+    assert made_by(text) == "get-tuple-element"  # of the loop over blocks
 
 
 def test_an_ignored_tokens_log_probability_is_reported_by_default():
