@@ -50,7 +50,7 @@ def _row(losses: Callable, objective: str, arrays: tuple) -> dict:
             w = among(jnp.arange(TOKENS)).astype(jnp.float32)
             name = f"skipping, {counted}" if skip else "not skipping"
             calls[name] = functools.partial(program, *arrays, w)
-    times = common.timed(calls, rounds=5)
+    times = common.timed(calls, rounds=15)
     return {
         "of": "hidden states" if losses is _on_hidden else "logits",
         "objective": objective,
