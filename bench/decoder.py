@@ -45,6 +45,7 @@ from t5patches.editing.train import Step, TrainSettings
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, understand
 from t5patches.model.lora import Lora
+from t5patches.model.memory import give_back
 
 _LLAMA = {
     "model_type": "llama",
@@ -117,6 +118,7 @@ def our_update(folder: str, trained: str, layers: str) -> Iterator[Work]:
     step = Step(model.replace(remat=layers == "run again"), settings_of(trained), arrays)
     state, frozen = step.start(params), step.place(params, params)
     del params
+    give_back()
 
     def call() -> float:
         nonlocal state

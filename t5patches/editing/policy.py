@@ -68,6 +68,7 @@ from t5patches.editing.values import (
 from t5patches.model.batches import round_up
 from t5patches.model.generate import generate
 from t5patches.model.lora import Lora, with_trained
+from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import LanguageModel, OutputHead, Params
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -347,6 +348,7 @@ def align(
         else:
             state = run.start()
         display = _Display(progress, settings.steps, first)
+        give_back()
         for step in range(first, settings.steps + 1):
             sampled = run.sample(state, step)
             collapse = _collapse(sampled, history, settings)
@@ -699,7 +701,7 @@ def compiled_reading(model: LanguageModel, how: How, rows: Rows) -> Any:
     """
     state, base = how.shapes(model)
     program = jax.jit(functools.partial(read, model=model, how=how))
-    return program.lower(state.params, base, batch_shapes(rows)).compile()
+    return compiled(program.lower(state.params, base, batch_shapes(rows)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -718,7 +720,7 @@ def compiled_update(model: LanguageModel, how: How, rows: Rows, text: Rows) -> A
     program = jax.jit(functools.partial(update, model=model, how=how), donate_argnums=0)
     beta = jax.ShapeDtypeStruct((), np.float32)
     shapes = how.shapes(model)
-    return program.lower(*shapes, batch_shapes(rows), batch_shapes(text), beta).compile()
+    return compiled(program.lower(*shapes, batch_shapes(rows), batch_shapes(text), beta))
 
 
 def _require_differences(scores: np.ndarray) -> None:

@@ -69,6 +69,7 @@ from t5patches.editing.states import History, States
 from t5patches.model.batches import round_up
 from t5patches.model.folder import load_model
 from t5patches.model.lora import Lora, weights_fingerprint, with_trained
+from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
@@ -337,6 +338,7 @@ def train_reward(
             if progress
             else None
         )
+        give_back()
         for step in range(first, steps):
             batch = _batch(pairs, batch_indices(count, settings.batch_size, step, settings.seed))
             state, metrics = compiled_update(model, how, rows_of(batch))(state, base, batch)
@@ -451,7 +453,7 @@ def compiled_update(model: LanguageModel, how: How, rows: Rows) -> Any:
         The program; it says what memory it takes.
     """
     program = jax.jit(functools.partial(update, model=model, how=how), donate_argnums=0)
-    return program.lower(*how.shapes(model), batch_shapes(rows)).compile()
+    return compiled(program.lower(*how.shapes(model), batch_shapes(rows)))
 
 
 def _batch(pairs: Batch, rows: np.ndarray) -> Batch:

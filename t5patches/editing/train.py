@@ -35,6 +35,7 @@ from t5patches.editing.states import History, States
 from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
+from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import LanguageModel, Params, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs import hosts
@@ -376,6 +377,7 @@ def train(
             )
         display = _Display(progress, settings, directory.name, first)
         batches = Batches(arrays, settings, model.config.pad_id, order)
+        give_back()
         for step in range(first, settings.steps):
             batch = batches.at(step)
             if teacher is not None:
@@ -799,8 +801,8 @@ class Step:
             placed = {name: hosts.place(x, split) for name, x in batch.items()}
         model, settings, rows, *more = self._key
         rows = tuple((name, (batch[name].shape, dtype)) for name, (_, dtype) in rows)
-        compiled = _compiled(model, settings, rows, *more)
-        return compiled(state, frozen, placed, np.int32(self._settings.seed), np.int32(step))
+        program = _compiled(model, settings, rows, *more)
+        return program(state, frozen, placed, np.int32(self._settings.seed), np.int32(step))
 
 
 def in_dtype(params: Params, dtype: str) -> Params:
@@ -832,7 +834,7 @@ def _compiled(
     arguments, program = _program(model, settings, rows, mesh, own_original)
     # The losses find the mesh by themselves.
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return program.lower(*arguments).compile()
+        return compiled(program.lower(*arguments))
 
 
 @functools.lru_cache(maxsize=32)
