@@ -369,7 +369,7 @@ def layer(
       The stream after it.
     """
 
-    def before(name: str, x: Array) -> Array:
+    def before(name: str, params: Params, x: Array) -> Array:
         return x if config.norms == "after" else normalize(config, params[f"pre_{name}_norm"], x)
 
     def after(name: str, x: Array) -> Array:
@@ -377,25 +377,44 @@ def layer(
             x = normalize(config, params[f"post_{name}_norm"], x)
         return drop(x)
 
-    read = before("attention", x)
-    query, key, value = _heads(config, params["attention"], read)
-    if config.qk_norm:
-        query = normalize(config, params["attention"]["query_norm"], query)
-        key = normalize(config, params["attention"]["key_norm"], key)
-    rotary = config.rotary(number)
-    if rotary is not None:
-        query, key = rotate(rotary, query, positions), rotate(rotary, key, positions)
-    found = attend(query, key, value).reshape(*x.shape[:-1], -1)
+    # Of the three parts nothing inside is held for the backward pass: next to their products it is
+    # made in no time, and it would be the most of what a layer holds.
+    again = _again(config)
+
+    @again
+    def heads(params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        query, key, value = _heads(config, params["attention"], before("attention", params, x))
+        if config.qk_norm:
+            query = normalize(config, params["attention"]["query_norm"], query)
+            key = normalize(config, params["attention"]["key_norm"], key)
+        rotary = config.rotary(number)
+        if rotary is not None:
+            query, key = rotate(rotary, query, positions), rotate(rotary, key, positions)
+        return query, key, value
+
+    @again
+    def widened(params: Params, x: Array) -> list[Array]:
+        read = before("attention" if config.shared_norm else "mlp", params, x)
+        mlp = params["mlp"]
+        return [linear(mlp[part], read) for part in ("up", "gate") if part in mlp]
+
+    @again
+    def narrowed(params: Params, inner: list[Array]) -> Array:
+        up, *gate = inner
+        act = ACTIVATIONS[config.activation]
+        return linear(params["mlp"]["down"], act(gate[0]) * up if gate else act(up))
+
+    found = attend(*heads(params, x, positions)).reshape(*x.shape[:-1], -1)
     added = after("attention", linear(params["attention"]["out"], found))
     if not config.parallel:
         x = x + added
-    if not config.shared_norm:
-        read = before("mlp", x)
-    mlp, act = params["mlp"], ACTIVATIONS[config.activation]
-    inner = linear(mlp["up"], read)
-    inner = act(linear(mlp["gate"], read)) * inner if config.gated else act(inner)
-    x = x + after("mlp", linear(mlp["down"], inner))
+    x = x + after("mlp", narrowed(params, widened(params, x)))
     return x + added if config.parallel else x
+
+
+def _again(config: DecoderConfig) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`remat` for a part of a layer: without use where the whole layer is run again."""
+    return (lambda part: part) if config.remat else remat
 
 
 def _weights(config: DecoderConfig, products: Array, allowed: Array) -> Array:
@@ -467,9 +486,6 @@ class Sequence(NamedTuple):
         return jnp.concatenate([prompts, given.reshape(len(given), -1)], axis=1)
 
 
-# Its weights, [batch, heads, queries, keys], are made again in the backward pass: they are large,
-# and cheap to make.
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def attend_within(
     config: DecoderConfig,
     streams: int,
@@ -497,23 +513,29 @@ def attend_within(
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def parts(x: Array) -> tuple[Array, Array]:
-        """Of the prompts, `[batch, S, ...]`, and of the streams, `[batch, K, L, ...]`."""
-        rest = x[:, length:]
-        return x[:, :length], rest.reshape(len(x), streams, -1, *x.shape[2:])
+        """Of the prompts, `[batch, kv heads, S, ...]`, and streams, `[batch, kv heads, K, L, ...]`.
+
+        Products of matrices, one to a key-value head, then leave weights as the next ones read
+        them: nothing of their size is turned.
+        """
+        x = jnp.moveaxis(x, 2, 1)
+        rest = x[:, :, length:]
+        return x[:, :, :length], rest.reshape(*x.shape[:2], streams, -1, *x.shape[3:])
 
     (query, queries), (key, keys), (value, values) = map(parts, (query, key, value))
-    products = dot("btkgh,bskh->bkgts", query, key)
-    weights = _weights(config, products, of_prompt[:, None, None]).astype(value.dtype)
-    found = jnp.einsum("bkgts,bskh->btkgh", weights, value)
+    products = dot("bktgh,bksh->bktgs", query, key)
+    weights = _weights(config, products, of_prompt[:, None, :, None]).astype(value.dtype)
+    found = jnp.einsum("bktgs,bksh->bktgh", weights, value)
     products = jnp.concatenate(
-        [dot("bntkgh,bskh->bnkgts", queries, key), dot("bntkgh,bnskh->bnkgts", queries, keys)],
+        [dot("bkntgh,bksh->bkntgs", queries, key), dot("bkntgh,bknsh->bkntgs", queries, keys)],
         axis=-1,
     )
-    weights = _weights(config, products, of_stream[:, None, None, None]).astype(value.dtype)
-    in_streams = jnp.einsum("bnkgts,bskh->bntkgh", weights[..., :length], value) + jnp.einsum(
-        "bnkgts,bnskh->bntkgh", weights[..., length:], values
+    weights = _weights(config, products, of_stream[:, None, None, :, None]).astype(value.dtype)
+    in_streams = jnp.einsum("bkntgs,bksh->bkntgh", weights[..., :length], value) + jnp.einsum(
+        "bkntgs,bknsh->bkntgh", weights[..., length:], values
     )
-    return jnp.concatenate([found, in_streams.reshape(len(found), -1, *found.shape[2:])], axis=1)
+    in_streams = in_streams.reshape(*found.shape[:2], -1, *found.shape[3:])
+    return jnp.moveaxis(jnp.concatenate([found, in_streams], axis=2), 1, 2)
 
 
 def prompt_lengths(config: DecoderConfig, prompts: Array) -> Array:
@@ -586,9 +608,15 @@ def run(
         made: list[tuple[Array, Array]] = []
         drops = itertools.count(1 + 2 * number)  # after those of the embedding and other layers
 
+        @_again(
+            config
+        )  # its weights, [batch, kv heads, queries, group, keys], are the largest of all
+        def within(_: Params, *arrays: Array) -> Array:
+            return attend_within(config, streams, *arrays)
+
         def attend(query: Array, key: Array, value: Array) -> Array:
             made.append((key, value))
-            return attend_within(config, streams, query, key, value, *allowed)
+            return within({}, query, key, value, *allowed)
 
         def drop_next(x: Array) -> Array:
             return drop(next(drops), dropout_key, x)
