@@ -1,6 +1,6 @@
 r"""Towards a score beside away from marked tokens: two habits of a pretrained model, two cores.
 
-    make bench-rewards                          # an hour; a killed run goes on with --keep DIR
+    make bench-rewards                          # 45 minutes; a killed run goes on with --keep DIR
 
 SmolLM2-135M-Instruct (see `bench.real`) is changed in two ways, each by commands that anybody could
 type: `t5patches align` towards a score of whole outputs, and `t5patches annotate` and `edit` by a
