@@ -90,13 +90,14 @@ def test_an_update_holds_what_is_between_layers(kind, lora, monkeypatch):
     assert again < 0.5 * working(model, lora=lora, alpha=2.0)
 
 
-def test_an_update_of_layers_that_are_held_makes_cheap_things_again(monkeypatch):
+@pytest.mark.parametrize("lora", [None, Lora(2)], ids=["all", "adapter"])
+def test_an_update_of_layers_that_are_held_makes_cheap_things_again(lora, monkeypatch):
     """Norms, activations, attention's weights; `jax.checkpoint` would save little on a CPU."""
     model = small_decoder(vocab_size=32, width=32, layers=6)
-    held = working(model)
-    for alpha, control in ((2.0, lambda part: part), (3.0, jax.checkpoint)):
+    held = working(model, lora=lora)
+    for alpha, control, share in ((2.0, lambda part: part, 0.5), (3.0, jax.checkpoint, 0.7)):
         monkeypatch.setattr(network, "remat", control)
-        assert held < 0.7 * working(model, alpha=alpha)
+        assert held < share * working(model, lora=lora, alpha=alpha)
 
 
 def test_devices_share_such_an_update():

@@ -276,9 +276,24 @@ def linear(params: Params, x: Array) -> Array:
 
     Where the parameters hold an adapter (`t5patches.model.lora`), `x @ lora_a @ lora_b` is added.
     """
-    y = x @ params["kernel"].astype(x.dtype)
-    if "lora_a" in params:
-        y = y + x @ params["lora_a"].astype(x.dtype) @ params["lora_b"].astype(x.dtype)
+    return summed(params, products(params, x))
+
+
+def products(params: Params, x: Array) -> list[Array]:
+    """Of `linear` what `summed` makes its result of: `x @ kernel`, and of an adapter `x @ lora_a`.
+
+    Their sum is as large as the first. Held for the backward pass it would be two arrays of that
+    size: XLA adds where the sum is read, each time again.
+    """
+    matrices = (params[name] for name in ("kernel", "lora_a") if name in params)
+    return [x @ matrix.astype(x.dtype) for matrix in matrices]
+
+
+def summed(params: Params, made: list[Array]) -> Array:
+    """What `linear` gives, of its `products`."""
+    y, *inner = made
+    if inner:
+        y = y + inner[0] @ params["lora_b"].astype(y.dtype)
     return y + _over(params["bias"], y) if "bias" in params else y
 
 
@@ -379,7 +394,7 @@ def layer(
 
     # Of the three parts nothing inside is held for the backward pass: next to their products it is
     # made in no time, and it would be the most of what a layer holds.
-    again = _again(config)
+    again, widening = _again(config), ("up", "gate") if config.gated else ("up",)
 
     @again
     def heads(params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
@@ -393,16 +408,15 @@ def layer(
         return query, key, value
 
     @again
-    def widened(params: Params, x: Array) -> list[Array]:
+    def widened(params: Params, x: Array) -> list[list[Array]]:
         read = before("attention" if config.shared_norm else "mlp", params, x)
-        mlp = params["mlp"]
-        return [linear(mlp[part], read) for part in ("up", "gate") if part in mlp]
+        return [products(params["mlp"][part], read) for part in widening]
 
     @again
-    def narrowed(params: Params, inner: list[Array]) -> Array:
-        up, *gate = inner
-        act = ACTIVATIONS[config.activation]
-        return linear(params["mlp"]["down"], act(gate[0]) * up if gate else act(up))
+    def narrowed(params: Params, made: list[list[Array]]) -> Array:
+        mlp, act = params["mlp"], ACTIVATIONS[config.activation]
+        up, *gate = (summed(mlp[part], of) for part, of in zip(widening, made, strict=True))
+        return linear(mlp["down"], act(gate[0]) * up if gate else act(up))
 
     found = attend(*heads(params, x, positions)).reshape(*x.shape[:-1], -1)
     added = after("attention", linear(params["attention"]["out"], found))
