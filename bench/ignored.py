@@ -23,7 +23,6 @@ from bench import common
 from t5patches_kernels import linear_targeted_negative_loss, targeted_negative_loss
 
 NAME = "ignored"  # of the file in bench/results/
-ZEROS = "zeros"  # of the gradient's size: what a program takes that does nothing else
 TOKENS, WIDTH, VOCABULARY = 1024, 512, common.VOCABULARIES["T5"]
 OBJECTIVES = ("tnff", "tnrf")
 COUNTED = {
@@ -51,8 +50,6 @@ def _row(losses: Callable, objective: str, arrays: tuple) -> dict:
             w = among(jnp.arange(TOKENS)).astype(jnp.float32)
             name = f"skipping, {counted}" if skip else "not skipping"
             calls[name] = functools.partial(program, *arrays, w)
-    if losses is _on_logits:
-        calls[ZEROS] = jax.jit(lambda: jnp.zeros((TOKENS, VOCABULARY)))
     times = common.timed(calls, rounds=15)
     return {
         "of": "hidden states" if losses is _on_hidden else "logits",
@@ -62,7 +59,7 @@ def _row(losses: Callable, objective: str, arrays: tuple) -> dict:
         **{
             f"{name} / not": times[name].median / times["not skipping"].median
             for name in calls
-            if name not in ("not skipping", ZEROS)
+            if name != "not skipping"
         },
     }
 

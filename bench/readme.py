@@ -673,18 +673,16 @@ def ignored(result: dict) -> str:
         [
             f"{row['of']}, `{row['objective']}`, {row['V']}",
             f"{row['not skipping ms']['median']:.0f}",
-            f"{row['zeros ms']['median']:.0f}" if "zeros ms" in row else "",
             *(f"{row[name]:.2f}" for name in shares),
         ]
         for row in result["rows"]
     ]
     return _measured(
         "`python -m bench.ignored`: value and gradient, 1024 tokens (hidden states: D = 512), "
-        "float32; medians; zeros of the gradient's size, as a program of their own; and with "
-        "`skip_ignored` the share of the time without it. Where half of the tokens are ignored, it "
-        "is every other one, or 64 of 128 in a row.",
+        "float32; medians, and with `skip_ignored` the share of the time without it. Where half of "
+        "the tokens are ignored, it is every other one, or 64 of 128 in a row.",
         result["setting"],
-        ["", "not skipping, ms", "zeros, ms", *(name.removesuffix(" / not") for name in shares)],
+        ["", "not skipping, ms", *(name.removesuffix(" / not") for name in shares)],
         rows,
     )
 
