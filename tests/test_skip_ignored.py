@@ -176,11 +176,9 @@ def _gradient(implementation):
 
 def made_by(text):
     """The operation that makes a compiled program's last result."""
-    last = re.search(r"^ENTRY.*?ROOT [^\n]*?([%.\w-]+)\)(, metadata[^\n]*)?\n", text, re.S | re.M)[
-        1
-    ]
-    line = re.search(rf"^  {re.escape(last)} = (.*)", text[text.index("ENTRY") :], re.M)[1]
-    return re.search(r" ([\w-]+)\(", line)[1]
+    entry = text[text.index("\nENTRY") :]
+    last = re.search(r"ROOT .*? tuple\(.*?(%[\w.-]+)\)", entry)[1]
+    return re.search(rf"\n  {re.escape(last)} = \S+ ([\w-]+)\(", entry)[1]
 
 
 @needs_compiler
