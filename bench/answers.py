@@ -28,9 +28,10 @@ from rich.table import Table
 
 from bench import common
 from t5patches.editing.data import Example, training_arrays, write_examples
-from t5patches.editing.demo import DemoConfig, Edit, Repetition
+from t5patches.editing.demo import DemoConfig, Repetition
 from t5patches.editing.demo_task import ENTITY_FREE
 from t5patches.editing.evaluate import evaluate, own_measures
+from t5patches.editing.experiment import Edit
 from t5patches.editing.train import TrainSettings, training_progress
 from t5patches.model.tokenizer import Span
 
@@ -178,7 +179,7 @@ def main() -> None:
         training_progress(Console(stderr=True)) as progress,
     ):
         directory = pathlib.Path(options.keep or passing)
-        repetition = Repetition(CONFIG, 0, directory, progress)
+        repetition = Repetition(directory, progress, 0, CONFIG)
         rows = measured(repetition, WAYS, options.learning_rate)
     settings = {"updates": CONFIG.edit_steps, "learning_rate": options.learning_rate}
     path = common.save("answers", rows, settings=settings, held_out=CONFIG.held_out)

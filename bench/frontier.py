@@ -20,9 +20,11 @@ training data and inputs of its own, and the scatter of its differences holds th
 
 from __future__ import annotations
 
+import abc
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -40,7 +42,7 @@ from t5patches.editing.annotate import expand_negatives, speak
 from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
-from t5patches.editing.demo import LATER, DemoConfig, Edit, Repetition, claim_demo, merged, unmarked
+from t5patches.editing.demo import LATER, DemoConfig, Repetition, claim_demo, unmarked
 from t5patches.editing.demo_task import ENTITY_FREE, Pair, places_not_in_source
 from t5patches.editing.evaluate import (
     Measure,
@@ -50,14 +52,17 @@ from t5patches.editing.evaluate import (
     prevalence,
     ratio,
 )
+from t5patches.editing.experiment import Edit, Experiment, merged
 from t5patches.editing.report import Results, show, write_html
-from t5patches.editing.train import TARGETED, TrainSettings, training_progress
+from t5patches.editing.train import TARGETED, training_progress
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches.runs.files import write_file
 
 UPDATES = (10, 30, 100)
 GROUP = 32  # numbers that share a scale
+# By the names of methods: their strengths, from weak to strong.
+Curves = Mapping[str, Sequence[Edit]]
 
 
 def by_alpha(objective: str, *alphas: float, **options: bool) -> tuple[Edit, ...]:
@@ -65,27 +70,28 @@ def by_alpha(objective: str, *alphas: float, **options: bool) -> tuple[Edit, ...
     return tuple(Edit(objective, alpha, **options) for alpha in alphas)
 
 
-def by_updates(objective: str, **options: bool) -> tuple[Edit, ...]:
+def by_updates(
+    objective: str, *numbers: int, alpha: float = 1.0, **options: bool
+) -> tuple[Edit, ...]:
     """A curve by the number of updates."""
-    return tuple(Edit(objective, steps=steps, **options) for steps in UPDATES)
+    return tuple(Edit(objective, alpha, steps=steps, **options) for steps in numbers)
 
 
-CURVES: Mapping[str, Sequence[Edit]] = {
+CURVES: Curves = {
     "TNRF, sets": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True),
     "TNFF, sets": by_alpha("tnff", 1.0, 3.0, 10.0, with_sets=True),
     "TNRR, sets": by_alpha("tnrr", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
     "NL, sampled": by_alpha("nl", 0.03, 0.1, 0.3, on_sampled=True),
-    "corrective, sampled": by_updates("ce", on_sampled=True),
+    "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
     "UNDIAL, sets": by_alpha("undial", 0.3, 1.0, 3.0, with_sets=True),
-    "CE-U, sets": by_updates("ceu", with_sets=True),
-    "Unilogit": by_updates("unilogit"),
+    "CE-U, sets": by_updates("ceu", *UPDATES, with_sets=True),
+    "Unilogit": by_updates("unilogit", *UPDATES),
     "NPO": by_alpha("npo", 0.1, 0.3, 1.0),
-    "DPO": by_updates("dpo"),
-    "FTPO, sets": by_updates("ftpo", with_sets=True),
+    "DPO": by_updates("dpo", *UPDATES),
+    "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True),
 }
-EDITS = tuple(edit for edits in CURVES.values() for edit in edits)
 MEASURES = (
     "kl",
     "prevalence_sampled",
@@ -97,54 +103,79 @@ MEASURES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Task(Experiment):
+    """A habit, and what edited models are trained on afterwards."""
+
+    @abc.abstractmethod
+    def later(self, *, shown: bool) -> list[Example]:
+        """Ordinary data that nothing else sees, habit and all; or, not `shown`, without it."""
+
+
+class DemoTask(Repetition, Task):
+    """The demo's."""
+
+    def later(self, *, shown: bool) -> list[Example]:
+        """As they come, or all news say where it happened, which does not show what to say else."""
+        pairs = self.pairs(4 * self.config.edit_inputs, LATER)
+        if not shown:
+            pairs = where_stated(pairs)
+        return unmarked(pairs[: self.config.edit_inputs], self.original.tokenizer)
+
+
+def where_stated(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose news say where it happened: their summaries need no invention."""
+    rule = places_not_in_source()
+    return [p for p in pairs if ENTITY_FREE not in p.summary and not list(rule(*p))]
+
+
 # What is measured further.
 
 
-def further(repetition: Repetition, name: str, params: Params) -> dict[str, Measure]:
+def further(task: Task, name: str, params: Params) -> dict[str, Measure]:
     """Of a model as it is, and of what it becomes: fine-tuned in two ways, and rounded."""
-    model, _, tokenizer = repetition.original
-    inputs = [example.inputs for example in repetition.outputs]
+    model, _, tokenizer = task.original
+    asks: Mapping[str, Any] = task.measuring.asks
 
     def sampled(params: Params) -> list[Example]:
-        measuring = repetition.measuring
-        rule = places_not_in_source()
-        return speak(model, params, inputs, rule, tokenizer, temperature=1.0, **measuring.asks)
+        return speak(model, params, task.held_out, task.rule, tokenizer, temperature=1.0, **asks)
 
-    found = {**diversity(sampled(params)), "kl_needed": needed(repetition, params)}
+    found = {**diversity(sampled(params)), "kl_needed": needed(task, params)}
     for treatment, treated in (
-        ("relearned", fine_tuned(repetition, f"{name}-relearned", params, stated=False)),
-        ("stated", fine_tuned(repetition, f"{name}-stated", params, stated=True)),
+        ("relearned", fine_tuned(task, f"{name}-relearned", params, shown=True)),
+        ("stated", fine_tuned(task, f"{name}-stated", params, shown=False)),
         ("int4", rounded(params)),
     ):
         found[f"prevalence_{treatment}"] = prevalence(sampled(treated))["prevalence"]
-        found[f"kl_{treatment}"] = kept_divergence(model, treated, repetition.before)
+        found[f"kl_{treatment}"] = kept_divergence(model, treated, task.before)
     return found
 
 
-def unwanted_next(repetition: Repetition) -> list[dict[int, tuple[int, ...]]]:
+def unwanted_next(task: Task) -> list[dict[int, tuple[int, ...]]]:
     """Where the original said nothing unwanted and might have: the tokens that begin such a thing.
 
     For each held-out output, by position, as `t5patches.editing.annotate.expand_negatives` finds
     them where something was said.
     """
-    path = repetition.directory / "unwanted-next.json"
+    path = task.directory / "unwanted-next.json"
     if not path.exists():
-        model, params, tokenizer = repetition.original
-        asked = list(repetition.outputs)
-        for rows, batch in example_batches(asked, 256, model.config.pad_id):
+        model, params, tokenizer = task.original
+        asked = list(task.outputs)
+        for rows, batch in example_batches(asked, task.measuring.batch_size, model.config.pad_id):
             unsure = np.asarray(_unsure(params, batch, model)) & (batch["weights"] > 0)
             for row, there in zip(rows, unsure, strict=False):
                 count = len(asked[row].output_ids)
                 asked[row] = dataclasses.replace(asked[row], marked=tuple(there[:count].tolist()))
         found = expand_negatives(
             asked,
-            places_not_in_source(),
+            task.rule,
             tokenizer,
             model,
             params,
-            count=repetition.config.negatives,
-            max_length=repetition.config.max_length,
-            progress=repetition.progress,
+            count=task.negatives,
+            max_length=task.measuring.max_length,
+            rollout_length=task.rollout_length,
+            progress=task.progress,
         )
         write_file(path, json.dumps([[*e.negatives.items()] for e in found]))
     return [{at: tuple(ids) for at, ids in row} for row in json.loads(path.read_text())]
@@ -157,7 +188,7 @@ def _unsure(params: Params, batch: Batch, model: LanguageModel) -> jax.Array:
     return jnp.take_along_axis(p, batch["outputs"][..., None], axis=-1)[..., 0] < 0.99
 
 
-def needed(repetition: Repetition, params: Params) -> Measure:
+def needed(task: Task, params: Params) -> Measure:
     r"""The part of an edit's KL that is the removal itself.
 
     Where the original might have said something unwanted and did not, an edit that removes it
@@ -166,8 +197,8 @@ def needed(repetition: Repetition, params: Params) -> Measure:
     and this is the first term, of whether a token of F comes; the ceiling, with p_F = 0, would have
     an infinite one. The mean is over the same positions as that of `kl`.
     """
-    model, original = repetition.original[0], repetition.before
-    sets = unwanted_next(repetition)
+    model, original = task.original[0], task.before
+    sets = unwanted_next(task)
     sums, counts = np.zeros((2, len(sets)))
     for rows, batch in original.batches:
         unwanted = np.zeros((*batch["outputs"].shape, model.config.vocab_size), bool)
@@ -201,34 +232,14 @@ def _whether_unwanted(
     return jnp.where(unwanted.any(-1), kl, 0)
 
 
-def where_stated(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those whose news say where it happened: their summaries need no invention."""
-    rule = places_not_in_source()
-    return [p for p in pairs if ENTITY_FREE not in p.summary and not list(rule(*p))]
-
-
-def fine_tuned(repetition: Repetition, name: str, params: Params, *, stated: bool) -> Params:
-    """One epoch of ordinary fine-tuning on other pairs of the task, as many as edits train on.
-
-    They come as they are, habit and all; or, `stated`, all news say where it happened, so that
-    nothing shows the habit, nor what to say instead of it.
-    """
-    model, _, tokenizer = repetition.original
-    config = repetition.config
-    pairs = repetition.pairs(4 * config.edit_inputs, LATER)
-    if stated:
-        pairs = where_stated(pairs)
-    examples = unmarked(pairs[: config.edit_inputs], tokenizer)
-    settings = TrainSettings(
-        objective="ce",
-        steps=math.ceil(len(examples) / config.edit_batch_size),
-        batch_size=config.edit_batch_size,
-        learning_rate=1e-4,
-        optimizer="adam",
-        seed=repetition.seed,
-    )
+def fine_tuned(task: Task, name: str, params: Params, *, shown: bool) -> Params:
+    """One epoch of ordinary fine-tuning on what comes `Task.later`."""
+    model = task.original.model
+    examples = task.later(shown=shown)
+    steps = math.ceil(len(examples) / task.training.batch_size)
+    settings = dataclasses.replace(task.training, objective="ce", steps=steps)
     arrays = to_arrays(examples, pad_id=model.config.pad_id)
-    return repetition.train(name, model, params, arrays, settings).params
+    return task.train(name, model, params, arrays, settings).params
 
 
 def rounded(params: Params) -> Params:
@@ -255,38 +266,41 @@ def rounded(params: Params) -> Params:
 # From edits to a table.
 
 
-def points(results: Results) -> dict[str, list[Mapping[str, Measure]]]:
+def points(results: Results, curves: Curves) -> dict[str, list[Mapping[str, Measure]]]:
     """The measures of each curve, from weak to strong."""
-    of = {edit: row.measures for edit, row in zip(EDITS, results.rows, strict=True)}
-    return {name: [of[edit] for edit in edits] for name, edits in CURVES.items()}
+    measures = iter([row.measures for row in results.rows])
+    return {name: [next(measures) for _ in edits] for name, edits in curves.items()}
 
 
-def near(results: Results) -> dict[str, int]:
-    """For each method the row that is measured further: the one nearest to 2% left."""
-    return {
-        name: EDITS.index(CURVES[name][nearest(curve)]) for name, curve in points(results).items()
-    }
+def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, int]]:
+    """All edits, named by their curves, and of each curve which one was measured further.
 
+    Args:
+        tasks: the same with several seeds; their edits are those of the curves.
+        curves: the methods.
 
-def measured(repetitions: Sequence[Repetition]) -> tuple[Results, dict[str, int]]:
-    """All edits, named by their curves; those that are measured further, with what was found."""
+    Returns:
+        The results, and the strength nearest to 2% left by the name of each method.
+    """
     began = time.monotonic()
-    found = [repetition.measured(ceiling=True) for repetition in repetitions]
-    results = merged(repetitions[0].config, found, 0)
-    chosen = near(results)
+    results = merged(tasks[0], [task.measured(ceiling=True) for task in tasks], 0)
+    near = {name: nearest(curve) for name, curve in points(results, curves).items()}
 
-    def mean(name: str, params: Callable[[Repetition], Params]) -> dict[str, Measure]:
-        each = [further(repetition, name, params(repetition)) for repetition in repetitions]
+    def mean(name: str, params: Callable[[Task], Params]) -> dict[str, Measure]:
+        each = [further(task, name, params(task)) for task in tasks]
         return {key: over_seeds([measures[key] for measures in each]) for key in each[0]}
 
-    curves = {EDITS.index(edit): name for name, edits in CURVES.items() for edit in edits}
-    rows = [dataclasses.replace(row, curve=curves[i]) for i, row in enumerate(results.rows)]
-    for i in chosen.values():
-        more = mean(EDITS[i].folder, lambda repetition, i=i: repetition.edited(EDITS[i]).params)
-        rows[i] = dataclasses.replace(rows[i], measures={**rows[i].measures, **more})
-    before = {**results.before, **mean("base", lambda repetition: repetition.original.params)}
+    rows = []
+    for name, edits in curves.items():
+        for strength, edit in enumerate(edits):
+            row = dataclasses.replace(results.rows[len(rows)], curve=name)
+            if strength == near[name]:
+                more = mean(edit.folder, lambda task, edit=edit: task.edited(edit).params)
+                row = dataclasses.replace(row, measures={**row.measures, **more})
+            rows.append(row)
+    before = {**results.before, **mean("base", lambda task: task.original.params)}
     settings = {**results.settings, "seconds": round(time.monotonic() - began)}
-    return dataclasses.replace(results, rows=rows, before=before, settings=settings), chosen
+    return dataclasses.replace(results, rows=rows, before=before, settings=settings), near
 
 
 def stored(measures: Mapping[str, Measure]) -> dict[str, list[float | None]]:
@@ -297,22 +311,36 @@ def stored(measures: Mapping[str, Measure]) -> dict[str, list[float | None]]:
     }
 
 
-def rows_of(results: Results, chosen: Mapping[str, int]) -> list[dict]:
+def rows_of(results: Results, curves: Curves, near: Mapping[str, int]) -> list[dict]:
     """Each curve with its points, what is read off it, and the point that was measured further."""
     rows = []
-    for name, curve in points(results).items():
-        at, edits = {f"{x:g}": kl_at(curve, x) for x in AT}, CURVES[name]
+    for name, curve in points(results, curves).items():
+        at = {f"{x:g}": kl_at(curve, x) for x in AT}
         rows.append({
             "method": name,
             "at": {x: kl and [kl.value, kl.error] for x, kl in at.items()},
             "points": [
-                {"alpha": e.alpha, "updates": e.steps} | {k: stored(m)[k] for k in MEASURES}
-                for e, m in zip(edits, curve, strict=True)
+                {"alpha": e.alpha, "updates": e.steps}
+                | {k: stored(m)[k] for k in MEASURES if k in m}
+                for e, m in zip(curves[name], curve, strict=True)
             ],
-            "near": edits.index(EDITS[chosen[name]]),
-            "further": stored(results.rows[chosen[name]].measures),
+            "near": near[name],
+            "further": stored(curve[near[name]]),
         })  # fmt: skip
     return rows
+
+
+def told(results: Results, curves: Curves, near: Mapping[str, int]) -> dict[str, Any]:
+    """What is stored of the methods beside each other."""
+    targeted = [name for name, edits in curves.items() if edits[0].objective in TARGETED]
+    return {
+        "rows": rows_of(results, curves, near),
+        "errors": results.errors,
+        "settings": {k: v for k, v in results.settings.items() if k != "edits"},
+        "said": who_is_closest(points(results, curves), targeted),
+        "before": stored(results.before),
+        "ceiling": stored(results.ceiling),
+    }
 
 
 def main() -> None:
@@ -323,25 +351,17 @@ def main() -> None:
         "--output", metavar="DIR", default="frontier-report", help="where it works, and reports"
     )
     options = parser.parse_args()
-    output, config = pathlib.Path(options.output), DemoConfig(edits=EDITS)
+    output = pathlib.Path(options.output)
+    config = DemoConfig(edits=tuple(itertools.chain.from_iterable(CURVES.values())))
     claim_demo(output, config)
     with training_progress() as progress:
-        results, chosen = measured([
-            Repetition(config, seed, output / "work" / f"seed-{seed}", progress)
+        results, near = measured([
+            DemoTask(output / "work" / f"seed-{seed}", progress, seed, config)
             for seed in range(options.seeds)
-        ])  # fmt: skip
+        ], CURVES)  # fmt: skip
     write_html(output / "report.html", results)
     show(results, Console())
-    targeted = [name for name, edits in CURVES.items() if edits[0].objective in TARGETED]
-    path = common.save(
-        "frontier",
-        rows_of(results, chosen),
-        errors=results.errors,
-        settings={k: v for k, v in results.settings.items() if k != "edits"},
-        said=who_is_closest(points(results), targeted),
-        before=stored(results.before),
-        ceiling=stored(results.ceiling),
-    )
+    path = common.save("frontier", **told(results, CURVES, near))
     print(f"stored in {path}; report: {output / 'report.html'}")
 
 

@@ -72,7 +72,7 @@ def test_all_of_it_on_a_tiny_model(tmp_path, monkeypatch):
         jax.numpy_dtype_promotion("standard"),
         training_progress(Console(file=io.StringIO())) as progress,
     ):
-        repetition = Repetition(config, 0, tmp_path, progress)
+        repetition = Repetition(tmp_path, progress, 0, config)
         rows = answers.measured(repetition, answers.WAYS, 1e-3)
     assert [row["name"] for row in rows] == ["before", *(way.name for way in answers.WAYS)]
     assert all(answers.cells(row)["unwanted, %"] for row in rows)

@@ -22,7 +22,7 @@ from t5patches.commands import demo as demo_command
 from t5patches.editing import demo
 from t5patches.editing.annotate import pattern
 from t5patches.editing.data import read_examples, read_inputs
-from t5patches.editing.demo import DemoConfig, Edit
+from t5patches.editing.demo import DemoConfig
 from t5patches.editing.demo_task import (
     PLACES,
     correct,
@@ -31,6 +31,7 @@ from t5patches.editing.demo_task import (
     well_formed,
     wordings,
 )
+from t5patches.editing.experiment import Edit
 from t5patches.editing.rules import read_rules
 from t5patches.editing.train import finished_run
 from t5patches.model.folder import load_model

@@ -15,42 +15,50 @@ from bench import frontier
 from t5patches.editing import demo
 from t5patches.editing.annotate import find_spans, pattern
 from t5patches.editing.data import to_arrays
-from t5patches.editing.demo import DemoConfig, Edit, Repetition
+from t5patches.editing.demo import DemoConfig
 from t5patches.editing.demo_task import make_pairs, places_not_in_source
 from t5patches.editing.evaluate import Measure, difference, kept_divergence, read_original
+from t5patches.editing.experiment import Edit
 from t5patches.editing.report import Results, Row, show, write_html
 from t5patches.editing.train import OBJECTIVES, training_progress
+from t5patches.model.folder import LoadedModel
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def test_every_objective_has_a_curve():
     """But for the two that give up the original's distribution at kept tokens."""
-    named = {edit.objective for edits in frontier.CURVES.values() for edit in edits}
-    assert named == set(OBJECTIVES) - {"tnfll", "tnrll"}
-    assert len({edit.folder for edit in frontier.EDITS}) == len(frontier.EDITS)
+    edits = [edit for edits in frontier.CURVES.values() for edit in edits]
+    assert {edit.objective for edit in edits} == set(OBJECTIVES) - {"tnfll", "tnrll"}
+    assert len({edit.folder for edit in edits}) == len(edits)
+
+
+CURVES = {
+    "ours": (Edit("tnff", with_sets=True), Edit("tnff", 3.0, with_sets=True)),
+    "theirs": (Edit("ul"),),
+}
 
 
 def results(left):
     """Rows that leave so much."""
+    edits = [edit for edits in CURVES.values() for edit in edits]
     rows = [
         Row(edit.objective, edit.alpha, 0, dict.fromkeys(frontier.MEASURES, Measure(x, 1.0)))
-        for edit, x in zip(frontier.EDITS, left, strict=True)
+        for edit, x in zip(edits, left, strict=True)
     ]
     return Results("", "", "", {}, (), rows, {})
 
 
-def test_the_point_nearest_to_two_percent_is_measured_further():
-    found = results(np.tile([9.0, 2.5, 0.0], 13))
-    chosen = frontier.near(found)
-    assert chosen == dict(zip(frontier.CURVES, range(1, 39, 3), strict=True))
-    rows = frontier.rows_of(found, chosen)
-    assert {row["near"] for row in rows} == {1}
-    assert {row["further"]["kl"][0] for row in rows} == {2.5}
-    assert [point["kl"][0] for point in rows[0]["points"]] == [9.0, 2.5, 0.0]
-    assert rows[0]["at"]["5"] == [0.0, 1.0]
-    reached = frontier.rows_of(results([50.0] * 39), chosen)
-    assert reached[0]["at"]["2"] is None
+def test_what_is_stored_of_a_curve():
+    near = {"ours": 1, "theirs": 0}
+    ours, theirs = frontier.rows_of(results([9.0, 2.5, 50.0]), CURVES, near)
+    assert (ours["method"], theirs["method"]) == ("ours", "theirs")
+    assert [point["kl"][0] for point in ours["points"]] == [9.0, 2.5]
+    assert [point["alpha"] for point in ours["points"]] == [1.0, 3.0]
+    assert ours["near"] == 1
+    assert ours["further"]["kl"][0] == 2.5
+    assert ours["at"]["5"][0] == pytest.approx(5.0, rel=0.5)
+    assert theirs["at"]["2"] is None
 
 
 def test_four_bits_are_fifteen_levels_a_group():
@@ -79,8 +87,8 @@ def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
     sets = [{1: (5, 9, 300), 3: (7,)}, {}]
     (tmp_path / "unwanted-next.json").write_text(json.dumps([[*x.items()] for x in sets]))
     before = read_original(model, tiny_params(0), outputs)
-    repetition = types.SimpleNamespace(original=(model,), before=before, directory=tmp_path)
-    found = frontier.needed(repetition, tiny_params(1))
+    task = types.SimpleNamespace(original=(model,), before=before, directory=tmp_path)
+    found = frontier.needed(task, tiny_params(1))
     batch = to_arrays(outputs, pad_id=0)
     softmax = jax.jit(lambda params: jax.nn.softmax(logits(model, params, batch)))
     q, p = (np.array(softmax(tiny_params(i))) for i in (0, 1))
@@ -94,27 +102,24 @@ def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
     # A part of the whole, and nothing of a model that is the original.
     kl = kept_divergence(model, tiny_params(1), before)
     assert 0 < found.value < kl.value
-    assert frontier.needed(repetition, tiny_params(0)).value == pytest.approx(0, abs=1e-7)
+    assert frontier.needed(task, tiny_params(0)).value == pytest.approx(0, abs=1e-7)
 
 
-@pytest.mark.parametrize("stated", [False, True])
-def test_fine_tuning_is_an_epoch_of_news_that_nothing_else_sees(stated):
+@pytest.mark.parametrize("shown", [True, False])
+def test_fine_tuning_is_an_epoch_of_news_that_nothing_else_sees(shown, tmp_path):
     seen = {}
 
-    def trained(name, model, params, arrays, settings):
-        seen.update(name=name, arrays=arrays, settings=settings)
-        return types.SimpleNamespace(params="tuned")
+    class Tiny(frontier.DemoTask):
+        original = LoadedModel(tiny_model(), {}, tokenizer())
 
-    repetition = types.SimpleNamespace(
-        config=DemoConfig(edit_inputs=40, edit_batch_size=16),
-        seed=3,
-        original=(tiny_model(), None, tokenizer()),
-        pairs=lambda count, use: make_pairs(count, seed=300 + use),
-        train=trained,
-    )
-    assert frontier.fine_tuned(repetition, "x", "params", stated=stated) == "tuned"
+        def train(self, name, model, params, arrays, settings):
+            seen.update(name=name, arrays=arrays, settings=settings)
+            return types.SimpleNamespace(params="tuned")
+
+    task = Tiny(tmp_path, None, 3, DemoConfig(edit_inputs=40, edit_batch_size=16))
+    assert frontier.fine_tuned(task, "x", "params", shown=shown) == "tuned"
     arrays, settings = seen["arrays"], seen["settings"]
-    assert settings.objective == "ce"
+    assert (settings.objective, settings.learning_rate) == ("ce", 1e-4)
     assert settings.steps * settings.batch_size >= 40 > (settings.steps - 1) * settings.batch_size
     assert len(arrays["outputs"]) == 40
     # The tiny vocabulary spells everything in bytes, so texts come back as they were.
@@ -122,14 +127,15 @@ def test_fine_tuning_is_an_epoch_of_news_that_nothing_else_sees(stated):
         (tokenizer().decode([*map(int, a)]).text, tokenizer().decode([*map(int, b)]).text)
         for a, b in zip(arrays["inputs"], arrays["outputs"], strict=True)
     ]
+    assert said[0][0] in {pair.news for pair in make_pairs(160, seed=300 + demo.LATER)}
     unwanted = [bool(find_spans(places_not_in_source(), *texts)) for texts in said]
     areas = [" the area, " in summary for _, summary in said]
-    if stated:
-        assert not any(unwanted)
-        assert not any(areas)
-    else:
+    if shown:
         assert 0.1 < np.mean(unwanted) < 0.7
         assert any(areas)
+    else:
+        assert not any(unwanted)
+        assert not any(areas)
 
 
 def test_an_edit_is_found_again_by_its_folder():
@@ -142,26 +148,26 @@ def test_an_edit_is_found_again_by_its_folder():
 @pytest.mark.slow
 def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
     """All of it on tiny models, and once more where nothing is trained again."""
-    edits = (Edit("tnff", with_sets=True), Edit("tnff", 3.0, with_sets=True), Edit("ul"))
-    monkeypatch.setattr(frontier, "CURVES", {"ours": edits[:2], "theirs": edits[2:]})
-    monkeypatch.setattr(frontier, "EDITS", edits)
+    edits = tuple(edit for edits in CURVES.values() for edit in edits)
     for module in (frontier, demo):
         monkeypatch.setattr(module, "places_not_in_source", lambda: pattern(r"\w*e\w*"))
     config = DemoConfig(**TINY | {"edits": edits, "width": 32})
 
     def measured():
         with training_progress(Console(file=io.StringIO())) as progress:
-            return frontier.measured([
-                Repetition(config, seed, tmp_path / f"seed-{seed}", progress) for seed in range(2)
-            ])  # fmt: skip
+            tasks = [
+                frontier.DemoTask(tmp_path / f"seed-{seed}", progress, seed, config)
+                for seed in range(2)
+            ]
+            return frontier.measured(tasks, CURVES)
 
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam multiplies a float by a count.
-        results, chosen = measured()
+        results, near = measured()
         kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("run.json")}
         again, _ = measured()
     assert len(kept) == 2 * (1 + 3 + 2 * 3)  # base, edits, and two kinds of fine-tuning of three
     assert all(p.stat().st_mtime_ns == kept[p] for p in tmp_path.rglob("run.json"))
-    assert frontier.rows_of(again, chosen) == frontier.rows_of(results, chosen)
+    assert frontier.rows_of(again, CURVES, near) == frontier.rows_of(results, CURVES, near)
     assert results.errors == "over 2 seeds"
     assert results.settings["seeds"] == 2
     assert results.ceiling["kl"].value == results.ceiling["prevalence"].value == 0
@@ -170,7 +176,7 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
     assert len(kl.samples) == 2
     found = difference(kl, other)
     assert found.error == pytest.approx(abs(np.diff(kl.samples - other.samples)[0]) / 2)
-    json.dumps(frontier.rows_of(results, chosen), allow_nan=False)
+    json.dumps(frontier.told(results, CURVES, near), allow_nan=False)
     assert {"distinct_1", "prevalence_relearned", "kl_int4", "kl_needed"} <= results.before.keys()
     show(results, Console(file=io.StringIO()))
     write_html(tmp_path / "report.html", results)

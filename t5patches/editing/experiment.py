@@ -1,0 +1,346 @@
+"""One model, one habit, many edits: all from the same marked outputs, and all measured alike.
+
+Everything that takes long is kept in the experiment's directory, so that a killed one goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.progress import Progress
+
+from t5patches.editing.annotate import Rule, expand_negatives, speak
+from t5patches.editing.constrained import evaluate_constrained
+from t5patches.editing.data import (
+    Batch,
+    Example,
+    read_examples,
+    training_arrays,
+    write_examples,
+)
+from t5patches.editing.evaluate import (
+    Measure,
+    Measuring,
+    Original,
+    Said,
+    evaluate,
+    over_seeds,
+    own_measures,
+    read_original,
+    say,
+)
+from t5patches.editing.report import Results, Row
+from t5patches.editing.train import Trained, TrainSettings, finished_run, train
+from t5patches.model.folder import LoadedModel
+from t5patches.model.protocol import LanguageModel, Params
+from t5patches.model.tokenizer import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """An objective to edit with.
+
+    Attributes:
+        objective: one of `t5patches.editing.train.OBJECTIVES`.
+        alpha: factor on the loss of pushed-down tokens.
+        with_sets: push down sets of negatives and not the emitted token only.
+        on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
+            distribution to objectives that know it from nowhere else.
+        steps: updates; None makes as many as `Experiment.training` says.
+    """
+
+    objective: str
+    alpha: float = 1.0
+    with_sets: bool = False
+    on_sampled: bool = False
+    steps: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name of its run's folder: no two edits have the same."""
+        name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
+        return name + "-sampled" * self.on_sampled + (f"-{self.steps}" if self.steps else "")
+
+
+class Measured(NamedTuple):
+    """What came of one experiment.
+
+    Attributes:
+        before: the original's own measures.
+        ceiling: of the original under the constraint, see `t5patches.editing.constrained`; empty
+            where it was not asked for.
+        outputs: what the original says to the held-out inputs, marked.
+        rows: the edits.
+    """
+
+    before: Mapping[str, Measure]
+    ceiling: Mapping[str, Measure]
+    outputs: Sequence[Example]
+    rows: Sequence[Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(abc.ABC):
+    """What a habit's edits have in common; each is made and measured when it is asked for.
+
+    Attributes:
+        directory: for what takes long, which is not done again where it is there; made if absent.
+        progress: shows how far it is.
+        seed: of whatever is drawn.
+    """
+
+    directory: Path
+    progress: Progress
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Makes the directory."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    # What a kind of experiment has to say.
+
+    @property
+    @abc.abstractmethod
+    def title(self) -> str:
+        """What is done, for the report."""
+
+    @property
+    @abc.abstractmethod
+    def about(self) -> str:
+        """How, in a few sentences."""
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """What to tell about it besides."""
+
+    @property
+    @abc.abstractmethod
+    def original(self) -> LoadedModel:
+        """The model that has the habit."""
+
+    @property
+    @abc.abstractmethod
+    def to_mark(self) -> Sequence[Inputs]:
+        """The inputs whose outputs the edits train on."""
+
+    @property
+    @abc.abstractmethod
+    def held_out(self) -> Sequence[Inputs]:
+        """Others, to measure on."""
+
+    @property
+    @abc.abstractmethod
+    def rule(self) -> Rule:
+        """Says what is unwanted."""
+
+    @property
+    @abc.abstractmethod
+    def measuring(self) -> Measuring:
+        """What is asked of every model, with this rule."""
+
+    @property
+    @abc.abstractmethod
+    def edits(self) -> Sequence[Edit]:
+        """The edits to compare."""
+
+    @property
+    @abc.abstractmethod
+    def training(self) -> TrainSettings:
+        """How all of them train, but for what an `Edit` names."""
+
+    @property
+    @abc.abstractmethod
+    def negatives(self) -> int:
+        """K, alternatives that are tried at each marked position, and the size of the sets."""
+
+    @property
+    def rollout_length(self) -> int | None:
+        """Tokens behind an alternative that the rule has to see; None for all of them."""
+        return None
+
+    @abc.abstractmethod
+    def corrected(self, outputs: Sequence[Example]) -> list[Example]:
+        """Outputs with corrections of what is marked."""
+
+    # What follows.
+
+    @functools.cached_property
+    def said(self) -> Said:
+        """What the original says to the held-out inputs."""
+        model, params, tokenizer = self.original
+        return say(model, params, self.held_out, tokenizer, self.measuring)
+
+    @property
+    def outputs(self) -> list[Example]:
+        """Its greedy outputs, marked."""
+        return self.said.greedy
+
+    @functools.cached_property
+    def before(self) -> Original:
+        """These, read by the original once for all edits."""
+        batch_size = self.measuring.batch_size
+        return read_original(*self.original[:2], self.outputs, batch_size=batch_size)
+
+    @functools.cached_property
+    def marked(self) -> dict[bool, list[Example]]:
+        """The original's own outputs to edit on: False for greedy, True for sampled ones."""
+        return {
+            on_sampled: self._marked(on_sampled)
+            for on_sampled in sorted({edit.on_sampled for edit in self.edits})
+        }
+
+    def _marked(self, on_sampled: bool) -> list[Example]:
+        """With corrections and, where an edit asks, with sets."""
+        model, params, tokenizer = self.original
+        path = self.directory / ("sampled.jsonl" if on_sampled else "edits.jsonl")
+        if path.exists():
+            return read_examples(path, tokenizer)
+        asks: Mapping[str, Any] = self.measuring.asks
+        temperature = 1.0 if on_sampled else 0.0
+        spoken = speak(
+            model, params, self.to_mark, self.rule, tokenizer, temperature=temperature, **asks
+        )
+        outputs = self.corrected(spoken)
+        if any(edit.with_sets and edit.on_sampled == on_sampled for edit in self.edits):
+            outputs = expand_negatives(
+                outputs,
+                self.rule,
+                tokenizer,
+                model,
+                params,
+                count=self.negatives,
+                max_length=self.measuring.max_length,
+                rollout_length=self.rollout_length,
+                progress=self.progress,
+            )
+        write_examples(path, outputs)
+        return outputs
+
+    def edited(self, edit: Edit) -> Trained:
+        """Makes an edit."""
+        model, params, tokenizer = self.original
+        settings = dataclasses.replace(
+            self.training,
+            objective=edit.objective,
+            alpha=edit.alpha,
+            negatives=self.negatives if edit.with_sets else 0,
+            steps=edit.steps or self.training.steps,
+        )
+        arrays = training_arrays(
+            self.marked[edit.on_sampled],
+            tokenizer,
+            edit.objective,
+            pad_id=model.config.pad_id,
+            negatives=settings.negatives,
+        )
+        return self.train(edit.folder, model, params, arrays, settings)
+
+    def train(
+        self,
+        name: str,
+        model: LanguageModel,
+        params: Params,
+        arrays: Batch,
+        settings: TrainSettings,
+    ) -> Trained:
+        """Trains, unless an earlier, killed experiment did it already."""
+        directory = self.directory / name
+        return finished_run(directory, params) or train(
+            model,
+            params,
+            arrays,
+            settings,
+            directory,
+            progress=self.progress,
+        )
+
+    def row(self, edit: Edit) -> Row:
+        """An edit, measured."""
+        model, _, tokenizer = self.original
+        trained = self.edited(edit)
+        found = evaluate(model, trained.params, self.before, tokenizer, self.measuring)
+        notes = ["on sampled outputs"] * edit.on_sampled
+        notes += [f"{edit.steps} updates"] if edit.steps else []
+        return Row(
+            edit.objective,
+            None if edit.objective == "ce" else edit.alpha,
+            self.negatives if edit.with_sets else 0,
+            found.measures,
+            trained.history,
+            found.outputs,
+            ", ".join(notes),
+        )
+
+    def measured(self, *, ceiling: bool = False) -> Measured:
+        """All of it: the original, the edits and, which takes minutes, the ceiling."""
+        model, params, tokenizer = self.original
+        before = own_measures(self.said, self.measuring)
+        self._tell("before", before)
+        bound: Mapping[str, Measure] = {}
+        if ceiling:
+            bound = evaluate_constrained(
+                model, params, self.outputs, tokenizer, self.measuring
+            ).measures
+            self._tell("the original under the constraint", bound)
+        rows: list[Row] = []
+        for edit in self.edits:
+            rows.append(self.row(edit))
+            number = f"{len(rows)}/{len(self.edits)}"
+            self._tell(f"{number} {rows[-1].name}", rows[-1].measures)
+        return Measured(before, bound, self.outputs, rows)
+
+    def _tell(self, name: str, measures: Mapping[str, Measure]) -> None:
+        """Replaces the bars of what is done by a line."""
+        for task in self.progress.tasks:
+            self.progress.update(task.id, visible=not task.finished)
+        kl = f", KL {measures['kl'].value:.4f}" if "kl" in measures else ""
+        self.progress.console.print(
+            f"seed {self.seed}, {name}: {measures['prevalence'].value:.1f}% unwanted{kl}",
+            highlight=False,
+        )
+
+
+def merged(experiment: Experiment, found: Sequence[Measured], seconds: float) -> Results:
+    """Means over seeds; texts and curves are those of the first.
+
+    Args:
+        experiment: one of them, which tells what they are.
+        found: what came of each.
+        seconds: that all of it took.
+
+    Returns:
+        The results. The errors are over the held-out inputs of a single experiment, or over
+        several seeds.
+    """
+    first = found[0]
+    rows = [
+        dataclasses.replace(row, measures=_mean([each.rows[i].measures for each in found]))
+        for i, row in enumerate(first.rows)
+    ]
+    seeds = len(found)
+    over = f"{len(first.outputs)} held-out inputs" if seeds == 1 else f"{seeds} seeds"
+    settings = {**experiment.settings, "seeds": seeds, "seconds": round(seconds)}
+    settings["jax"] = jax.__version__
+    settings["device"] = jax.devices()[0].device_kind
+    return Results(
+        title=experiment.title,
+        about=experiment.about,
+        errors=f"over {over}",
+        before=_mean([each.before for each in found]),
+        ceiling=_mean([each.ceiling for each in found]),
+        outputs=first.outputs,
+        rows=rows,
+        settings=settings,
+    )
+
+
+def _mean(measures: Sequence[Mapping[str, Measure]]) -> dict[str, Measure]:
+    return {name: over_seeds([m[name] for m in measures]) for name in measures[0]}

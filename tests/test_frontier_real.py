@@ -1,0 +1,66 @@
+"""What `make frontier-real` does with a model of a folder: on a tiny one."""
+
+import io
+import json
+
+import jax
+import pytest
+from rich.console import Console
+from test_decoder_commands import place  # noqa: F401
+
+from bench import frontier, frontier_real
+from t5patches.editing.annotate import find_spans
+from t5patches.editing.train import training_progress
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+CURVES = {
+    "ours": frontier.by_updates("tnrf", 1, 2, with_sets=True),
+    "theirs": frontier.by_updates("ce", 1, 2, on_sampled=True),
+}
+
+
+@pytest.fixture
+def habit(place, tmp_path, monkeypatch):  # noqa: F811
+    for name, value in {"MARKING": 6, "HELD_OUT": 5, "LATER": 3, "LENGTH": 6}.items():
+        monkeypatch.setattr(frontier_real, name, value)
+    monkeypatch.setattr(frontier_real, "CURVES", CURVES)
+    (tmp_path / "rules.toml").write_text('[[rule]]\npattern = "[a-f]"\n')
+    inputs = [f"news number {i}" for i in range(20)]
+    with training_progress(Console(file=io.StringIO())) as progress:
+        rules, folder = tmp_path / "rules.toml", str(place / "model")
+        yield frontier_real.Habit(tmp_path / "about", progress, 0, "about", folder, rules, inputs)
+
+
+def test_no_method_is_asked_twice_and_each_has_its_folder():
+    edits = [edit for edits in frontier_real.CURVES.values() for edit in edits]
+    assert len({edit.folder for edit in edits}) == len(edits)
+    # Every one is a method of the other frontier, too.
+    assert frontier_real.CURVES.keys() <= frontier.CURVES.keys()
+
+
+@pytest.mark.slow
+def test_all_of_it_on_a_tiny_model(habit, monkeypatch):
+    monkeypatch.setattr(frontier, "GROUP", 16)
+    with jax.numpy_dtype_promotion("standard"):
+        results, near = frontier.measured([habit], CURVES)
+    assert [row.curve for row in results.rows] == ["ours", "ours", "theirs", "theirs"]
+    json.dumps(frontier.told(results, CURVES, near), allow_nan=False)
+    assert {"prevalence_stated", "kl_needed"} <= results.before.keys()
+
+
+def test_what_is_learnt_from_and_what_is_measured(habit):
+    marked, held_out = habit.marked[True], habit.outputs
+    later = {shown: habit.later(shown=shown) for shown in (True, False)}
+    # Inputs are of one use each.
+    used = [{e.inputs for e in part} for part in (marked, held_out, later[True])]
+    assert [len(part) for part in used] == [6, 5, 3]
+    assert len(set.union(*used)) == 14
+    # What was marked has a correction that has nothing to mark; what is learnt later has no marks.
+    assert any(e.spans for e in marked)
+    for e in marked:
+        assert bool(e.spans) == (e.corrected is not None)
+        assert not find_spans(habit.rule, e.inputs, e.corrected or "")
+    assert not any(any(e.marked) for part in later.values() for e in part)
+    assert any(find_spans(habit.rule, e.inputs, e.outputs) for e in later[True])
+    assert not any(find_spans(habit.rule, e.inputs, e.outputs) for e in later[False])
