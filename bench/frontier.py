@@ -92,8 +92,11 @@ CURVES: Curves = {
     "DPO": by_updates("dpo", *UPDATES),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True),
 }
+LIKELY = 0.01  # of tokens that begin something unwanted, together
 MEASURES = (
     "kl",
+    "kl_elsewhere",
+    "kl_needed",
     "prevalence_sampled",
     "prevalence",
     "exact_match_clean",
@@ -105,11 +108,15 @@ MEASURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Task(Experiment):
-    """A habit, and what edited models are trained on afterwards."""
+    """A habit, with what edits are trained on afterwards."""
 
     @abc.abstractmethod
     def later(self, *, shown: bool) -> list[Example]:
         """Ordinary data that nothing else sees, habit and all; or, not `shown`, without it."""
+
+    def besides(self, params: Params) -> dict[str, Measure]:
+        """Two parts of the KL."""
+        return parts(self, params)
 
 
 class DemoTask(Repetition, Task):
@@ -140,7 +147,7 @@ def further(task: Task, name: str, params: Params) -> dict[str, Measure]:
     def sampled(params: Params) -> list[Example]:
         return speak(model, params, task.held_out, task.rule, tokenizer, temperature=1.0, **asks)
 
-    found = {**diversity(sampled(params)), "kl_needed": needed(task, params)}
+    found = diversity(sampled(params))
     for treatment, treated in (
         ("relearned", fine_tuned(task, f"{name}-relearned", params, shown=True)),
         ("stated", fine_tuned(task, f"{name}-stated", params, shown=False)),
@@ -188,48 +195,64 @@ def _unsure(params: Params, batch: Batch, model: LanguageModel) -> jax.Array:
     return jnp.take_along_axis(p, batch["outputs"][..., None], axis=-1)[..., 0] < 0.99
 
 
-def needed(task: Task, params: Params) -> Measure:
-    r"""The part of an edit's KL that is the removal itself.
+def parts(task: Task, params: Params) -> dict[str, Measure]:
+    r"""Which part of an edit's KL is the removal itself, and what KL there is away from it.
 
     Where the original might have said something unwanted and did not, an edit that removes it
     changes the distribution of an unmarked position. With F the tokens that begin it,
-    :math:`KL(q, p) = KL(q_F, p_F) + q_F KL(q | F, p | F) + (1 - q_F) KL(q | F^c, p | F^c)`,
-    and this is the first term, of whether a token of F comes; the ceiling, with p_F = 0, would have
-    an infinite one. The mean is over the same positions as that of `kl`.
+    :math:`KL(q, p) = KL(q_F, p_F) + q_F KL(q | F, p | F) + (1 - q_F) KL(q | F^c, p | F^c)`.
+
+    Args:
+        task: the habit.
+        params: of the edited model.
+
+    Returns:
+        `kl_needed`, the first term, of whether a token of F comes; the ceiling, with p_F = 0, would
+        have an infinite one. Its mean is over the same positions as that of `kl`. `kl_elsewhere`,
+        the mean KL over those of them where :math:`q_F` is less than `LIKELY`.
     """
     model, original = task.original[0], task.before
     sets = unwanted_next(task)
-    sums, counts = np.zeros((2, len(sets)))
+    needed, elsewhere, kept, away = np.zeros((4, len(sets)))
     for rows, batch in original.batches:
         unwanted = np.zeros((*batch["outputs"].shape, model.config.vocab_size), bool)
         for i, row in enumerate(rows):
             for at, ids in sets[row].items():
                 unwanted[i, at, [*ids]] = True
-        kl = np.asarray(_whether_unwanted(params, original.head, batch, unwanted, model))
-        kept = batch["weights"] > 0
-        sums[rows] = np.where(kept, kl, 0).sum(-1)[: len(rows)]
-        counts[rows] = kept.sum(-1)[: len(rows)]
-    return ratio(sums, counts)
+        found = _of_positions(params, original.head, batch, unwanted, model)
+        weights = batch["weights"] > 0
+        where = weights & (np.asarray(found["likely"]) < LIKELY)
+        for sums, numbers in (
+            (needed, np.where(weights, found["needed"], 0)),
+            (elsewhere, np.where(where, found["kl"], 0)),
+            (kept, weights),
+            (away, where),
+        ):
+            sums[rows] = numbers.sum(-1)[: len(rows)]
+    return {"kl_needed": ratio(needed, kept), "kl_elsewhere": ratio(elsewhere, away)}
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _whether_unwanted(
+def _of_positions(
     params: Params, original_head: Params, batch: Batch, unwanted: np.ndarray, model: LanguageModel
-) -> jax.Array:
-    """KL between whether the one and the other say a token of the set, [B, L]."""
+) -> dict[str, jax.Array]:
+    """KL of what comes, KL of whether a token of the set comes, and how likely one was, [B, L]."""
 
-    def both(head: Params, hidden: Any) -> tuple[jax.Array, jax.Array]:
-        z = model.head(head).logits(hidden)
+    def of_one(head: Params, hidden: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        log_p = jax.nn.log_softmax(model.head(head).logits(hidden))
         inside, outside = (
-            jax.nn.logsumexp(z, -1, where=where) - jax.nn.logsumexp(z, -1)
-            for where in (unwanted, ~unwanted)
+            jax.nn.logsumexp(log_p, -1, where=where) for where in (unwanted, ~unwanted)
         )
-        return inside, outside
+        return log_p, inside, outside
 
-    q, no_q = both(original_head, batch[ORIGINAL_HIDDEN])
-    p, no_p = both(params, model.hidden(params, batch))
-    kl = jnp.exp(q) * (q - p) + jnp.exp(no_q) * (no_q - no_p)
-    return jnp.where(unwanted.any(-1), kl, 0)
+    log_q, q, no_q = of_one(original_head, batch[ORIGINAL_HIDDEN])
+    log_p, p, no_p = of_one(params, model.hidden(params, batch))
+    needed = jnp.exp(q) * (q - p) + jnp.exp(no_q) * (no_q - no_p)
+    return {
+        "kl": (jnp.exp(log_q) * (log_q - log_p)).sum(-1),
+        "needed": jnp.where(unwanted.any(-1), needed, 0),
+        "likely": jnp.exp(q),
+    }
 
 
 def fine_tuned(task: Task, name: str, params: Params, *, shown: bool) -> Params:
@@ -313,12 +336,17 @@ def stored(measures: Mapping[str, Measure]) -> dict[str, list[float | None]]:
 
 def rows_of(results: Results, curves: Curves, near: Mapping[str, int]) -> list[dict]:
     """Each curve with its points, what is read off it, and the point that was measured further."""
+
+    def at(curve: Sequence[Mapping[str, Measure]], away: str) -> dict[str, list[float] | None]:
+        found = {f"{x:g}": kl_at(curve, x, away) for x in AT}
+        return {x: kl and [kl.value, kl.error] for x, kl in found.items()}
+
     rows = []
     for name, curve in points(results, curves).items():
-        at = {f"{x:g}": kl_at(curve, x) for x in AT}
         rows.append({
             "method": name,
-            "at": {x: kl and [kl.value, kl.error] for x, kl in at.items()},
+            "at": at(curve, "kl"),
+            "elsewhere": at(curve, "kl_elsewhere"),
             "points": [
                 {"alpha": e.alpha, "updates": e.steps}
                 | {k: stored(m)[k] for k in MEASURES if k in m}
@@ -338,6 +366,7 @@ def told(results: Results, curves: Curves, near: Mapping[str, int]) -> dict[str,
         "errors": results.errors,
         "settings": {k: v for k, v in results.settings.items() if k != "edits"},
         "said": who_is_closest(points(results, curves), targeted),
+        "said_elsewhere": who_is_closest(points(results, curves), targeted, "kl_elsewhere"),
         "before": stored(results.before),
         "ceiling": stored(results.ceiling),
     }

@@ -3,8 +3,8 @@
     make frontier-real                          # hours; a killed run goes on with --keep DIR
 
 Model, news and rules are those of `bench.real`, methods and measures those of `bench.frontier`.
-About is asked for by another instruction: asked for the main point of an article, the model talks
-about the article in two of five sampled outputs, so that there is something to measure.
+About is asked for by another instruction, to which the model talks about the article in a third of
+its greedy outputs and a fifth of the sampled ones, so that there is something to measure.
 
 All methods make the same updates with the same rate, the strengths are how many. Nobody wrote
 corrections of what the model said: they are what it says where the constraint of the ceiling bars
@@ -36,7 +36,7 @@ from t5patches.editing.train import TrainSettings, training_progress
 from t5patches.model.folder import LoadedModel, load_model
 from t5patches.model.tokenizer_files import load_tokenizer
 
-INSTRUCTIONS = {"about": "What is the main point of this article?\n\n", "names": INSTRUCTION}
+INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": INSTRUCTION}
 PROMPT, LENGTH = 96, 20  # tokens
 MARKING, HELD_OUT, LATER = 160, 96, 64
 UPDATES = (10, 30)

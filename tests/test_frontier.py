@@ -1,5 +1,6 @@
 """What `make frontier` measures and reads off its curves."""
 
+import dataclasses
 import io
 import json
 import types
@@ -82,27 +83,37 @@ def test_four_bits_are_fifteen_levels_a_group():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_needed_part_of_a_kl_is_that_of_saying_it_or_not(tmp_path):
+def test_the_needed_part_of_a_kl_and_the_kl_elsewhere(tmp_path):
     model, outputs = tiny_model(), [example("a", "a fire in Rome"), example("b", "the mayor")]
+    outputs[1] = dataclasses.replace(outputs[1], marked=(True, *outputs[1].marked[1:]))
     sets = [{1: (5, 9, 300), 3: (7,)}, {}]
     (tmp_path / "unwanted-next.json").write_text(json.dumps([[*x.items()] for x in sets]))
     before = read_original(model, tiny_params(0), outputs)
     task = types.SimpleNamespace(original=(model,), before=before, directory=tmp_path)
-    found = frontier.needed(task, tiny_params(1))
     batch = to_arrays(outputs, pad_id=0)
     softmax = jax.jit(lambda params: jax.nn.softmax(logits(model, params, batch)))
-    q, p = (np.array(softmax(tiny_params(i))) for i in (0, 1))
-    total = 0.0
+    q, p = (np.array(softmax(tiny_params(i)), np.float64) for i in (0, 1))
+    needed, likely = 0.0, []
     for at, ids in sets[0].items():
         a, b = q[0, at, list(ids)].sum(), p[0, at, list(ids)].sum()
-        total += a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
-    assert total > 1e-4
-    count = sum(len(e.output_ids) for e in outputs)
-    assert found.value == pytest.approx(total / count, rel=1e-3)
+        needed += a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
+        likely.append(a)
+    assert needed > 1e-4
+    assert min(likely) < frontier.LIKELY < max(likely)
+    # Of both places with a set, the one where it is likely is left out.
+    away = np.array(batch["weights"] > 0)
+    count = away.sum()
+    away[0, [*sets[0]][int(np.argmax(likely))]] = False
+    found = frontier.parts(task, tiny_params(1))
+    kl = (q * np.log(q / p)).sum(-1)
+    assert count == sum(len(e.output_ids) for e in outputs) - 1
+    assert away.sum() == count - 1
+    assert found["kl_needed"].value == pytest.approx(needed / count, rel=1e-3)
+    assert found["kl_elsewhere"].value == pytest.approx(kl[away].mean(), rel=1e-4)
     # A part of the whole, and nothing of a model that is the original.
-    kl = kept_divergence(model, tiny_params(1), before)
-    assert 0 < found.value < kl.value
-    assert frontier.needed(task, tiny_params(0)).value == pytest.approx(0, abs=1e-7)
+    assert 0 < found["kl_needed"].value < kept_divergence(model, tiny_params(1), before).value
+    for measure in frontier.parts(task, tiny_params(0)).values():
+        assert measure.value == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -177,6 +188,7 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
     found = difference(kl, other)
     assert found.error == pytest.approx(abs(np.diff(kl.samples - other.samples)[0]) / 2)
     json.dumps(frontier.told(results, CURVES, near), allow_nan=False)
-    assert {"distinct_1", "prevalence_relearned", "kl_int4", "kl_needed"} <= results.before.keys()
+    assert {"distinct_1", "prevalence_relearned", "kl_int4"} <= results.before.keys()
+    assert {"kl_needed", "kl_elsewhere", "kl_int4"} <= results.rows[0].measures.keys()
     show(results, Console(file=io.StringIO()))
     write_html(tmp_path / "report.html", results)

@@ -30,7 +30,7 @@ def nearest(curve: Sequence[Measures], prevalence: float = AT[-1]) -> int:
     return distances.index(min(distances))
 
 
-def kl_at(curve: Sequence[Measures], prevalence: float) -> Measure | None:
+def kl_at(curve: Sequence[Measures], prevalence: float, away: str = AWAY) -> Measure | None:
     r"""The least KL of a curve where no more than a share of its sampled outputs is unwanted.
 
     It is that of a point, or lies between two neighbouring ones, :math:`(x, y)` and
@@ -39,12 +39,13 @@ def kl_at(curve: Sequence[Measures], prevalence: float) -> Measure | None:
     Args:
         curve: measures of a method's strengths, from weak to strong.
         prevalence: p, in percent.
+        away: the measure that is the KL.
 
     Returns:
         The KL; its error is of its linear part in the four numbers, over the same examples or
         seeds (the delta method). None where the curve does not come so low.
     """
-    points = [(measures[LEFT], measures[AWAY]) for measures in curve]
+    points = [(measures[LEFT], measures[away]) for measures in curve]
     found = [kl for left, kl in points if left.value <= prevalence]
     for (x, y), (u, v) in itertools.pairwise(points):
         if min(x.value, u.value) < prevalence < max(x.value, u.value):
@@ -72,13 +73,14 @@ def _between(x: Measure, y: Measure, u: Measure, v: Measure, prevalence: float) 
 
 
 def who_is_closest(
-    curves: Mapping[str, Sequence[Measures]], ours: Collection[str] = ()
+    curves: Mapping[str, Sequence[Measures]], ours: Collection[str] = (), away: str = AWAY
 ) -> list[str]:
     """Says which method stays closest where as much is left, and by how much.
 
     Args:
         curves: by the methods' names.
         ours: methods of one kind; the closest one is also compared with the best of the other.
+        away: the measure that is the KL.
 
     Returns:
         A sentence for each of `AT`, those that say the same as one. A difference is told as
@@ -86,7 +88,7 @@ def who_is_closest(
     """
     said: dict[str, list[str]] = {}
     for prevalence in AT:
-        found = {name: kl_at(curve, prevalence) for name, curve in curves.items()}
+        found = {name: kl_at(curve, prevalence, away) for name, curve in curves.items()}
         reached = {name: kl for name, kl in found.items() if kl is not None}
         said.setdefault(_comparison(reached, ours, len(curves)), []).append(f"{prevalence:g}")
     return [

@@ -170,6 +170,11 @@ class Experiment(abc.ABC):
     def corrected(self, outputs: Sequence[Example]) -> list[Example]:
         """Outputs with corrections of what is marked."""
 
+    def besides(self, params: Params) -> dict[str, Measure]:
+        """What is measured of an edited model besides."""
+        del params
+        return {}
+
     # What follows.
 
     @functools.cached_property
@@ -273,7 +278,7 @@ class Experiment(abc.ABC):
             edit.objective,
             None if edit.objective == "ce" else edit.alpha,
             self.negatives if edit.with_sets else 0,
-            found.measures,
+            {**found.measures, **self.besides(trained.params)},
             trained.history,
             found.outputs,
             ", ".join(notes),

@@ -43,6 +43,7 @@ _Part = tuple[str, bool]
 
 COLUMNS = {
     "kl": ("KL", "mean KL(original, edited) on unmarked positions, nats a token"),
+    "kl_elsewhere": ("KL elsewhere", "the same where nothing unwanted was likely to begin"),
     "prevalence": ("prevalence", "% of greedy outputs with something unwanted"),
     "prevalence_sampled": ("sampled", "the same when outputs are drawn at temperature 1"),
     "bleu": ("BLEU", "of the new outputs with the original's"),
