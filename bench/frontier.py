@@ -38,7 +38,7 @@ import numpy as np
 from rich.console import Console
 
 from bench import common
-from t5patches.editing.annotate import expand_negatives, speak
+from t5patches.editing.annotate import speak
 from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
@@ -166,24 +166,14 @@ def unwanted_next(task: Task) -> list[dict[int, tuple[int, ...]]]:
     """
     path = task.directory / "unwanted-next.json"
     if not path.exists():
-        model, params, tokenizer = task.original
+        model, params, _ = task.original
         asked = list(task.outputs)
         for rows, batch in example_batches(asked, task.measuring.batch_size, model.config.pad_id):
             unsure = np.asarray(_unsure(params, batch, model)) & (batch["weights"] > 0)
             for row, there in zip(rows, unsure, strict=False):
                 count = len(asked[row].output_ids)
                 asked[row] = dataclasses.replace(asked[row], marked=tuple(there[:count].tolist()))
-        found = expand_negatives(
-            asked,
-            task.rule,
-            tokenizer,
-            model,
-            params,
-            count=task.negatives,
-            max_length=task.measuring.max_length,
-            rollout_length=task.rollout_length,
-            progress=task.progress,
-        )
+        found = task.expanded(asked)
         write_file(path, json.dumps([[*e.negatives.items()] for e in found]))
     return [{at: tuple(ids) for at, ids in row} for row in json.loads(path.read_text())]
 

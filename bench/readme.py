@@ -469,7 +469,39 @@ def demo(result: dict) -> str:
 
 
 def frontier(result: dict) -> str:
-    """The tables of `make frontier`: closeness where as much is left, then one point a method."""
+    """The tables of `make frontier`."""
+    task = (
+        "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong."
+    )
+    later = "3000 new pairs, Adam at 1e-4"
+    return _methods(
+        result, task, result["setting"],
+        "good: one of the four wordings of the summary without inventions; ",
+        f"({later}) on pairs as they come, habit and all (relearned), and on pairs whose news say "
+        "where it happened, which do not show it (came back)",
+    )  # fmt: skip
+
+
+def frontier_real(result: dict) -> str:
+    """The tables of `make frontier-real`, of one habit after the other."""
+    parts = []
+    for row in result["rows"]:
+        of = row["settings"]
+        task = (
+            f"`make frontier-real`, {row['habit']}: each method with 10 and with 30 updates of "
+            f"{of['batch_size']} outputs."
+        )
+        later = (
+            f"({of['later']} sampled outputs of the original to other inputs) as they come "
+            "(relearned), and where nothing in them was unwanted (came back)"
+        )
+        setting = result["setting"] | {"date": row["date"]}
+        parts.append(_methods(row, task, setting, "", later))
+    return "\n\n".join(parts)
+
+
+def _methods(result: dict, task: str, setting: dict[str, str], good: str, later: str) -> str:
+    """Closeness where as much is left, then one point a method."""
 
     def number(measure: list | None, digits: int, *, error: bool = True) -> str:
         if measure is None or measure[0] is None:
@@ -477,35 +509,43 @@ def frontier(result: dict) -> str:
         told = f"{measure[0]:.{digits}f}"
         return told if not error or measure[1] is None else f"{told} ± {measure[1]:.{digits}f}"
 
-    def several(row: dict, name: str, digits: int) -> str:
-        return " / ".join(number(point[name], digits, error=False) for point in row["points"])
+    def listed(texts: list[str]) -> str:
+        return "\n".join(
+            textwrap.fill(f"- {text}", 99, subsequent_indent="  ", break_on_hyphens=False)
+            for text in texts
+        )
+
+    def paragraph(text: str) -> str:
+        return textwrap.fill(text, 99, break_on_hyphens=False)
 
     rows = result["rows"]
     curves = _measured(
-        "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong. "
-        "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
-        "sampled outputs have something unwanted (empty: not reached); then the points "
-        f"themselves: unwanted when sampled, and KL. ± standard errors {result['errors']}.",
-        result["setting"],
-        ["", *(f"KL, {x}% left" for x in rows[0]["at"]), "sampled, %", "KL"],
+        f"{task} The least KL from the original, at unmarked positions, with which at most 10, 5 "
+        "and 2% of sampled outputs have something unwanted (empty: not reached). Elsewhere: the "
+        "same over the unmarked positions where the original gave less than 1% to all tokens "
+        "together that begin something unwanted. Then how much was left at each strength. "
+        f"± standard errors {result['errors']}.",
+        setting,
+        ["", *(f"KL, {x}% left" for x in rows[0]["at"]),
+         *(f"elsewhere, {x}% left" for x in rows[0]["elsewhere"]), "sampled, %"],
         [
             [row["method"], *(number(kl, 4) for kl in row["at"].values()),
-             several(row, "prevalence_sampled", 1), several(row, "kl", 4)]
+             *(number(kl, 5) for kl in row["elsewhere"].values()),
+             " / ".join(number(x["prevalence_sampled"], 1, error=False) for x in row["points"])]
             for row in rows
         ],
     )  # fmt: skip
-    said = "\n".join(textwrap.fill(f"- {text}", 99, subsequent_indent="  ", break_on_hyphens=False)
-                     for text in result["said"])  # fmt: skip
     shown = {"prevalence_sampled": ("sampled, %", 1), "kl": ("KL", 4),
-             "kl_needed": ("of it needed", 4), "exact_match_clean": ("clean kept, %", 1),
-             "reference_exact": ("good, %", 1),
+             "kl_needed": ("of it needed", 4), "kl_elsewhere": ("KL elsewhere", 5),
+             "exact_match_clean": ("clean kept, %", 1), "reference_exact": ("good, %", 1),
              "bleu": ("BLEU", 1), "malformed": ("malformed, %", 1)}  # fmt: skip
+    if not good:
+        del shown["reference_exact"]
     after = {"distinct_1": ("words, %", 2), "distinct_2": ("pairs, %", 2),
              "repetition": ("repeated, %", 2), "prevalence_relearned": ("relearned, %", 1),
              "prevalence_stated": ("came back, %", 1), "prevalence_int4": ("4 bits, %", 1),
              "kl_int4": ("4 bits, KL", 4)}  # fmt: skip
-    before = {k: v for k, v in result["before"].items() if k != "kl_needed"}
-    models = [("before", before), ("before, constrained", result["ceiling"]),
+    models = [("before", result["before"]), ("before, constrained", result["ceiling"]),
               *((row["method"], row["further"]) for row in rows)]  # fmt: skip
 
     def table(columns: dict[str, tuple[str, int]], named: list) -> str:
@@ -515,27 +555,25 @@ def frontier(result: dict) -> str:
              for name, of in named],
         )  # fmt: skip
 
-    return "\n\n".join([curves, said, _NEAR, table(shown, models), _AFTER,
-                        table(after, [models[0], *models[2:]])])  # fmt: skip
-
-
-_NEAR = textwrap.fill(
-    "Of each method the point nearest to 2% left. Clean kept: outputs that had nothing unwanted "
-    "and stayed word for word; good: one of the four wordings of the summary without inventions; "
-    "BLEU with the original's outputs. Constrained: the original, decoded so that nothing unwanted "
-    "can be said; its KL is 0 by definition, as its weights are the original's. Needed: the part "
-    "of the KL that is the removal itself, where the original might have said something unwanted "
-    "and did not (KL between whether the one and the other begin such a thing).",
-    99,
-)
-_AFTER = textwrap.fill(
-    "The same points: different words and pairs of words in the sampled outputs, pairs that stood "
-    "in the same output before; then what is unwanted when sampled after one epoch of ordinary "
-    "fine-tuning (3000 new pairs, Adam at 1e-4) on pairs as they come, habit and all (relearned), "
-    "and on pairs whose news say where it happened, which do not show it (came back), and after "
-    "rounding all matrices to 4 bits (symmetric, a scale for 32 numbers), with the KL of that.",
-    99,
-)
+    near = paragraph(
+        "Of each method the point nearest to 2% left. Clean kept: outputs that had nothing "
+        f"unwanted and stayed word for word; {good}BLEU with the original's outputs. Constrained: "
+        "the original, decoded so that nothing unwanted can be said; its KL is 0 by definition, as "
+        "its weights are the original's. Needed: the part of the KL that is the removal itself, "
+        "where the original might have said something unwanted and did not (KL between whether "
+        "the one and the other begin such a thing)."
+    )
+    then = paragraph(
+        "The same points: different words and pairs of words in the sampled outputs, pairs that "
+        "stood in the same output before; then what is unwanted when sampled after one epoch of "
+        f"ordinary fine-tuning {later}, and after rounding all matrices to 4 bits (symmetric, a "
+        "scale for 32 numbers), with the KL of that."
+    )
+    return "\n\n".join([
+        curves, listed(result["said"]), "And by the KL elsewhere:",
+        listed(result["said_elsewhere"]), near, table(shown, models), then,
+        table(after, [models[0], *models[2:]]),
+    ])  # fmt: skip
 
 
 def kl_estimates(result: dict) -> str:
@@ -880,6 +918,7 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
+    "frontier-real": ("frontier-real", frontier_real),
     "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
     "rewards": ("rewards", rewards),

@@ -215,19 +215,24 @@ class Experiment(abc.ABC):
         )
         outputs = self.corrected(spoken)
         if any(edit.with_sets and edit.on_sampled == on_sampled for edit in self.edits):
-            outputs = expand_negatives(
-                outputs,
-                self.rule,
-                tokenizer,
-                model,
-                params,
-                count=self.negatives,
-                max_length=self.measuring.max_length,
-                rollout_length=self.rollout_length,
-                progress=self.progress,
-            )
+            outputs = self.expanded(outputs)
         write_examples(path, outputs)
         return outputs
+
+    def expanded(self, outputs: Sequence[Example]) -> list[Example]:
+        """With what else would be unwanted at each marked position."""
+        model, params, tokenizer = self.original
+        return expand_negatives(
+            outputs,
+            self.rule,
+            tokenizer,
+            model,
+            params,
+            count=self.negatives,
+            max_length=self.measuring.max_length,
+            rollout_length=self.rollout_length,
+            progress=self.progress,
+        )
 
     def edited(self, edit: Edit) -> Trained:
         """Makes an edit."""

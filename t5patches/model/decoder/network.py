@@ -622,9 +622,8 @@ def run(
         made: list[tuple[Array, Array]] = []
         drops = itertools.count(1 + 2 * number)  # after those of the embedding and other layers
 
-        @_again(
-            config
-        )  # its weights, [batch, kv heads, queries, group, keys], are the largest of all
+        # Its weights, [batch, kv heads, queries, group, keys], are the largest of all.
+        @_again(config)
         def within(_: Params, *arrays: Array) -> Array:
             return attend_within(config, streams, *arrays)
 
