@@ -42,7 +42,7 @@ from t5patches.editing.annotate import speak
 from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
-from t5patches.editing.demo import LATER, DemoConfig, Repetition, claim_demo, unmarked
+from t5patches.editing.demo import KEPT, LATER, DemoConfig, Repetition, claim_demo, unmarked
 from t5patches.editing.demo_task import ENTITY_FREE, Pair, places_not_in_source
 from t5patches.editing.evaluate import (
     Measure,
@@ -83,6 +83,10 @@ CURVES: Curves = {
     "TNRR, sets": by_alpha("tnrr", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
+    "TNRF, sets, kept text": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True, with_kept=True),
+    "UL, sets, sampled, kept text": by_alpha(
+        "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, with_kept=True
+    ),
     "NL, sampled": by_alpha("nl", 0.03, 0.1, 0.3, on_sampled=True),
     "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
     "UNDIAL, sets": by_alpha("undial", 0.3, 1.0, 3.0, with_sets=True),
@@ -121,6 +125,11 @@ class Task(Experiment):
 
 class DemoTask(Repetition, Task):
     """The demo's."""
+
+    @property
+    def to_keep(self) -> list[str]:
+        """News that say where it happened."""
+        return [pair.news for pair in where_stated(self.pairs(self.config.edit_inputs, KEPT))]
 
     def later(self, *, shown: bool) -> list[Example]:
         """As they come, or all news say where it happened, which does not show what to say else."""

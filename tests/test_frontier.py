@@ -149,11 +149,37 @@ def test_fine_tuning_is_an_epoch_of_news_that_nothing_else_sees(shown, tmp_path)
         assert not any(areas)
 
 
+def test_kept_text_is_half_of_what_is_drawn(tmp_path):
+    seen = {}
+
+    class Tiny(frontier.DemoTask):
+        original = LoadedModel(tiny_model(), {}, tokenizer())
+        marked = {False: [example("a", "a fire in Rome")] * 3}  # noqa: RUF012
+        kept = [example("b", "the mayor")] * 40
+
+        def train(self, name, model, params, arrays, settings, order=None):
+            seen[name] = arrays, order
+
+    task = Tiny(tmp_path, None, 0, DemoConfig(edit_inputs=400, edit_steps=5, edit_batch_size=40))
+    task.edited(Edit("tnrf"))
+    task.edited(Edit("tnrf", with_kept=True))
+    (alone, no_order), (arrays, order) = seen["tnrf-1"], seen["tnrf-1-kept"]
+    assert (len(alone["outputs"]), no_order) == (3, None)
+    assert (len(arrays["outputs"]), len(order)) == (43, 200)
+    assert np.mean(order < 3) == pytest.approx(0.5, abs=0.12)
+    news = task.to_keep
+    assert 40 < len(news) < 400
+    assert not {*news} & {*task.to_mark, *task.held_out}
+    others = {pair.news for pair in task.pairs(1600, demo.LATER)}
+    assert not {*news} & others
+
+
 def test_an_edit_is_found_again_by_its_folder():
     """Runs of before are taken up by these names."""
     assert Edit("tnrf", 0.1, with_sets=True).folder == "tnrf-0.1-sets"
     assert Edit("ce", on_sampled=True, steps=30).folder == "ce-1-sampled-30"
     assert Edit("nl", 0.3).folder == "nl-0.3"
+    assert Edit("ul", on_sampled=True, with_kept=True).folder == "ul-1-sampled-kept"
 
 
 @pytest.mark.slow

@@ -183,8 +183,9 @@ def claim_demo(output: Path, config: DemoConfig) -> None:
         )
 
 
-BASE, EDIT, HELD_OUT, LATER = range(4)
-"""What news are for: training the model, editing it, measuring, and training it on afterwards."""
+BASE, EDIT, HELD_OUT, LATER, KEPT = range(5)
+"""What news are for: training the model, editing it, measuring, training it on afterwards, and
+text that is to stay as it is."""
 
 
 @dataclasses.dataclass(frozen=True)

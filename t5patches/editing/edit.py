@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from t5patches.editing.annotate import require_room_to_speak, speak
+from t5patches.editing.annotate import mark_nothing, require_room_to_speak, speak
 from t5patches.editing.data import (
     Batch,
     Example,
@@ -664,7 +664,7 @@ def _said(job: Job, checked: Checked, original: Params, work: Path, progress: Pr
         checked.model,
         original,
         inputs,
-        lambda inputs, output: [],
+        mark_nothing,
         load_tokenizer(job.model, chat=job.chat),
         max_length=checked.most,
         temperature=_TEMPERATURE,

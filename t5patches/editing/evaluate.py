@@ -23,7 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from scipy import stats
 
-from t5patches.editing.annotate import Keep, Rule, require_room_to_speak, speak
+from t5patches.editing.annotate import Keep, Rule, mark_nothing, require_room_to_speak, speak
 from t5patches.editing.batches import example_batches, largest_shapes
 from t5patches.editing.data import Batch, Example
 from t5patches.editing.plan import require_room
@@ -31,7 +31,7 @@ from t5patches.editing.scores import Scorer, score
 from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
-from t5patches.model.tokenizer import Inputs, Span, Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import make_part
 from t5patches_kernels import linear_token_statistics
 
@@ -335,7 +335,7 @@ def say(
             model,
             params,
             inputs,
-            measuring.rule or _unmarked,
+            measuring.rule or mark_nothing,
             tokenizer,
             temperature=temperature,
             samples=samples,
@@ -352,11 +352,6 @@ def say(
         greedy, sampled = both[::2], both[1::2]
     scored = [] if measuring.meter is None else spoken(1.0, measuring.meter.samples)
     return Said(greedy, sampled, scored)
-
-
-def _unmarked(inputs: str, output: str) -> list[Span]:
-    """The rule where nothing is known to be unwanted."""
-    return []
 
 
 def _inputs(outputs: Sequence[Example]) -> list[Inputs]:

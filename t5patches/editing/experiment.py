@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.progress import Progress
 
-from t5patches.editing.annotate import Rule, expand_negatives, speak
+from t5patches.editing.annotate import Rule, expand_negatives, mark_nothing, speak
 from t5patches.editing.constrained import evaluate_constrained
 from t5patches.editing.data import (
     Batch,
@@ -36,6 +37,7 @@ from t5patches.editing.evaluate import (
     read_original,
     say,
 )
+from t5patches.editing.mixing import mixture_order
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import Trained, TrainSettings, finished_run, train
 from t5patches.model.folder import LoadedModel
@@ -53,6 +55,7 @@ class Edit:
         with_sets: push down sets of negatives and not the emitted token only.
         on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
             distribution to objectives that know it from nowhere else.
+        with_kept: half of what is drawn is `Experiment.kept`.
         steps: updates; None makes as many as `Experiment.training` says.
     """
 
@@ -60,13 +63,15 @@ class Edit:
     alpha: float = 1.0
     with_sets: bool = False
     on_sampled: bool = False
+    with_kept: bool = False
     steps: int | None = None
 
     @property
     def folder(self) -> str:
         """The name of its run's folder: no two edits have the same."""
         name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
-        return name + "-sampled" * self.on_sampled + (f"-{self.steps}" if self.steps else "")
+        name += "-sampled" * self.on_sampled + "-kept" * self.with_kept
+        return name + (f"-{self.steps}" if self.steps else "")
 
 
 class Measured(NamedTuple):
@@ -130,6 +135,11 @@ class Experiment(abc.ABC):
     @abc.abstractmethod
     def to_mark(self) -> Sequence[Inputs]:
         """The inputs whose outputs the edits train on."""
+
+    @property
+    def to_keep(self) -> Sequence[Inputs]:
+        """Inputs to which nothing unwanted is said, for the edits that ask for them."""
+        return ()
 
     @property
     @abc.abstractmethod
@@ -219,6 +229,19 @@ class Experiment(abc.ABC):
         write_examples(path, outputs)
         return outputs
 
+    @functools.cached_property
+    def kept(self) -> list[Example]:
+        """What the original says to `to_keep`: nothing is pushed down."""
+        model, params, tokenizer = self.original
+        path = self.directory / "kept.jsonl"
+        if not path.exists():
+            asks: Mapping[str, Any] = self.measuring.asks
+            said = speak(
+                model, params, self.to_keep, mark_nothing, tokenizer, temperature=1.0, **asks
+            )
+            write_examples(path, said)
+        return read_examples(path, tokenizer)
+
     def expanded(self, outputs: Sequence[Example]) -> list[Example]:
         """With what else would be unwanted at each marked position."""
         model, params, tokenizer = self.original
@@ -244,14 +267,19 @@ class Experiment(abc.ABC):
             negatives=self.negatives if edit.with_sets else 0,
             steps=edit.steps or self.training.steps,
         )
+        marked, kept = self.marked[edit.on_sampled], self.kept if edit.with_kept else []
         arrays = training_arrays(
-            self.marked[edit.on_sampled],
+            [*marked, *kept],
             tokenizer,
             edit.objective,
             pad_id=model.config.pad_id,
             negatives=settings.negatives,
         )
-        return self.train(edit.folder, model, params, arrays, settings)
+        order = None
+        if kept:
+            places = settings.steps * settings.batch_size
+            order = mixture_order((len(marked), len(kept)), (0.5, 0.5), places, settings.seed)
+        return self.train(edit.folder, model, params, arrays, settings, order)
 
     def train(
         self,
@@ -260,6 +288,7 @@ class Experiment(abc.ABC):
         params: Params,
         arrays: Batch,
         settings: TrainSettings,
+        order: np.ndarray | None = None,
     ) -> Trained:
         """Trains, unless an earlier, killed experiment did it already."""
         directory = self.directory / name
@@ -269,6 +298,7 @@ class Experiment(abc.ABC):
             arrays,
             settings,
             directory,
+            order=order,
             progress=self.progress,
         )
 
@@ -277,7 +307,7 @@ class Experiment(abc.ABC):
         model, _, tokenizer = self.original
         trained = self.edited(edit)
         found = evaluate(model, trained.params, self.before, tokenizer, self.measuring)
-        notes = ["on sampled outputs"] * edit.on_sampled
+        notes = ["on sampled outputs"] * edit.on_sampled + ["kept text"] * edit.with_kept
         notes += [f"{edit.steps} updates"] if edit.steps else []
         return Row(
             edit.objective,
