@@ -486,9 +486,10 @@ def frontier_real(result: dict) -> str:
     """The tables of `make frontier-real`, of one habit after the other."""
     parts = []
     for row in result["rows"]:
-        of = row["settings"]
+        of, points = row["settings"], row["rows"][0]["points"]
+        updates = " and with ".join(str(point["updates"]) for point in points)
         task = (
-            f"`make frontier-real`, {row['habit']}: each method with 10 and with 30 updates of "
+            f"`make frontier-real`, {row['habit']}: each method with {updates} updates of "
             f"{of['batch_size']} outputs."
         )
         later = (

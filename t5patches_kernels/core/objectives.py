@@ -445,11 +445,6 @@ def needs_of(c: Settings, *, pushed: bool) -> frozenset[str]:
     return statistics.with_normalisers(needs(c) - less)
 
 
-def needs_kept(c: Settings) -> frozenset[str]:
-    """What rows of kept tokens alone need: `needs` without what only a pushed-down term reads."""
-    return needs(c) - (unread(c, pushed=False) & statistics.SECOND_PASS.keys())
-
-
 def differentiable(c: Settings, outputs: tuple[str, ...]) -> tuple[str, ...]:
     """The numbers that some outputs read and that depend on the model's logits, sorted.
 

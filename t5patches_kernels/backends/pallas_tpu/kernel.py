@@ -165,7 +165,7 @@ def _whole_rows(block: _Block) -> None:
             return rest(call.names)
         ids = block.refs["ids"]
         any_pushed = ids[0, 0, ids.shape[2] - 1] > 0
-        kept = objectives.needs_kept(call.op.settings)
+        kept = objectives.needs_of(call.op.settings, pushed=False)
         return jax.lax.cond(any_pushed, partial(rest, call.names), partial(rest, kept))
 
     # Without sums that show them, masked entries have to be expected from the start.

@@ -467,10 +467,11 @@ class Call:
 
     @property
     def branches(self) -> bool:
-        """Whether a block of kept tokens alone needs less than one with a pushed-down token."""
+        """Whether the second loop over a block of kept tokens alone is less than over others."""
         c = self.op.settings
         whole = self.stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) and not self.plan.streamed
-        return whole and objectives.needs_kept(c) != objectives.needs(c)
+        less = objectives.needs(c) - objectives.needs_of(c, pushed=False)
+        return whole and bool(less & statistics.SECOND_PASS.keys())
 
     @property
     def makes_gradient(self) -> bool:
