@@ -9,6 +9,11 @@ its loss, which Adam does not see. Read off its curve is the least KL with which
 share of the outputs is unwanted, log KL by prevalence between two strengths; no number stands where
 the curve does not come so low. Curves on sampled outputs say so, others are on greedy ones.
 
+The KL is told twice: at all unmarked positions, and elsewhere, at those where the original was
+hardly about to say something unwanted. A few others hold most of the first: there the original
+names a place that the rule lets pass, as the news names it for something else, or would have named
+one had it drawn another token, and what an edit changes is what it is for.
+
 Of each method the point nearest to 2% left is measured further: how diverse its outputs are, and
 what comes back of the habit when the model is fine-tuned or rounded afterwards. The same is done to
 the original, which says how much of that is the treatment's own doing.
