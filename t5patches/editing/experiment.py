@@ -139,7 +139,7 @@ class Experiment(abc.ABC):
     @property
     def to_keep(self) -> Sequence[Inputs]:
         """Inputs to which nothing unwanted is said, for the edits that ask for them."""
-        return ()
+        raise NotImplementedError(f"{type(self).__name__} has no text to keep for an edit")
 
     @property
     @abc.abstractmethod
