@@ -469,40 +469,7 @@ def demo(result: dict) -> str:
 
 
 def frontier(result: dict) -> str:
-    """The tables of `make frontier`."""
-    task = (
-        "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong."
-    )
-    later = "3000 new pairs, Adam at 1e-4"
-    return _methods(
-        result, task, result["setting"],
-        "good: one of the four wordings of the summary without inventions; ",
-        f"({later}) on pairs as they come, habit and all (relearned), and on pairs whose news say "
-        "where it happened, which do not show it (came back)",
-    )  # fmt: skip
-
-
-def frontier_real(result: dict) -> str:
-    """The tables of `make frontier-real`, of one habit after the other."""
-    parts = []
-    for row in result["rows"]:
-        of, points = row["settings"], row["rows"][0]["points"]
-        updates = " and with ".join(str(point["updates"]) for point in points)
-        task = (
-            f"`make frontier-real`, {row['habit']}: each method with {updates} updates of "
-            f"{of['batch_size']} outputs."
-        )
-        later = (
-            f"({of['later']} sampled outputs of the original to other inputs) as they come "
-            "(relearned), and where nothing in them was unwanted (came back)"
-        )
-        setting = result["setting"] | {"date": row["date"]}
-        parts.append(_methods(row, task, setting, "", later))
-    return "\n\n".join(parts)
-
-
-def _methods(result: dict, task: str, setting: dict[str, str], good: str, later: str) -> str:
-    """Closeness where as much is left, then one point a method."""
+    """The tables of `make frontier`: closeness where as much is left, then one point a method."""
 
     def number(measure: list | None, digits: int, *, error: bool = True) -> str:
         if measure is None or measure[0] is None:
@@ -521,12 +488,13 @@ def _methods(result: dict, task: str, setting: dict[str, str], good: str, later:
 
     rows = result["rows"]
     curves = _measured(
-        f"{task} The least KL from the original, at unmarked positions, with which at most 10, 5 "
-        "and 2% of sampled outputs have something unwanted (empty: not reached). Elsewhere: the "
-        "same over the unmarked positions where the original gave less than 1% to all tokens "
-        "together that begin something unwanted. Then how much was left at each strength. "
-        f"± standard errors {result['errors']}.",
-        setting,
+        "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong. "
+        "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
+        "sampled outputs have something unwanted (empty: not reached). Elsewhere: the same over "
+        "the unmarked positions where the original gave less than 1% to all tokens together that "
+        "begin something unwanted. Then how much was left at each strength. ± standard errors "
+        f"{result['errors']}.",
+        result["setting"],
         ["", *(f"KL, {x}% left" for x in rows[0]["at"]),
          *(f"elsewhere, {x}% left" for x in rows[0]["elsewhere"]), "sampled, %"],
         [
@@ -540,8 +508,6 @@ def _methods(result: dict, task: str, setting: dict[str, str], good: str, later:
              "kl_needed": ("of it needed", 4), "kl_elsewhere": ("KL elsewhere", 5),
              "exact_match_clean": ("clean kept, %", 1), "reference_exact": ("good, %", 1),
              "bleu": ("BLEU", 1), "malformed": ("malformed, %", 1)}  # fmt: skip
-    if not good:
-        del shown["reference_exact"]
     after = {"distinct_1": ("words, %", 2), "distinct_2": ("pairs, %", 2),
              "repetition": ("repeated, %", 2), "prevalence_relearned": ("relearned, %", 1),
              "prevalence_stated": ("came back, %", 1), "prevalence_int4": ("4 bits, %", 1),
@@ -558,17 +524,20 @@ def _methods(result: dict, task: str, setting: dict[str, str], good: str, later:
 
     near = paragraph(
         "Of each method the point nearest to 2% left. Clean kept: outputs that had nothing "
-        f"unwanted and stayed word for word; {good}BLEU with the original's outputs. Constrained: "
-        "the original, decoded so that nothing unwanted can be said; its KL is 0 by definition, as "
-        "its weights are the original's. Needed: the part of the KL that is the removal itself, "
-        "where the original might have said something unwanted and did not (KL between whether "
-        "the one and the other begin such a thing)."
+        "unwanted and stayed word for word; good: one of the four wordings of the summary without "
+        "inventions; BLEU with the original's outputs. Constrained: the original, decoded so that "
+        "nothing unwanted can be said; its KL is 0 by definition, as its weights are the "
+        "original's. Needed: the part of the KL that is the removal itself, where the original "
+        "might have said something unwanted and did not (KL between whether the one and the other "
+        "begin such a thing)."
     )
     then = paragraph(
         "The same points: different words and pairs of words in the sampled outputs, pairs that "
         "stood in the same output before; then what is unwanted when sampled after one epoch of "
-        f"ordinary fine-tuning {later}, and after rounding all matrices to 4 bits (symmetric, a "
-        "scale for 32 numbers), with the KL of that."
+        "ordinary fine-tuning (3000 new pairs, Adam at 1e-4) on pairs as they come, habit and all "
+        "(relearned), and on pairs whose news say where it happened, which do not show it (came "
+        "back), and after rounding all matrices to 4 bits (symmetric, a scale for 32 numbers), "
+        "with the KL of that."
     )
     return "\n\n".join([
         curves, listed(result["said"]), "And by the KL elsewhere:",
@@ -919,7 +888,6 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
-    "frontier-real": ("frontier-real", frontier_real),
     "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
     "rewards": ("rewards", rewards),
