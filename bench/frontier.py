@@ -115,7 +115,6 @@ MEASURES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Task(Experiment):
     """A habit, with what edits are trained on afterwards."""
 
@@ -299,6 +298,11 @@ def points(results: Results, curves: Curves) -> dict[str, list[Mapping[str, Meas
     return {name: [next(measures) for _ in edits] for name, edits in curves.items()}
 
 
+def nearest_of(results: Results, curves: Curves) -> dict[str, int]:
+    """For each method the strength that is measured further: the one nearest to 2% left."""
+    return {name: nearest(curve) for name, curve in points(results, curves).items()}
+
+
 def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, int]]:
     """All edits, named by their curves, and of each curve which one was measured further.
 
@@ -311,7 +315,7 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
     """
     began = time.monotonic()
     results = merged(tasks[0], [task.measured(ceiling=True) for task in tasks], 0)
-    near = {name: nearest(curve) for name, curve in points(results, curves).items()}
+    near = nearest_of(results, curves)
 
     def mean(name: str, params: Callable[[Task], Params]) -> dict[str, Measure]:
         each = [further(task, name, params(task)) for task in tasks]

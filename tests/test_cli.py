@@ -19,7 +19,7 @@ import pytest
 import t5patches
 from t5patches import cli
 from t5patches.commands import demo as demo_command
-from t5patches.editing import demo
+from t5patches.editing import demo, experiment
 from t5patches.editing.annotate import pattern
 from t5patches.editing.data import read_examples, read_inputs
 from t5patches.editing.demo import DemoConfig
@@ -70,13 +70,13 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "places_not_in_source", lambda: pattern(r"\w*e\w*"))
     evaluated = []
 
-    def evaluate(*arguments, real=demo.evaluate, **options):
+    def evaluate(*arguments, real=experiment.evaluate, **options):
         evaluated.append(arguments)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(demo, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
     output = tmp_path / "demo"
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam multiplies a float by a count.
         assert run("demo", "--output", str(output)) == 130

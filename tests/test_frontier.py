@@ -40,26 +40,39 @@ CURVES = {
 }
 
 
-def results(left):
-    """Rows that leave so much."""
-    edits = [edit for edits in CURVES.values() for edit in edits]
+def results(left, curves):
+    """Rows that leave so much, are as far away, and a tenth of that elsewhere."""
+    edits = [edit for edits in curves.values() for edit in edits]
     rows = [
-        Row(edit.objective, edit.alpha, 0, dict.fromkeys(frontier.MEASURES, Measure(x, 1.0)))
+        Row(
+            edit.objective,
+            edit.alpha,
+            0,
+            dict.fromkeys(frontier.MEASURES, Measure(x, 1.0))
+            | {"kl_elsewhere": Measure(x / 10, 0.1)},
+        )
         for edit, x in zip(edits, left, strict=True)
     ]
     return Results("", "", "", {}, (), rows, {})
 
 
-def test_what_is_stored_of_a_curve():
-    near = {"ours": 1, "theirs": 0}
-    ours, theirs = frontier.rows_of(results([9.0, 2.5, 50.0]), CURVES, near)
-    assert (ours["method"], theirs["method"]) == ("ours", "theirs")
-    assert [point["kl"][0] for point in ours["points"]] == [9.0, 2.5]
-    assert [point["alpha"] for point in ours["points"]] == [1.0, 3.0]
-    assert ours["near"] == 1
-    assert ours["further"]["kl"][0] == 2.5
-    assert ours["at"]["5"][0] == pytest.approx(5.0, rel=0.5)
-    assert theirs["at"]["2"] is None
+def test_the_point_nearest_to_two_percent_is_measured_further():
+    curves = frontier.CURVES
+    found = results(np.tile([9.0, 2.5, 0.0], len(curves)), curves)
+    chosen = frontier.nearest_of(found, curves)
+    assert chosen == dict.fromkeys(curves, 1)
+    rows = frontier.rows_of(found, curves, chosen)
+    assert [row["method"] for row in rows] == [*curves]
+    assert {row["near"] for row in rows} == {1}
+    assert {row["further"]["kl"][0] for row in rows} == {2.5}
+    assert [point["kl"][0] for point in rows[0]["points"]] == [9.0, 2.5, 0.0]
+    assert [point["alpha"] for point in rows[0]["points"]] == [0.1, 0.3, 1.0]
+    assert rows[0]["at"]["5"] == [0.0, 1.0]
+    assert rows[0]["elsewhere"]["5"] == [0.0, 0.1]
+    reached = frontier.rows_of(results([50.0] * 3 * len(curves), curves), curves, chosen)
+    assert reached[0]["at"]["2"] is None
+    uneven = results([9.0, 0.0, 3.0], CURVES)
+    assert frontier.nearest_of(uneven, CURVES) == {"ours": 1, "theirs": 0}
 
 
 def test_four_bits_are_fifteen_levels_a_group():

@@ -284,11 +284,12 @@ class Repetition(Experiment):
     @functools.cached_property
     def measuring(self) -> Measuring:
         """What is asked of every model. Any wording of a summary without inventions is good."""
+        rule = self.rule
         good = [
-            [correct(x, find_spans(self.rule, pair.news, x)) for x in wordings(pair.summary)]
+            [correct(text, find_spans(rule, pair.news, text)) for text in wordings(pair.summary)]
             for pair in self.pairs(self.config.held_out, HELD_OUT)
         ]
-        return Measuring(self.rule, self.config.max_length, well_formed, good)
+        return Measuring(rule, self.config.max_length, well_formed, good)
 
     def corrected(self, outputs: Sequence[Example]) -> list[Example]:
         """Without the places."""
