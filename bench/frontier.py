@@ -30,7 +30,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 import time
@@ -62,7 +61,6 @@ from t5patches.editing.report import Results, show, write_html
 from t5patches.editing.train import TARGETED, training_progress
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
-from t5patches.runs.files import write_file
 
 UPDATES = (10, 30, 100)
 GROUP = 32  # numbers that share a scale
@@ -177,8 +175,8 @@ def unwanted_next(task: Task) -> list[dict[int, tuple[int, ...]]]:
     For each held-out output, by position, as `t5patches.editing.annotate.expand_negatives` finds
     them where something was said.
     """
-    path = task.directory / "unwanted-next.json"
-    if not path.exists():
+
+    def find() -> list[list[Any]]:
         model, params, _ = task.original
         asked = list(task.outputs)
         for rows, batch in example_batches(asked, task.measuring.batch_size, model.config.pad_id):
@@ -186,9 +184,9 @@ def unwanted_next(task: Task) -> list[dict[int, tuple[int, ...]]]:
             for row, there in zip(rows, unsure, strict=False):
                 count = len(asked[row].output_ids)
                 asked[row] = dataclasses.replace(asked[row], marked=tuple(there[:count].tolist()))
-        found = task.expanded(asked)
-        write_file(path, json.dumps([[*e.negatives.items()] for e in found]))
-    return [{at: tuple(ids) for at, ids in row} for row in json.loads(path.read_text())]
+        return [[*example.negatives.items()] for example in task.expanded(asked)]
+
+    return [{at: tuple(ids) for at, ids in row} for row in task.parts.get("unwanted-next", find)]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -318,7 +316,10 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
     near = nearest_of(results, curves)
 
     def mean(name: str, params: Callable[[Task], Params]) -> dict[str, Measure]:
-        each = [further(task, name, params(task)) for task in tasks]
+        each = [
+            task.once(f"{name}-further", lambda task=task: further(task, name, params(task)))
+            for task in tasks
+        ]
         return {key: over_seeds([measures[key] for measures in each]) for key in each[0]}
 
     rows = []

@@ -35,6 +35,7 @@ from t5patches.editing.rules import read_rules
 from t5patches.editing.train import TrainSettings, training_progress
 from t5patches.model.folder import LoadedModel, load_model
 from t5patches.model.tokenizer_files import load_tokenizer
+from t5patches.runs.fingerprints import file_fingerprint
 
 INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": INSTRUCTION}
 PROMPT, LENGTH = 96, 20  # tokens
@@ -94,6 +95,11 @@ class Habit(Task):
     def original(self) -> LoadedModel:
         """The model."""
         return load_model(self.folder)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """With the rules."""
+        return {**super().identity, "rules": file_fingerprint(self.rules)}
 
     @property
     def to_mark(self) -> Sequence[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from test_cli import TINY
 
 from bench import frontier
-from t5patches.editing import demo
+from t5patches.editing import demo, experiment
 from t5patches.editing.annotate import find_spans, pattern
 from t5patches.editing.data import to_arrays
 from t5patches.editing.demo import DemoConfig
@@ -96,13 +96,13 @@ def test_four_bits_are_fifteen_levels_a_group():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_needed_part_of_a_kl_and_the_kl_elsewhere(tmp_path):
+def test_the_needed_part_of_a_kl_and_the_kl_elsewhere():
     model, outputs = tiny_model(), [example("a", "a fire in Rome"), example("b", "the mayor")]
     outputs[1] = dataclasses.replace(outputs[1], marked=(True, *outputs[1].marked[1:]))
     sets = [{1: (5, 9, 300), 3: (7,)}, {}]
-    (tmp_path / "unwanted-next.json").write_text(json.dumps([[*x.items()] for x in sets]))
+    kept = types.SimpleNamespace(get=lambda name, make: [[*x.items()] for x in sets])
     before = read_original(model, tiny_params(0), outputs)
-    task = types.SimpleNamespace(original=(model,), before=before, directory=tmp_path)
+    task = types.SimpleNamespace(original=(model,), before=before, parts=kept)
     batch = to_arrays(outputs, pad_id=0)
     softmax = jax.jit(lambda params: jax.nn.softmax(logits(model, params, batch)))
     q, p = (np.array(softmax(tiny_params(i)), np.float64) for i in (0, 1))
@@ -197,7 +197,7 @@ def test_an_edit_is_found_again_by_its_folder():
 
 @pytest.mark.slow
 def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
-    """All of it on tiny models, and once more where nothing is trained again."""
+    """All of it on tiny models, and once more where nothing is trained or measured again."""
     edits = tuple(edit for edits in CURVES.values() for edit in edits)
     for module in (frontier, demo):
         monkeypatch.setattr(module, "places_not_in_source", lambda: pattern(r"\w*e\w*"))
@@ -213,10 +213,14 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
 
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam multiplies a float by a count.
         results, near = measured()
-        kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("run.json")}
+        kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+        for name in ("evaluate", "evaluate_constrained", "train"):
+            monkeypatch.setattr(experiment, name, None)
+        monkeypatch.setattr(frontier, "further", None)
         again, _ = measured()
-    assert len(kept) == 2 * (1 + 3 + 2 * 3)  # base, edits, and two kinds of fine-tuning of three
-    assert all(p.stat().st_mtime_ns == kept[p] for p in tmp_path.rglob("run.json"))
+    # The seed's own; base, edits, and two kinds of fine-tuning of three.
+    assert len([p for p in kept if p.name == "run.json"]) == 2 * (1 + 1 + 3 + 2 * 3)
+    assert kept == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
     assert frontier.rows_of(again, CURVES, near) == frontier.rows_of(results, CURVES, near)
     assert results.errors == "over 2 seeds"
     assert results.settings["seeds"] == 2
@@ -231,3 +235,5 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path, monkeypatch):
     assert {"kl_needed", "kl_elsewhere", "kl_int4"} <= results.rows[0].measures.keys()
     show(results, Console(file=io.StringIO()))
     write_html(tmp_path / "report.html", results)
+    with pytest.raises(ValueError, match="holds another run, which differs in held_out"):
+        frontier.DemoTask(tmp_path / "seed-0", None, 0, dataclasses.replace(config, held_out=5))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from t5patches.editing.annotate import Rule, expand_negatives, mark_nothing, speak
+from t5patches.editing.annotate import Keep, Rule, expand_negatives, mark_nothing, speak
 from t5patches.editing.constrained import evaluate_constrained
 from t5patches.editing.data import (
     Batch,
@@ -43,6 +43,8 @@ from t5patches.editing.train import Trained, TrainSettings, finished_run, train
 from t5patches.model.folder import LoadedModel
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs
+from t5patches.runs.claims import Parts
+from t5patches.runs.fingerprints import json_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Experiment(abc.ABC):
     """What a habit's edits have in common; each is made and measured when it is asked for.
 
     Attributes:
-        directory: for what takes long, which is not done again where it is there; made if absent.
+        directory: for what takes long, which is not done again where it is there; made if absent,
+            and of this experiment alone.
         progress: shows how far it is.
         seed: of whatever is drawn.
     """
@@ -106,8 +109,8 @@ class Experiment(abc.ABC):
     seed: int
 
     def __post_init__(self) -> None:
-        """Makes the directory."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Takes the directory, and refuses one of another experiment or process."""
+        _ = self.parts
 
     # What a kind of experiment has to say.
 
@@ -185,13 +188,50 @@ class Experiment(abc.ABC):
         del params
         return {}
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What everything in the directory comes from, but for an `Edit`."""
+        return {
+            "seed": self.seed,
+            "to_mark": json_fingerprint(self.to_mark),
+            "held_out": json_fingerprint(self.held_out),
+            "asks": self.measuring.asks,
+            "training": dataclasses.asdict(self.training),
+            "negatives": self.negatives,
+            "rollout_length": self.rollout_length,
+        }
+
     # What follows.
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """What was said and measured, so that a killed experiment does none of it again."""
+        return Parts(self.directory, self.identity)
+
+    def keep(self, name: str) -> Keep:
+        """Keeps what a model of this name says."""
+        return lambda part, make: self.parts.get(f"{name}-{part}", make)
+
+    def once(self, name: str, measure: Callable[[], Mapping[str, Measure]]) -> dict[str, Measure]:
+        """Measures, or what an earlier, killed experiment measured."""
+
+        def numbers() -> dict[str, list[Any]]:
+            return {
+                key: [m.value, m.error, None if m.samples is None else m.samples.tolist()]
+                for key, m in measure().items()
+            }
+
+        return {
+            key: Measure(value, error, None if samples is None else np.array(samples))
+            for key, (value, error, samples) in self.parts.get(name, numbers).items()
+        }
 
     @functools.cached_property
     def said(self) -> Said:
         """What the original says to the held-out inputs."""
         model, params, tokenizer = self.original
-        return say(model, params, self.held_out, tokenizer, self.measuring)
+        keep = self.keep("original")
+        return say(model, params, self.held_out, tokenizer, self.measuring, keep=keep)
 
     @property
     def outputs(self) -> list[Example]:
@@ -305,17 +345,25 @@ class Experiment(abc.ABC):
     def row(self, edit: Edit) -> Row:
         """An edit, measured."""
         model, _, tokenizer = self.original
-        trained = self.edited(edit)
-        found = evaluate(model, trained.params, self.before, tokenizer, self.measuring)
+        trained, keep = self.edited(edit), self.keep(edit.folder)
+        asked = (tokenizer, self.measuring)
+
+        def measure() -> dict[str, Measure]:
+            found = evaluate(model, trained.params, self.before, *asked, keep=keep)
+            return {**found.measures, **self.besides(trained.params)}
+
+        measures = self.once(f"{edit.folder}-measures", measure)
+        # Read where `evaluate` kept it.
+        outputs = say(model, trained.params, self.held_out, *asked, keep=keep).greedy
         notes = ["on sampled outputs"] * edit.on_sampled + ["kept text"] * edit.with_kept
         notes += [f"{edit.steps} updates"] if edit.steps else []
         return Row(
             edit.objective,
             None if edit.objective == "ce" else edit.alpha,
             self.negatives if edit.with_sets else 0,
-            {**found.measures, **self.besides(trained.params)},
+            measures,
             trained.history,
-            found.outputs,
+            outputs,
             ", ".join(notes),
         )
 
@@ -326,9 +374,14 @@ class Experiment(abc.ABC):
         self._tell("before", before)
         bound: Mapping[str, Measure] = {}
         if ceiling:
-            bound = evaluate_constrained(
-                model, params, self.outputs, tokenizer, self.measuring
-            ).measures
+            bound = self.once(
+                "ceiling",
+                lambda: (
+                    evaluate_constrained(
+                        model, params, self.outputs, tokenizer, self.measuring
+                    ).measures
+                ),
+            )
             self._tell("the original under the constraint", bound)
         rows: list[Row] = []
         for edit in self.edits:
