@@ -222,9 +222,15 @@ def test_kernel_of_a_cluster(name, dtype, cluster, size, tmp_path, monkeypatch):
     met = sum(2 + call.reads_reference_first(pushed) for pushed in kinds)  # to merge, and to leave
     arrive, wait = (ptx.count(f"barrier.cluster.{x}.aligned;") for x in ("arrive", "wait"))
     assert (arrive, wait) == (met, met + 1)  # Mosaic's own at the start arrives without order
-    of_blocks = re.findall(r"mapa\.shared::cluster\.u64 .*, (\d+);", ptx)
-    assert len(of_blocks) == ptx.count("ld.shared::cluster")
-    assert len({of_blocks.count(str(k)) for k in range(cluster)}) == 1
+    # The numbers of blocks whose memory is read, from jax 0.12 in a register for several reads.
+    numbers = dict(re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx))
+    of_blocks = re.findall(r"mapa\.shared::cluster\.u\d\d .*, (\S+);", ptx)
+    of_blocks = [int(numbers.get(block, block)) for block in of_blocks]
+    assert {*of_blocks} == {*range(cluster)}
+    assert len({of_blocks.count(block) for block in of_blocks}) == 1
+    reads = ptx.count("ld.shared::cluster")
+    assert reads >= len(of_blocks)
+    assert reads % cluster == 0
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", ptxas))
     assert {int(n) for n in SHARED.findall(passes)} == {sum(x.bytes for x in plan.buffers)}
     (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", ptxas))

@@ -16,10 +16,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 def remat(part: Callable[..., Any]) -> Callable[..., Any]:
     """The same part of a network, of which only the arguments are held for the backward pass.
 
-    `jax.checkpoint` means the same, and keeps the second run back by an optimization barrier. XLA
-    removes those where it compiles for CPUs, and then runs all parts again at the beginning, or
-    finds that it has their results already and holds them. There the second run is of the arguments
-    plus 0 times the cotangents, which cannot be had before those.
+    `jax.checkpoint` means the same, and keeps the second run back by an optimization barrier. Up to
+    jax 0.11 XLA removes those where it compiles for CPUs, and then runs all parts again at the
+    beginning, or finds that it has their results already and holds them. There the second run is of
+    the arguments plus 0 times the cotangents, which cannot be had before those.
 
     Args:
       part: a function of parameters and then of arrays, or trees of them, by position.
