@@ -12,6 +12,7 @@ from t5patches.editing.annotate import (
     absent_from_source,
     annotate,
     any_of,
+    bare_name,
     capitalized_names,
     expand_negatives,
     find_spans,
@@ -50,6 +51,25 @@ def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
     text = 'The mayor of New York met Ann-Marie O\'Hara. Paris is far. "Yes," said Éva.'
     assert found(capitalized_names, text) == ["New York", "Ann-Marie O'Hara", "Éva"]
     assert found(capitalized_names, "nothing here") == []
+
+
+def test_a_name_is_the_same_with_an_article_and_a_possessive():
+    for text, name in {
+        "the Tory Party's": "Tory Party",
+        "The Alps'": "Alps",
+        "An Englishman": "Englishman",
+        "Ann’s": "Ann",
+        "Theo": "Theo",
+        "O'Hara": "O'Hara",
+        "A": "A",
+        "the": "the",
+    }.items():
+        start, end = bare_name(text, (0, len(text)))
+        assert text[start:end] == name
+    assert bare_name("by Ann's", (3, 8)) == (3, 6)
+    rule = absent_from_source()
+    assert found(rule, "Praise for Ann Lee's win and Bob's.", "Ann Lee won") == ["Bob"]
+    assert found(rule, "Praise for Ann.", "Ann's win") == []
 
 
 def test_absent_names_are_those_the_source_does_not_hold_as_words():
@@ -104,6 +124,29 @@ def test_annotation_marks_the_generated_tokens():
         annotate(["news"], [ids, ids], tokenizer(), rule)
 
 
+@pytest.mark.parametrize(
+    ("said", "judged"),
+    [("we saw Ann and Bo", "we saw Ann and "), ("Bo", ""), ("Bo.", "Bo."), ("", ""),
+     ("in Ann's", "in Ann'"), ("雨が降る。東京", "雨が降る。東京")],
+)  # fmt: skip
+def test_a_word_that_the_length_cut_off_is_not_judged(said, judged):
+    ids = tokenizer().encode(said).ids
+    seen = []
+    rows = [ids, (*ids, 1)]
+    annotate(["news"] * 2, rows, tokenizer(), lambda inputs, output: seen.append(output) or ())
+    assert seen == [judged, said]
+
+
+def test_rollouts_are_judged_by_whole_words_too():
+    """Cut after the alternative, a word may become any other; at its end it is what it is."""
+    ids = (*tokenizer().encode("a fire in Rome").ids, 1)
+    rule = word_list(["Rome", "Rom"])
+    (marked,) = annotate(["news"], [ids], tokenizer(), rule)
+    at = marked.marked.index(True)
+    assert annotate_module._forbids(rule, "news", ids, at, tokenizer())
+    assert not annotate_module._forbids(rule, "news", ids[:-1], at, tokenizer())
+
+
 @pytest.fixture(scope="module")
 def expanded():
     """Rollouts of an untrained model under a rule that forbids words with some letters."""
@@ -147,7 +190,9 @@ def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded)
     expected = {place: [] for place in places}
     for (number, position, candidate), ids in zip(tried, until_end(rows, 1), strict=True):
         said = tokenizer().decode(ids)
-        spans = find_spans(rule, examples[number].inputs, said.text)
+        # A rollout that was cut off ends where its last word begins.
+        text = said.text if 1 in ids else re.sub(r"\w*$", "", said.text, count=1)
+        spans = find_spans(rule, examples[number].inputs, text)
         if token_mask(said, spans)[position]:
             expected[number, position].append(candidate)
     for (number, position), ids in expected.items():

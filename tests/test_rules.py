@@ -72,7 +72,8 @@ def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
     (tmp_path / "w.txt").write_text("Rome")
     text = '[[rule]]\nname = "cities"\nwords_file = "w.txt"\n[[rule]]\npattern = "[0-9]+"\n'
     both = rules(text)
-    outputs = [example("", "12 in Rome"), example("", "Rome"), example("", "a fire")]
+    outputs = [example("", "12 in Rome", "12", "Rome"), example("", "Rome", "Rome")]
+    outputs += [example("", "a fire"), example("", "cut off in Rome")]
     assert both.counts(outputs) == {"cities": 2, "rule 2": 1}
     assert both.fingerprint == rules(text).fingerprint
     assert both.fingerprint != rules(text + "\n").fingerprint
@@ -237,7 +238,7 @@ def test_spacy_marks_the_entities_that_are_asked_for(rules, monkeypatch):
         pipe_labels = {"ner": ["PERSON", "GPE"]}  # noqa: RUF012
 
         def __call__(self, text):
-            kinds = {"Ann": "PERSON", "Rome": "GPE"}
+            kinds = {"Ann": "PERSON", "Ann's": "PERSON", "Rome": "GPE", "the Alps": "GPE"}
             entities = [
                 types.SimpleNamespace(
                     start_char=text.index(w), end_char=text.index(w) + len(w), label_=kind
@@ -255,6 +256,7 @@ def test_spacy_marks_the_entities_that_are_asked_for(rules, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
     head = '[[rule]]\nnames = "spacy"\nabsent_from_source = true\n'
     assert found(rules(head + 'model = "known"'), "Ann in Rome", "Rome") == ["Ann"]
+    assert found(rules(head + 'model = "known"'), "Ann's in the Alps", "Alps") == ["Ann"]
     places = rules(head + 'model = "known"\nlabels = ["GPE"]')
     assert found(places, "Ann in Rome") == ["Rome"]
     with pytest.raises(ValueError, match=r"has no labels \['X'\]; it has \['GPE', 'PERSON'\]"):

@@ -26,7 +26,7 @@ from t5patches.model.batches import Group, by_length
 from t5patches.model.generate import generate, working_memory
 from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params, require_positions
-from t5patches.model.tokenizer import Inputs, Span, Tokenizer, input_text
+from t5patches.model.tokenizer import Inputs, Span, TokenizedText, Tokenizer, input_text
 from t5patches.runs.claims import make_part
 
 Rule = Callable[[str, str], Iterable[Span]]
@@ -34,6 +34,9 @@ Keep = Callable[[str, Callable[[], Any]], Any]
 
 _WORD = re.compile(r"\w[\w'’\-]*")
 _SENTENCE_START = re.compile(r"(?:^|[.!?:])\W*$")
+_BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces: a run of letters is no word.
+_LAST_WORD = re.compile("[^\\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]*$")
 
 
 def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
@@ -113,8 +116,8 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
 def capitalized_names(inputs: str, output: str) -> list[Span]:
     """A rule that marks runs of capitalised words.
 
-    The first word of a sentence is left out, as its capital says nothing. For more than this, use
-    a named-entity recogniser as the rule.
+    The first word of a sentence is left out, as its capital says nothing, and so is a possessive
+    's behind the run. For more than this, use a named-entity recogniser as the rule.
 
     Args:
         inputs: not used.
@@ -124,7 +127,7 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         The characters of each run.
 
     Example:
-        >>> text = "The mayor of New York met Ann."
+        >>> text = "The mayor of New York met Ann's son."
         >>> [text[a:b] for a, b in capitalized_names("", text)]
         ['New York', 'Ann']
     """
@@ -136,7 +139,25 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
             continue
         joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
         names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
-    return names
+    return [bare_name(output, name) for name in names]
+
+
+def bare_name(text: str, name: Span) -> Span:
+    """A name without an English article before it and a possessive 's behind it.
+
+    Args:
+        text: that holds the name.
+        name: where.
+
+    Returns:
+        Where it is without them: of "the Tory Party's", "Tory Party".
+
+    Example:
+        >>> bare_name("in the Alps' shade", (3, 12))
+        (7, 11)
+    """
+    bare = _BARE_NAME.fullmatch(text, *name)
+    return bare.span(1) if bare else name
 
 
 def absent_from_source(names: Rule = capitalized_names, *, ignore_case: bool = True) -> Rule:
@@ -244,6 +265,9 @@ def annotate(
 ) -> list[Example]:
     """Marks the tokens of a model's outputs that a rule forbids.
 
+    An output without an end token was cut off, most often inside a word: what that would have been
+    nobody knows, and the rule is not shown it.
+
     Args:
         inputs: the source texts, or conversations.
         outputs: for each of them, the token ids that the model generated, end token included
@@ -264,7 +288,7 @@ def annotate(
     given = [None] * len(inputs) if prompts is None else prompts
     for source, ids, prompt in zip(inputs, outputs, given, strict=True):
         said = tokenizer.decode(ids)
-        spans = find_spans(rule, source, said.text)
+        spans = find_spans(rule, source, _whole_words(said, tokenizer))
         examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
     return examples
 
@@ -637,7 +661,15 @@ def _forbids(
     rule: Rule, inputs: Inputs, output: Sequence[int], position: int, tokenizer: Tokenizer
 ) -> bool:
     said = tokenizer.decode(output)
-    return token_mask(said, find_spans(rule, inputs, said.text))[position]
+    spans = find_spans(rule, inputs, _whole_words(said, tokenizer))
+    return token_mask(said, spans)[position]
+
+
+def _whole_words(said: TokenizedText, tokenizer: Tokenizer) -> str:
+    """The text, without its last word where the length cut it off."""
+    if {*tokenizer.end_ids} & {*said.ids}:
+        return said.text
+    return _LAST_WORD.sub("", said.text, count=1)
 
 
 def _words(text: str, ignore_case: bool) -> str:

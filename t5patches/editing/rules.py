@@ -21,6 +21,9 @@ Each `[[rule]]` finds characters of an output in one of five ways:
     call = "package.module:function"   # function(inputs, output) -> [(start, end), ...]; it is
                                        # tried on a sample first
 
+An output that was cut off by its length is judged without its last word, which may be cut too; a
+name is judged without an English article before it and a possessive 's behind it.
+
 `absent_from_source` goes with every rule. `ignore_case` goes with words (default true), patterns
 (default false) and `absent_from_source` (default true).
 """
@@ -46,6 +49,7 @@ from typing import Any
 from t5patches.editing.annotate import (
     Rule,
     absent_from_source,
+    bare_name,
     capitalized_names,
     find_spans,
     pattern,
@@ -109,17 +113,19 @@ class Rules:
         return spans
 
     def counts(self, examples: Iterable[Example]) -> dict[str, int]:
-        """In how many outputs each rule finds something.
+        """In how many outputs each rule finds something that is marked.
 
         Args:
-            examples: outputs.
+            examples: outputs that these rules marked.
 
         Returns:
             The numbers by name, in the order of the rules.
         """
         examples = list(examples)
         return {
-            name: sum(bool(find_spans(rule, e.inputs, e.outputs)) for e in examples)
+            name: sum(
+                not {*e.spans}.isdisjoint(find_spans(rule, e.inputs, e.outputs)) for e in examples
+            )
             for name, rule in self.rules.items()
         }
 
@@ -386,6 +392,9 @@ _MAKERS: Mapping[str, Callable[[Mapping[str, Any], Path], Rule]] = {
 def spacy_names(model: str, labels: Sequence[str] | None = None) -> Rule:
     """A rule that marks what a spaCy pipeline takes for a named thing.
 
+    An English article before it and a possessive 's behind it, which spaCy takes for parts of a
+    name, are left out.
+
     Args:
         model: the name of an installed pipeline, or a folder.
         labels: which kinds to mark, such as `["PERSON", "GPE"]`; default, all.
@@ -419,7 +428,7 @@ def spacy_names(model: str, labels: Sequence[str] | None = None) -> Rule:
     @functools.lru_cache(maxsize=4096)
     def names(output: str) -> list[Span]:
         return [
-            (entity.start_char, entity.end_char)
+            bare_name(output, (entity.start_char, entity.end_char))
             for entity in pipeline(output).ents
             if labels is None or entity.label_ in labels
         ]
