@@ -43,7 +43,6 @@ from rich.console import Console
 
 from bench import common
 from t5patches.editing.annotate import speak
-from t5patches.editing.batches import example_batches
 from t5patches.editing.curves import AT, kl_at, nearest, who_is_closest
 from t5patches.editing.data import Batch, Example, to_arrays
 from t5patches.editing.demo import KEPT, LATER, DemoConfig, Repetition, claim_demo, unmarked
@@ -84,8 +83,17 @@ CURVES: Curves = {
     "TNRF, sets": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True),
     "TNFF, sets": by_alpha("tnff", 1.0, 3.0, 10.0, with_sets=True),
     "TNRR, sets": by_alpha("tnrr", 0.1, 0.3, 1.0, with_sets=True),
+    "TNRF, sets everywhere, sampled": by_alpha(
+        "tnrf", 0.03, 0.1, 0.3, with_sets=True, on_sampled=True, everywhere=True
+    ),
+    "TNFF, sets everywhere, sampled": by_updates(
+        "tnff", 30, 100, 300, with_sets=True, on_sampled=True, everywhere=True
+    ),
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
+    "UL, sets everywhere, sampled": by_alpha(
+        "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, everywhere=True
+    ),
     "TNRF, sets, kept text": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True, with_kept=True),
     "UL, sets, sampled, kept text": by_alpha(
         "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, with_kept=True
@@ -170,30 +178,17 @@ def further(task: Task, name: str, params: Params) -> dict[str, Measure]:
 
 
 def unwanted_next(task: Task) -> list[dict[int, tuple[int, ...]]]:
-    """Where the original said nothing unwanted and might have: the tokens that begin such a thing.
+    """Where the original might have said something unwanted: the tokens that begin such a thing.
 
     For each held-out output, by position, as `t5patches.editing.annotate.expand_negatives` finds
-    them where something was said.
+    them everywhere.
     """
 
     def find() -> list[list[Any]]:
-        model, params, _ = task.original
-        asked = list(task.outputs)
-        for rows, batch in example_batches(asked, task.measuring.batch_size, model.config.pad_id):
-            unsure = np.asarray(_unsure(params, batch, model)) & (batch["weights"] > 0)
-            for row, there in zip(rows, unsure, strict=False):
-                count = len(asked[row].output_ids)
-                asked[row] = dataclasses.replace(asked[row], marked=tuple(there[:count].tolist()))
-        return [[*example.negatives.items()] for example in task.expanded(asked)]
+        found = task.expanded(task.outputs, everywhere=True)
+        return [[*example.negatives.items()] for example in found]
 
     return [{at: tuple(ids) for at, ids in row} for row in task.parts.get("unwanted-next", find)]
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _unsure(params: Params, batch: Batch, model: LanguageModel) -> jax.Array:
-    """Where something else than what was said has more than 1%."""
-    p = jax.nn.softmax(model.head(params).logits(model.hidden(params, batch)))
-    return jnp.take_along_axis(p, batch["outputs"][..., None], axis=-1)[..., 0] < 0.99
 
 
 def parts(task: Task, params: Params) -> dict[str, Measure]:

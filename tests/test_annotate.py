@@ -147,8 +147,8 @@ def test_rollouts_are_judged_by_whole_words_too():
     assert not annotate_module._forbids(rule, "news", ids[:-1], at, tokenizer())
 
 
-@pytest.fixture(scope="module")
-def expanded():
+@pytest.fixture(scope="module", params=[False, True], ids=["marked", "everywhere"])
+def expanded(request):
     """Rollouts of an untrained model under a rule that forbids words with some letters."""
     rule = pattern(r"\S*[aeo]\S*")
     rng = np.random.default_rng(0)
@@ -164,15 +164,23 @@ def expanded():
             tiny_params(),
             count=6,
             max_length=8,
+            everywhere=request.param,
             batch_size=12,
         )
-    return rule, examples, found
+    return rule, examples, found, request.param
 
 
 def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded):
-    rule, examples, found = expanded
+    rule, examples, found, everywhere = expanded
     scores = np.asarray(logits(tiny_model(), tiny_params(), to_arrays(examples, pad_id=0)))
-    places = [(i, p) for i, e in enumerate(examples) for p in np.flatnonzero(e.marked)]
+    p = np.asarray(jax.nn.softmax(scores))
+    places = [
+        (i, at)
+        for i, e in enumerate(examples)
+        for at, said in enumerate(e.output_ids)
+        if e.marked[at] or (everywhere and p[i, at, said] < 0.99)
+    ]
+    assert everywhere == any(not examples[i].marked[at] for i, at in places)
     assert len(places) > 4
     tried = []
     for number, position in places:
@@ -210,7 +218,7 @@ def test_rows_of_the_model_that_are_no_token_are_not_tried():
         wide,
     )
     every, known = (
-        np.asarray(annotate_module._likeliest_others(*args, size, 320))
+        np.asarray(annotate_module._likeliest_others(*args, size, 320)[0])
         for size in (340, tokenizer().vocab_size)
     )
     assert every.max() >= tokenizer().vocab_size
@@ -218,15 +226,16 @@ def test_rows_of_the_model_that_are_no_token_are_not_tried():
 
 
 def test_rollouts_change_nothing_but_the_negatives(expanded):
-    _, examples, found = expanded
+    _, examples, found, everywhere = expanded
     for before, after in zip(examples, found, strict=True):
         assert before.marked == after.marked
         assert before.output_ids == after.output_ids
-        assert all(after.marked[p] for p in after.negatives)
+        assert everywhere or all(after.marked[p] for p in after.negatives)
+        assert all(after.output_ids[p] not in ids for p, ids in after.negatives.items())
 
 
 def test_a_rollout_may_end_early(expanded):
-    rule, examples, _ = expanded
+    rule, examples, _, _ = expanded
     seen = {None: [], 1: []}
     for length, outputs in seen.items():
 

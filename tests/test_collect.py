@@ -14,7 +14,7 @@ from t5patches import cli
 from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import speak
 from t5patches.editing.collect import CollectSettings, collect
-from t5patches.editing.data import read_examples
+from t5patches.editing.data import only_where_marked, read_examples
 from t5patches.editing.rules import Rules, read_rules
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import load_model
@@ -222,6 +222,7 @@ def test_several_samples_do_not_depend_on_the_batches(given):
         ({"negatives": -1}, "negatives is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"rollout_length": 4}, r"\(--expand-length\) is 4 and negatives \(--expand\) 0"),
+        ({"everywhere": True}, r"\(--expand-everywhere\) needs alternatives to try"),
         ({"rollout_length": 0, "negatives": 2}, r"--expand-length\) is 0"),
         ({"temperature": -1.0}, "the temperature is -1.0"),
         ({"temperature": float("nan")}, "the temperature is nan"),
@@ -251,6 +252,19 @@ def test_the_command_tells_prevalence_rules_and_examples(folder, tmp_path, capsy
     assert "rollouts to make" in shown.err
     assert cli.main(arguments(folder, output)) == 2
     assert "exists: nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_command_expands_everywhere(folder, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("marked.jsonl", "everywhere.jsonl")}
+    for (name, output), more in zip(files.items(), ([], ["--expand-everywhere"]), strict=True):
+        assert cli.main(arguments(folder, output, "--expand", "2", *more)) == 0
+        shown = capsys.readouterr()
+        assert ("rollouts to make" in shown.err) == (name == "marked.jsonl")
+    marked, everywhere = (read_examples(output, tokenizer()) for output in files.values())
+    found = sum(len(ids) for e in everywhere for ids in e.negatives.values())
+    assert f"\n{found} alternatives are unwanted too" in shown.out
+    assert [only_where_marked(e) for e in everywhere] == marked
+    assert everywhere != marked
 
 
 def test_the_command_answers_scripts(folder, tmp_path, capsys):

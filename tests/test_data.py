@@ -1,5 +1,6 @@
 """Files of marked outputs, spans to tokens, and the arrays that training takes."""
 
+import dataclasses
 import json
 import re
 
@@ -18,11 +19,13 @@ from t5patches.editing.data import (
     batch_indices,
     corrected_examples,
     make_example,
+    only_where_marked,
     pad_rows,
     read_examples,
     read_inputs,
     to_arrays,
     token_mask,
+    training_arrays,
     with_end,
     within,
     write_examples,
@@ -182,6 +185,7 @@ def test_three_fields_mark_what_the_correction_does_not_repeat(tmp_path):
     assert replaced.marked[-1] is False  # the end token
 
 
+SAID = tokenizer().encode("in Paris").ids[0]
 GOOD = {"inputs": "x", "outputs": "in Paris", "spans": [[3, 8]]}
 BAD_LINES = {
     "{": "not JSON (Expecting property name enclosed in double quotes at column 2)",
@@ -207,8 +211,10 @@ BAD_LINES = {
     json.dumps(GOOD | {"edits": {}}): "'edits' must be a list, got {}",
     json.dumps(GOOD | {"edits": [3]}): "an edit must be {'position': 3, 'ids': [17, 5]}, got 3",
     json.dumps(GOOD | {"edits": [{"position": 1, "ids": [-1]}]}): "must be whole numbers",
-    json.dumps(GOOD | {"edits": [{"position": 0, "ids": [5]}]}): "position 0, which no span covers",
-    json.dumps(GOOD | {"edits": [{"position": 99, "ids": [5]}]}): "position 99, which no span",
+    json.dumps(GOOD | {"edits": [{"position": 0, "ids": [SAID]}]}): (
+        f"position 0 push down {SAID}, which was said there, and no span covers it"
+    ),
+    json.dumps(GOOD | {"edits": [{"position": 99, "ids": [5]}]}): "position 99: the output has",
     json.dumps(GOOD | {"edits": [{"position": 1, "ids": [330]}]}): "the tokenizer has 330 ids",
     json.dumps(GOOD | {"edits": [{"position": 1, "ids": [5]}] * 2}): "two edits at position 1",
     json.dumps({"inputs": "x", "negative_targets": "in Rome", "corrected_targets": "in a Rome"}): (
@@ -384,6 +390,27 @@ def test_sets_hold_the_token_that_was_said_then_the_likeliest():
     assert (arrays["edit_ids"][0, ~np.array(e.marked)] == -1).all()
     assert not arrays["edit_factors"].any()
     assert arrays["edit_factors"].dtype == np.float32
+
+
+def test_sets_where_nothing_is_marked_are_without_what_was_said():
+    base = example("x", "a fire in Paris", "Paris")
+    at = base.marked.index(True)
+    e = dataclasses.replace(base, negatives={0: (9, 8, 7), 1: (), at: (6,)})
+    for size, first in ((2, [9, 8]), (4, [9, 8, 7, -1])):
+        arrays = to_arrays([e], pad_id=0, negatives=size)
+        assert arrays["edit_ids"][0, 0].tolist() == first
+        assert arrays["edit_ids"][0, at, :2].tolist() == [base.output_ids[at], 6]
+        assert (arrays["edit_ids"][0, 1] == -1).all()
+        pushed = [-1 if i == 0 or m else 1 for i, m in enumerate(base.marked)]
+        assert arrays["weights"][0].tolist() == pushed
+    # They are for sets: the token that was said is to be kept, and so is everything for a margin
+    # against it.
+    plain = to_arrays([base], pad_id=0)["weights"]
+    np.testing.assert_array_equal(to_arrays([e], pad_id=0)["weights"], plain)
+    assert only_where_marked(e) == dataclasses.replace(base, negatives={at: (6,)})
+    arrays = training_arrays([e], tokenizer(), "ftpo", pad_id=0, negatives=2)
+    np.testing.assert_array_equal(arrays["weights"], plain)
+    assert (arrays["edit_ids"][0, 0] == -1).all()
 
 
 def test_corrections_replace_marked_outputs():

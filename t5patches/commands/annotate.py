@@ -18,7 +18,9 @@ The model answers each of the inputs. Rules mark what is unwanted in its outputs
 
 With --expand K, the model's K likeliest alternatives are tried at each marked token: the model
 goes on from each of them, and what the rules forbid there joins the token's set of negatives, so
-that an edit does not trade one unwanted word for the next.
+that an edit does not trade one unwanted word for the next. --expand-everywhere tries them wherever
+the model was not sure, so that an edit also learns from outputs in which it was lucky: several
+times the rollouts, for sampled outputs above all.
 
 Who does not know what to forbid lets the model speak against text by people: --discover writes a
 rule for each phrase that it overuses, with the rates and their ratio, to choose from. Phrases that
@@ -108,6 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="alternatives to try at each marked token (default: 0; 32 works well, at K rollouts "
         "a marked token, whose number is told first)",
+    )
+    parser.add_argument(
+        "--expand-everywhere",
+        action="store_true",
+        help="try them also at tokens that no rule marks and that the model gave less than 99%%",
     )
     parser.add_argument(
         "--expand-length",
@@ -223,6 +230,7 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
         max_length=options.max_length,
         negatives=options.expand,
+        everywhere=options.expand_everywhere,
         rollout_length=options.expand_length,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -290,8 +298,10 @@ def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[s
         *(f"  {text}" for text in shown),
     ]
     if options.expand:
-        tried = options.expand * result["marked_tokens"]
-        lines.append(f"{result['negatives']} of {tried} alternatives are unwanted too")
+        tried = (
+            "" if options.expand_everywhere else f" of {options.expand * result['marked_tokens']}"
+        )
+        lines.append(f"{result['negatives']}{tried} alternatives are unwanted too")
     if result["unfinished"]:
         lines.append(
             f"{result['unfinished']} outputs did not end within {options.max_length} tokens: "

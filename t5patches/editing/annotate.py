@@ -498,6 +498,7 @@ def expand_negatives(
     *,
     count: int,
     max_length: int,
+    everywhere: bool = False,
     rollout_length: int | None = None,
     batch_size: int = 512,
     keep: Keep = make_part,
@@ -511,6 +512,9 @@ def expand_negatives(
     forbidden span of the result joins the position's negatives. `count` rollouts are made for
     each marked token.
 
+    Where the model might have said something unwanted and did not, an edit on its outputs as they
+    are holds it to a distribution with all of that. `everywhere` tries the alternatives there too.
+
     Args:
         examples: outputs with marked tokens.
         rule: the rule that marked them.
@@ -519,6 +523,8 @@ def expand_negatives(
         params: its parameters.
         count: K, how many alternatives to try at a position.
         max_length: tokens that an output may have.
+        everywhere: try them at each position where the model gave less than 99% to what was said,
+            marked or not.
         rollout_length: tokens that a rollout goes on for behind the alternative, where the rule
             has seen enough by then; None for to the end of the output.
         batch_size: rollouts made at a time.
@@ -527,16 +533,15 @@ def expand_negatives(
         progress: shows how far it is; None shows nothing.
 
     Returns:
-        The examples, with `negatives` at marked positions, likeliest first.
+        The examples, with `negatives` at these positions, likeliest first.
 
     Raises:
         ValueError: `count` is not between 1 and what the vocabulary leaves to try.
     """
     check_count(count, tokenizer)
     params = jax.tree.map(jnp.asarray, params)
-    places = list(
-        _alternatives(examples, model, params, count, tokenizer, min(batch_size, _WITH_LOGITS))
-    )
+    at_a_time = min(batch_size, _WITH_LOGITS)
+    places = list(_alternatives(examples, model, params, count, tokenizer, at_a_time, everywhere))
     # Enough at a time for `generate` to put alike prefixes together.
     size = 8 * max(1, batch_size // count)
 
@@ -594,6 +599,9 @@ def check_count(count: int, tokenizer: Tokenizer) -> None:
 _WITH_LOGITS = 64
 """Outputs at a time whose logits are all held, [64, length, vocabulary]."""
 
+_SURE = 0.99
+"""What a model gives to a token beside which it has no alternative to speak of."""
+
 _Place = tuple[int, int, tuple[int, ...]]
 """An example's number, a marked position in it, and the tokens to try there."""
 
@@ -605,26 +613,32 @@ def _alternatives(
     count: int,
     tokenizer: Tokenizer,
     batch_size: int,
+    everywhere: bool,
 ) -> Iterator[_Place]:
-    numbers = [i for i, example in enumerate(examples) if any(example.marked)]
-    marked = [examples[i] for i in numbers]
-    for rows, batch in example_batches(marked, batch_size, model.config.pad_id):
-        likeliest = np.asarray(_likeliest_others(params, batch, model, tokenizer.vocab_size, count))
-        for row, ids in zip(rows, likeliest, strict=False):
-            for position in np.flatnonzero(marked[row].marked):
+    numbers = [i for i, example in enumerate(examples) if everywhere or any(example.marked)]
+    asked = [examples[i] for i in numbers]
+    for rows, batch in example_batches(asked, batch_size, model.config.pad_id):
+        found = _likeliest_others(params, batch, model, tokenizer.vocab_size, count)
+        for row, ids, unsure in zip(rows, *map(np.asarray, found), strict=False):
+            marked = np.array(asked[row].marked, bool)
+            for position in np.flatnonzero(marked | (everywhere & unsure[: len(marked)])):
                 yield numbers[row], int(position), tuple(ids[position].tolist())
 
 
 @functools.partial(jax.jit, static_argnames=("model", "known", "count"))
 def _likeliest_others(
     params: Params, batch: Batch, model: LanguageModel, known: int, count: int
-) -> jax.Array:
-    """The likeliest ids but padding, the ends, what was said, and rows that are no token."""
+) -> tuple[jax.Array, jax.Array]:
+    """The likeliest ids but padding, the ends, what was said, and rows that are no token.
+
+    And where what was said had less than `_SURE`.
+    """
     logits = model.head(params).logits(model.hidden(params, batch))
+    p = jnp.take_along_axis(jax.nn.softmax(logits), batch["outputs"][..., None], axis=-1)[..., 0]
     ids = jnp.arange(logits.shape[-1])[None, None]
     special = jnp.array([model.config.pad_id, *model.config.end_ids])
     barred = jnp.isin(ids, special) | (ids == batch["outputs"][..., None]) | (ids >= known)
-    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1]
+    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1], p < _SURE
 
 
 def _roll_out(

@@ -42,6 +42,7 @@ class CollectSettings:
         max_length: tokens that an output may have, the end token counted.
         negatives: K, alternatives to try at each marked token; 0 for none. See
             `t5patches.editing.annotate.expand_negatives`.
+        everywhere: try them also at tokens that are not marked and that the model was not sure of.
         rollout_length: tokens that are said behind each of them; None for to the output's end.
         batch_size: outputs made at a time.
         seed: of the sampling.
@@ -51,6 +52,7 @@ class CollectSettings:
     samples: int = 1
     max_length: int = 64
     negatives: int = 0
+    everywhere: bool = False
     rollout_length: int | None = None
     batch_size: int = 64
     seed: int = 0
@@ -68,6 +70,11 @@ class CollectSettings:
             raise ValueError(
                 f"rollout_length (--expand-length) is {self.rollout_length} and negatives "
                 f"(--expand) {self.negatives}: at least 1 of both is needed, or neither"
+            )
+        if self.everywhere and not self.negatives:
+            raise ValueError(
+                "everywhere (--expand-everywhere) needs alternatives to try: give negatives "
+                "(--expand), such as 32"
             )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
@@ -115,7 +122,7 @@ def collect(
     examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
         marked = marked_tokens(examples)
-        if progress:
+        if progress and not settings.everywhere:
             progress.console.print(
                 f"{marked} marked tokens, {settings.negatives} alternatives to each: "
                 f"{marked * settings.negatives} rollouts to make",
@@ -129,6 +136,7 @@ def collect(
             model.params,
             count=settings.negatives,
             max_length=settings.max_length,
+            everywhere=settings.everywhere,
             rollout_length=settings.rollout_length,
             batch_size=settings.batch_size,
             keep=parts.get,

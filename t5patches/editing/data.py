@@ -12,8 +12,8 @@ Both may have `messages` in place of `inputs`: a conversation, `[{"role": "user"
 
 * `tokens`: the ids of `outputs` as the model generated them, when they are not the ones that
   the tokenizer would choose;
-* `edits`: for pushed-down positions, more ids to push down there, likeliest first:
-  `[{"position": 3, "ids": [17, 5]}]`;
+* `edits`: more ids to push down, by position, likeliest first: `[{"position": 3, "ids": [17, 5]}]`;
+  where no span covers the position, the token that was said is none of them;
 * `corrected_targets`: how the output should have read, for corrective fine-tuning;
 * `chat`: whether the model was given the inputs in its chat template; a command that does otherwise
   refuses the line;
@@ -57,7 +57,8 @@ class Example:
         input_ids: the prompt: what the model is given for `inputs`.
         output_ids: tokens of `outputs`, end token included where the model said it.
         marked: for each of `output_ids`, whether it is pushed down.
-        negatives: for marked positions, more ids to push down there, likeliest first.
+        negatives: by position, more ids to push down there, likeliest first. Where nothing is
+            marked, the token that was said is none of them.
         corrected: how the output should have read; None where nobody said.
         chat: whether `input_ids` are of a chat template; None where the model has none.
     """
@@ -115,7 +116,7 @@ def make_example(
         tokenized: the output, with its end token where it has one.
         spans: characters of the output to push down.
         tokenizer: makes the prompt.
-        negatives: more ids to push down at marked positions.
+        negatives: more ids to push down, by position.
         corrected: how the output should have read.
         prompt: what the model was given; default, what it is given for `inputs` now.
 
@@ -123,8 +124,8 @@ def make_example(
         The example.
 
     Raises:
-        ValueError: a span is outside the text or covers no token; a negative is at a position
-            that is not marked.
+        ValueError: a span is outside the text or covers no token; negatives are at no position of
+            the output, or one is what was said at a position that is not marked.
     """
     for start, end in spans:
         if not 0 <= start < end <= len(tokenized.text):
@@ -138,11 +139,16 @@ def make_example(
                 "give the characters of a word"
             )
     marked = token_mask(tokenized, spans)
-    for position in negatives or {}:
-        if not (0 <= position < len(marked) and marked[position]):
+    for position, ids in (negatives or {}).items():
+        if not 0 <= position < len(marked):
             raise ValueError(
-                f"edits at position {position}, which no span covers: the pushed-down positions "
-                f"are {[i for i, m in enumerate(marked) if m]}"
+                f"edits at position {position}: the output has {len(marked)} tokens, from 0 on"
+            )
+        if not marked[position] and tokenized.ids[position] in ids:
+            raise ValueError(
+                f"edits at position {position} push down {tokenized.ids[position]}, which was said "
+                "there, and no span covers it: the pushed-down positions are "
+                f"{[i for i, m in enumerate(marked) if m]}"
             )
     return Example(
         inputs=inputs,
@@ -544,7 +550,7 @@ def to_arrays(
         pad_id: the model's; fills the ends.
         negatives: 0 pushes down the token that was said and nothing else. With K > 0 a marked
             position gets a set of at most K ids: the token that was said, then the first of
-            its `negatives`.
+            its `negatives`; and where nothing is marked and there are some, the first K of these.
         input_length: S; default: the longest input.
         output_length: L; default: the longest output.
 
@@ -564,11 +570,26 @@ def to_arrays(
     weights = np.zeros(outputs.shape, np.float32)
     for row, example in zip(weights, examples, strict=True):
         row[: len(example.marked)] = np.where(example.marked, -1, 1)
+        if negatives:
+            row[[at for at, ids in example.negatives.items() if ids]] = -1
     arrays = {"inputs": inputs, "outputs": outputs, "weights": weights}
     if negatives:
         arrays["edit_ids"] = _edit_ids(examples, outputs.shape, negatives)
         arrays["edit_factors"] = np.zeros(arrays["edit_ids"].shape, np.float32)
     return arrays
+
+
+def only_where_marked(example: Example) -> Example:
+    """An example without the negatives where nothing is marked.
+
+    Args:
+        example: with negatives anywhere.
+
+    Returns:
+        What it would be if none had been looked for there.
+    """
+    negatives = {at: ids for at, ids in example.negatives.items() if example.marked[at]}
+    return dataclasses.replace(example, negatives=negatives)
 
 
 CHOSEN, CHOSEN_WEIGHTS = "chosen", "chosen_weights"
@@ -614,7 +635,8 @@ def training_arrays(
         examples: N of them.
         tokenizer: splits the corrections.
         objective: `ce` takes the corrections, `dpo` pairs of outputs and corrections, every other
-            one the outputs.
+            one the outputs; `ftpo` sets a margin against the token that was said, and takes no
+            negatives where that is not pushed down.
         pad_id: see `to_arrays`.
         negatives: see `to_arrays`.
 
@@ -628,6 +650,8 @@ def training_arrays(
         return pair_arrays(examples, tokenizer, pad_id=pad_id)
     if objective == "ce":
         examples = corrected_examples(examples, tokenizer)
+    if objective == "ftpo":
+        examples = [only_where_marked(example) for example in examples]
     return to_arrays(examples, pad_id=pad_id, negatives=negatives)
 
 
@@ -986,8 +1010,8 @@ def _line(example: Example) -> str:
 def _edit_ids(examples: Sequence[Example], shape: tuple[int, ...], size: int) -> np.ndarray:
     ids = np.full((*shape, size), -1, np.int32)
     for row, example in zip(ids, examples, strict=True):
-        for position in np.flatnonzero(example.marked):
-            others = example.negatives.get(int(position), ())
-            chosen = dict.fromkeys((example.output_ids[position], *others))
-            row[position, : min(size, len(chosen))] = list(chosen)[:size]
+        marked = {at: example.output_ids[at : at + 1] for at, m in enumerate(example.marked) if m}
+        for at in marked.keys() | example.negatives.keys():
+            chosen = dict.fromkeys((*marked.get(at, ()), *example.negatives.get(at, ())))
+            row[at, : min(size, len(chosen))] = list(chosen)[:size]
     return ids

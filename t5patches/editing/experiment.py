@@ -22,6 +22,7 @@ from t5patches.editing.constrained import evaluate_constrained
 from t5patches.editing.data import (
     Batch,
     Example,
+    only_where_marked,
     read_examples,
     training_arrays,
     write_examples,
@@ -57,6 +58,8 @@ class Edit:
         with_sets: push down sets of negatives and not the emitted token only.
         on_sampled: train on sampled outputs and not on greedy ones. These show the model's own
             distribution to objectives that know it from nowhere else.
+        everywhere: sets also where nothing is marked, see
+            `t5patches.editing.annotate.expand_negatives`.
         with_kept: half of what is drawn is `Experiment.kept`.
         steps: updates; None makes as many as `Experiment.training` says.
     """
@@ -65,6 +68,7 @@ class Edit:
     alpha: float = 1.0
     with_sets: bool = False
     on_sampled: bool = False
+    everywhere: bool = False
     with_kept: bool = False
     steps: int | None = None
 
@@ -72,7 +76,8 @@ class Edit:
     def folder(self) -> str:
         """The name of its run's folder: no two edits have the same."""
         name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
-        name += "-sampled" * self.on_sampled + "-kept" * self.with_kept
+        name += "-sampled" * self.on_sampled + "-everywhere" * self.everywhere
+        name += "-kept" * self.with_kept
         return name + (f"-{self.steps}" if self.steps else "")
 
 
@@ -198,6 +203,7 @@ class Experiment(abc.ABC):
             "asks": self.measuring.asks,
             "training": dataclasses.asdict(self.training),
             "negatives": self.negatives,
+            "everywhere": any(edit.everywhere for edit in self.edits),
             "rollout_length": self.rollout_length,
         }
 
@@ -253,7 +259,7 @@ class Experiment(abc.ABC):
         }
 
     def _marked(self, on_sampled: bool) -> list[Example]:
-        """With corrections and, where an edit asks, with sets."""
+        """With corrections and, where an edit asks, with sets, everywhere."""
         model, params, tokenizer = self.original
         path = self.directory / ("sampled.jsonl" if on_sampled else "edits.jsonl")
         if path.exists():
@@ -264,8 +270,9 @@ class Experiment(abc.ABC):
             model, params, self.to_mark, self.rule, tokenizer, temperature=temperature, **asks
         )
         outputs = self.corrected(spoken)
-        if any(edit.with_sets and edit.on_sampled == on_sampled for edit in self.edits):
-            outputs = self.expanded(outputs)
+        edits = [edit for edit in self.edits if edit.on_sampled == on_sampled and edit.with_sets]
+        if edits:
+            outputs = self.expanded(outputs, everywhere=any(edit.everywhere for edit in edits))
         write_examples(path, outputs)
         return outputs
 
@@ -282,8 +289,8 @@ class Experiment(abc.ABC):
             write_examples(path, said)
         return read_examples(path, tokenizer)
 
-    def expanded(self, outputs: Sequence[Example]) -> list[Example]:
-        """With what else would be unwanted at each marked position."""
+    def expanded(self, outputs: Sequence[Example], *, everywhere: bool = False) -> list[Example]:
+        """With what else would be unwanted at each marked position, or everywhere."""
         model, params, tokenizer = self.original
         return expand_negatives(
             outputs,
@@ -293,6 +300,7 @@ class Experiment(abc.ABC):
             params,
             count=self.negatives,
             max_length=self.measuring.max_length,
+            everywhere=everywhere,
             rollout_length=self.rollout_length,
             progress=self.progress,
         )
@@ -308,6 +316,8 @@ class Experiment(abc.ABC):
             steps=edit.steps or self.training.steps,
         )
         marked, kept = self.marked[edit.on_sampled], self.kept if edit.with_kept else []
+        if not edit.everywhere:
+            marked = [only_where_marked(example) for example in marked]
         arrays = training_arrays(
             [*marked, *kept],
             tokenizer,
@@ -355,7 +365,8 @@ class Experiment(abc.ABC):
         measures = self.once(f"{edit.folder}-measures", measure)
         # Read where `evaluate` kept it.
         outputs = say(model, trained.params, self.held_out, *asked, keep=keep).greedy
-        notes = ["on sampled outputs"] * edit.on_sampled + ["kept text"] * edit.with_kept
+        notes = ["on sampled outputs"] * edit.on_sampled + ["everywhere"] * edit.everywhere
+        notes += ["kept text"] * edit.with_kept
         notes += [f"{edit.steps} updates"] if edit.steps else []
         return Row(
             edit.objective,

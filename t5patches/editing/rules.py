@@ -121,11 +121,17 @@ class Rules:
         Returns:
             The numbers by name, in the order of the rules.
         """
+
+        def finds(rule: Rule, example: Example) -> bool:
+            return any(
+                start < marked_end and marked_start < end
+                for start, end in find_spans(rule, example.inputs, example.outputs)
+                for marked_start, marked_end in example.spans
+            )
+
         examples = list(examples)
         return {
-            name: sum(
-                not {*e.spans}.isdisjoint(find_spans(rule, e.inputs, e.outputs)) for e in examples
-            )
+            name: sum(finds(rule, example) for example in examples)
             for name, rule in self.rules.items()
         }
 
