@@ -487,14 +487,17 @@ def test_what_is_wrong_with_what_is_kept_is_told_by_line(place, monkeypatch, cap
         {"inputs": "a cat"},
         {"inputs": "a cat", "outputs": "a dog", "tokens": [3]},
         {"input": "a cat"},
+        {"inputs": "a cat", "outputs": "a dog", "edits": [{"position": 0, "ids": [9, 8]}]},
     ]
     (place / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
     (place / "edits.jsonl").write_text("{}\n")
     assert run(place, "--keep", place / "kept.jsonl") == 2
     said = capsys.readouterr().err
     assert "edits.jsonl: 1 bad line" in said
-    assert "kept.jsonl: 3 bad lines" in said
-    assert "line 1: 'spans' marks 1 tokens, and this is a file of what is kept" in said
+    assert "kept.jsonl: 4 bad lines" in said
+    told = "'spans' and 'edits' are at 1 tokens, and this is a file of what is kept"
+    assert f"line 1: {told}" in said
+    assert f"line 5: {told}" in said
     assert "line 3: 'tokens' spell" in said
     assert "line 4: got the fields ['input']" in said
     assert not unfinished(place / "edited").exists()

@@ -242,7 +242,8 @@ def read_kept(
 
     Args:
         path: see `read_inputs`. A line of a `.jsonl` file may also have `outputs`, with `tokens`,
-            `chat` and `prompt` as a marked output may; `spans`, where there are any, are empty.
+            `chat` and `prompt` as a marked output may; `spans` and `edits`, where there are any,
+            are empty.
         tokenizer: the model's.
         max_input_length: see `read_examples`.
         max_output_length: see `read_examples`.
@@ -263,10 +264,11 @@ def read_kept(
             _check_length("inputs", len(tokenizer.encode_prompt(source.inputs)), max_input_length)
             return source
         example = _example({"spans": [], **fields}, tokenizer)
-        if any(example.marked):
+        pushed = {at for at, marked in enumerate(example.marked) if marked} | {*example.negatives}
+        if pushed:
             raise ValueError(
-                f"'spans' marks {sum(example.marked)} tokens, and this is a file of what is kept: "
-                "give the line as data"
+                f"'spans' and 'edits' are at {len(pushed)} tokens, and this is a file of what is "
+                "kept: give the line as data"
             )
         _check_length("inputs", len(example.input_ids), max_input_length)
         _check_length("outputs", len(example.output_ids), max_output_length)
