@@ -229,6 +229,8 @@ def test_kernel_of_a_cluster(name, dtype, cluster, size, tmp_path, monkeypatch):
     assert {*of_blocks} == {*range(cluster)}
     assert len({of_blocks.count(block) for block in of_blocks}) == 1
     reads = ptx.count("ld.shared::cluster")
+    if jax.__version_info__ < (0, 12):
+        assert reads == len(of_blocks)
     assert reads >= len(of_blocks)
     assert reads % cluster == 0
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", ptxas))

@@ -288,7 +288,7 @@ def annotate(
     given = [None] * len(inputs) if prompts is None else prompts
     for source, ids, prompt in zip(inputs, outputs, given, strict=True):
         said = tokenizer.decode(ids)
-        spans = find_spans(rule, source, _whole_words(said, tokenizer))
+        spans = _spans_of_whole_words(rule, source, said, tokenizer)
         examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
     return examples
 
@@ -675,15 +675,17 @@ def _forbids(
     rule: Rule, inputs: Inputs, output: Sequence[int], position: int, tokenizer: Tokenizer
 ) -> bool:
     said = tokenizer.decode(output)
-    spans = find_spans(rule, inputs, _whole_words(said, tokenizer))
-    return token_mask(said, spans)[position]
+    return token_mask(said, _spans_of_whole_words(rule, inputs, said, tokenizer))[position]
 
 
-def _whole_words(said: TokenizedText, tokenizer: Tokenizer) -> str:
-    """The text, without its last word where the length cut it off."""
-    if {*tokenizer.end_ids} & {*said.ids}:
-        return said.text
-    return _LAST_WORD.sub("", said.text, count=1)
+def _spans_of_whole_words(
+    rule: Rule, inputs: Inputs, said: TokenizedText, tokenizer: Tokenizer
+) -> list[Span]:
+    """What a rule marks, which is not shown the last word where the length cut it off."""
+    text = said.text
+    if not {*tokenizer.end_ids} & {*said.ids}:
+        text = _LAST_WORD.sub("", text, count=1)
+    return find_spans(rule, inputs, text)
 
 
 def _words(text: str, ignore_case: bool) -> str:

@@ -385,13 +385,9 @@ class Experiment(abc.ABC):
         self._tell("before", before)
         bound: Mapping[str, Measure] = {}
         if ceiling:
+            asked = (self.outputs, tokenizer, self.measuring)
             bound = self.once(
-                "ceiling",
-                lambda: (
-                    evaluate_constrained(
-                        model, params, self.outputs, tokenizer, self.measuring
-                    ).measures
-                ),
+                "ceiling", lambda: evaluate_constrained(model, params, *asked).measures
             )
             self._tell("the original under the constraint", bound)
         rows: list[Row] = []
