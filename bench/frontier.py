@@ -87,7 +87,7 @@ CURVES: Curves = {
         "tnrf", 0.03, 0.1, 0.3, with_sets=True, on_sampled=True, everywhere=True
     ),
     "TNFF, sets everywhere, sampled": by_updates(
-        "tnff", 30, 100, 300, with_sets=True, on_sampled=True, everywhere=True
+        "tnff", 100, 300, 600, with_sets=True, on_sampled=True, everywhere=True
     ),
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
@@ -95,6 +95,9 @@ CURVES: Curves = {
         "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, everywhere=True
     ),
     "TNRF, sets, kept text": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True, with_kept=True),
+    "TNFF, sets everywhere, sampled, kept text": by_updates(
+        "tnff", 100, 300, 600, with_sets=True, on_sampled=True, everywhere=True, with_kept=True
+    ),
     "UL, sets, sampled, kept text": by_alpha(
         "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, with_kept=True
     ),
