@@ -44,6 +44,9 @@ UPDATES = (10, 30)
 CURVES: Curves = {
     "TNRF, sets": by_updates("tnrf", *UPDATES, with_sets=True),
     "TNFF, sets": by_updates("tnff", *UPDATES, with_sets=True),
+    "TNRF, sets everywhere, sampled": by_updates(
+        "tnrf", *UPDATES, with_sets=True, on_sampled=True, everywhere=True
+    ),
     "UL, sets, sampled": by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
     "NL, sampled": by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
     "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
