@@ -259,7 +259,7 @@ def test_the_command_expands_everywhere(folder, tmp_path, capsys):
     for (name, output), more in zip(files.items(), ([], ["--expand-everywhere"]), strict=True):
         assert cli.main(arguments(folder, output, "--expand", "2", *more)) == 0
         shown = capsys.readouterr()
-        assert ("rollouts to make" in shown.err) == (name == "marked.jsonl")
+        assert ("marked or uncertain tokens, 2 alt" in shown.err) == (name == "everywhere.jsonl")
     marked, everywhere = (read_examples(output, tokenizer()) for output in files.values())
     found = sum(len(ids) for e in everywhere for ids in e.negatives.values())
     assert f"\n{found} alternatives are unwanted too" in shown.out

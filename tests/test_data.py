@@ -18,11 +18,13 @@ from t5patches.editing.data import (
     Source,
     batch_indices,
     corrected_examples,
+    largest_set,
     make_example,
     only_where_marked,
     pad_rows,
     read_examples,
     read_inputs,
+    said_is_pushed_down,
     to_arrays,
     token_mask,
     training_arrays,
@@ -403,9 +405,12 @@ def test_sets_where_nothing_is_marked_are_without_what_was_said():
         assert (arrays["edit_ids"][0, 1] == -1).all()
         pushed = [-1 if i == 0 or m else 1 for i, m in enumerate(base.marked)]
         assert arrays["weights"][0].tolist() == pushed
+        assert said_is_pushed_down(arrays)[0].tolist() == [*base.marked]
     # They are for sets: the token that was said is to be kept, and so is everything for a margin
     # against it.
     plain = to_arrays([base], pad_id=0)["weights"]
+    np.testing.assert_array_equal(said_is_pushed_down(to_arrays([e], pad_id=0)), plain < 0)
+    assert [largest_set([e]), largest_set([base]), largest_set([only_where_marked(e)])] == [3, 0, 2]
     np.testing.assert_array_equal(to_arrays([e], pad_id=0)["weights"], plain)
     assert only_where_marked(e) == dataclasses.replace(base, negatives={at: (6,)})
     arrays = training_arrays([e], tokenizer(), "ftpo", pad_id=0, negatives=2)

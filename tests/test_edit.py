@@ -92,7 +92,8 @@ def test_a_folder_like_the_first_is_made(place, name, capsys):
     shown = capsys.readouterr()
     record = json.loads(shown.out)
     assert shown.err == ""
-    assert record["counts"] == {"examples": 4, "tokens": record["counts"]["tokens"], "marked": 4}
+    tokens = record["counts"]["tokens"]
+    assert record["counts"] == {"examples": 4, "tokens": tokens, "marked": 4, "only others": 0}
     assert len(record["history"]["loss"]) == 4
     before, after = place / name, place / "edited"
     assert not unfinished(after).exists()
@@ -384,8 +385,12 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypat
 def test_objectives_without_an_original_and_without_sets(place, capsys):
     place = place()
     lines = [{**line, "corrected_targets": "a cat"} for line in LINES]
+    lines[1]["edits"] = [{"position": 0, "ids": [20, 21]}]  # where nothing is marked
     (place / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(place, "--objective", "ul", "--optimizer", "adam", output="ul") == 0
+    (record,) = read_rounds(place / "ul")
+    assert (record["counts"]["marked"], record["counts"]["only others"]) == (4, 1)
+    assert "pushed down, and only others in the place of 1;" in (place / "ul/README.md").read_text()
     assert run(place, "--objective", "ce", "--dtype", "bfloat16", output="ce") == 0
     assert read_rounds(place / "ce")[0]["counts"]["marked"] == 0
     assert run(place, "--objective", "nl", "--negatives", "2", output="nl") == 2

@@ -92,8 +92,14 @@ def test_a_tenth_of_the_inputs_is_held_out_with_all_outputs_to_them():
         held_out_inputs(many(20, 1), seed=0)
 
 
+def lucky_too():
+    """With a set where the token that was said is none of the unwanted."""
+    first, second, third, fourth = test_train.examples()
+    return [first, second, dataclasses.replace(third, negatives={0: (5, 6)}), fourth]
+
+
 def test_what_is_measured_is_the_mass_of_the_sets_and_the_divergence_of_the_rest(tmp_path):
-    arrays = to_arrays(test_train.examples(), pad_id=0, negatives=3)
+    arrays = to_arrays(lucky_too(), pad_id=0, negatives=3)
     params, original = tiny_params(0), tiny_params(1)
     teacher = cache_teacher(tmp_path, MODEL, original, arrays, batch_size=3, dtype="float32")
     watch = HeldOut(MODEL, arrays, teacher, until=0.1, batch_size=3)
@@ -102,7 +108,9 @@ def test_what_is_measured_is_the_mass_of_the_sets_and_the_divergence_of_the_rest
     z, r = (np.asarray(of_model(p, arrays), np.float64) for p in (params, original))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (z, r))
     ids, weights = arrays["edit_ids"], arrays["weights"]
-    mass = [sum(p[(*at, i)] for i in set(ids[tuple(at)]) - {-1}) for at in np.argwhere(weights < 0)]
+    marked = weights < 0
+    marked[2, 0] = False
+    mass = [sum(p[(*at, i)] for i in set(ids[tuple(at)]) - {-1}) for at in np.argwhere(marked)]
     kl = (q * np.log(q / p)).sum(-1)[weights > 0]
     (look,) = watch.looks
     assert look.step == 20
@@ -124,7 +132,7 @@ def often(monkeypatch):
 
 
 def run(directory, settings=SETTINGS, **changes):
-    examples = test_train.examples()
+    examples = lucky_too()
     arguments = {
         "model": MODEL,
         "params": tiny_params(),
@@ -142,6 +150,10 @@ def test_a_run_stops_and_keeps_its_best_state_also_when_it_was_killed(often, tmp
     assert whole.looks[0].kl == pytest.approx(0, abs=1e-6)
     lefts = [look.left for look in whole.looks]
     assert lefts[-1] < lefts[0]
+    arrays = to_arrays(lucky_too(), pad_id=0, negatives=3)
+    for step, marked in enumerate(whole.history["marked"]):
+        batch = Batches(arrays, SETTINGS, 0).at(step)
+        assert marked == (batch["weights"] < 0).sum() - (batch["edit_ids"][:, 0, 0] == 5).sum()
     # Reached at the third look of the same run: it ends there, with that state.
     early = dataclasses.replace(SETTINGS, until=sorted(lefts)[-3])
     first = next(i for i, left in enumerate(lefts) if left <= early.until)

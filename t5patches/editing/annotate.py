@@ -530,7 +530,7 @@ def expand_negatives(
         batch_size: rollouts made at a time.
         keep: `t5patches.runs.claims.Parts.get`, which makes no rollout again that a killed run
             has made.
-        progress: shows how far it is; None shows nothing.
+        progress: shows how many rollouts there are to make, and how far it is; None shows nothing.
 
     Returns:
         The examples, with `negatives` at these positions, likeliest first.
@@ -561,7 +561,15 @@ def expand_negatives(
             found.append((number, position, tuple(forbidden)))
         return found
 
-    task = progress.add_task("rollouts", total=len(places) * count, note="") if progress else None
+    task = None
+    if progress:
+        which = "marked or uncertain" if everywhere else "marked"
+        progress.console.print(
+            f"{len(places)} {which} tokens, {count} alternatives to each: "
+            f"{len(places) * count} rollouts to make",
+            highlight=False,
+        )
+        task = progress.add_task("rollouts", total=len(places) * count, note="")
     negatives: list[dict[int, tuple[int, ...]]] = [{} for _ in examples]
     for start in range(0, len(places), size):
         for number, position, ids in keep(

@@ -121,13 +121,6 @@ def collect(
     parts = Parts(work, described)
     examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
-        marked = marked_tokens(examples)
-        if progress and not settings.everywhere:
-            progress.console.print(
-                f"{marked} marked tokens, {settings.negatives} alternatives to each: "
-                f"{marked * settings.negatives} rollouts to make",
-                highlight=False,
-            )
         examples = expand_negatives(
             examples,
             rules,

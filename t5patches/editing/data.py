@@ -581,6 +581,39 @@ def to_arrays(
     return arrays
 
 
+def largest_set(examples: Iterable[Example]) -> int:
+    """How many ids the largest set of negatives has, with the token that was said where marked.
+
+    Args:
+        examples: with negatives or without.
+
+    Returns:
+        The number; 0 where nothing has negatives.
+    """
+    sizes = [
+        example.marked[at] + len(ids)
+        for example in examples
+        for at, ids in example.negatives.items()
+        if ids
+    ]
+    return max(sizes, default=0)
+
+
+def said_is_pushed_down(batch: Mapping[str, Any]) -> Any:
+    """Where the token that was said is to lose its mass.
+
+    Args:
+        batch: of `to_arrays`, of NumPy or JAX.
+
+    Returns:
+        Bool [N, L]. False where only other tokens are pushed down, see `Example.negatives`.
+    """
+    pushed = batch["weights"] < 0
+    if "edit_ids" not in batch:
+        return pushed
+    return pushed & (batch["edit_ids"] == batch["outputs"][..., None]).any(-1)
+
+
 def only_where_marked(example: Example) -> Example:
     """An example without the negatives where nothing is marked.
 

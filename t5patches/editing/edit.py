@@ -28,8 +28,10 @@ from t5patches.editing.data import (
     Limits,
     Source,
     corrected_examples,
+    largest_set,
     read_examples,
     read_kept,
+    said_is_pushed_down,
     to_arrays,
     training_arrays,
     within,
@@ -163,7 +165,8 @@ class Checked:
         mesh: of the devices; None for one.
         step: the compiled update.
         plan: the memory.
-        counts: examples, tokens that count, and marked ones.
+        counts: examples, tokens that count, marked ones, and those in the place of which only
+            others are pushed down.
         notes: for each data file, what was cut or left out of it; the lengths of batches.
         unsaid: by row of `arrays`, the inputs whose outputs the original is yet to make; until then
             they stand there as long as they may become.
@@ -287,7 +290,7 @@ def check(job: Job) -> Checked:
         negatives=settings.negatives,
     )
     counts = _counts(arrays)
-    if settings.objective != "ce" and not counts["marked"]:
+    if settings.objective != "ce" and not (counts["marked"] or counts["only others"]):
         raise ValueError(
             f"{', '.join(map(str, job.data))}: nothing is marked in any of {first} "
             "examples, so there is nothing to edit away: give spans (or run `t5patches annotate`)"
@@ -537,8 +540,7 @@ def _hold_out(
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
         f"{len({example.input_ids for example in examples})}"
     )
-    named = max(1 + len(ids) for example in held for ids in [*example.negatives.values(), ()])
-    arrays = to_arrays(held, pad_id=pad_id, negatives=named)
+    arrays = to_arrays(held, pad_id=pad_id, negatives=max(1, largest_set(held)))
     return left, [item for item in kept if item.inputs not in texts], arrays, note
 
 
@@ -575,8 +577,7 @@ _TEMPERATURE = 1.0
 def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
     negatives = job.negatives
     if negatives is None:
-        named = [1 + len(ids) for e in examples for ids in e.negatives.values() if ids]
-        negatives = 0 if job.settings.objective in NO_SETS else max(named, default=0)
+        negatives = 0 if job.settings.objective in NO_SETS else largest_set(examples)
     return dataclasses.replace(job.settings, negatives=negatives)
 
 
@@ -616,7 +617,8 @@ def _counts(arrays: Batch) -> dict[str, int]:
     return {
         "examples": len(weights),
         "tokens": int((weights != 0).sum()),
-        "marked": int((weights < 0).sum()),
+        "marked": int(said_is_pushed_down(arrays).sum()),
+        "only others": int(((weights < 0) & ~said_is_pushed_down(arrays)).sum()),
     }
 
 
@@ -820,13 +822,15 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
             f"{settings['until']:.2%}).\n"
         )
     chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
+    only_others = counts.get("only others", 0)  # older records have no such count
+    others = f", and only others in the place of {only_others}" if only_others else ""
     return card_with(
         job.model,
         f"{_EDITED}\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`, alpha {settings['alpha']:g}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
-        f"output tokens pushed down; fingerprint `{record['fingerprints']['data']}`.\n"
+        f"output tokens pushed down{others}; fingerprint `{record['fingerprints']['data']}`.\n"
         f"{adapter}{kept}"
         f"- Kept close to: {teacher}.\n"
         f"- {len(loss)} updates of {settings['batch_size']} examples, "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5patches.editing.data import Batch, Example
+from t5patches.editing.data import Batch, Example, said_is_pushed_down
 from t5patches.model import placement
 from t5patches.model.lora import Lora, with_trained
 from t5patches.model.protocol import LanguageModel, Params
@@ -254,7 +254,7 @@ def _sums(
         head.kernel,
         **how,
     ).kl
-    pushed, kept = weights < 0, weights > 0
+    pushed, kept = said_is_pushed_down(batch), weights > 0
     # It is -log(1 - p[N]), right to the last digit where p[N] is near 1.
     left = jnp.where(pushed, -jnp.expm1(-unlikelihood), 0.0)
     parts = (left, pushed, jnp.where(kept, kl, 0.0), kept)

@@ -27,7 +27,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from t5patches.editing.data import CHOSEN, CHOSEN_WEIGHTS, Batch, batch_indices
+from t5patches.editing.data import (
+    CHOSEN,
+    CHOSEN_WEIGHTS,
+    Batch,
+    batch_indices,
+    said_is_pushed_down,
+)
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
 from t5patches.editing.programs import MAY_DIFFER, begun
 from t5patches.editing.rivals import RIVALS, Chosen, Given
@@ -221,8 +227,8 @@ class Trained(NamedTuple):
             or the best of either where `TrainSettings.until` does;
             with `TrainSettings.lora` those of the adapter alone.
         history: for every step `loss` (mean over the tokens that count), `marked` (how many
-            tokens of the batch are pushed down) and `said` (for how many of them the model,
-            given what comes before, still finds no token likelier).
+            tokens of the batch are themselves pushed down) and `said` (for how many of them the
+            model, given what comes before, still finds no token likelier).
         looks: with `TrainSettings.until`, what was measured on what is held out.
     """
 
@@ -936,7 +942,7 @@ def update(
     if average is not None:
         share = _share_of_newest(settings.average, step)
         average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
-    marked = weights < 0
+    marked = said_is_pushed_down(batch)
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
     return _State(params, optimizer, average), metrics
 
