@@ -27,6 +27,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ from rich.table import Table
 
 import t5patches_kernels as tk
 from bench import common
+from t5patches.editing.outputs import unfinished
 from t5patches.model.folder import load_model
 from t5patches.model.protocol import Array, LanguageModel, Params
 from t5patches.model.tokenizer_files import load_tokenizer
@@ -177,6 +179,11 @@ def t5patches(place: pathlib.Path, *words: str) -> tuple[dict, float, float]:
     if key in there:
         return tuple(there[key])
     print("$ t5patches " + " ".join(words), flush=True)
+    # One that was killed, or came to its end and was not recorded, has no figures: from the start.
+    if "--output" in words:
+        output = pathlib.Path(words[words.index("--output") + 1])
+        for made in (output, unfinished(output), output.with_name(f"{output.name}.work")):
+            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
     there[key] = common.t5patches(*words)
     _, seconds, held = there[key]
     print(f"({seconds:.0f} s, {held:.2f} GiB)", flush=True)

@@ -1,8 +1,9 @@
-"""What `make bench-rewards` scores, marks and asks."""
+"""What `make bench-rewards` scores, marks and asks, and how a killed one goes on."""
 
 import numpy as np
+import pytest
 
-from bench import rewards
+from bench import common, real, rewards
 from bench.real import MARKING, MEASURING
 
 
@@ -23,3 +24,26 @@ def test_what_is_measured_is_not_learnt_from(tmp_path):
     for task in rewards.tasks(tmp_path).values():
         used = task.inputs[: MARKING + MEASURING]
         assert len(set(used)) == len(used) == MARKING + MEASURING
+
+
+def test_a_command_that_was_not_recorded_is_run_from_the_start(tmp_path, monkeypatch):
+    ran = []
+
+    def command(*words):
+        ran.append([p.name for p in tmp_path.iterdir()])
+        if len(ran) == 1:
+            (tmp_path / "model.unfinished").mkdir()
+            (tmp_path / "model").mkdir()
+            raise SystemExit("killed")
+        return {"output": words[-1]}, 1.0, 0.5
+
+    monkeypatch.setattr(common, "t5patches", command)
+    words = ("edit", "--output", str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match="killed"):
+        real.t5patches(tmp_path, *words)
+    made = real.t5patches(tmp_path, *words)
+    assert ran == [[], []]
+    (tmp_path / "model").mkdir()
+    assert real.t5patches(tmp_path, *words) == made
+    assert len(ran) == 2
+    assert (tmp_path / "model").exists()
