@@ -95,14 +95,14 @@ CURVES: Curves = {
     "UL, sets": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True),
     "UL, sets, sampled": by_alpha("ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True),
     "UL, sets, sampled, 600 updates": by_alpha(
-        "ul", 0.3, 1.0, with_sets=True, on_sampled=True, steps=600
+        "ul", 1.0, with_sets=True, on_sampled=True, steps=600
     ),
     "UL, sets everywhere, sampled": by_alpha(
         "ul", 0.1, 0.3, 1.0, with_sets=True, on_sampled=True, everywhere=True
     ),
     "TNRF, sets, kept text": by_alpha("tnrf", 0.1, 0.3, 1.0, with_sets=True, with_kept=True),
     "TNRF, sets, kept text, 600 updates": by_alpha(
-        "tnrf", 0.3, 1.0, with_sets=True, with_kept=True, steps=600
+        "tnrf", 0.3, with_sets=True, with_kept=True, steps=600
     ),
     "TNFF, sets everywhere, sampled, kept text": by_updates(
         "tnff", 100, 300, 600, with_sets=True, on_sampled=True, everywhere=True, with_kept=True
@@ -113,7 +113,7 @@ CURVES: Curves = {
     "NL, sampled": by_alpha("nl", 0.03, 0.1, 0.3, on_sampled=True),
     "corrective, sampled": by_updates("ce", *UPDATES, 600, on_sampled=True),
     "UNDIAL, sets": by_alpha("undial", 0.3, 1.0, 3.0, with_sets=True),
-    "UNDIAL, sets, 600 updates": by_alpha("undial", 1.0, 3.0, with_sets=True, steps=600),
+    "UNDIAL, sets, 600 updates": by_alpha("undial", 1.0, with_sets=True, steps=600),
     "CE-U, sets": by_updates("ceu", *UPDATES, with_sets=True),
     "Unilogit": by_updates("unilogit", *UPDATES),
     "NPO": by_alpha("npo", 0.1, 0.3, 1.0),
