@@ -58,18 +58,21 @@ def results(left, curves):
 
 def test_the_point_nearest_to_two_percent_is_measured_further():
     curves = frontier.CURVES
-    found = results(np.tile([9.0, 2.5, 0.0], len(curves)), curves)
+    near = {name: len(edits) // 2 for name, edits in curves.items()}
+    left = [2.5 if i == near[name] else 9.0 * (i < near[name])
+            for name, edits in curves.items() for i in range(len(edits))]  # fmt: skip
+    found = results(left, curves)
     chosen = frontier.nearest_of(found, curves)
-    assert chosen == dict.fromkeys(curves, 1)
+    assert chosen == near
     rows = frontier.rows_of(found, curves, chosen)
     assert [row["method"] for row in rows] == [*curves]
-    assert {row["near"] for row in rows} == {1}
+    assert {row["method"]: row["near"] for row in rows} == near
     assert {row["further"]["kl"][0] for row in rows} == {2.5}
     assert [point["kl"][0] for point in rows[0]["points"]] == [9.0, 2.5, 0.0]
     assert [point["alpha"] for point in rows[0]["points"]] == [0.1, 0.3, 1.0]
     assert rows[0]["at"]["5"] == [0.0, 1.0]
     assert rows[0]["elsewhere"]["5"] == [0.0, 0.1]
-    reached = frontier.rows_of(results([50.0] * 3 * len(curves), curves), curves, chosen)
+    reached = frontier.rows_of(results([50.0] * len(left), curves), curves, chosen)
     assert reached[0]["at"]["2"] is None
     uneven = results([9.0, 0.0, 3.0], CURVES)
     assert frontier.nearest_of(uneven, CURVES) == {"ours": 1, "theirs": 0}
