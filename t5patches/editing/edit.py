@@ -613,12 +613,12 @@ def _mesh(job: Job) -> Mesh | None:
 
 
 def _counts(arrays: Batch) -> dict[str, int]:
-    weights = arrays["weights"]
+    weights, marked = arrays["weights"], said_is_pushed_down(arrays)
     return {
         "examples": len(weights),
         "tokens": int((weights != 0).sum()),
-        "marked": int(said_is_pushed_down(arrays).sum()),
-        "only others": int(((weights < 0) & ~said_is_pushed_down(arrays)).sum()),
+        "marked": int(marked.sum()),
+        "only others": int(((weights < 0) & ~marked).sum()),
     }
 
 
