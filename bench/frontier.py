@@ -32,7 +32,6 @@ import functools
 import itertools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -319,8 +318,7 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
     Returns:
         The results, and the strength nearest to 2% left by the name of each method.
     """
-    began = time.monotonic()
-    results = merged(tasks[0], [task.measured(ceiling=True) for task in tasks], 0)
+    results = merged(tasks[0], [task.measured(ceiling=True) for task in tasks])
     near = nearest_of(results, curves)
 
     def mean(name: str, params: Callable[[Task], Params]) -> dict[str, Measure]:
@@ -339,8 +337,7 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
                 row = dataclasses.replace(row, measures={**row.measures, **more})
             rows.append(row)
     before = {**results.before, **mean("base", lambda task: task.original.params)}
-    settings = {**results.settings, "seconds": round(time.monotonic() - began)}
-    return dataclasses.replace(results, rows=rows, before=before, settings=settings), near
+    return dataclasses.replace(results, rows=rows, before=before), near
 
 
 def stored(measures: Mapping[str, Measure]) -> dict[str, list[float | None]]:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,6 @@ def run_demo(
     """
     output = Path(output)
     console = console or Console(stderr=True)
-    began = time.monotonic()
     _require_unfinished(output)
     claim_demo(output, config)
     found = []
@@ -124,7 +122,7 @@ def run_demo(
             if not seed:
                 _write_task(output, repetition)
             found.append(repetition.measured())
-    results = merged(repetition, found, time.monotonic() - began)
+    results = merged(repetition, found)
     write_html(output / "report.html", results)
     # Last, as its presence says that the demo is finished.
     write_file(output / "results.json", to_json(results))

@@ -408,13 +408,12 @@ class Experiment(abc.ABC):
         )
 
 
-def merged(experiment: Experiment, found: Sequence[Measured], seconds: float) -> Results:
+def merged(experiment: Experiment, found: Sequence[Measured]) -> Results:
     """Means over seeds; texts and curves are those of the first.
 
     Args:
         experiment: one of them, which tells what they are.
         found: what came of each.
-        seconds: that all of it took.
 
     Returns:
         The results. The errors are over the held-out inputs of a single experiment, or over
@@ -427,7 +426,8 @@ def merged(experiment: Experiment, found: Sequence[Measured], seconds: float) ->
     ]
     seeds = len(found)
     over = f"{len(first.outputs)} held-out inputs" if seeds == 1 else f"{seeds} seeds"
-    settings = {**experiment.settings, "seeds": seeds, "seconds": round(seconds)}
+    # No time: one that was killed and went on would tell that of its last run.
+    settings = {**experiment.settings, "seeds": seeds}
     settings["jax"] = jax.__version__
     settings["device"] = jax.devices()[0].device_kind
     return Results(
