@@ -183,7 +183,10 @@ def t5patches(place: pathlib.Path, *words: str) -> tuple[dict, float, float]:
     if "--output" in words:
         output = pathlib.Path(words[words.index("--output") + 1])
         for made in (output, unfinished(output), output.with_name(f"{output.name}.work")):
-            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+            if made.is_dir():
+                shutil.rmtree(made)
+            else:
+                made.unlink(missing_ok=True)
     there[key] = common.t5patches(*words)
     _, seconds, held = there[key]
     print(f"({seconds:.0f} s, {held:.2f} GiB)", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -642,11 +643,12 @@ def _likeliest_others(
     And where what was said had less than `_SURE`.
     """
     logits = model.head(params).logits(model.hidden(params, batch))
-    p = jnp.take_along_axis(jax.nn.softmax(logits), batch["outputs"][..., None], axis=-1)[..., 0]
+    said = jnp.take_along_axis(logits, batch["outputs"][..., None], axis=-1)
+    log_p = (said - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[..., 0]
     ids = jnp.arange(logits.shape[-1])[None, None]
     special = jnp.array([model.config.pad_id, *model.config.end_ids])
     barred = jnp.isin(ids, special) | (ids == batch["outputs"][..., None]) | (ids >= known)
-    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1], p < _SURE
+    return jax.lax.top_k(jnp.where(barred, -jnp.inf, logits), count)[1], log_p < math.log(_SURE)
 
 
 def _roll_out(
