@@ -83,12 +83,12 @@ lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.has-bench ## speed on this machine against T5Patches' dense formula
+bench: $(VENV)/.has-editing ## speed on this machine against T5Patches' dense formula
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host --kept
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.ignored
 
-bench-edit: $(VENV)/.has-bench ## t5patches edit on a model of 77 million parameters, fused and dense losses
+bench-edit: $(VENV)/.has-editing ## t5patches edit on a model of 77 million parameters, fused and dense losses
 	$(BIN)/python -m bench.edit_small
 
 frontier: $(VENV)/.has-editing ## every method over its own strengths, and how close each stays where as much is left (SEEDS=3)
@@ -120,14 +120,17 @@ bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any ma
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu_static --clusters
 
-bench-card: $(VENV)/.has-bench ## six minutes on an NVIDIA GPU: are the kernels right there, how fast, what does the head take
-	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.card
-	JAX_PLATFORMS=cpu $(BIN)/python -m bench.liger
+# JAX for a card and torch are as large as a card's own machine has them: these take what is there.
+CARD_PYTHON ?= $(PYTHON)
 
-bench-gpu: $(VENV)/.has-bench ## speed on an NVIDIA GPU, with the JAX for CUDA and the torch that are there
-	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --out bench/results/gpu.json
-	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(BIN)/python -m bench.gpu --linear --out bench/results/gpu-linear.json
-	JAX_PLATFORMS=cpu $(BIN)/python -m bench.gpu --what torch --tokens 2048 8192 \
+bench-card: ## six minutes on a GPU: are the kernels right there, how fast; CARD_PYTHON= one with JAX for it, torch and Liger
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.card
+	JAX_PLATFORMS=cpu $(CARD_PYTHON) -m bench.liger
+
+bench-gpu: ## speed on a GPU; CARD_PYTHON= a Python with JAX for it and torch
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.gpu --out bench/results/gpu.json
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.gpu --linear --out bench/results/gpu-linear.json
+	JAX_PLATFORMS=cpu $(CARD_PYTHON) -m bench.gpu --what torch --tokens 2048 8192 \
 		--vocabularies 32128 250112 --out bench/results/gpu-torch.json
 
 clean: ## remove the virtual environments and caches

@@ -220,6 +220,7 @@ def main() -> None:
         help="blocks that share a row, on a GPU",
     )
     options = parser.parse_args()
+    common.require_device("gpu", "tpu")
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
     missing = 0

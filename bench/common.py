@@ -337,6 +337,20 @@ def setting() -> dict[str, str]:
     }
 
 
+def require_device(*platforms: str) -> None:
+    """Ends a benchmark of devices that JAX does not run on here: its figures would be another's.
+
+    Args:
+        platforms: of devices, such as "gpu".
+    """
+    if jax.default_backend() not in platforms:
+        raise SystemExit(
+            f"No {' or '.join(p.upper() for p in platforms)} here (JAX runs on {jax.default_backend()}): "
+            "nothing is timed or stored. The compilers' static figures, on any machine: "
+            "make bench-tpu-static, make bench-gpu-static"
+        )
+
+
 def save(name: str, rows: list[dict], **about: object) -> pathlib.Path:
     """Writes rows, with their setting and what else is to be known, to ``results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)

@@ -217,6 +217,8 @@ def main() -> None:
     options = parser.parse_args()
     if "torch" in options.what and options.what != ["torch"]:
         parser.error("torch and JAX do not share a card's memory: --what torch has its own run")
+    if options.what != ["torch"]:
+        common.require_device("gpu")
     measured = about(options.what == ["torch"])
     print(measured, flush=True)
     rows = []

@@ -123,12 +123,7 @@ def shown(row: dict) -> str:
 
 def main() -> None:
     """Runs all, prints a line for each and stores pytest-benchmark's JSON."""
-    if jax.default_backend() != "tpu":
-        print(
-            f"No TPU here (JAX runs on {jax.default_backend()}): nothing to time. "
-            "The compiler's static figures: make bench-tpu-static"
-        )
-        return
+    common.require_device("tpu")
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = common.RESULTS / f"{kind}.json"
     part = path.with_suffix(".part")

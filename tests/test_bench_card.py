@@ -37,6 +37,7 @@ def whole(monkeypatch, tmp_path):
     shapes = {"beside": {"vocabulary": 264, "width": 8, "reference_width": 16}}
     monkeypatch.setattr(liger, "SHAPES", shapes)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "require_device", lambda *_: None)
     monkeypatch.setenv("PATH", "")  # without ncu
 
     def run(*options):

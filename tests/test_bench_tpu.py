@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from bench import common, tpu
+from bench import card, common, gpu, tpu
 
 MS = 10**9  # picoseconds
 
@@ -42,7 +42,7 @@ def test_an_execution_takes_as_long_as_the_slowest_core():
 
 
 HERE = """
-from bench import common, tpu
+from bench import card, common, gpu, tpu
 
 class Harness:  # the part of pytest-benchmark's fixture that is used
     extra_info = {}
@@ -72,6 +72,15 @@ def test_a_benchmark_on_what_is_here():
     subprocess.run([sys.executable, "-c", HERE], cwd=root, check=True, timeout=300)
 
 
-def test_says_so_without_a_tpu(capsys):
-    tpu.main()
-    assert "No TPU here (JAX runs on cpu)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("main", "wanted"), [(tpu.main, "TPU"), (gpu.main, "GPU"), (card.main, "GPU or TPU")]
+)
+def test_nothing_is_stored_of_another_device(main, wanted, monkeypatch, tmp_path):
+    stored = tmp_path / "figures.json"
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench"] + ["--out", str(stored)] * (main is gpu.main))
+    with pytest.raises(
+        SystemExit, match=rf"No {wanted} here \(JAX runs on cpu\): nothing is timed"
+    ):
+        main()
+    assert not list(tmp_path.iterdir())
