@@ -343,9 +343,11 @@ def require_device(*platforms: str) -> None:
     Args:
         platforms: of devices, such as "gpu".
     """
-    if jax.default_backend() not in platforms:
+    here = jax.default_backend()
+    if here not in platforms:
+        wanted = " or ".join(platform.upper() for platform in platforms)
         raise SystemExit(
-            f"No {' or '.join(p.upper() for p in platforms)} here (JAX runs on {jax.default_backend()}): "
+            f"No {wanted} here (JAX runs on {here}): "
             "nothing is timed or stored. The compilers' static figures, on any machine: "
             "make bench-tpu-static, make bench-gpu-static"
         )

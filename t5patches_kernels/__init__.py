@@ -1,4 +1,4 @@
-"""Losses for targeted negative training, fused: each row of logits is read once.
+"""Losses for targeted negative training, fused: a row of logits is read once where it fits on chip.
 
 See `losses` for what all functions share, and the README for the table of objectives.
 """

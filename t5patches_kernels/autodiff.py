@@ -42,7 +42,7 @@ def _first_order_only(fn):
     return guarded
 
 
-def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) -> Stats:
+def _statistics(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) -> Stats:
     """The finished statistics of every row, merged over the shards of a split vocabulary."""
     if op.vocab_axis is None:
         return driver(op, Stage.STATISTICS, operands, tokens).stats
@@ -61,7 +61,7 @@ def _numbers(driver: Driver, op: Operation, operands: Operands, tokens: Tokens) 
 def _value_and_grad(
     driver: Driver, op: Operation, model: tuple, reference: tuple, tokens: Tokens
 ) -> tuple[jax.Array, Stats]:
-    stats = _numbers(driver, op, Operands(model, reference), tokens)
+    stats = _statistics(driver, op, Operands(model, reference), tokens)
     return objectives.evaluate(stats, op.settings, "loss"), stats
 
 
@@ -182,7 +182,7 @@ def apply(
             outputs["loss"], stats = _value_and_grad(driver, op, operands.model, reference, tokens)
         else:
             fixed = jax.lax.stop_gradient(operands.model)
-            stats = _numbers(driver, op, Operands(fixed, reference), tokens)
+            stats = _statistics(driver, op, Operands(fixed, reference), tokens)
         stats = jax.lax.stop_gradient(stats)
         rest = tuple(name for name in names if name not in outputs)
         outputs |= _from_stats(driver, op, rest, operands.model, reference, tokens, stats)

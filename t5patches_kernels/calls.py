@@ -30,6 +30,19 @@ class Edits(NamedTuple):
         factors.
       factors: ``[..., K]`` floats ``>= 0``: what multiplies the id's probability under the
         reference before it is renormalised. 0 removes the id, 0.5 halves it, 3 triples it.
+
+    A loss that is given others raises: ValueError for shapes that do not fit the tokens', TypeError
+    for dtypes. An id out of range, or a factor that is negative or NaN, makes a token that counts
+    NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from t5patches_kernels import Edits, targeted_negative_loss
+      >>> z, y, w = jnp.zeros((1, 4)), jnp.array([3]), jnp.array([-1.0])
+      >>> without = Edits(jnp.array([[0, 3, -1]]), jnp.zeros((1, 3)))  # 1 and 2 are left
+      >>> out = targeted_negative_loss(z, z, y, w, edits=without, alpha=1.0, divergence=True)
+      >>> print(out.loss.round(4))  # log 2
+      [0.6931]
     """
 
     ids: Array

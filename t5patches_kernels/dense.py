@@ -130,7 +130,10 @@ def tn_terms(name: str, d: Distributions, eps: float, divergence: bool) -> tuple
     if name == "tnrll":
         target = smoothed(d.onehot, eps, d.present)
         return forward(target, d, divergence), reverse(d, eps)
-    raise ValueError(name)
+    raise NotImplementedError(
+        f"the dense text has no objective {name!r}: say it in t5patches_kernels.dense.tn_terms, or "
+        'take another implementation than "reference"'
+    )
 
 
 def unlikelihood(logits: Array, factor: Array) -> Array:

@@ -27,6 +27,7 @@ from t5patches_kernels.backends import tiling
 from t5patches_kernels.backends.pallas_gpu.plan import ONE_BLOCK, BlockSizes
 from t5patches_kernels.backends.xla import streaming
 from t5patches_kernels.core.operation import (
+    WHOLE_ROWS,
     Driver,
     Operands,
     Operation,
@@ -235,7 +236,7 @@ def choose(
     if reason and implementation:
         raise _cannot(implementation, reason)
     if reason:
-        if stage in _WHOLE_ROWS:  # what else there is on a GPU is the XLA form's anyway
+        if stage in WHOLE_ROWS:  # what else there is on a GPU is the XLA form's anyway
             _warn(name, reason)
         name = "xla"
     interpret = interpret if target.platform == "cpu" else None
@@ -245,9 +246,6 @@ def choose(
     if name == "pallas_gpu":
         return partial(_kernel(name).run, interpret, sizes)
     return streaming.form(target.platform)
-
-
-_WHOLE_ROWS = (Stage.STATISTICS, Stage.VALUE_AND_GRAD)
 
 
 def _why_not(name: str, target: Target) -> str | None:
@@ -282,7 +280,7 @@ def _why_not_rows(name: str, stage: Stage, operands: Operands, sizes: BlockSizes
         kernel = _kernel(name)
     except ImportError as error:
         return f"Mosaic GPU cannot be imported ({error}): install what is missing"
-    if stage not in _WHOLE_ROWS:
+    if stage not in WHOLE_ROWS:
         return None
     logits = (*operands.model, *operands.reference)
     return kernel.plans.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits), sizes)

@@ -141,7 +141,12 @@ def linear_unlikelihood_loss(
 ) -> TokenLoss:
     """`unlikelihood_loss` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+    Args: of the head as for `linear_targeted_negative_loss`, the others as for
+    `unlikelihood_loss`.
+
+    Returns: a `TokenLoss` ``[...]``, differentiable in `hidden` and `kernel`.
+
+    Raises: as for `unlikelihood_loss`, and for a `chunk_bytes` that is no size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -178,7 +183,12 @@ def linear_negative_likelihood_loss(
 ) -> TokenLoss:
     """`negative_likelihood_loss` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+    Args: of the head as for `linear_targeted_negative_loss`, the others as for
+    `negative_likelihood_loss`.
+
+    Returns: a `TokenLoss` ``[...]``, differentiable in `hidden` and `kernel`.
+
+    Raises: as for `negative_likelihood_loss`, and for a `chunk_bytes` that is no size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -215,7 +225,12 @@ def linear_cross_entropy_loss(
 ) -> TokenLoss:
     """`cross_entropy_loss` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss`, without a reference.
+    Args: of the head as for `linear_targeted_negative_loss`, the others as for
+    `cross_entropy_loss`.
+
+    Returns: a `TokenLoss` ``[...]``, differentiable in `hidden` and `kernel`.
+
+    Raises: as for `cross_entropy_loss`, and for a `chunk_bytes` that is no size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -257,8 +272,13 @@ def linear_policy_gradient_loss(
 ) -> PolicyLoss:
     """`policy_gradient_loss` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss` and `policy_gradient_loss`; the
-    reference is given whole or not at all.
+    Args: of the head as for `linear_targeted_negative_loss`, the others as for
+    `policy_gradient_loss`; of the reference both `ref_hidden` and `ref_kernel`, or None for both.
+
+    Returns: a `PolicyLoss` ``[...]``, differentiable in `hidden` and `kernel`.
+
+    Raises: as for `policy_gradient_loss`; ValueError for half a reference, or a `chunk_bytes` that
+    is no size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -296,8 +316,13 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of hidden states.
 
-    Args and returns: as for `linear_targeted_negative_loss` and `token_statistics`; the reference
-    is given whole or not at all.
+    Args: of the head as for `linear_targeted_negative_loss`, the others as for
+    `token_statistics`; of the reference both `ref_hidden` and `ref_kernel`, or neither.
+
+    Returns: a `TokenStatistics` ``[...]``, differentiable as that of `token_statistics`.
+
+    Raises: as for `token_statistics`; ValueError for half a reference, or a `chunk_bytes` that is
+    no size.
 
     Example:
       >>> import jax.numpy as jnp

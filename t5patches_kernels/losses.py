@@ -18,10 +18,11 @@ what. (The deprecated ``with mesh:`` alone, without T5X's ``pjit``, does not tel
 
 Arguments that they share:
 
-* ``implementation``: None for the best for the device compiled for, or ``"xla"`` (streaming,
-  anywhere) or ``"reference"`` (dense, also float64, differentiable any number of times), or a
-  `BlockSizes` (the GPU kernel, each row over a cluster of thread blocks). One that is asked for and
-  cannot run raises.
+* ``implementation``: None for the best for the device compiled for; or one of `IMPLEMENTATIONS`:
+  ``"pallas_tpu"`` and ``"pallas_gpu"`` (the kernels; interpreted where compiled for a CPU),
+  ``"xla"`` (streaming, anywhere), ``"reference"`` (dense, also float64, differentiable any number
+  of times); or a `BlockSizes` (the GPU kernel, each row over a cluster of thread blocks). One that
+  is asked for and cannot run raises.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``skip_ignored``: True spares the work for ignored tokens, however many they turn out to be when
@@ -301,7 +302,7 @@ def targeted_negative_loss(
     References:
       Eq. 2 and the losses of "Towards Minimal Targeted Updates of Language Models with
       Targeted Negative Training" (Zhang et al., 2024); T5Patches' ``TNFFModel``, ``TNRRModel``,
-      ``TNRFModel``, ``TNFLLModel``, ``TNRLLModel``. Differs on purpose: see the README.
+      ``TNRFModel``, ``TNFLLModel``, ``TNRLLModel``. Differs on purpose: see `t5patches.t5x`.
     """
     inputs = calls.logits_inputs(logits, ref_logits, implementation)
     size = calls.vocab_size(inputs, vocab_axis)

@@ -45,16 +45,16 @@ def preference_loss(
 
     With the log-ratios ``h = log p(answer) - log q(answer)`` of the policy p and the reference q:
 
-    ========= ============================================= ====================================
-    objective loss                                          derivative by ``h_chosen``
-    ========= ============================================= ====================================
+    ========= ============================================== ===================================
+    objective loss                                           derivative
+    ========= ============================================== ===================================
     ``dpo``   ``-log sigmoid(beta (h_chosen - h_rejected))`` ``-beta sigmoid(-beta (...))``
-    ``ipo``   ``(h_chosen - h_rejected - 1 / (2 beta))^2``  ``2 (h_chosen - h_rejected - ...)``
-    ``npo``   ``-2 / beta log sigmoid(-beta h_rejected)``   by ``h_rejected``:
-                                                            ``2 sigmoid(beta h_rejected)``
-    ========= ============================================= ====================================
+    ``ipo``   ``(h_chosen - h_rejected - 1 / (2 beta))^2``   ``2 (h_chosen - h_rejected - ...)``
+    ``npo``   ``-2 / beta log sigmoid(-beta h_rejected)``    ``2 sigmoid(beta h_rejected)``
+    ========= ============================================== ===================================
 
-    The derivative by ``h_rejected`` is the negative of that by ``h_chosen``.
+    Of ``dpo`` and ``ipo`` it is the one by ``h_chosen``, whose negative is that by ``h_rejected``;
+    of ``npo`` by ``h_rejected``, the only one it has.
 
     Args:
       chosen_log_probs: ``[...]`` float32 or bfloat16, of the answers that are preferred, under the

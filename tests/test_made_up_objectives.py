@@ -8,6 +8,10 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -341,3 +345,36 @@ def test_terms_that_need_different_second_rows_are_refused():
     m = dataclasses.replace(BOTH_READ_THE_REFERENCE, kept=((1.0, objectives.unlikelihood),))
     with pytest.raises(NotImplementedError, match="leave out `unlikelihood` or the terms over q"):
         check("xla", m)
+
+
+# --- As a user adds one ---------------------------------------------------------------------------
+
+NEW_LINE = '    "rf": Objective(reverse, forward),\n'
+ADDED = """
+import jax.numpy as jnp
+from t5patches_kernels import targeted_negative_loss, TRAINING_OBJECTIVES
+
+z, r = jnp.array([[2.0, 1, 0], [2, 1, 0]]), jnp.array([[0.0, 1, 2], [2, 0, 1]])
+y, w = jnp.array([0, 0]), jnp.array([1.0, -1])
+loss = lambda name, **how: targeted_negative_loss(z, r, y, w, objective=name, alpha=2.0, **how).loss
+rr, ff, rf = (loss(name) for name in ("tnrr", "tnff", "rf"))
+assert "rf" in TRAINING_OBJECTIVES and [*rf] == [rr[0], ff[1]] and rr[1] != ff[1], (rr, ff, rf)
+try:
+    loss("rf", implementation="reference")
+except NotImplementedError as error:
+    assert "say it in t5patches_kernels.dense.tn_terms" in str(error)
+else:
+    raise SystemExit("the dense text made one up")
+"""
+
+
+def test_a_new_line_is_all_that_the_losses_need(tmp_path):
+    package = pathlib.Path(objectives.__file__).parent.parent
+    copy = tmp_path / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    table = copy / "core" / "objectives.py"
+    begin = "OBJECTIVES: Mapping[str, Objective] = {\n"
+    text = table.read_text()
+    assert text.count(begin) == 1
+    table.write_text(text.replace(begin, begin + NEW_LINE))
+    subprocess.run([sys.executable, "-c", ADDED], cwd=tmp_path, check=True, timeout=300)

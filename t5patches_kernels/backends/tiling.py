@@ -43,6 +43,22 @@ def all_axes(x: Any) -> frozenset[str]:
     return frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(x)))
 
 
+def axes_of_kernel(implementation: str, inputs: Any, *, interpreted: bool) -> frozenset[str]:
+    """The mesh axes over which a kernel's inputs, and so its results, vary.
+
+    Raises:
+      NotImplementedError: they vary, and the kernel is interpreted, which JAX cannot do then.
+    """
+    axes = all_axes(inputs)
+    if interpreted and axes:
+        raise NotImplementedError(
+            f"implementation={implementation!r} on a CPU: JAX cannot interpret a kernel inside "
+            "jax.shard_map with check_vma=True. Pass check_vma=False, or "
+            'implementation="xla".'
+        )
+    return axes
+
+
 def by_platform(
     inputs: tuple, *, gpu: Callable, default: Callable, tpu: Callable | None = None
 ) -> Any:

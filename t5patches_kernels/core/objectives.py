@@ -5,7 +5,9 @@ objective says which term a kept token gets and which a pushed-down one. Nothing
 per objective: which statistics it needs is read off by running its line once (`needs`), as is what
 each token must bring (`numbers`), and its gradient follows from differentiating the line by the
 statistics (`derivatives`) and from the statistics' own derivatives. To add an objective, add an
-entry to `OBJECTIVES`.
+entry to `OBJECTIVES`: `targeted_negative_loss`, its twin on hidden states and `t5patches edit` take
+its name, on every backend. The dense text, which is to share nothing with this, has it once
+`dense.tn_terms` says it as a textbook would; until then ``implementation="reference"`` raises.
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ class Row:
     """The statistics of a row and its token's numbers by name, and what terms build from them."""
 
     def __init__(self, stats: Mapping[str, Array]):
-        self._numbers = stats
+        self._values = stats
 
     def __getattr__(self, name: str) -> Array:
-        return self._numbers[name]
+        return self._values[name]
 
     @property
     def log_s(self) -> Array:
@@ -239,33 +241,36 @@ class Objective:
     # What multiplies a token's loss, by its weight. None: nothing does, and a negative weight says
     # what is left of the target's mass in the second row.
     weigh: Callable[[Array], Array] | None = None
-    # Whether a model is trained with it by name; else a public function has it for itself.
+    # Whether `targeted_negative_loss` takes its name; else a public function has it for itself.
+    targeted: bool = True
+    # Whether a model is trained with it by name.
     for_training: bool = True
 
 
+_ALONE: Mapping[str, Any] = {"targeted": False, "for_training": False}
 OBJECTIVES: Mapping[str, Objective] = {
     "tnff": Objective(forward, forward),
     "tnrr": Objective(reverse, reverse),
     "tnrf": Objective(smoothed_forward, reverse),
     "tnfll": Objective(likelihood, forward),
     "tnrll": Objective(smoothed_likelihood, reverse),
-    "ul": Objective(likelihood, unlikelihood),
-    "nl": Objective(likelihood, negated_likelihood, weigh=jnp.abs),
-    "ce": Objective(label_smoothed, label_smoothed, weigh=lambda w: w),
-    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy, for_training=False),
-    "kl_forward": Objective(smoothed_forward, smoothed_forward, for_training=False),
-    "kl_reverse": Objective(reverse, reverse, for_training=False),
+    "ul": Objective(likelihood, unlikelihood, targeted=False),
+    "nl": Objective(likelihood, negated_likelihood, weigh=jnp.abs, targeted=False),
+    "ce": Objective(label_smoothed, label_smoothed, weigh=lambda w: w, targeted=False),
+    "soft_ce": Objective(soft_cross_entropy, soft_cross_entropy, **_ALONE),
+    "kl_forward": Objective(smoothed_forward, smoothed_forward, **_ALONE),
+    "kl_reverse": Objective(reverse, reverse, **_ALONE),
     "policy_gradient": Objective(
         policy_gradient,
         policy_gradient,
         weigh=lambda w: jnp.where(w < 0, math.nan, w),  # no token is pushed down but by A
-        for_training=False,
+        **_ALONE,
     ),
 }
 # The names to choose from in training, and those of `targeted_negative_loss`: every other list of
 # objectives in the repository is made of these two.
 TRAINING_OBJECTIVES = tuple(name for name, entry in OBJECTIVES.items() if entry.for_training)
-TARGETED_NEGATIVE = tuple(name for name in TRAINING_OBJECTIVES if name.startswith("tn"))
+TARGETED_NEGATIVE = tuple(name for name in TRAINING_OBJECTIVES if OBJECTIVES[name].targeted)
 
 
 def _scale(row: Row, c: Settings) -> Array:
@@ -486,7 +491,7 @@ def derivatives(stats: Stats, c: Settings, cotangents: Mapping[str, Array]) -> S
     """The derivative of the outputs, weighed by their cotangents, by each statistic they read.
 
     Args:
-      numbers: the finished statistics of the rows.
+      stats: the finished statistics of the rows.
       c: the settings.
       cotangents: by output, ``[R, 1]``; outputs left out have none.
 

@@ -75,6 +75,10 @@ class Stage(enum.Enum):
     GRADIENT = "gradient"  # the gradient, given finished statistics and the derivatives by them
 
 
+# Those that read all of a row at once, and so may hold it on chip.
+WHOLE_ROWS = (Stage.STATISTICS, Stage.VALUE_AND_GRAD)
+
+
 class Result(NamedTuple):
     """What a stage returns."""
 

@@ -24,7 +24,7 @@ name      weight              value        reads as
 That table is all there is to write: how a tile is summed (`first_pass`), how two tiles merge
 (`merge`) and the derivative by ``z_j`` (`gradient`) all follow from the two columns. Sums are kept
 apart from their maxima because the pair is far more accurate than one log-sum-exp (60 times on rows
-whose target leads, `objectives.md`).
+whose target leads).
 
 Three need the row's normalisers first and so a second pass (`second_pass`): ``rkl``, the
 reverse divergence, whose smoothing sits inside a logarithm, and for the smoothed reference ``sqz``,
@@ -310,7 +310,7 @@ def rebase(
     """The same sums relative to other maxima.
 
     Args:
-      numbers: sums, with the maxima that they are relative to. A maximum that is not among them is
+      stats: sums, with the maxima that they are relative to. A maximum that is not among them is
         known beforehand and does not change.
       maxima: by name, the new ``m``, and ``rm`` where there is a reference.
       decay: by name of the maximum, ``e^(old - new)``, where the caller has it already.
@@ -464,7 +464,7 @@ def coefficients(
 
     Args:
       row: the statistics of the whole row.
-      by: the derivative of the line by each statistic of the row it reads.
+      d_stats: the derivative of the line by each statistic of the row it reads.
       functions: what entries go through.
     """
     table: Coefficients = {}

@@ -59,7 +59,14 @@ from t5patches_kernels.backends.pallas_gpu.plan import (
 )
 from t5patches_kernels.backends.xla import gpu_form
 from t5patches_kernels.core import objectives, statistics
-from t5patches_kernels.core.operation import Operands, Operation, Result, Stage, Tokens
+from t5patches_kernels.core.operation import (
+    WHOLE_ROWS,
+    Operands,
+    Operation,
+    Result,
+    Stage,
+    Tokens,
+)
 from t5patches_kernels.core.statistics import FLOOR, Array, Functions, Parts, Stats, Tile
 
 # Nats by which a lane's maximum may have passed the one that its sums are relative to. Most rows
@@ -552,10 +559,6 @@ def _skip(row: _Row) -> None:
 # The interpreter's options (`jax.experimental.pallas.mosaic_gpu.InterpretGPUParams`), by name.
 Options = tuple[tuple[str, Any], ...]
 INTERPRET: Options = ()
-_NO_VMA = (
-    'implementation="pallas_gpu" on a CPU: JAX cannot interpret a kernel inside '
-    'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
-)
 
 
 def _interpreter(options: Options) -> Any:
@@ -587,9 +590,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     inputs = _inputs(call, operands, tokens)
     (z,) = operands.model
     rows, plan = z.shape[0], call.plan
-    axes = tiling.all_axes(inputs)
-    if interpret is not None and axes:
-        raise NotImplementedError(_NO_VMA)
+    axes = tiling.axes_of_kernel("pallas_gpu", inputs, interpreted=interpret is not None)
     varying = jax.sharding.ManualAxisType(varying=axes)
     returned: dict[str, Any] = {"stats": ((len(call.returned), rows), jnp.float32)}
     logits = [name for name in ("z", "r") if name in inputs]
@@ -644,7 +645,7 @@ def run(
     d_stats: Stats | None = None,
 ) -> Result:
     """The driver (`operation.Driver`) of rows that `plan.why_not` has no objection to."""
-    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) or operands.model[0].shape[0] == 0:
+    if stage not in WHOLE_ROWS or operands.model[0].shape[0] == 0:
         return gpu_form.run(op, stage, operands, tokens, stats, d_stats)
     logits = (*operands.model, *operands.reference)
     columns, itemsizes = logits[0].shape[1], tuple(x.dtype.itemsize for x in logits)

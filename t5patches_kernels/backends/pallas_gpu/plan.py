@@ -81,7 +81,7 @@ def why_not(columns: int, itemsizes: tuple[int, ...], sizes: BlockSizes = ONE_BL
     return None
 
 
-def _up(x: int, parts: int) -> int:
+def _ceil_div(x: int, parts: int) -> int:
     return -(-x // parts)
 
 
@@ -118,12 +118,12 @@ class Plan:
     def segments(self) -> tuple[int, int]:
         """Entries of the shortest and of the longest segment."""
         units = self.columns // self.unit
-        return units // self.cluster * self.unit, _up(units, self.cluster) * self.unit
+        return units // self.cluster * self.unit, _ceil_div(units, self.cluster) * self.unit
 
     @property
     def chunks(self) -> int:
         """Chunks of a segment. The last one ends with it, and overlaps the one before it."""
-        return _up(self.segments[1], self.chunk)
+        return _ceil_div(self.segments[1], self.chunk)
 
     @property
     def overlaps(self) -> bool:
@@ -151,7 +151,7 @@ class Plan:
         if self.cluster > 1:
             arrays["sums"] = MERGES * THREADS * 4
         arrays["reductions"] = REDUCTIONS
-        aligned = [Buffer(name, _up(n, _ALIGNED) * _ALIGNED) for name, n in arrays.items()]
+        aligned = [Buffer(name, _ceil_div(n, _ALIGNED) * _ALIGNED) for name, n in arrays.items()]
         return (*aligned, *(Buffer(f"{name}_arrived", self.slots * 8) for name in of_logits))
 
     @property

@@ -64,10 +64,6 @@ from t5patches_kernels.core.statistics import FLOOR, Array, Stats, Tile
 # tests put `pltpu.InterpretParams` here for its memories, copies and races.
 INTERPRET: Any = True
 
-_NO_VMA = (
-    'implementation="pallas_tpu" on a CPU: JAX cannot interpret a kernel inside '
-    'jax.shard_map with check_vma=True. Pass check_vma=False, or implementation="xla".'
-)
 _SUBLANES = 8
 _EDITS_A_STEP = 8
 # Groups of one array that are stored together. Of several arrays each group is stored at once, as
@@ -251,7 +247,7 @@ def _windows(block: _Block) -> None:
             if call.makes_gradient:
                 d_stats = objectives.derivatives(stats, settings, {"loss": block.full(1.0)})
                 block.put("row", {k: x for k, x in stats.items() if ("row", k) in block.refs})
-                block.put("by", d_stats)
+                block.put("d_stats", d_stats)
 
     if not call.makes_gradient:
         return
@@ -264,7 +260,7 @@ def _windows(block: _Block) -> None:
 
         block.read_rows()
         held = [("copy", "z"), *(call.plan.kept or [("copy", "r")])]
-        block.store_gradient(state("row"), state("by"), held, unroll=call.unroll, masked=True)
+        block.store_gradient(state("row"), state("d_stats"), held, unroll=call.unroll, masked=True)
 
 
 # --- A block --------------------------------------------------------------------------------------
@@ -626,9 +622,7 @@ def _run(
     in_specs, out_specs = inputs.specs(call, scalars)
     sources = [inputs.sources_of(call, tokens, blocks)] if call.op.skip_ignored else []
     given = [*sources, *given]
-    axes = tiling.all_axes(given)
-    if interpret and axes:
-        raise NotImplementedError(_NO_VMA)
+    axes = tiling.axes_of_kernel("pallas_tpu", given, interpreted=bool(interpret))
     varying = jax.sharding.ManualAxisType(varying=axes)
     parts = 1 if call.plan.streamed else call.tiles  # by which numbers go out
     shapes: list[Any] = [((parts, rows, LANES), jnp.float32)] * bool(call.returned)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.objectives import Settings
-from t5patches_kernels.core.operation import Operation, Stage, returned
+from t5patches_kernels.core.operation import WHOLE_ROWS, Operation, Stage, returned
 
 LANES = 128
 Part = tuple[str, str | None]  # a key of `statistics.Parts`, or ("copy", "z" or "r")
@@ -194,7 +194,7 @@ def plan(
         out = _layout(stage, up(columns, LANES), itemsizes, private, vmem, parts, _UNROLL)
         if out.vmem + _RESERVED <= vmem:
             return out
-    if stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD):
+    if stage in WHOLE_ROWS:
         return None
     tiles = 2
     while True:
@@ -212,7 +212,7 @@ def streamed(
 
     Takes what `plan` takes; None where it does not fit, or where there is no such kernel.
     """
-    whole = stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD)
+    whole = stage in WHOLE_ROWS
     if not whole or objectives.reference_of(op.settings) != "given":
         return None
     parts = _streamed_parts(op.settings, stage)
@@ -259,7 +259,7 @@ def _state(c: Settings, stage: Stage) -> tuple[tuple[str, str], ...]:
     found |= {"own r": {"ry"} & objectives.reads(c), "own z": {"zy"}}
     if stage is Stage.VALUE_AND_GRAD:
         found["row"] |= {"m", *names}
-        found["by"] = set(objectives.differentiable(c, ("loss",)))
+        found["d_stats"] = set(objectives.differentiable(c, ("loss",)))
     return tuple((of, name) for of, some in found.items() for name in sorted(some))
 
 
@@ -340,7 +340,7 @@ def _wanted(
     op: Operation, stage: Stage, itemsizes: tuple[int, ...], private: bool
 ) -> list[tuple[Part, ...]]:
     """The parts worth holding from one column loop to a later one, the most worthwhile first."""
-    if stage not in (Stage.STATISTICS, Stage.VALUE_AND_GRAD):
+    if stage not in WHOLE_ROWS:
         return []
     read = _read_later(op, stage)
     of_reference = _of_reference(objectives.needs(op.settings))
@@ -469,7 +469,7 @@ class Call:
     def branches(self) -> bool:
         """Whether the second loop over a block of kept tokens alone is less than over others."""
         c = self.op.settings
-        whole = self.stage in (Stage.STATISTICS, Stage.VALUE_AND_GRAD) and not self.plan.streamed
+        whole = self.stage in WHOLE_ROWS and not self.plan.streamed
         less = objectives.needs(c) - objectives.needs_of(c, pushed=False)
         return whole and bool(less & statistics.SECOND_PASS.keys())
 
