@@ -53,7 +53,10 @@ def params():
 
 
 def batches(data, size=3):
-    return [{k: x[i : i + size] for k, x in data.items()} for i in range(0, COUNT, size)]
+    return [
+        {k: x[i : i + size] for k, x in data.items()}
+        for i in range(0, len(data["decoder_target_tokens"]), size)
+    ]
 
 
 def hidden_of(params):
@@ -86,6 +89,26 @@ def test_states_are_those_of_the_live_model(tmp_path, params):
     assert sizes == [(COUNT - 1, tokens, tokens * 16 * 4)]
     again = TeacherCache(tmp_path / "cache", ABOUT).read({k: x[::-1] for k, x in data.items()})
     np.testing.assert_array_equal(again, got[::-1])
+
+
+def test_the_id_of_padding_may_be_said(tmp_path, params):
+    """Within an output, and as its last token where that counts."""
+    data = rows()
+    said = data["decoder_target_tokens"]
+    counts = said > 0
+    long = np.flatnonzero(counts.sum(-1) > 3)
+    said[long, 1] = said[long[0], counts[long[0]].sum() - 1] = 0
+    data["decoder_input_tokens"][long, 2] = 0
+    # An output of the same tokens but the one before the id of padding.
+    data |= {name: np.concatenate([x, x[long[:1]]]) for name, x in data.items()}
+    for name, place in (("decoder_target_tokens", 0), ("decoder_input_tokens", 1)):
+        data[name][-1, place] = 31 - data[name][-1, place]
+    counts = np.concatenate([counts, counts[long[:1]]])
+    data["decoder_loss_weights"] = np.where(counts, -1.0, 0.0).astype(np.float32)
+    got = write(tmp_path, params, data).read(data)
+    want = np.asarray(hidden_of(params)(data))
+    np.testing.assert_allclose(got[counts], want[counts], rtol=1e-5, atol=1e-5)
+    assert not got[~counts].any()
 
 
 def test_bfloat16_is_the_rounded_float32(tmp_path, params):

@@ -218,8 +218,8 @@ class HeldOut:
             # The last batch is filled up from the first rows, which do not count again.
             rows = np.arange(start, start + self._batch_size)
             batch: dict[str, Any] = {name: x[rows % count] for name, x in self._arrays.items()}
-            batch["weights"] = np.where(rows[:, None] < count, batch["weights"], np.float32(0))
             batch[ORIGINAL_HIDDEN] = self._teacher.read(batch)
+            batch["weights"] = np.where(rows[:, None] < count, batch["weights"], np.float32(0))
             if self._mesh is not None:
                 split = placement.batch_sharding(self._mesh)
                 batch = {name: hosts.place(x, split) for name, x in batch.items()}

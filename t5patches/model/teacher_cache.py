@@ -3,8 +3,8 @@
 A linear loss asks nothing else of the original model than what its decoder hands to the head, and
 the original never changes: one pass over the data pays for all of training. The states lie in a
 zarr array, one row a target token, in a directory that says which model, tokenizer and width they
-are of. An example is known by its content, the tokens of its input and output without padding: so
-the same cache serves any order, batch size and packing.
+are of. An example is known by its content, the tokens of its input and output without the padding
+behind them: so the same cache serves any order, batch size and packing.
 """
 
 from __future__ import annotations
@@ -252,19 +252,31 @@ def _segments(batch: Batch, pad_id: int) -> Iterator[_Segment]:
             np.asarray(batch[f"{name}_tokens"])
             for name in ("encoder_input", "decoder_input", "decoder_target")
         )
+    weights = np.asarray(batch.get("weights", batch.get("decoder_loss_weights", 0)))
     of_source, of_target = (
-        np.asarray(batch.get(f"{side}_segment_ids", (tokens != pad_id).astype(np.int32)))
-        for side, tokens in (("encoder", source), ("decoder", target))
+        np.asarray(batch.get(f"{side}_segment_ids", _to_the_last(counts)))
+        for side, counts in (
+            ("encoder", source != pad_id),
+            ("decoder", (target != pad_id) | (weights != 0)),
+        )
     )
     for row in range(len(target)):
         for segment in np.unique(of_target[row][of_target[row] > 0]):
-            places = np.flatnonzero((of_target[row] == segment) & (target[row] != pad_id))
-            tokens = (source[row][of_source[row] == segment], given[row][places])
+            places = np.flatnonzero(of_target[row] == segment)
+            tokens = [source[row][of_source[row] == segment], given[row][places]]
+            # Networks may attend to no place whose target is the id of padding.
+            if len(skipped := np.flatnonzero(target[row][places] == pad_id)):
+                tokens.append(skipped)
             digest = hashlib.sha256()
             for part in tokens:
                 digest.update(len(part).to_bytes(8, "little"))
                 digest.update(part.astype("<i4").tobytes())
             yield _Segment(row, places, digest.digest())
+
+
+def _to_the_last(counts: np.ndarray) -> np.ndarray:
+    """1 up to the last place of a row that counts: a model may say the id of padding on its way."""
+    return np.flip(np.maximum.accumulate(np.flip(counts, -1), -1), -1).astype(np.int32)
 
 
 def _index(keys: list[bytes], offsets: np.ndarray) -> bytes:
