@@ -79,9 +79,19 @@ def test_a_kill_while_parts_are_removed_gives_them_to_nobody_else(tmp_path, monk
         assert [other.get(name, lambda: 2) for name in ("a", "b")] == [2, 2]
 
 
-def test_parts_whose_claim_is_lost_are_not_taken_over(tmp_path):
+def test_what_is_of_no_run_is_not_taken_for_one(tmp_path):
     parts_of_another_model(tmp_path)
     (tmp_path / "run.json").unlink()
+    for number in range(2):
+        with pytest.raises(
+            ValueError, match=r"holds 'a[.]json' and 1 more, which are of no run: move"
+        ):
+            Parts(tmp_path, {"model": number})
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_claim_that_was_killed_is_made_again(tmp_path):
+    (tmp_path / "run.json.unfinished").write_text("{")
     assert Parts(tmp_path, {"model": 2}).get("a", lambda: 2) == 2
     (tmp_path / "a.json").write_text("[1]")  # of a version that did not say whose they are
     assert Parts(tmp_path, {"model": 2}).get("a", lambda: 3) == 3

@@ -21,8 +21,8 @@ from t5patches.model.lora import Lora, merged, save_adapter
 from t5patches.model.memory import size
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
-from t5patches.runs.claims import claim, hold, remove, require_space
-from t5patches.runs.files import read_object
+from t5patches.runs.claims import claim, hold, is_of, remove, require_space
+from t5patches.runs.files import UNFINISHED, read_object
 
 PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
@@ -72,7 +72,7 @@ class Output:
                         f"{self.path} exists: nothing is overwritten. Give another name or remove "
                         "it"
                     )
-                if self.work.exists():
+                if is_of(self.work, json.loads(json.dumps(job))):  # it was killed as it cleaned up
                     remove(self.work)
             elif self.work.exists() and not resume:
                 hold(self.work)  # or another process is at work in it: it is not to be removed
@@ -172,7 +172,7 @@ def unfinished(output: PathLike) -> Path:
         A folder beside it, which is removed at the end.
     """
     output = Path(output).absolute()
-    return output.with_name(output.name + ".unfinished")
+    return output.with_name(output.name + UNFINISHED)
 
 
 def room_for(folder: PathLike, state: Any, *, whole: bool) -> int:

@@ -29,7 +29,7 @@ from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, inspect_model, load_model
 from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.tokenizer import Inputs, Tokenizer
-from t5patches.runs.claims import Parts, hold, make_part
+from t5patches.runs.claims import Parts, claim, hold, make_part
 
 
 def compare(
@@ -79,6 +79,7 @@ def compare(
     )
     if work is not None:
         hold(work)
+        claim(work, {"settings": measuring.asks})
     keep = _keep(work, "before", original, inputs, measuring)
     original = _on_device(original)
     with training_progress(console) as progress:

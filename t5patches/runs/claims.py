@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5patches.runs.files import read_object, write_file
+from t5patches.runs.files import UNFINISHED, read_object, write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
 _RUN = "run.json"
@@ -38,11 +38,19 @@ def claim(
             there may become the one asked for. It is then written.
 
     Raises:
-        ValueError: the directory holds another run; all that differs is named.
+        ValueError: the directory holds another run, all that differs is named; or something that
+            is of no run, and would be removed with it.
     """
     path = Path(directory) / _RUN
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + UNFINISHED)
+        if others := sorted({*path.parent.iterdir()} - {unfinished}):
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            raise ValueError(
+                f"{directory} is where this run would work, and holds {others[0].name!r}{more}, "
+                "which are of no run: move them away, or choose another output"
+            )
         write_file(path, json.dumps(run, indent=1))
         return
     there = read_object(path)

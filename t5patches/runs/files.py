@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = ".unfinished"  # after the name of what is being written
+
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     r"""Writes a file that appears whole or not at all: a kill leaves the earlier file.
@@ -25,7 +27,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
             say), which are spelled `\udcff`.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(path.name + UNFINISHED)
     try:
         with open(unfinished, "wb") as file:
             file.write(
