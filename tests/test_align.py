@@ -735,7 +735,7 @@ def test_a_collapse_is_told_and_the_last_good_state_written(place, capsys):
     assert "stopped early, as the KL from the original is" in said.err
     assert "out holds the state after 1 steps" in said.err
     record = json.loads((place / "out" / "align.json").read_text())
-    assert record["steps"] == 1
+    assert (record["steps"], record["edits"]) == (1, 0)
     assert "It ended early: the KL" in (place / "out" / "README.md").read_text()
     load_model("out", "tiny")
 
@@ -766,6 +766,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "clip is 0.0: a number above 0" in refused(*value, "--value-clip", "0")
     fim = ("--fim", "0.5", "--fim-sentinels", "<a>", "<b>", "<c>")
     assert "fim transforms other text, and there is none (--pretraining)" in refused(*fim)
+    for name in ("--pretraining-weight", "--pretraining-length"):
+        assert f"{name} is of other text, and there is none" in refused(name, "2")
+    assert "--fim-spm is a share of the texts that --fim RATE" in refused("--fim-spm", "0.5")
     assert "no special token '<a>'" in refused(*fim, "--pretraining", "text.txt")
     (place / "text.jsonl").write_text('{"inputs": "a"}')
     assert "line 1: got the fields ['inputs']" in refused("--pretraining", "text.jsonl")

@@ -110,7 +110,7 @@ def test_a_folder_like_the_first_is_made(place, name, capsys):
         copy = new["encoder.embed_tokens.weight"]
         np.testing.assert_array_equal(new["shared.weight"], copy)
     card = (after / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\n---\n# A model\n\n## Edited with targeted negative")
+    assert card.startswith("---\nlicense: mit\n---\n# A model\n\n## Edited with t5patches")
     for part in ("objective `tnrf`, alpha 1", "edits.jsonl", "4 updates of 2", "4 of "):
         assert part in card
     assert read_rounds(after) == [record]
@@ -320,6 +320,18 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "optimizer is 'sgd': one of" in refused("--optimizer", "sgd")
     assert "dtype is 'float16': one of" in refused("--dtype", "float16")
     assert "dropout is 1.5" in refused("--dropout", "1.5")
+    assert "keep_share is 0.7 and there is nothing to keep" in refused("--keep-share", "0.7")
+    assert "the data names no alternatives" in refused("--negatives", "2")
+    assert "ul keeps close to no original, and " in refused(
+        "--objective", "ul", "--original", place / "tiny"
+    )
+    assert "alpha is 2.0 and the objective ce" in refused("--objective", "ce", "--alpha", "2")
+    long = LINES[0] | {"corrected_targets": "a cat sat on a mat a cat sat on a mat"}
+    (place / "long.jsonl").write_text(json.dumps(long) + "\n")
+    for limit in ("--max-output-length", "--skip-longer"):
+        assert "1 of 1 corrections have more than 9 tokens (the first is of example 1" in refused(
+            "--objective", "ce", "--data", place / "long.jsonl", limit, "9"
+        )
     assert "there are 8: take fewer" in refused("--devices", "9")
     assert "model_parallel is 2 and there are 1 devices" in refused("--model-parallel", "2")
     (place / "tiny" / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 30)[:-9])
@@ -553,6 +565,35 @@ def test_an_edit_may_compare_with_corrections(place):
     (record,) = read_rounds(place / "edited")
     assert (record["settings"]["beta"], record["counts"]["marked"]) == (0.5, 4)
     assert "`dpo`, alpha 1, beta 0.5" in (place / "edited" / "README.md").read_text()
+
+
+def test_an_input_is_held_out_whatever_template_is_around_it(place):
+    place = place()
+    lines = [line | {"inputs": f"{line['inputs']} {text}"} for line in LINES for text in TEXTS]
+    data, templates, keep = (place / name for name in ("edits.jsonl", "templates.txt", "keep.txt"))
+    data.write_text("".join(json.dumps(line) + "\n" for line in 4 * lines))
+    templates.write_text("cat {inputs}\ndog {inputs}\nmat {inputs}\nsat {inputs}\n")
+    settings = TrainSettings(steps=10, until=0.5, batch_size=2)
+    job = Job(place / "tiny", [data], place / "out", settings, templates=templates, devices=1)
+    checked = check(job)
+    tokenizer = load_model(place / "tiny").tokenizer
+
+    def sources(arrays):
+        prompts = {
+            tokenizer.decode([int(i) for i in row if i > 1]).text for row in arrays["inputs"]
+        }
+        assert len(prompts) > 1
+        return {prompt.split(" ", 1)[1] for prompt in prompts}
+
+    (held,), trained = sources(checked.held_out), sources(checked.arrays)
+    assert held not in trained
+    assert {line["inputs"] for line in lines} == {held, *trained}
+    keep.write_text(f"{held}\n{trained.pop()}\n")
+    checked = check(dataclasses.replace(job, keep=keep))
+    assert "these are also 1 of the 2 inputs to keep" in " ".join(checked.notes)
+    keep.write_text(f"{held}\n")
+    with pytest.raises(ValueError, match="until holds out all 1 inputs that it has"):
+        check(dataclasses.replace(job, keep=keep))
 
 
 @pytest.mark.slow

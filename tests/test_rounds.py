@@ -12,7 +12,7 @@ import pytest
 from editing_samples import TEXTS, model_folder, tiny_model, tiny_params
 
 from t5patches import cli
-from t5patches.editing import annotate, evaluate
+from t5patches.editing import annotate, evaluate, rounds
 from t5patches.editing.edit import RECORD
 from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import train_sentencepiece
@@ -152,6 +152,8 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, 
         (("--after", "absent", *inputs), "absent"),
         (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
         (("--after", "round-1", *inputs, "--samples", "3"), "--samples need --scorer"),
+        (("--after", "round-1", *inputs, "--base", "round-1"), "nor any edit of it is an adapter"),
+        (("--after", "round-1", *inputs, "--force"), "replaces a report, and none is asked for"),
     ]:
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
@@ -248,6 +250,10 @@ RECORDS = {
     "no loss": record_of("[2.0, 1.0]", "3"),
     "no number": record_of("[2.0, 1.0]", "[2.0, NaN]"),
     "a loss too few": record_of("[2.0, 1.0]", "[2.0]"),
+    "no step": record_of(
+        '"loss": [2.0, 1.0], "marked": [3.0, 3.0], "said": [3.0, 1.0]',
+        '"loss": [], "marked": [], "said": []',
+    ),
 }
 
 
@@ -330,3 +336,12 @@ def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, ca
     assert made[:3] == made[3:]
     assert sorted(itertools.chain(*made[:2])) == sorted(made[2]) == [*range(6)]
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_what_was_aligned_since_is_not_called_an_edit(tmp_path):
+    (tmp_path / RECORD).write_bytes((fuzz.VALID / RECORD).read_bytes())
+    found = evaluate.Evaluation({}, [])
+    assert rounds._row(tmp_path, found).objective == "tnff"
+    for edits, objective in ((0, "tnff"), (1, None)):
+        (tmp_path / "align.json").write_text(json.dumps({"edits": edits}))
+        assert rounds._row(tmp_path, found).objective == objective

@@ -155,14 +155,12 @@ def _add_closeness(group: Any) -> None:
         "--pretraining-weight",
         metavar="W",
         type=float,
-        default=1.0,
         help="of its loss, a mean over tokens, beside that of the score (default: 1)",
     )
     group.add_argument(
         "--pretraining-length",
         metavar="N",
         type=common.positive,
-        default=256,
         help="longer texts are cut to N tokens (default: 256)",
     )
     group.add_argument(
@@ -177,7 +175,6 @@ def _add_closeness(group: Any) -> None:
         "--fim-spm",
         metavar="SHARE",
         type=float,
-        default=0.5,
         help="of these, the share that is told suffix, prefix, middle; the rest is told prefix, "
         "suffix, middle (default: 0.5)",
     )
@@ -221,10 +218,17 @@ def run(options: argparse.Namespace) -> int:
     require_whole(options.model)  # read_sources reads its tokenizer
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
     given["value"] = _value(options)
+    for name in ("pretraining_weight", "pretraining_length"):
+        if given[name] is None:
+            del given[name]
+        elif options.pretraining is None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of other text, and there is none (--pretraining)"
+            )
     settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}
     inputs = [source.inputs for source in read_sources(options, options.model)]
     given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
-    job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
+    job = Job(**{f: given[f] for f in Job.__dataclass_fields__ if f in given})
     if options.plan:
         common.print_plan(options, check(job))
         return 0
@@ -276,5 +280,8 @@ def _fim(options: argparse.Namespace) -> Any:
     if (options.fim is None) != (options.fim_sentinels is None):
         raise ValueError("--fim RATE and --fim-sentinels PREFIX SUFFIX MIDDLE need one another")
     if options.fim is None:
+        if options.fim_spm is not None:
+            raise ValueError("--fim-spm is a share of the texts that --fim RATE chooses: give both")
         return None
-    return FillInTheMiddle(options.fim, tuple(options.fim_sentinels), options.fim_spm)
+    spm = {} if options.fim_spm is None else {"spm": options.fim_spm}
+    return FillInTheMiddle(options.fim, tuple(options.fim_sentinels), **spm)

@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
     from t5patches.model.folder import whole_model
     from t5patches.runs.claims import remove
 
+    if options.force and not options.report:
+        raise ValueError("--force replaces a report, and none is asked for (--report)")
     if options.report:
         _check_report(Path(options.report), options.force)
     sources = read_sources(options, str(whole_model(options.before, options.base)))

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import ALIGN_RECORD, model_to_train
+from t5patches.editing.edit import ALIGN_RECORD, model_to_train, read_rounds
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import (
@@ -178,6 +178,7 @@ def align_folder(
             steps=aligned.steps,
             collapse=aligned.collapse,
             history=aligned.history,
+            edits=len(read_rounds(job.model)),  # before it
             seconds=round(time.monotonic() - began, 1),
             device=jax.devices()[0].device_kind,
         )

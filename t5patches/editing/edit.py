@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ from t5patches.editing.train import (
     KEEPING,
     NO_SETS,
     OBJECTIVES,
+    WITH_ORIGINAL,
     Batches,
     Params,
     Step,
@@ -84,7 +86,7 @@ from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
 ALIGN_RECORD = "align.json"  # of `t5patches align`, which a folder may have been through as well
-_EDITED = "## Edited with targeted negative training"
+_EDITED = "## Edited with "  # how a section on an edit begins
 
 PathLike = str | os.PathLike[str]
 
@@ -251,6 +253,8 @@ def check(job: Job) -> Checked:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
     if job.merge and job.settings.lora is None:
         raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    if job.keep is None and job.keep_share != Job.keep_share:
+        raise ValueError(f"keep_share is {job.keep_share} and there is nothing to keep (--keep)")
     if job.keep is not None and job.settings.objective not in KEEPING:
         raise ValueError(
             f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
@@ -260,14 +264,20 @@ def check(job: Job) -> Checked:
     model, tokenizer = model_to_train(job.model, job.chat)
     model = model.replace(dropout_rate=job.dropout, dtype=dtype, remat=job.remat)
     _check_original(job)
+    templates = None if job.templates is None else read_templates(job.templates)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
-    marked = [example for part in sets for example in part]
-    settings = _with_negatives(job, marked)
-    most = max(len(example.output_ids) for example in marked)
-    held_out = None
+    all_examples = [example for part in sets for example in part]
+    settings = _with_negatives(job, all_examples)
+    most = max(len(example.output_ids) for example in all_examples)
+    held: list[Example] = []
     if settings.until is not None:
-        sets, kept, held_out, note = _hold_out(job, sets, kept, model.config.pad_id)
+        sets, kept, held, note = _hold_out(job, sets, kept)
         notes.append(note)
+    if templates is not None:
+        sets, (kept, held) = (
+            [template_items(items, templates, tokenizer, settings.seed) for items in parts]
+            for parts in (sets, (kept, held))
+        )
     examples = [example for part in sets for example in part]
     first, unsaid = len(examples), {}
     for row, item in enumerate(kept, start=first):
@@ -275,9 +285,11 @@ def check(job: Job) -> Checked:
             unsaid[row] = item.inputs
             item = _to_be_said(item.inputs, most, tokenizer)
         examples.append(item)
-    given = [*marked, *examples[first:]]
+    given = [*examples, *held]
     if settings.objective in ("ce", "dpo"):  # which train on corrections, that may be longer
-        given += corrected_examples(examples[:first], tokenizer)
+        corrected = corrected_examples(examples[:first], tokenizer)
+        _check_lengths(job, corrected)
+        given += corrected
     lengths = np.array([(len(example.input_ids), len(example.output_ids)) for example in given])
     require_positions(model.config, *lengths.T)
     if unsaid:
@@ -295,6 +307,10 @@ def check(job: Job) -> Checked:
             f"{', '.join(map(str, job.data))}: nothing is marked in any of {first} "
             "examples, so there is nothing to edit away: give spans (or run `t5patches annotate`)"
         )
+    held_out = None
+    if held:
+        most_ids = max(1, largest_set(held))
+        held_out = to_arrays(held, pad_id=model.config.pad_id, negatives=most_ids)
     order = _order(job, settings, [len(part) for part in sets], len(kept))
     mesh = _mesh(job)
     cached, own = job.dtype if job.cache_teacher else None, job.original is not None
@@ -390,8 +406,9 @@ def _check_round(round_: Any) -> None:
         raise ValueError(f"{len(odd)} of its numbers are none, such as {odd[0]!r:.200}")
     if settings["objective"] not in OBJECTIVES:
         raise ValueError(f"its objective is {settings['objective']!r:.200}")
-    if len({len(history[name]) for name in ("loss", "marked", "said")}) != 1:
-        raise ValueError("its history is of another number of steps for each measure")
+    steps = {len(history[name]) for name in ("loss", "marked", "said")}
+    if len(steps) != 1 or steps == {0}:
+        raise ValueError("its history is of no step, or of another number of them for each measure")
 
 
 def card_before_edits(folder: PathLike) -> str:
@@ -448,6 +465,12 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
 def _check_original(job: Job) -> None:
     if job.original is None:
         return
+    objective, until = job.settings.objective, job.settings.until
+    if objective not in WITH_ORIGINAL and until is None and job.keep is None:
+        raise ValueError(
+            f"{objective} keeps close to no original, and {job.original} would be read for nothing:"
+            f" leave original out, or use one of {WITH_ORIGINAL}"
+        )
     require_whole(job.original)
     there, here = inspect_checkpoint(job.original), inspect_checkpoint(job.model)
     there = there.replace(dropout_rate=here.config.dropout_rate)
@@ -483,7 +506,6 @@ def _read_all(
         "max_input_length": job.max_input_length,
         "max_output_length": job.max_output_length,
     }
-    templates = None if job.templates is None else read_templates(job.templates)
     files: list[tuple[PathLike, Callable[..., Sequence[Any]]]]
     files = [(file, read_examples) for file in job.data]
     if job.keep is not None:
@@ -504,9 +526,20 @@ def _read_all(
         found.append(left.kept)
     if problems:
         raise ValueError("\n".join(problems))
-    if templates is not None:
-        found = [template_items(part, templates, tokenizer, job.settings.seed) for part in found]
     return found[: len(job.data)], found[-1] if job.keep is not None else [], notes
+
+
+def _check_lengths(job: Job, corrected: Sequence[Example]) -> None:
+    """Refuses corrections that are longer than outputs may be."""
+    limits = [x for x in (job.max_output_length, job.skip_longer) if x is not None]
+    most = min(limits, default=math.inf)
+    longer = [i for i, e in enumerate(corrected, start=1) if len(e.output_ids) > most]
+    if longer:
+        raise ValueError(
+            f"{len(longer)} of {len(corrected)} corrections have more than {most} tokens (the "
+            f"first is of example {longer[0]} of those within the limits): shorten them, or raise "
+            "--max-output-length or --skip-longer"
+        )
 
 
 def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: int) -> None:
@@ -522,9 +555,13 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
 
 
 def _hold_out(
-    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example], pad_id: int
-) -> tuple[list[list[Example]], list[Source | Example], Batch, str]:
-    """The data without what is held out, what is held out, and a note of it."""
+    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example]
+) -> tuple[list[list[Example]], list[Source | Example], list[Example], str]:
+    """The data without what is held out, what is held out, and a note of it.
+
+    Inputs are told apart as they are in the files: with templates around them, outputs to one input
+    have several prompts, and would be trained on and held out.
+    """
     examples = [example for part in sets for example in part]
     prompts = held_out_inputs(examples, job.settings.seed)
     held, known = held_out_examples(examples, prompts), frozenset(prompts)
@@ -540,8 +577,15 @@ def _hold_out(
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
         f"{len({example.input_ids for example in examples})}"
     )
-    arrays = to_arrays(held, pad_id=pad_id, negatives=max(1, largest_set(held)))
-    return left, [item for item in kept if item.inputs not in texts], arrays, note
+    others = [item for item in kept if item.inputs not in texts]
+    if kept and not others:
+        raise ValueError(
+            f"{job.keep}: until holds out all {len(kept)} inputs that it has: give other inputs to "
+            "keep, or leave until out"
+        )
+    if len(others) < len(kept):
+        note += f"; these are also {len(kept) - len(others)} of the {len(kept)} inputs to keep"
+    return left, others, held, note
 
 
 def _to_be_said(inputs: Inputs, most: int, tokenizer: Tokenizer) -> Example:
@@ -575,9 +619,14 @@ _TEMPERATURE = 1.0
 
 
 def _with_negatives(job: Job, examples: Sequence[Example]) -> TrainSettings:
-    negatives = job.negatives
+    negatives, there = job.negatives, largest_set(examples)
+    if negatives and not there:
+        raise ValueError(
+            f"negatives is {negatives} and the data names no alternatives to what was said: make "
+            "them with `t5patches annotate --expand`, or leave negatives out"
+        )
     if negatives is None:
-        negatives = 0 if job.settings.objective in NO_SETS else largest_set(examples)
+        negatives = 0 if job.settings.objective in NO_SETS else there
     return dataclasses.replace(job.settings, negatives=negatives)
 
 
@@ -798,7 +847,13 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
     beta = f", beta {settings['beta']:g}" if settings["beta"] else ""
     data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
-    teacher = job_["original"]["name"] if job_["original"] else "the model it was made from"
+    alpha = "" if settings["objective"] == "ce" else f", alpha {settings['alpha']:g}"
+    close = ""
+    if settings["objective"] in WITH_ORIGINAL:
+        original = job_["original"]
+        close = (
+            f"- Kept close to: {original['name'] if original else 'the model it was made from'}.\n"
+        )
     adapter, lora = "", settings["lora"]
     if lora:
         adapter = (
@@ -826,13 +881,12 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     others = f", and only others in the place of {only_others}" if only_others else ""
     return card_with(
         job.model,
-        f"{_EDITED}\n\n"
+        f"{_EDITED}t5patches\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
-        f"`{settings['objective']}`, alpha {settings['alpha']:g}{beta}{sets}.\n\n"
+        f"`{settings['objective']}`{alpha}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
         f"output tokens pushed down{others}; fingerprint `{record['fingerprints']['data']}`.\n"
-        f"{adapter}{kept}"
-        f"- Kept close to: {teacher}.\n"
+        f"{adapter}{kept}{close}"
         f"- {len(loss)} updates of {settings['batch_size']} examples, "
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} "
         f"({settings['schedule']}), warm-up {settings['warmup_steps']}{average}, dropout "

@@ -121,6 +121,8 @@ class Meter:
         """Refuses a number of samples that measures nothing."""
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}: at least 1 output an input is needed")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}: a score is needed, such as 0.5")
 
 
 @dataclasses.dataclass(frozen=True)

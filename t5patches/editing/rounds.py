@@ -13,7 +13,7 @@ from rich.console import Console
 
 from t5patches.editing.annotate import Keep
 from t5patches.editing.collect import asked
-from t5patches.editing.edit import check_chat, read_rounds
+from t5patches.editing.edit import ALIGN_RECORD, check_chat, read_rounds
 from t5patches.editing.evaluate import (
     Evaluation,
     Measuring,
@@ -23,10 +23,12 @@ from t5patches.editing.evaluate import (
     require_room_to_measure,
     say,
 )
+from t5patches.editing.outputs import record_in
 from t5patches.editing.plan import yet_to_place
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, inspect_model, load_model
+from t5patches.model.lora import is_adapter
 from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import Parts, claim, hold, make_part
@@ -63,6 +65,8 @@ def compare(
         ValueError: a folder is not whole, or not of an edit of the original: sizes or tokenizer
             differ; `work` is of another comparison; or a batch does not fit into memory.
     """
+    if base is not None and not any(map(is_adapter, (before, *after))):
+        raise ValueError(f"base is {base}, and neither {before} nor any edit of it is an adapter")
     # The last of them is read after hours, and what is wrong with it is told now.
     inspected = _inspected(before, base, chat)
     for folder in after:
@@ -138,7 +142,9 @@ def _keep(
 def _row(folder: str | os.PathLike[str], found: Evaluation) -> Row:
     records = read_rounds(folder)
     note = os.fspath(folder)
-    if not records:
+    aligned = record_in(ALIGN_RECORD)(Path(folder))
+    # What `align` has trained since the last edit is not what that edit made.
+    if not records or (aligned is not None and aligned.get("edits") == len(records)):
         return Row(None, None, 0, found.measures, outputs=found.outputs, note=note)
     settings, history = records[-1]["settings"], records[-1]["history"]
     return Row(

@@ -168,6 +168,11 @@ class TrainSettings:
                 f"{self.objective} pushes down one token a position, and negatives is "
                 f"{self.negatives}: use 0, or one of {takers}"
             )
+        if self.objective == "ce" and self.alpha != 1:
+            raise ValueError(
+                f"alpha is {self.alpha} and the objective ce, which pushes nothing down: leave "
+                "alpha out"
+            )
         rival = RIVALS.get(self.objective)
         if self.beta is not None and (rival is None or rival.beta is None or not self.beta > 0):
             takers = tuple(name for name, other in RIVALS.items() if other.beta is not None)
