@@ -10,12 +10,14 @@ import fuzz
 import jax
 import pytest
 from editing_samples import TEXTS, model_folder, tiny_model, tiny_params
+from sentencepiece import sentencepiece_model_pb2
 
 from t5patches import cli
 from t5patches.editing import annotate, evaluate, rounds
 from t5patches.editing.edit import RECORD
 from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.model.tokenizer_files import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -143,12 +145,25 @@ def test_samples_are_drawn_by_the_seed(run, capsys):
 def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     model_folder(tmp_path / "wide", mlp_dim=8)
-    other = model_folder(tmp_path / "other")
+    other, swapped = (model_folder(tmp_path / name) for name in ("other", "swapped"))
     (other / "spiece.model").write_bytes(train_sentencepiece(TEXTS, 60))
+    tokenizer = load_tokenizer(swapped)
+    used = {
+        i
+        for line in (folder / "inputs.txt").read_text().splitlines()
+        for i in tokenizer.encode(line).ids
+    }
+    pieces = sentencepiece_model_pb2.ModelProto.FromString((swapped / "spiece.model").read_bytes())
+    one, other_one = [
+        x for i, x in enumerate(pieces.pieces) if x.type == x.NORMAL and i not in used
+    ][:2]
+    one.piece, other_one.piece = other_one.piece, one.piece
+    (swapped / "spiece.model").write_bytes(pieces.SerializeToString())
     inputs = ("--inputs", "inputs.txt")
     for arguments, message in [
         (("--after", str(tmp_path / "wide"), *inputs), "they differ in mlp_dim (8 and 16)"),
         (("--after", str(other), *inputs), "its tokenizer splits input 1 otherwise"),
+        (("--after", str(swapped), *inputs), "its tokenizer writes some token otherwise"),
         (("--after", "absent", *inputs), "absent"),
         (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
         (("--after", "round-1", *inputs, "--samples", "3"), "--samples need --scorer"),

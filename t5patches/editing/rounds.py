@@ -192,3 +192,8 @@ def _check_alike(
                 f"{folder} is no edit of the original: its tokenizer splits input {number} "
                 "otherwise"
             )
+    every = range(min(tokenizer.vocab_size, of_original.vocab_size))
+    if tokenizer.decode(every).text != of_original.decode(every).text:
+        raise ValueError(
+            f"{folder} is no edit of the original: its tokenizer writes some token otherwise"
+        )
