@@ -46,6 +46,11 @@ def test_phrases_are_ranked_by_how_much_they_are_overused_at_least():
     assert overused(SAID, SAID) == []
 
 
+def test_words_of_phrases_are_whole_with_their_combining_marks():
+    (phrase,) = overused(["यह एक हिन्दी वाक्य"] * 9, HUMAN)
+    assert phrase.text == "यह एक हिन्दी वाक्य"
+
+
 @pytest.mark.parametrize(("said", "human"), [(["... !"], HUMAN), (SAID, ["—"])])
 def test_without_words_there_is_nothing_to_compare(said, human):
     with pytest.raises(ValueError, match="have no words, so there is nothing to compare"):

@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.progress import Progress
 from t5patches.editing.batches import example_batches, largest, largest_shapes
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
 from t5patches.editing.plan import require_room
+from t5patches.editing.words import MARKS, UNSPACED, WORD
 from t5patches.model.batches import Group, by_length
 from t5patches.model.generate import generate, working_memory
 from t5patches.model.memory import beside as memory_beside
@@ -33,18 +35,17 @@ from t5patches.runs.claims import make_part
 Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
 
-_WORD = re.compile(r"\w[\w'’\-]*")
-_SENTENCE_START = re.compile(r"(?:^|[.!?:])\W*$")
 _BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
-# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces: a run of letters is no word.
-_LAST_WORD = re.compile("[^\\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]*$")
+# Of a text read backwards. Where there are no spaces, a run of letters is no word.
+_LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
 
 
 def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     """A rule that marks words and phrases, whole words only.
 
     Args:
-        words: what to mark. A space in a phrase matches any white space.
+        words: what to mark. A space in a phrase matches any white space, and an accent matches
+            whether it is a part of its letter or a character of its own.
         ignore_case: whether "Paris" on the list marks "PARIS".
 
     Returns:
@@ -65,8 +66,11 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     parts = [word.split() for word in words]
     if not parts or not all(parts):
         raise ValueError("a word list needs words, and none of them empty")
+    # "é" is one character, or "e" and an accent: a text may have either, whichever the list has.
+    parts += [[unicodedata.normalize(f, w) for w in p] for p in parts for f in ("NFC", "NFD")]
+    expressions = dict.fromkeys(r"\s+".join(map(re.escape, part)) for part in parts)
     # The longest first: "new york city" wins over "new york".
-    phrases = sorted((r"\s+".join(map(re.escape, p)) for p in parts), key=len, reverse=True)
+    phrases = sorted(expressions, key=len, reverse=True)
     return pattern(whole_words("|".join(phrases)), flags=re.IGNORECASE if ignore_case else 0)
 
 
@@ -79,7 +83,7 @@ def whole_words(expression: str) -> str:
     Returns:
         The expression for `pattern`.
     """
-    return rf"(?<!\w)(?:{expression})(?!\w)"
+    return rf"(?<!\w)(?<![{MARKS}])(?:{expression})(?![\w{MARKS}])"
 
 
 def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
@@ -133,10 +137,12 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         ['New York', 'Ann']
     """
     names: list[Span] = []
-    for match in _WORD.finditer(output):
+    last = None  # where the word before ends
+    for match in WORD.finditer(output):
         start, end = match.span()
-        before = output[:start]
-        if not match.group()[0].isupper() or _SENTENCE_START.search(before):
+        begins = last is None or any(sign in output[last:start] for sign in ".!?:")
+        last = end
+        if begins or not match.group()[0].isupper():
             continue
         joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
         names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
@@ -694,11 +700,11 @@ def _spans_of_whole_words(
     """What a rule marks, which is not shown the last word where the length cut it off."""
     text = said.text
     if not {*tokenizer.end_ids} & {*said.ids}:
-        text = _LAST_WORD.sub("", text, count=1)
+        text = _LAST_WORD.sub("", text[::-1], count=1)[::-1]
     return find_spans(rule, inputs, text)
 
 
 def _words(text: str, ignore_case: bool) -> str:
     """The text's words with a space around each, so that `in` compares whole words."""
-    words = " ".join(re.findall(r"\w+", text))
+    words = " ".join(re.findall(rf"[\w{MARKS}]+", unicodedata.normalize("NFC", text)))
     return f" {words.casefold() if ignore_case else words} "

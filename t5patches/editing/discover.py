@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +14,13 @@ from typing import NamedTuple
 from rich.progress import Progress
 
 from t5patches.editing.collect import CollectSettings, asked, let_speak, require_room
+from t5patches.editing.words import WORD
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
 from t5patches.runs.files import write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
-_WORD = re.compile(r"\w[\w'’\-]*")
 _LONGEST = 4  # words in a phrase
 _LEAST = 3  # outputs with it: what one or two of them say is no habit
 _SURE = 1.96  # standard errors
@@ -192,7 +191,7 @@ def _counts(texts: Iterable[str]) -> tuple[collections.Counter[str], collections
 def _phrases(text: str) -> Iterator[str]:
     run: list[str] = []
     last = 0
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         if text[last : match.start()].strip():
             run = []
         run = [*run[-_LONGEST + 1 :], match.group().lower()]
