@@ -8,6 +8,11 @@ import jax
 import numpy as np
 import pytest
 from editing_samples import example, logits, tiny_model, tiny_params, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+from sacrebleu.metrics import BLEU
 
 from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.data import Example, to_arrays
@@ -29,6 +34,7 @@ from t5patches.editing.evaluate import (
     scores_of_several,
     similarity,
 )
+from t5patches.editing.words import words
 from t5patches.model.decoder.model import small_decoder
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -76,6 +82,64 @@ def test_similarity_of_changed_outputs():
     assert found["rouge_l"].value == pytest.approx(100 * np.mean(f))
     assert 40 < found["bleu"].value < 90
     assert found["bleu"].error > 0
+
+
+SCRIPTS = {
+    # A text, one that has half of its words, and one that has none of them.
+    "English": ("the mayor's 2nd fire", "the mayor's own car", "in Paris"),
+    "Russian": ("Пожар в Париже", "Пожар в Риме уже", "Она спала"),
+    "Hindi": ("राम हिन्दी में पढ़ता", "राम हिन्दी था सोता", "रामायण"),
+    "Arabic": ("حريق في باريس", "حريق في روما ليلا", "نامت"),
+    "Korean": ("파리 박물관 화재", "파리 박물관 홍수 뉴스", "서울"),
+    "Japanese": ("火事で閉鎖", "火事で雨", "東京"),
+    "Thai": ("ไฟไหม้", "ไฟไป", "ปลา"),
+    "one word": ("yes", "yes no", "no"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_similarity_is_by_words_of_any_script(script):
+    same, half, other = ([Example("", text, (), (), (1,), (False,))] for text in SCRIPTS[script])
+    found = [similarity(new * 3, same * 3) for new in (same, half, other)]
+    for name in ("bleu", "rouge_l"):
+        whole, part, nothing = (measures[name] for measures in found)
+        assert (whole.value, whole.error) == (100, 0)
+        assert 10 < part.value < 80
+        assert nothing.value == 0
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.text(st.sampled_from("aZ9 .'é\u0301राम火ไ่가🙂\n"), max_size=9), min_size=2, max_size=4
+    )
+)
+def test_equal_texts_are_whole_and_others_are_not_above(texts):
+    same = [Example("", text, (), (), (1,), (False,)) for text in texts]
+    for found in (similarity(same, same), quality(same, [["x", text] for text in texts])):
+        assert {(m.value, m.error) for name, m in found.items() if name != "exact"} == {(100, 0)}
+    turned = similarity(same[::-1], same)
+    assert all(0 <= turned[name].value <= 100 + 1e-9 for name in ("bleu", "rouge_l"))
+
+
+ENGLISH = [
+    "The mayor's 2nd \"re-election\" (2019-20) cost $3,400.50; wasn't it?",
+    "A U.S. e_mail at 12:30pm -- ‘quoted’, it’s said…\tThree\nlines!",
+    "the mayor sold the bridge in New York for £2.5m, she said",
+]
+
+
+def test_words_and_scores_of_english_are_the_libraries_own():
+    assert [words(text) for text in ENGLISH] == [*map(DefaultTokenizer().tokenize, ENGLISH)]
+    new = [text.replace("the", "a") for text in ENGLISH]
+    found = similarity(
+        [Example("", text, (), (), (1,), (False,)) for text in new],
+        [Example("", text, (), (), (1,), (False,)) for text in ENGLISH],
+    )
+    assert found["bleu"].value == BLEU().corpus_score(new, [ENGLISH]).score
+    scorer = RougeScorer(["rougeL"])
+    overlap = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(new, ENGLISH, strict=True)]
+    assert found["rouge_l"].value == pytest.approx(100 * np.mean(overlap))
 
 
 def test_outputs_must_be_paired():

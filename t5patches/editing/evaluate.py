@@ -28,6 +28,7 @@ from t5patches.editing.batches import example_batches, largest_shapes
 from t5patches.editing.data import Batch, Example
 from t5patches.editing.plan import require_room
 from t5patches.editing.scores import Scorer, score
+from t5patches.editing.words import spaced, words
 from t5patches.model.memory import beside as memory_beside
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
@@ -388,6 +389,7 @@ def similarity(after: Sequence[Example], before: Sequence[Example]) -> dict[str,
     Returns:
         `bleu` (sacrebleu, corpus level, error by its bootstrap), `rouge_l` (F-measure),
         `exact_match`, and `exact_match_clean` over outputs that had nothing unwanted, in percent.
+        In scripts without spaces between words, each character counts as one.
 
     Raises:
         ValueError: the numbers of outputs differ.
@@ -673,14 +675,37 @@ def _percent(measure: Measure) -> Measure:
     return Measure(100 * measure.value, 100 * measure.error, samples)
 
 
+class _Words:
+    """Words of any script for `rouge_score`, whose own are runs of a-z and 0-9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
+
+
 def _overlap(reference: str, output: str) -> float:
-    return RougeScorer(["rougeL"], use_stemmer=False).score(reference, output)["rougeL"].fmeasure
+    # Nothing is as like as the same, also where there are no words in it.
+    return 1.0 if output == reference else _ROUGE.score(reference, output)["rougeL"].fmeasure
 
 
 def _bleu(new: list[str], references: Sequence[Sequence[Any]]) -> Measure:
-    metric = BLEU()
-    score = metric.corpus_score(new, references, n_bootstrap=BOOTSTRAP_SAMPLES)
+    """Corpus BLEU of `references` as sacrebleu takes them: the first of each, the second of each.
+
+    Words are sacrebleu's own (`13a`), but for scripts without spaces, of which each character is
+    one. Where no output has four words, n-grams are as long as there are any.
+    """
+    count = len(new)
+    if all(output in texts for output, *texts in zip(new, *references, strict=True)):
+        return Measure(100.0, 0.0 if count > 1 else math.nan)  # 0 to sacrebleu, if without words
+    metric = BLEU(effective_order=True)
+    score = metric.corpus_score(
+        [spaced(text) for text in new],
+        [[text and spaced(text) for text in column] for column in references],
+        n_bootstrap=BOOTSTRAP_SAMPLES,
+    )
     # The only public way to the bootstrap's interval, which is absent where all scores are 0.
     found = json.loads(score.format(8, signature=str(metric.get_signature()), is_json=True))
     error = found["confidence_var"] / _TWO_SIDED_95 if "confidence_var" in found else math.nan
-    return Measure(score.score, error if len(new) > 1 else math.nan)
+    return Measure(score.score, error if count > 1 else math.nan)
