@@ -11,10 +11,11 @@ from editing_samples import model_folder, tokenizer
 from rich.console import Console
 
 from t5patches import cli
+from t5patches.commands.annotate import _result
 from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import speak
 from t5patches.editing.collect import CollectSettings, collect
-from t5patches.editing.data import only_where_marked, read_examples
+from t5patches.editing.data import Example, only_where_marked, read_examples
 from t5patches.editing.rules import Rules, read_rules
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import load_model
@@ -265,6 +266,16 @@ def test_the_command_expands_everywhere(folder, tmp_path, capsys):
     assert f"\n{found} alternatives are unwanted too" in shown.out
     assert [only_where_marked(e) for e in everywhere] == marked
     assert everywhere != marked
+
+
+def test_the_error_of_prevalence_is_over_inputs():
+    """A hundred outputs that are alike tell no more of other inputs than one of them."""
+    said = [Example(text, "x", (), (), (5, 1), (text == "bad", False)) for text in ("bad", "good")]
+    for samples in (1, 100):
+        outputs = [example for example in said for _ in range(samples)]
+        found = _result(outputs, Rules({}), (1,))
+        assert (found["prevalence"], found["prevalence_error"]) == (50, 50)
+    assert _result(said[:1] * 9, Rules({}), (1,))["prevalence_error"] is None
 
 
 def test_the_command_answers_scripts(folder, tmp_path, capsys):

@@ -40,6 +40,7 @@ Prints how much is unwanted, by rule, and examples. Repeat a command that was ki
 from __future__ import annotations
 
 import argparse
+import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -271,14 +272,19 @@ def run(options: argparse.Namespace) -> int:
 
 def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -> dict[str, Any]:
     from t5patches.editing.collect import marked_tokens
-    from t5patches.editing.evaluate import prevalence
+    from t5patches.editing.evaluate import ratio
 
-    found = prevalence(examples)
+    unwanted = [any(example.marked) for example in examples]
+    # Outputs to the same input are alike: what tells of others is the number of inputs.
+    by_input = collections.defaultdict(list)
+    for example, bad in zip(examples, unwanted, strict=True):
+        by_input[example.inputs].append(bad)
+    share = ratio([sum(row) for row in by_input.values()], [len(row) for row in by_input.values()])
     return {
         "outputs": len(examples),
-        "unwanted": sum(any(example.marked) for example in examples),
-        "prevalence": found["prevalence"].value,
-        "prevalence_error": found["prevalence"].error if len(examples) > 1 else None,
+        "unwanted": sum(unwanted),
+        "prevalence": 100 * share.value,
+        "prevalence_error": 100 * share.error if len(by_input) > 1 else None,
         "tokens": sum(len(example.marked) for example in examples),
         "marked_tokens": marked_tokens(examples),
         "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),

@@ -45,5 +45,5 @@ For example, from a folder to an edited one::
     edited = train(model, params, arrays, settings, pathlib.Path("run")).params
     after = marked(edited)
     save_checkpoint(pathlib.Path("edited"), model, edited, like=pathlib.Path("model"))
-    print(prevalence(before)["prevalence"], prevalence(after)["prevalence"])
+    print(*(prevalence(said)["prevalence"].value for said in (before, after)))
 """

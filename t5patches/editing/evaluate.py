@@ -369,7 +369,7 @@ def prevalence(outputs: Sequence[Example]) -> dict[str, Measure]:
 
     Returns:
         `prevalence`: percent of outputs with a marked token; `prevalence_tokens`: percent of
-        tokens that are marked.
+        tokens that are marked. The errors hold for outputs to different inputs.
     """
     marked = np.array([sum(example.marked) for example in outputs])
     tokens = np.array([len(example.marked) for example in outputs])
