@@ -13,7 +13,7 @@ from rich.console import Console
 from t5patches import cli
 from t5patches.commands.annotate import _result
 from t5patches.editing import annotate as annotate_module
-from t5patches.editing.annotate import speak
+from t5patches.editing.annotate import pattern, speak
 from t5patches.editing.collect import CollectSettings, collect
 from t5patches.editing.data import Example, only_where_marked, read_examples
 from t5patches.editing.rules import Rules, read_rules
@@ -115,6 +115,29 @@ def test_a_run_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_outputs_are_kept_for_other_rules_and_their_marks_are_not(given, tmp_path, monkeypatch):
+    model, inputs, rules = given
+    gap = Rules({**rules.rules, "gap": pattern(r"\s(?=\S)")}, "gap")
+    edits = tmp_path / "edits.jsonl"
+    with pytest.raises(ValueError, match=r"^output \d, '.*': rule 'gap' marks .* covers no tok"):
+        collect(model, inputs, gap, edits, SETTINGS)
+    # Rollouts by these rules are made, and the run is killed.
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.editing.collect.examples_text", None)
+        with pytest.raises(TypeError, match="'NoneType' object"):
+            collect(*given, edits, SETTINGS)
+    other = Rules({"other": pattern(r"\S*[aeiou]\S*")}, "other")
+    whole = collect(model, inputs, other, tmp_path / "whole.jsonl", SETTINGS)
+
+    def generate(*arguments, real=annotate_module.generate, **options):
+        assert "numbers" not in options, "outputs are made again"
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(annotate_module, "generate", generate)
+    assert collect(model, inputs, other, edits, SETTINGS) == whole
+    assert list(tmp_path.iterdir()) == [edits, tmp_path / "whole.jsonl"]
+
+
 def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     model, inputs, rules = given
     output = tmp_path / "edits.jsonl"
@@ -124,7 +147,6 @@ def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
             collect(*given, output, SETTINGS)
     for other, difference in [
         ((model, inputs[1:], rules), "inputs"),
-        ((model, inputs, Rules(rules.rules, "other")), "rules"),
         ((model._replace(params={"x": np.ones(2)}), inputs, rules), "model"),
     ]:
         with pytest.raises(ValueError, match=f"holds another run, which differs in {difference}"):

@@ -106,6 +106,7 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
     monkeypatch.setattr(discover_module, "overused", kept)
     assert annotate(*against) == 130
     assert not (tmp_path / "rules.toml").exists()
+    (tmp_path / "human.txt").write_text("\n".join([*HUMAN, "one text more"]))
     with monkeypatch.context() as patched:
         patched.setattr("t5patches.editing.annotate.generate", None)
         assert annotate(*against, "--json") == 0
@@ -114,7 +115,7 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
     found = json.loads(capsys.readouterr().out)["phrases"]
     assert found[0]["text"] == "is a testament to"
     assert read_rules(tmp_path / "rules.toml")
-    assert "more than twice as often as 1000 texts by people" in (
+    assert "more than twice as often as 1001 texts by people" in (
         (tmp_path / "rules.toml").read_text()
     )
     assert not (tmp_path / "rules.toml.work").exists()

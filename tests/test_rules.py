@@ -79,6 +79,11 @@ def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
     assert both.fingerprint != rules(text + "\n").fingerprint
     (tmp_path / "w.txt").write_text("Paris")
     assert both.fingerprint != rules(text).fingerprint
+    (tmp_path / "my_rules.py").write_text("def f(inputs, output):\n    return []\n")
+    called = "[[rule]]\ncall = 'my_rules:f'"
+    earlier = rules(called)
+    (tmp_path / "my_rules.py").write_text("def f(inputs, output):\n    return [(0, 1)]\n")
+    assert earlier.fingerprint != rules(called).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ the inputs ask for are among them.
 
 An input may be a conversation: {"messages": [{"role": "user", "content": "..."}]} a line.
 
-Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on.
+Prints how much is unwanted, by rule, and examples. Repeat a command that was killed to go on, also
+with other rules: what the model has said by then stays.
 
   t5patches annotate --model SmolLM2-135M-Instruct --inputs news.txt --rules rules.toml \
       --expand 32 --output edits.jsonl

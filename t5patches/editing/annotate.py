@@ -287,17 +287,36 @@ def annotate(
         One example for each output, with nothing marked where the rule finds nothing.
 
     Raises:
-        ValueError: the numbers of inputs and outputs differ, or the rule returns bad spans.
+        ValueError: the numbers of inputs and outputs differ, or the rule returns bad spans, of
+            which the output is told and the rule, where it is one of several.
     """
     if len(inputs) != len(outputs):
         raise ValueError(f"got {len(inputs)} inputs and {len(outputs)} outputs: one each is needed")
     examples = []
     given = [None] * len(inputs) if prompts is None else prompts
-    for source, ids, prompt in zip(inputs, outputs, given, strict=True):
+    for number, (source, ids, prompt) in enumerate(zip(inputs, outputs, given, strict=True), 1):
         said = tokenizer.decode(ids)
-        spans = _spans_of_whole_words(rule, source, said, tokenizer)
-        examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
+        try:
+            spans = _spans_of_whole_words(rule, source, said, tokenizer)
+            _require_tokens(rule, source, said, spans)
+            examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
+        except ValueError as error:
+            raise ValueError(f"output {number}, {said.text!r:.300}: {error}") from error
     return examples
+
+
+def _require_tokens(rule: Rule, inputs: Inputs, said: TokenizedText, spans: Sequence[Span]) -> None:
+    """Refuses white space that is of no token; `make_example` could not name the rule."""
+    several = getattr(rule, "rules", {})  # by name, as `t5patches.editing.rules.Rules` has them
+    for start, end in spans:
+        if said.text[start:end].strip() or any(token_mask(said, [(start, end)])):
+            continue
+        for name, one in several.items():
+            if (start, end) in find_spans(one, inputs, said.text):
+                raise ValueError(
+                    f"rule {name!r} marks [{start}, {end}] ({said.text[start:end]!r}), which "
+                    "covers no token: let it mark what stands beside it too"
+                )
 
 
 def until_end(rows: np.ndarray, end_ids: Sequence[int]) -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """From a model, inputs and rules to the file of unwanted outputs that an edit takes.
 
 What takes long (outputs, rollouts) is kept beside the file until it is whole, so that a killed run
-goes on when it is repeated.
+goes on when it is repeated. Outputs are kept for other rules too, with which one may come back.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def collect(
         inputs: the source texts, or conversations.
         rules: say what is unwanted.
         output: the file to write, one example a line; it appears whole or not at all. Until then
-            `OUTPUT.work` holds what is finished.
+            `OUTPUT.work` holds what is finished: the outputs, whatever the rules, and the rollouts
+            by these rules.
         settings: how many outputs, and how.
         progress: shows how far it is, and before the rollouts how many there are to make.
 
@@ -109,7 +110,7 @@ def collect(
         ValueError: the file exists, `OUTPUT.work` is of another run, a setting does not fit the
             model, or a batch does not fit into memory.
     """
-    output, described = Path(output), _describe(model, inputs, rules, settings)
+    output, described = Path(output), describe(model, inputs, settings)
     work = Path(f"{output}.work")
     exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
     # A run that was killed as it cleaned up behind itself has its output, and goes on.
@@ -121,6 +122,7 @@ def collect(
     parts = Parts(work, described)
     examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
+        by_rules = f"by-{json_fingerprint(rules.fingerprint)[:16]}"
         examples = expand_negatives(
             examples,
             rules,
@@ -132,7 +134,7 @@ def collect(
             everywhere=settings.everywhere,
             rollout_length=settings.rollout_length,
             batch_size=settings.batch_size,
-            keep=parts.get,
+            keep=lambda name, make: parts.get(f"{name}-{by_rules}", make),
             progress=progress,
         )
     text = examples_text(examples)
@@ -240,10 +242,17 @@ def asked(model: LoadedModel, inputs: Sequence[Inputs]) -> dict[str, str]:
     }
 
 
-def _describe(
-    model: LoadedModel, inputs: Sequence[Inputs], rules: Rules, settings: CollectSettings
+def describe(
+    model: LoadedModel, inputs: Sequence[Inputs], settings: CollectSettings
 ) -> dict[str, object]:
-    return asked(model, inputs) | {
-        "rules": rules.fingerprint,
-        "settings": dataclasses.asdict(settings),
-    }
+    """What outputs depend on, whatever is then made of them.
+
+    Args:
+        model: the model.
+        inputs: the source texts, or conversations.
+        settings: how many outputs, and how.
+
+    Returns:
+        The run, for `t5patches.runs.claims.Parts`.
+    """
+    return asked(model, inputs) | {"settings": dataclasses.asdict(settings)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import math
 import os
@@ -13,13 +12,12 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from t5patches.editing.collect import CollectSettings, asked, let_speak, require_room
+from t5patches.editing.collect import CollectSettings, describe, let_speak, require_room
 from t5patches.editing.words import WORD
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
 from t5patches.runs.files import write_file
-from t5patches.runs.fingerprints import json_fingerprint
 
 _LONGEST = 4  # words in a phrase
 _LEAST = 3  # outputs with it: what one or two of them say is no habit
@@ -137,7 +135,7 @@ def discover(
         inputs: the source texts, or conversations.
         human: texts by people.
         output: the TOML file to write; it appears whole or not at all. Until then `OUTPUT.work`
-            holds the outputs that are made.
+            holds the outputs that are made, whatever they are compared with.
         settings: how many outputs, and how.
         most: rules to offer at the most.
         progress: shows how far it is.
@@ -152,12 +150,8 @@ def discover(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
-    described = asked(model, inputs) | {
-        "human": json_fingerprint(list(human)),
-        "settings": dataclasses.asdict(settings),
-    }
     require_room(model, inputs, settings)
-    parts = Parts(f"{output}.work", described)
+    parts = Parts(f"{output}.work", describe(model, inputs, settings))
     examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
     phrases = overused([example.outputs for example in examples], human, most=most)
     about = (

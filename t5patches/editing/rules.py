@@ -85,7 +85,8 @@ class Rules:
 
     Attributes:
         rules: by name; called like any rule, this marks what any of them marks.
-        fingerprint: another one where the file or a list of words that it names is another.
+        fingerprint: another one where the file is another, or a list of words or a module that
+            it names.
     """
 
     rules: Mapping[str, Rule]
@@ -178,8 +179,11 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             problems.append(f"line {line}, {wrong.key or '[[rule]]'}: {wrong}")
     if problems:
         raise ValueError(told(f"{path}:", problems, "bad rule"))
-    lists = [(path.parent / t["words_file"]).read_bytes() for t in tables if "words_file" in t]
-    return Rules(rules, hashlib.sha256(b"".join([content, *lists])).hexdigest())
+    lists = [path.parent / table["words_file"] for table in tables if "words_file" in table]
+    called = [sys.modules[t["call"].partition(":")[0]] for t in tables if "call" in t]
+    named = [*lists, *(m.__file__ for m in called if getattr(m, "__file__", None))]
+    contents = [content, *(Path(file).read_bytes() for file in named)]
+    return Rules(rules, hashlib.sha256(b"".join(contents)).hexdigest())
 
 
 def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[..., Any]:
