@@ -24,6 +24,7 @@ from t5patches.editing.data import (
     pad_rows,
     read_examples,
     read_inputs,
+    read_kept,
     said_is_pushed_down,
     to_arrays,
     token_mask,
@@ -32,6 +33,7 @@ from t5patches.editing.data import (
     within,
     write_examples,
 )
+from t5patches.editing.other_text import read_other_text
 from t5patches.editing.templates import read_templates
 from t5patches.model.tokenizer import SentencePieceTokenizer
 from t5patches.runs.files import write_file
@@ -263,10 +265,39 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     assert read_templates(tmp_path / "t.txt") == ("{inputs} TL;DR",)
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.Jsonl"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.Jsonl", "x.ndjson"])
 def test_json_lines_are_known_by_the_name_of_their_file(tmp_path, name):
     path = write_lines(tmp_path / name, {"inputs": "a fire"})
     assert read_inputs(path) == [Source("a fire")]
+    assert read_kept(path, tokenizer()) == [Source("a fire")]
+    path = write_lines(tmp_path / name, {"inputs": "a fire", "outputs": "in Paris"})
+    (other,) = read_other_text(path, tokenizer(), tokenizer(), 99)
+    assert (other.inputs, other.outputs) == ("a fire", "in Paris")
+
+
+def test_lines_end_as_on_any_system(tmp_path):
+    path = tmp_path / "x.txt"
+    for text in (b"a fire\ra flood\r", b"a fire\r\n\r\na flood", b"a fire\n\ra flood\r\n"):
+        path.write_bytes(text)
+        assert read_inputs(path) == [Source("a fire"), Source("a flood")]
+    path.write_bytes(b"a fire\r\n\xff\r")
+    with pytest.raises(ValueError, match=r"1 bad line\n  line 2: not UTF-8"):
+        read_inputs(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_text_in_utf16_is_refused_by_its_nul_bytes(tmp_path, encoding):
+    (tmp_path / "x.txt").write_bytes("a fire\na flood".encode(encoding))
+    with pytest.raises(ValueError, match=r"line 1: it holds a NUL byte, as text in UTF-16 does"):
+        read_inputs(tmp_path / "x.txt")
+
+
+def test_what_is_kept_has_no_correction(tmp_path):
+    """Corrective fine-tuning would train on it, and not on the output that is to stay."""
+    line = {"inputs": "a fire", "outputs": "in Paris", "corrected_targets": "in Rome"}
+    path = write_lines(tmp_path / "x.jsonl", line)
+    with pytest.raises(ValueError, match=r"line 1: 'corrected_targets' .* is kept: leave it out"):
+        read_kept(path, tokenizer())
 
 
 def test_lines_that_are_not_utf8_are_named(tmp_path):

@@ -149,7 +149,7 @@ def _add_closeness(group: Any) -> None:
         "--pretraining",
         metavar="FILE",
         help="other text whose likelihood is raised beside the score: a text file with one text a "
-        'line, or a .jsonl file with {"inputs": "...", "outputs": "..."} a line',
+        'line, or a .jsonl or .ndjson file with {"inputs": "...", "outputs": "..."} a line',
     )
     group.add_argument(
         "--pretraining-weight",

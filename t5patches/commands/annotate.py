@@ -144,7 +144,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs",
         metavar="FILE",
         required=True,
-        help='a text file with one input a line, or a .jsonl file with {"inputs": "..."} a line',
+        help="a text file with one input a line, or a .jsonl or .ndjson file with "
+        '{"inputs": "..."} a line',
     )
     common.add_chat_option(parser)
     parser.add_argument(

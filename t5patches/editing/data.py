@@ -41,6 +41,8 @@ PAIR_FIELDS = frozenset({"inputs", "negative_targets", "corrected_targets"})
 SPAN_FIELDS = frozenset({"inputs", "outputs", "spans"})
 OPTIONAL_FIELDS = frozenset({"tokens", "edits", "corrected_targets", "chat", "prompt"})
 ROLES = ("system", "user", "assistant")
+JSON_LINES = (".jsonl", ".ndjson")
+"""How the names of files end that hold a JSON object a line; other files hold a text a line."""
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -212,7 +214,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
     """Reads what the model is to be given.
 
     Args:
-        path: a file whose name ends in `.jsonl` or `.JSONL`, with
+        path: a file whose name ends in one of `JSON_LINES`, in small letters or large ones, with
             `{"inputs": "...", "references": ["..."]}` a line (`references` and `meta` may be
             absent; `messages` may stand for `inputs`), or any other text file, with one input a
             line. Blank lines are skipped.
@@ -224,7 +226,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
         ValueError: some lines are bad (all of them are named, by number and reason), or there are
             none.
     """
-    if Path(path).suffix.lower() == ".jsonl":
+    if Path(path).suffix.lower() in JSON_LINES:
         return read_lines(
             path, lambda line: _source(fields_of(line)), 'inputs: write {"inputs": "..."} a line'
         )
@@ -241,9 +243,8 @@ def read_kept(
     """Reads inputs to which the model is to answer as it does, with or without what it answers.
 
     Args:
-        path: see `read_inputs`. A line of a `.jsonl` file may also have `outputs`, with `tokens`,
-            `chat` and `prompt` as a marked output may; `spans` and `edits`, where there are any,
-            are empty.
+        path: see `read_inputs`. A line of JSON may also have `outputs`, with `tokens`, `chat` and
+            `prompt` as a marked output may; `spans` and `edits`, where there are any, are empty.
         tokenizer: the model's.
         max_input_length: see `read_examples`.
         max_output_length: see `read_examples`.
@@ -263,6 +264,11 @@ def read_kept(
             source = _source(fields) if json_lines else Source(line)
             _check_length("inputs", len(tokenizer.encode_prompt(source.inputs)), max_input_length)
             return source
+        if "corrected_targets" in fields:
+            raise ValueError(
+                "'corrected_targets' says how the output should have read, and this is a file of "
+                "what is kept: leave it out, or give the line as data"
+            )
         example = _example({"spans": [], **fields}, tokenizer)
         pushed = {at for at, marked in enumerate(example.marked) if marked} | {*example.negatives}
         if pushed:
@@ -274,7 +280,7 @@ def read_kept(
         _check_length("outputs", len(example.output_ids), max_output_length)
         return example
 
-    json_lines = Path(path).suffix.lower() == ".jsonl"
+    json_lines = Path(path).suffix.lower() in JSON_LINES
     return read_lines(path, parse, "inputs to keep the outputs of")
 
 
@@ -282,7 +288,8 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
     """Reads a text file line by line and tells everything that is wrong with it at once.
 
     Args:
-        path: of a file in UTF-8, with or without a byte-order mark. Blank lines are skipped.
+        path: of a file in UTF-8, with or without a byte-order mark. A line ends with
+            a line feed, a carriage return, or both; blank ones are skipped.
         parse: makes something of a line without white space at its ends, or raises `ValueError`.
         nothing: what the file has none of where it is empty.
 
@@ -295,7 +302,9 @@ def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing:
     """
     found, problems = [], []
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        ended = (line.removesuffix(b"\n").removesuffix(b"\r") for line in file)
+        lines = (part for line in ended for part in line.split(b"\r"))
+        for number, line in enumerate(lines, start=1):
             try:
                 text = _decoded(line)
                 if len(text) > MOST_CHARACTERS:
@@ -741,6 +750,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
 
 
 def _decoded(line: bytes) -> str:
+    if b"\0" in line:
+        raise ValueError("it holds a NUL byte, as text in UTF-16 does: save the file as UTF-8")
     try:
         # Editors put a byte-order mark at the start; files put together have it in the middle.
         return line.decode("utf-8").lstrip("\ufeff").strip()

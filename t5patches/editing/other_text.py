@@ -1,9 +1,9 @@
 """Other text, whose likelihood is kept while a model is trained towards a score (PPO-ptx).
 
-A file whose name ends in `.jsonl` has {"inputs": "...", "outputs": "..."} a line, where `messages`
-may stand for `inputs`: the outputs' likelihood counts. Any other file has one text a line, which
-begins where the model begins, with nothing before it; some of these may be told with their middle
-last (`t5patches.editing.fim`).
+A file whose name ends in `.jsonl` or `.ndjson` has {"inputs": "...", "outputs": "..."} a line,
+where `messages` may stand for `inputs`: the outputs' likelihood counts. Any other file has one text
+a line, which begins where the model begins, with nothing before it; some of these may be told with
+their middle last (`t5patches.editing.fim`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from t5patches.editing.data import (
+    JSON_LINES,
     Example,
     fields_of,
     inputs_of,
@@ -52,7 +53,7 @@ def read_other_text(
         ValueError: some lines are bad (all of them are named, by number and reason), or there are
             none; the tokenizer lacks a sentinel, or there are answers and no texts to transform.
     """
-    answers, rng = Path(path).suffix.lower() == ".jsonl", np.random.default_rng(seed)
+    answers, rng = Path(path).suffix.lower() in JSON_LINES, np.random.default_rng(seed)
     if fim is not None:
         fim.ids(plain)
         if answers:
