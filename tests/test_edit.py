@@ -312,9 +312,12 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     (place / "edits.jsonl").write_text(good)
     assert "'inputs' has 4 tokens and the limit is 3" in refused("--max-input-length", "3")
     assert "rates, cap and temperature mix several" in refused("--cap", "3")
-    assert "got 1 rates for 2" in refused(
-        "--data", place / "edits.jsonl", place / "edits.jsonl", "--rates", "1"
-    )
+    (place / "more.jsonl").write_text(good + "\n")
+    both = ("--data", place / "edits.jsonl", place / "more.jsonl")
+    assert "got 1 rates for 2" in refused(*both, "--rates", "1")
+    shutil.copy(place / "edits.jsonl", place / "more.jsonl")
+    for twice in (both, (*both[:2], both[1])):
+        assert f"{both[1]} and {twice[2]} are data of the same content: give it" in refused(*twice)
     assert "'nope'" in refused("--implementation", "nope")
     assert "objective is 'tn': one of ('tnff'" in refused("--objective", "tn")
     assert "optimizer is 'sgd': one of" in refused("--optimizer", "sgd")
@@ -527,9 +530,10 @@ def test_what_is_kept_goes_with_the_other_options_of_data(place, monkeypatch):
         monkeypatch.setattr(edit_module, name, lambda *_, **__: None)
     (place / "kept.txt").write_text("a cat sat on a mat on a mat\n\na dog\n")
     (place / "templates.txt").write_text("on {inputs}\n")
+    (place / "more.jsonl").write_text((place / "edits.jsonl").read_text() + "\n")
     job = Job(
         place / "tiny",
-        [place / "edits.jsonl"] * 2,
+        [place / "edits.jsonl", place / "more.jsonl"],
         place / "out",
         TrainSettings(steps=400, batch_size=4),
         keep=place / "kept.txt",

@@ -264,6 +264,7 @@ def check(job: Job) -> Checked:
     model, tokenizer = model_to_train(job.model, job.chat)
     model = model.replace(dropout_rate=job.dropout, dtype=dtype, remat=job.remat)
     _check_original(job)
+    _check_data(job.data)
     templates = None if job.templates is None else read_templates(job.templates)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
     all_examples = [example for part in sets for example in part]
@@ -492,6 +493,19 @@ def _check_original(job: Job) -> None:
             f"back: give those files as data too ({', '.join(left_out)}), or leave the original "
             "out, and the model itself is kept close to"
         )
+
+
+def _check_data(files: Sequence[PathLike]) -> None:
+    """Refuses to count data twice."""
+    seen: dict[str, PathLike] = {}
+    for file in files:
+        content = file_fingerprint(file)
+        if content in seen:
+            raise ValueError(
+                f"{os.fspath(seen[content])} and {os.fspath(file)} are data of the same content: "
+                "give it once, and rates (--rates) where it is to be drawn from more often"
+            )
+        seen[content] = file
 
 
 def _read_all(
