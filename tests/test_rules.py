@@ -151,6 +151,11 @@ TWO = '[[rule]]\nwords = ["x"]\n\n'
         (TWO + "[[rule]]\ngroup = 2\npattern = 'x'", "line 6, pattern: 'x' has no group 2"),
         (TWO + "[[rule]]\npattern = '\\s+'", r"line 5, pattern: '.*' matches white space alone"),
         (TWO + "[[rule]]\npattern = '[^a-z]+'", "line 5, pattern: .* matches white space alone"),
+        (
+            TWO + "[[rule]]\npattern = '(?i)cat'\nwhole_words = true",
+            r"line 5, pattern: '\(\?i\)cat' cannot be kept to whole words .global flags not at the "
+            r"start of the expression.: put it",
+        ),
         (TWO + '[[rule]]\nwords = ["x"]\ngroup = 1', "line 6, group: it does not go with words"),
         (TWO + "[[rule]]\nnames = 'all'", 'line 5, names: "capitalized" or "spacy" is needed'),
         (TWO + "[[rule]]\nnames = 'spacy'", "line 5, names: a model is needed beside it"),

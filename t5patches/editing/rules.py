@@ -306,7 +306,15 @@ def _pattern(table: Mapping[str, Any], folder: Path) -> Rule:
     # As it is in any case, so that what is wrong with it is said of what the user wrote.
     rule = pattern(expression, flags=flags, group=group)
     if table.get("whole_words"):
-        rule = pattern(whole_words(expression), flags=flags, group=group)
+        try:
+            rule = pattern(whole_words(expression), flags=flags, group=group)
+        except ValueError as error:
+            reason = getattr(error.__cause__, "msg", error)
+            raise _Wrong(
+                "pattern",
+                f"{expression!r} cannot be kept to whole words ({reason}): put it without "
+                "whole_words, or flags around a part, as in (?i:...)",
+            ) from error
     limited = _within(_SECONDS, rule, f"{expression!r}")
     probe = " a b\n1 "
     if any(not probe[start:end].strip() for start, end in limited("", probe)):
