@@ -333,7 +333,7 @@ def gpu(result: dict) -> str:
     dense, ours = (head["tnff", what] for what in ("dense", "pallas_gpu"))
     return _measured(
         "`make bench-gpu`: 8192 tokens, device time, median; T5Patches' formula in JAX (dense) and "
-        "by `torch.compile`, streaming XLA and the kernel. From hidden states at "
+        "by `torch.compile`, streaming XLA and an earlier kernel. From hidden states at "
         f"V = {dense['vocabulary']} (`tnff`, bfloat16): {ours['ms']:.0f} ms and "
         f"{ours['temporary_bytes'] / 2**30:.1f} GiB, dense {dense['ms']:.0f} ms and "
         f"{dense['temporary_bytes'] / 2**30:.1f} GiB. Empty: not timed.",
@@ -488,7 +488,8 @@ def frontier(result: dict) -> str:
 
     rows = result["rows"]
     curves = _measured(
-        "`make frontier`: the task of `make demo`, each method at some strengths, weak to strong. "
+        "`make frontier SEEDS=3`: the task of `make demo`, each method at some strengths, weak to "
+        "strong. "
         "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
         "sampled outputs have something unwanted (empty: not reached). Elsewhere: the same over "
         "the unmarked positions where the original gave less than 1% to all tokens together that "
@@ -638,9 +639,10 @@ def defaults(result: dict) -> str:
     shown = {name: defaults_.cells(defaults_.summary(result["rows"], name)) for name in names}
     over = f", ± over {seeds} orders of the data" if seeds > 1 else ""
     return _measured(
-        "`python -m bench.defaults`: the tutorial's edit (TNRF, sets of 32, Adafactor at 0.001, "
-        "100 updates of 32 examples), and the same with one option changed; columns as "
-        f"above, the same 600 held-out inputs for all{over}.",
+        f"`python -m bench.defaults --seeds {seeds}`: the tutorial's edit (TNRF, sets of all "
+        "alternatives tried, Adafactor at 0.001, "
+        "100 updates of 32 examples), and the same with one option changed; the same 600 held-out "
+        f"inputs for all{over}.",
         result["setting"],
         ["", *next(iter(shown.values()))],
         [[name, *cells.values()] for name, cells in shown.items()],
@@ -690,7 +692,11 @@ def ignored(result: dict) -> str:
         "float32; medians, and with `skip_ignored` the share of the time without it. Where half of "
         "the tokens are ignored, it is every other one, or 64 of 128 in a row.",
         result["setting"],
-        ["", "not skipping, ms", *(name.removesuffix(" / not") for name in shares)],
+        [
+            "",
+            "not skipping, ms",
+            *(name.removesuffix(" / not").replace("all", "none ignored") for name in shares),
+        ],
         rows,
     )
 
@@ -852,8 +858,8 @@ def pods(result: dict) -> str:
         "float32 and activations in bfloat16, Adafactor. GiB of a chip, each time T5Patches' loss "
         "/ ours / ours with a fused head, the original an argument in all three. Numbers a token: "
         "of four bytes, what the loss moves over `model`, and in how many collectives. ≈: by a "
-        "straight line through fewer layers of encoder and decoder, 1 and 3, as the largest batch "
-        f"is through two batches, for {pods.HBM_GIB} GiB of a chip's 32; on 64 and 512 chips one "
+        "straight line through fewer layers of encoder and decoder, 1 and 3; the largest batch by "
+        f"one through two batches, to {pods.HBM_GIB} GiB of a chip's 32. On 64 and 512 chips one "
         "program is compiled, and what it needs beyond the same one on 8 chips is added to what "
         f"is known of those. -: not compiled yet. Compiled: {'; '.join(compiled)}. "
         + "".join(

@@ -1,1 +1,1 @@
-"""Targeted negative training for T5: the network, the T5X drop-in and the editing loop."""
+"""Targeted negative training of language models: networks, editing loop, T5X drop-in."""

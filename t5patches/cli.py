@@ -120,7 +120,7 @@ def _version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="t5patches",
-        description="Stop a language model from saying what it must not, and change nothing else.",
+        description="Stop a language model from saying what it must not, and change little else.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

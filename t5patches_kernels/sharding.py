@@ -200,7 +200,9 @@ def _none_known(mesh: Any, names: _Names) -> None:
         f"vocab={names.vocab!r})"
     )
     if names.chosen:
-        raise ValueError(f"{what}: give names that it has to t5patches_kernels.mesh_axes.")
+        raise ValueError(
+            f"{what}: name axes that it has: t5patches_kernels.mesh_axes(batch=..., vocab=...)."
+        )
     warnings.warn(
         f"{what}: every device computes all of the loss. Say which axes split it with "
         "t5patches_kernels.mesh_axes(batch=..., vocab=...).",

@@ -17,9 +17,10 @@ model's hidden states learns what to expect, and is left out of OUTPUT.
   --reward DIR                  a reward model, which `t5patches reward` makes; it reads outputs as
                                 far as its positions go
 
-Only an adapter is trained (--lora): the model without it is the original. OUTPUT is a folder of the
-PEFT library, to lie beside the model (`evaluate` takes it with --base), or with --merge a whole
-folder. With it come align.json, the course of score, KL and length, and a section in README.md.
+By default only an adapter is trained (--lora 8): the model without it is the original. OUTPUT is a
+folder of the PEFT library, to lie beside the model (`evaluate` takes it with --base), or with
+--merge a whole folder; with --lora 0 all parameters are trained. With it come align.json, the
+course of score, KL and length, and a section in README.md.
 
 Where the KL or the length of outputs leaves its bounds, training stops: OUTPUT then holds the last
 checkpoint before, and the exit code is 1. So it is where the scorer fails on the way: mend it and

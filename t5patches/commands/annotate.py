@@ -3,7 +3,9 @@ r"""Let a model speak, mark what it must not say, and write the file that `edit`
 The model answers each of the inputs. Rules mark what is unwanted in its outputs:
 
   [[rule]]                       # rules.toml; any number of rules
+  name = "places"                # (with any rule) what the counts call it
   words = ["New York", "Rome"]   # whole words; or words_file = "words.txt", one a line
+  ignore_case = false            # default: true of words, false of patterns
 
   [[rule]]
   pattern = 'aged (\d+)'         # a regular expression; group = 1 marks a part of the match,
@@ -28,6 +30,8 @@ the inputs ask for are among them.
 
   t5patches annotate --model SmolLM2-135M-Instruct --inputs news.txt --temperature 1 \
       --discover --against written-by-people.txt --output rules.toml
+
+An output that was cut off by its length is judged without its last word.
 
 An input may be a conversation: {"messages": [{"role": "user", "content": "..."}]} a line.
 

@@ -1,4 +1,4 @@
-"""Stop a model from saying what a file marks, and change nothing else.
+"""Stop a model from saying what a file marks, and change little else.
 
 Reads the folder of a language model in Hugging Face's format (config.json, safetensors, its
 tokenizer) and one or several files of its outputs, one JSON object a line:
@@ -43,7 +43,7 @@ from t5patches.commands import common
 
 LESS_MEMORY = (
     "remove OUTPUT.unfinished and try a smaller --batch-size, or --truncate-inputs, --skip-longer, "
-    "--dtype bfloat16, --optimizer adafactor"
+    "--remat, --lora 8, --dtype bfloat16, --param-dtype bfloat16"
 )
 AGAIN = "repeat the command with --resume to go on"
 
@@ -111,8 +111,8 @@ def _add_training(group: Any) -> None:
         "--negatives",
         metavar="K",
         type=common.count,
-        help="ids that a marked position loses at most: 0 only the token that was said, more the "
-        "alternatives in the data, from `annotate --expand` (default: all that the data names; "
+        help="ids that a marked position loses at most. 0: the token that was said; K: that one "
+        "and its first alternatives in the data, from `annotate --expand` (default: all of these; "
         "none for nl, ce, unilogit, npo and dpo, which take none)",
     )
     group.add_argument(

@@ -442,7 +442,7 @@ def finished_run(directory: str | os.PathLike[str], params: Params) -> Trained |
 
 
 def training_progress(console: Console | None = None) -> Progress:
-    """A bar that shows each run with its loss, prevalence and speed.
+    """A bar that shows each run with its loss, marked tokens still likeliest, and speed.
 
     Args:
         console: where to draw; default the terminal's standard error.
@@ -1191,7 +1191,7 @@ class _Display:
         recent = {name: float(np.sum(_fetch({name: v[-20:]})[name])) for name, v in history.items()}
         parts = [f"loss {recent['loss'] / min(20, len(history['loss'])):.4f}"]
         if recent["marked"]:
-            parts.append(f"prevalence {100 * recent['said'] / recent['marked']:.0f}%")
+            parts.append(f"still likeliest {100 * recent['said'] / recent['marked']:.0f}%")
         rate = (done - self._first) * self._batch_size / (now - self._began)
         parts.append(f"{rate:.{0 if rate >= 10 else 1}f} examples/s")
         self._progress.update(self._task, completed=done, note=", ".join(parts))
