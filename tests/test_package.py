@@ -16,14 +16,6 @@ import t5patches_kernels
 from t5patches_kernels import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What the modules of a room import of ours, besides their own room.
-ROOMS = {
-    "t5patches_kernels": set(),
-    "t5patches/runs": set(),
-    "t5patches/model": {"t5patches_kernels", "t5patches.runs"},
-    "t5patches/t5x": {"t5patches_kernels", "t5patches.runs", "t5patches.model"},
-    "t5patches/editing": {"t5patches_kernels", "t5patches.runs", "t5patches.model"},
-}
 
 
 def _modules():
@@ -86,33 +78,6 @@ def test_the_t5x_part_says_how_to_get_t5x(name):
         "    print(error)"
     )
     assert "T5X is on no package index: clone https://github.com/google-research/t5x" in out
-
-
-def _imported(source):
-    """The modules that a source file imports, wherever in it; `from a import b` may be `a.b`."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _foreign(source, room):
-    """What a file of a room imports of ours that is in none of the rooms below it."""
-    allowed = (room.replace("/", "."), *ROOMS[room])
-    ours = [name for name in _imported(source) if name.startswith("t5patches")]
-    return [name for name in ours if not f"{name}.".startswith(tuple(f"{a}." for a in allowed))]
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_go_one_way(room):
-    for path in (ROOT / room).rglob("*.py"):
-        assert not _foreign(path.read_text(), room), path
-
-
-def test_an_import_of_a_room_above_is_found():
-    upwards = "def f():\n    from t5patches import editing\n    import t5patches.model.t5"
-    assert _foreign(upwards, "t5patches/t5x") == ["t5patches.editing"]
 
 
 def _lists_of_objectives(source):

@@ -223,7 +223,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
         The inputs in the order of the file.
 
     Raises:
-        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+        ValueError: some lines are bad (the first are named, by number and reason), or there are
             none.
     """
     if Path(path).suffix.lower() in JSON_LINES:
@@ -254,7 +254,7 @@ def read_kept(
         nothing marked.
 
     Raises:
-        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+        ValueError: some lines are bad (the first are named, by number and reason), or there are
             none.
     """
 
@@ -802,7 +802,7 @@ def _example(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
         tokenizer,
         negatives=_negatives(fields.get("edits", []), tokenizer),
         corrected=corrected,
-        prompt=_prompt(fields, tokenizer),
+        prompt=_prompt(fields),
     )
 
 
@@ -902,7 +902,7 @@ def _check_chat(fields: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         )
 
 
-def _prompt(fields: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+def _prompt(fields: Mapping[str, Any]) -> tuple[int, ...] | None:
     ids = fields.get("prompt")
     if ids is None:
         return None

@@ -50,7 +50,7 @@ def read_other_text(
         Examples with nothing marked, for `t5patches.editing.data.to_arrays`.
 
     Raises:
-        ValueError: some lines are bad (all of them are named, by number and reason), or there are
+        ValueError: some lines are bad (the first are named, by number and reason), or there are
             none; the tokenizer lacks a sentinel, or there are answers and no texts to transform.
     """
     answers, rng = Path(path).suffix.lower() in JSON_LINES, np.random.default_rng(seed)

@@ -147,7 +147,7 @@ def read_pairs(path: str | os.PathLike[str], tokenizer: Tokenizer) -> list[Pair]
         The pairs in the order of the file.
 
     Raises:
-        ValueError: some lines are bad, ties among them (all of them are named, by number and
+        ValueError: some lines are bad, ties among them (the first are named, by number and
             reason), or there are none.
     """
 

@@ -4,21 +4,8 @@ For a row of logits z of the model, and r of the original, p = softmax(z), q = s
 token that was said. What a method does not speak of, it does nothing about: where nothing of an
 output is pushed down, `npo` and `undial` stay close to the original, and the others do nothing.
 
-* `undial`: ``CE(q', p)`` where pushed down, q' of ``r - beta [j = y]``; ``CE(q, p)`` where kept.
-  Dong et al. 2024, "UNDIAL" (NAACL 2025, arXiv 2402.10052), whose beta is 3, 10 or 30. It is `tnff`
-  with a factor ``exp(-beta)`` in the place of 0.
-* `ceu`: ``CE(p', p)`` where pushed down, p' the model's own p without y, a constant. Yang 2025,
-  "CE-U" (arXiv 2503.01224). It is `tnff` with the model itself for its original.
-* `unilogit`: ``KL(p, p')`` where pushed down, p' the model's own p with ``p'[y] = 1 / V``, a
-  constant. The forget loss of Vasilev et al. 2025, "Unilogit" (ACL Findings, arXiv 2505.06027).
-* `npo`: ``-2 / beta log sigmoid(-beta h)`` of an output with anything pushed down, h the sum of
-  ``log p[y] - log q[y]`` over all of it; ``KL(q, p)`` of the tokens of other outputs. Eq. 3 of
-  Zhang et al. 2024, "Negative Preference Optimization" (arXiv 2404.05868), with their KL for what
-  is retained.
-* `dpo`: ``-log sigmoid(beta (h' - h))``, h' that of the correction. Eq. 7 of Rafailov et al. 2023,
-  "Direct Preference Optimization" (arXiv 2305.18290).
-* `ftpo`: a margin between logits and two tethers, see there. Paech et al. 2025, "Antislop" (arXiv
-  2510.15061).
+`undial`, `ceu` and `unilogit` are `targeted_negative_loss` under other names; `npo` and `dpo` are
+of whole outputs; `ftpo` is a margin between logits, and two tethers.
 
 The loss of an output is that of each of its tokens, so that outputs count by their tokens.
 """
@@ -73,7 +60,7 @@ class Given(NamedTuple):
         weights: [B, L].
         edits: the sets of the pushed-down tokens; None where it is the token that was said.
         alpha: multiplies the loss of what is pushed down.
-        beta: see the table.
+        beta: of `undial`, `npo` and `dpo`.
         options: of the linear losses.
         chosen: the corrections; None where nothing asks for them.
     """
@@ -92,7 +79,10 @@ class Given(NamedTuple):
 
 
 def undial(given: Given) -> TokenLoss:
-    """See the table of the module.
+    """UNDIAL: ``CE(q', p)`` where pushed down, q' of ``r - beta [j = y]``; ``CE(q, p)`` where kept.
+
+    It is `tnff` with a factor ``exp(-beta)`` in the place of 0.
+    Dong et al. 2024 (NAACL 2025, arXiv 2402.10052), whose beta is 3, 10 or 30.
 
     Args:
         given: of the batch.
@@ -110,7 +100,9 @@ def undial(given: Given) -> TokenLoss:
 
 
 def ceu(given: Given) -> TokenLoss:
-    """See the table of the module.
+    """CE-U: ``CE(p', p)`` where pushed down, p' the model's own p without y, a constant.
+
+    It is `tnff` with the model itself for its original. Yang 2025 (arXiv 2503.01224).
 
     Args:
         given: of the batch.
@@ -123,9 +115,10 @@ def ceu(given: Given) -> TokenLoss:
 
 
 def unilogit(given: Given) -> TokenLoss:
-    """See the table of the module.
+    """Unilogit: ``KL(p, p')`` where pushed down, p' the model's own p with ``p'[y] = 1 / V``.
 
-    With f the factor on y's mass, ``f p[y] / (f p[y] + 1 - p[y]) = 1 / V``.
+    p' is a constant; with f the factor on y's mass, ``f p[y] / (f p[y] + 1 - p[y]) = 1 / V``. The
+    forget loss of Vasilev et al. 2025 (ACL Findings, arXiv 2505.06027).
 
     Args:
         given: of the batch.
@@ -147,7 +140,10 @@ def unilogit(given: Given) -> TokenLoss:
 
 
 def npo(given: Given) -> TokenLoss:
-    """See the table of the module.
+    """NPO: ``-2 / beta log sigmoid(-beta h)`` of an output with anything pushed down.
+
+    h is the sum of ``log p[y] - log q[y]`` over all of it; tokens of other outputs have
+    ``KL(q, p)``. Eq. 3 of Zhang et al. 2024 (arXiv 2404.05868), with their KL for what is retained.
 
     Args:
         given: of the batch.
@@ -172,7 +168,10 @@ def npo(given: Given) -> TokenLoss:
 
 
 def dpo(given: Given) -> TokenLoss:
-    """See the table of the module.
+    """DPO: ``-log sigmoid(beta (h' - h))``, h of an output with anything pushed down.
+
+    h is the sum of ``log p[y] - log q[y]`` over it, h' that over its correction. Eq. 7 of Rafailov
+    et al. 2023 (arXiv 2305.18290).
 
     Args:
         given: of the batch.
@@ -220,7 +219,8 @@ def ftpo(given: Given) -> TokenLoss:
     with the defaults of the authors' trainer: epsilon 2, tau 1, lambda 0.4, lambda_t 0.05. Theirs
     are chosen by a sampler that went on from them; here C are the original's likeliest tokens
     outside the set that the data names, at most `PREFERRED`, each at least `MIN_P` times as likely
-    as the first of them. Logits are made one output at a time.
+    as the first of them. Logits are made one output at a time. Paech et al. 2025, "Antislop" (arXiv
+    2510.15061).
 
     Args:
         given: of the batch.

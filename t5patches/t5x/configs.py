@@ -11,8 +11,6 @@ from t5x.trainer import Trainer
 
 from t5patches_kernels import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 
-OBJECTIVES = TRAINING_OBJECTIVES
-
 
 def make_model(
     objective: str,
@@ -44,8 +42,8 @@ def make_model(
     Raises:
         ValueError: the objective is unknown, or is not targeted and `original_path` is given.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}")
+    if objective not in TRAINING_OBJECTIVES:
+        raise ValueError(f"objective must be one of {TRAINING_OBJECTIVES}, got {objective!r}")
     network = "DecoderOnlyModel" if decoder_only else "EncoderDecoderModel"
     suffix = "" if objective == "ce" else objective.upper()
     if feature_converter_cls is None:

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     import t5x.infer
 
     from t5patches import configs
-    from t5patches_kernels import TARGETED_NEGATIVE
+    from t5patches_kernels import TARGETED_NEGATIVE, TRAINING_OBJECTIVES
 
 HERE = pathlib.Path(__file__).parent
 PARENT = pathlib.Path(t5x.infer.__file__).parent / "examples" / "decoder_only" / "models"
@@ -130,7 +130,7 @@ def inferred(configure, stored, tmp_path):
 
 
 @each_kind
-@pytest.mark.parametrize("objective", configs.OBJECTIVES)
+@pytest.mark.parametrize("objective", TRAINING_OBJECTIVES)
 def test_scores(kind, objective, inferred, tasks):
     model, params, lines = inferred("score", kind, objective)
     targeted = objective in TARGETED_NEGATIVE
@@ -149,7 +149,7 @@ def test_scores(kind, objective, inferred, tasks):
 
 
 @each_kind
-@pytest.mark.parametrize("objective", configs.OBJECTIVES)
+@pytest.mark.parametrize("objective", TRAINING_OBJECTIVES)
 def test_predictions(kind, objective, inferred):
     _, _, lines = inferred("predict", kind, objective, with_original=False)
     assert len(lines) == EXAMPLES
