@@ -95,6 +95,14 @@ def test_whose_template_it_is(folder):
     assert (uses_chat(folder, "auto"), uses_chat(folder, "off")) == (True, False)
 
 
+def test_a_template_is_the_folders_own(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "notes"
+    elsewhere.write_text(TEMPLATE)
+    (folder / "chat_template.jinja").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"chat_template.jinja is a link to .*notes, outside its"):
+        load_tokenizer(folder)
+
+
 class _Stub:
     """A template in this process, for a property that asks it often."""
 

@@ -19,7 +19,7 @@ from t5patches.editing import edit as edit_module
 from t5patches.editing import outputs as outputs_module
 from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
-from t5patches.editing.edit import Job, check, read_rounds, unfinished
+from t5patches.editing.edit import Job, check, check_chat, read_rounds, unfinished
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
@@ -305,6 +305,13 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
         (place / "tiny" / name).write_bytes(b"caf\xe9")
         assert f"{name} {said}" in refused()
         (place / "tiny" / name).unlink()
+    for name in ("README.md", "t5patches.json", "tokenizer_config.json", "notes.txt"):
+        (place / "tiny" / name).symlink_to(place / "edits.jsonl")
+        for more in ((), ("--plan",), ("--lora", "2")):
+            assert f"{name} is a link to {place / 'edits.jsonl'}, outside its folder" in (
+                refused(*more)
+            )
+        (place / "tiny" / name).unlink()
     spoil_data(place, '{"inputs": "a cat", "outputs": "a dog", "spans": []}')
     assert "nothing is marked in any of 1 examples" in refused()
     spoil_data(place, '{"inputs": "a", "outputs": "", "tokens": [64, 1], "spans": []}')
@@ -350,6 +357,17 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     message = refused("--original", place / "t5_1_0")
     assert "must be of the same sizes, and differ in " in message
     assert "Config(" not in message
+
+
+@pytest.mark.parametrize("name", ["t5patches.json", "align.json"])
+def test_what_an_adapter_links_to_is_not_read(name, place):
+    place = place()
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").touch()
+    (place / "elsewhere.json").write_text('{"rounds": []}')
+    (place / "adapter" / name).symlink_to(place / "elsewhere.json")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*elsewhere.json, outside its"):
+        check_chat(place / "adapter", "auto", place / "tiny")
 
 
 def test_memory_is_planned_before_weights_are_read(place, monkeypatch, capsys):

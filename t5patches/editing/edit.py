@@ -81,7 +81,7 @@ from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import read_object, read_regular
+from t5patches.runs.files import read_object, read_regular, require_own_file
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
@@ -381,11 +381,12 @@ def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
         A record for each edit, oldest first; none for a model that `edit` did not make.
 
     Raises:
-        ValueError: the record cannot be read.
+        ValueError: the record cannot be read, or is a link out of the folder.
     """
     path = Path(folder) / RECORD
     if not path.exists():
         return []
+    require_own_file(path)
     try:
         rounds = list(json.loads(read_regular(path))["rounds"])
         for round_ in rounds:
@@ -447,6 +448,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
     now = uses_chat(whole_model(folder, base), chat)
     then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
     if (aligned := Path(folder) / ALIGN_RECORD).exists():
+        require_own_file(aligned)
         try:
             job = read_object(aligned).get("job")
         except ValueError as error:

@@ -224,9 +224,11 @@ def read_config(folder: str | os.PathLike) -> LanguageModel:
       The model; of what the config leaves to the names of the tensors, all that it says itself.
 
     Raises:
-      ValueError: naming everything in it that no network here can express.
+      ValueError: naming everything in it that no network here can express; or a file of the folder
+        is a link that leads out of it.
     """
     path = Path(folder) / "config.json"
+    _own_files(path.parent)  # here, as every way into a folder begins with its config
     generation = path.with_name("generation_config.json")
     return understand(_read_json(path), _read_json(generation) if generation.exists() else {}, path)
 
@@ -482,9 +484,24 @@ def _write_like(
                 if entry.file == file
             }
             save_file(tensors, folder / file.name, metadata=source.metadata())
-    for file in like.iterdir():
-        weights = file.suffix == ".safetensors" or file.suffix in _OTHER_WEIGHTS
-        left_out = weights or file.name.endswith(".bin.index.json") or file.name in without
-        if file.is_file() and not left_out:
-            require_own_file(file)
+    for file in _own_files(like):
+        if file.name not in without:
             shutil.copyfile(file, folder / file.name)
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """What a folder holds beside weights: config, tokenizer, card and all else that is copied.
+
+    Raises:
+      ValueError: one is a link that leads out of the folder.
+    """
+    files = [
+        file
+        for file in sorted(folder.glob("*"))
+        if file.suffix not in {".safetensors", *_OTHER_WEIGHTS}
+        and not file.name.endswith(".bin.index.json")
+        and file.is_file()
+    ]
+    for file in files:
+        require_own_file(file)
+    return files
