@@ -454,14 +454,15 @@ def test_weights_that_are_not_the_folders_own_are_refused(case, folder):
     assert len(str(error.value)) < 1000 + 5 * len(str(source))
 
 
-def test_links_within_a_folder_and_those_of_a_download_are_its_own(folder, tmp_path):
+@pytest.mark.parametrize("name", ["f00", "f00/base"])
+def test_links_within_a_folder_and_those_of_a_download_are_its_own(name, folder, tmp_path):
     source = folder("mt5")
-    revision = tmp_path / "hub" / "snapshots" / "f00"
+    revision, blobs = tmp_path / "hub" / "snapshots" / name, tmp_path / "hub" / "blobs"
     revision.mkdir(parents=True)
-    (tmp_path / "hub" / "blobs").mkdir()
+    blobs.mkdir()
     for i, file in enumerate(source.iterdir()):
-        shutil.copy(file, tmp_path / "hub" / "blobs" / str(i))
-        (revision / file.name).symlink_to(f"../../blobs/{i}")
+        shutil.copy(file, blobs / str(i))
+        (revision / file.name).symlink_to(blobs / str(i))
     model, params = load_checkpoint(revision)
     save_checkpoint(tmp_path / "out", model, params, like=revision)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

@@ -195,6 +195,56 @@ def test_the_first_format_is_read(driver, version, names, tmp_path):
     equal(got.params, jax.tree.map(lambda x: x.astype(np.float32), params))
 
 
+def name_array(checkpoint, **changes):
+    """Says otherwise where the embedding of a checkpoint in the first format lies."""
+    found = serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
+    found["optimizer"]["target"]["token_embedder"]["embedding"] |= changes
+    (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize(found))
+
+
+EMBEDDING = "target.token_embedder.embedding"
+OUTSIDE = {
+    # What becomes of where an array lies, and what is said of it.
+    "absolute": (
+        lambda at: name_array(at, kvstore={"path": str(at.parent / "other" / EMBEDDING)}),
+        "lies in '/.*/other/.*', outside the checkpoint",
+    ),
+    "above": (
+        lambda at: name_array(at, kvstore={"path": f"x/../../other/{EMBEDDING}"}),
+        "lies in 'x/../../other/.*', outside the checkpoint",
+    ),
+    "another store": (
+        lambda at: name_array(at, driver="json", kvstore={"path": "../other/notes"}),
+        "is stored by 'json', and only 'zarr' is known",
+    ),
+    "a link to an array": (
+        lambda at: (
+            shutil.rmtree(at / EMBEDDING),
+            (at / EMBEDDING).symlink_to(at.parent / "other" / EMBEDDING),
+        ),
+        "embedding is a link to .*other.*, outside its folder",
+    ),
+    "a link to a part": (
+        lambda at: (
+            (at / EMBEDDING / "0.0").unlink(),
+            (at / EMBEDDING / "0.0").symlink_to(at.parent / "other" / EMBEDDING / "0.0"),
+        ),
+        "0.0 is a link to .*other.*, outside its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_arrays_that_are_not_the_checkpoints_own_are_not_read(case, tmp_path):
+    params = t5_folders.load("t5_1_0")[1]
+    for name in ("checkpoint_9", "other"):
+        write_first_format(tmp_path / name, params, driver="file")
+    spoil, message = OUTSIDE[case]
+    spoil(tmp_path / "checkpoint_9")
+    with pytest.raises(ValueError, match=message):
+        load_t5x(tmp_path)
+
+
 def test_the_latest_step_is_taken_and_none_is_overwritten(tmp_path):
     params = t5_folders.load("t5_1_0")[1]
     for step in (9, 10):

@@ -29,7 +29,7 @@ from flax import serialization, traverse_util
 from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
 from t5patches.runs.claims import require_space, writing
-from t5patches.runs.files import whole_folder
+from t5patches.runs.files import require_own_file, whole_folder
 
 _STATE, _MSGPACK = "state", "checkpoint"
 # Adafactor's second moments are factored where both dimensions are at least this large.
@@ -58,9 +58,12 @@ def load_t5x(folder: str | os.PathLike[str]) -> T5XCheckpoint:
         The checkpoint; bfloat16 widens to float32 without loss.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is none, it cannot be read, or something in it leads out of it.
     """
     folder = find_t5x(folder)
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            require_own_file(path)
     try:
         read = _read_orbax if (folder / _STATE).is_dir() else _read_msgpack
         tree = read(folder)
@@ -238,9 +241,13 @@ def _read_msgpack(folder: Path) -> dict[str, Any]:
 
 def _read_array(folder: Path, spec: Mapping[str, Any]) -> np.ndarray:
     """An array that lies beside the msgpack file, whatever storage it was first written to."""
-    name = spec["kvstore"].get("path") or spec["path"]
-    store = {"driver": "file", "path": str(folder / name)}
-    found = tensorstore.open({"driver": spec["driver"], "kvstore": store}, read=True).result()
+    driver, path = spec["driver"], Path(spec["kvstore"].get("path") or spec["path"])
+    if driver != "zarr":
+        raise ValueError(f"an array is stored by {driver!r}, and only 'zarr' is known")
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"an array lies in {str(path)!r}, outside the checkpoint")
+    store = {"driver": "file", "path": str(folder / path)}
+    found = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
     array = found.read().result()
     # Version 2 spells bfloat16 as the integers of its bits.
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array

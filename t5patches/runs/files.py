@@ -104,8 +104,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 def require_own_file(path: str | os.PathLike[str]) -> None:
     """Refuses what is no file of its folder: a link out of it leads to what is not the folder's.
 
-    A download of Hugging Face's is made of links, `snapshots/REVISION/NAME` to `blobs/HASH`: these
-    are the folder's own.
+    A download of Hugging Face's is made of links, `snapshots/REVISION/NAME`, where the name may be
+    in folders, to `blobs/HASH`: these are the folder's own.
 
     Args:
         path: of the file.
@@ -116,8 +116,8 @@ def require_own_file(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     target, folder = path.resolve(), path.parent.resolve()
-    downloads = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not (target.is_relative_to(folder) or target.parent == downloads):
+    downloads = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    if not (target.is_relative_to(folder) or target.parent in downloads):
         raise ValueError(
             f"{path} is a link to {target}, outside its folder: copy that file there if it is the "
             "model's own"
