@@ -530,6 +530,21 @@ CONFIGS_SPOILT = {
 }
 
 
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id", "decoder_start_token_id"])
+def test_tokens_that_no_t5_here_has_are_refused_in_either_file(name, folder):
+    source = folder("t5_1_0")
+    known = int(name == "eos_token_id")
+    for file in ("config.json", "generation_config.json"):
+        path = source / file
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps(said | {name: [known]}))
+        assert load_checkpoint(source)[0].config.end_ids == (1,)
+        path.write_text(json.dumps(said | {name: 5}))
+        with pytest.raises(ValueError, match=f"{name} is 5; only {known} is known"):
+            load_checkpoint(source)
+        path.write_text(json.dumps(said))
+
+
 @pytest.mark.parametrize("case", CONFIGS_SPOILT)
 def test_spoilt_settings_are_told_in_a_line(case, folder):
     source = folder("t5_1_0")

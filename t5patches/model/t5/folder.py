@@ -53,12 +53,12 @@ SETTINGS: Mapping[str, Setting] = {
     # What `t5patches.network` computes and no field of T5Config changes.
     "is_encoder_decoder": only(True),
     "pad_token_id": only(0),
+    "eos_token_id": only(1),
     "decoder_start_token_id": only(0),
 }
 CONSTANTS = {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
-    "eos_token_id": 1,
 }
 # In the files of the first T5s, and used by no version of the original library.
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
@@ -69,17 +69,20 @@ def complete(found: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[st
 
     Args:
         found: what it says.
-        generation: what `generation_config.json` says; a T5 is read without it.
+        generation: what `generation_config.json` says.
 
     Returns:
         The same with the decoder's depth, the activation, whether the logits use the embedding and
-        whether that is then scaled.
+        whether that is then scaled; and with the special tokens of either file, of which an id that
+        is not known here comes first.
     """
-    del generation
     multilingual = found["model_type"] == "mt5"
     out = {"feed_forward_proj": "gated-gelu" if multilingual else "relu", **found}
     if out.get("num_decoder_layers") is None:
         out["num_decoder_layers"] = out.get("num_layers")
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        said = (ids for source in (found, generation) for ids in _listed(source.get(name)))
+        out[name] = next((i for i in said if i != SETTINGS[name].default), None)
     activation, used = out["feed_forward_proj"], out.get("dense_act_fn")
     if isinstance(activation, str) and used is not None:
         # The library derives it, unless the file says it: then that is what it computes with.
@@ -92,6 +95,13 @@ def complete(found: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[st
     # A matrix of its own is never scaled: it leaves the setting at its default.
     out |= {"tie_word_embeddings": tied or scaled, "scale_decoder_outputs": scaled or not tied}
     return out
+
+
+def _listed(ids: Any) -> list[Any]:
+    """Ids as a file has them: none, one or several."""
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def shown(config: T5Config, names: Collection[str]) -> dict[str, Any]:
