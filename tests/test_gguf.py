@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import gguf
 import jax
@@ -216,6 +217,12 @@ def test_spoilt_files_are_told(content, tmp_path, capsys):
     (tmp_path / "x.gguf").write_bytes(content)
     given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
     assert run_refused(given, capsys, "x.gguf is not a whole GGUF file")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
+    assert run_refused(given, capsys, r"convert: GGUF needs .*: pip install 't5patches\[gguf\]'\n$")
 
 
 def test_a_decoder_is_no_t5x_checkpoint(tmp_path, capsys):

@@ -101,14 +101,14 @@ def load_gguf(path: str | os.PathLike[str]) -> Gguf:
         Its model, parameters and tokenizer.
 
     Raises:
-        ValueError: it cannot be read, is of a kind that is not known here, or lacks something.
-        ImportError: the package `gguf` is missing.
+        ValueError: it cannot be read, is of a kind that is not known here, or lacks something; or
+            the package `gguf` is missing.
     """
     try:
         import gguf
         from gguf.quants import dequantize
     except ImportError as error:
-        raise ImportError("GGUF needs the package gguf: pip install 't5patches[gguf]'") from error
+        raise ValueError("GGUF needs the package gguf: pip install 't5patches[gguf]'") from error
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file")
