@@ -521,6 +521,7 @@ def test_another_run_is_refused(unbroken, tmp_path_factory):
             "a step has 1 output, and nothing to compare it with",
         ),
         ({"temperature": 0.0}, "temperature is 0.0: a number above 0 is needed"),
+        ({"learning_rate": 1e39}, r"learning_rate is 1e\+39: a number above 0 is needed"),
         ({"update_size": 5}, "update_size is 5 and a step has 64 outputs"),
         ({"clip": (1.5, 0.2)}, "clip is"),
         ({"target_kl": 0.1, "kl_coefficient": 0.0}, "it must begin above 0"),

@@ -378,6 +378,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, tmp_path, monkeypa
     assert "1 pairs are of 1 input" in refused("--preferences", one)
     assert "held_out is 1.0" in refused("--held-out", "1")
     assert "learning_rate is 0.0" in refused("--learning-rate", "0")
+    assert "learning_rate is 1e+39" in refused("--learning-rate", "1e39")
     assert "No such file" in refused("--preferences", "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "has no preferences" in refused("--preferences", tmp_path / "empty.jsonl")

@@ -600,7 +600,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         ({"steps": 0}, "steps is 0: at least 1 is needed"),
         ({"alpha": -1.0}, "alpha is -1.0: at least 0"),
         ({"alpha": float("nan")}, "alpha is nan: at least 0"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: a number above 0 is needed"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf: a number above 0 is needed"),
+        ({"learning_rate": 1e39}, "1e+39: a number above 0 is needed, as float32 has it"),
         ({"negatives": -1}, "negatives is -1: at least 0"),
         ({"schedule": "step"}, "schedule is 'step': one of ('constant', 'linear', 'cosine')"),
         (

@@ -151,8 +151,10 @@ class PolicySettings:
                              " or samples a step")  # fmt: skip
         for name in _ABOVE_0:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}: a number above 0 is needed")
+            if value is not None and not 0 < value < 1e38:
+                raise ValueError(
+                    f"{name} is {value}: a number above 0 is needed, as float32 has it"
+                )
         if not (len(self.clip) == 2 and 0 <= self.clip[0] <= 1 and self.clip[1] >= 0):
             raise ValueError(
                 f"clip is {self.clip}: two numbers are needed, from 0 to 1 below and at least 0 "

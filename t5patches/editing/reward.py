@@ -115,8 +115,11 @@ class RewardSettings:
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        if not 0 < self.learning_rate < 1e38:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}: a number above 0 is needed, as float32 "
+                "has it"
+            )
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}: a share from 0 to below 1 is needed")
 

@@ -141,8 +141,11 @@ class TrainSettings:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        if not 0 < self.learning_rate < 1e38:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}: a number above 0 is needed, as float32 "
+                "has it"
+            )
         if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
