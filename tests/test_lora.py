@@ -482,6 +482,14 @@ WRONG_EDITS = {
         ["--lora", "2", "--lora-targets", "(q"],
         r"'\(q' are no regular expression",
     ),
+    "too much of an expression": (
+        ["--lora", "2", "--lora-targets", "q{99999999999}"],
+        r"'q\{99999999999}' are no regular expression: the repetition number is too large",
+    ),
+    "brackets without end": (
+        ["--lora", "2", "--lora-targets", "(" * 3000 + "q" + ")" * 3000],
+        "are no regular expression: maximum recursion depth exceeded",
+    ),
     "no rank": (["--lora", "x"], "'x' is not a whole number above -1"),
     "no alpha": (["--lora", "2", "--lora-alpha", "nan"], "alpha of an adapter is nan"),
     "alpha alone": (["--lora-alpha", "2"], "give --lora RANK too"),
@@ -574,6 +582,13 @@ WRONG_FOLDERS = {
     "another kind": (config(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA' is known"),
     "biases": (config(bias="all"), "bias is 'all'; only 'none' is known"),
     "dora": (config(use_dora=True), "use_dora is True"),
+    "a base of its own": (
+        config(init_lora_weights="pissa_niter_4"),
+        "init_lora_weights is 'pissa_niter_4'; only True or False or .*'gaussian'.* is known",
+    ),
+    "from a token on": (config(alora_invocation_tokens=[5]), r"alora_invocation_tokens is \[5\]"),
+    "quantised groups": (config(use_qalora=True), "use_qalora is True; only False or None is kn"),
+    "layers twice": (config(layer_replication=[[0, 1], [0, 1]]), r"layer_replication is \[\[0, 1"),
     "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save is"),
     "ranks by name": (config(rank_pattern={"q": 4}), "rank_pattern is"),
     "rank": (config(r=3), r"is float32 \(2, 16\) and \(3, 16\) of floats is needed"),
@@ -644,6 +659,16 @@ def test_the_same_adapter_is_the_same_file(made, tmp_path):
     assert files == {(made / "adapter" / "adapter_model.safetensors").read_bytes()}
 
 
+def test_an_adapter_that_could_not_be_read_is_not_written(made, tmp_path):
+    model, _ = load_checkpoint(made / "base")
+    spoilt = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), some_adapter(model))
+    with pytest.raises(
+        ValueError, match=r"adapter is not written: .*q.lora_A.weight holds numbers"
+    ):
+        save_adapter(tmp_path / "adapter", model, spoilt, LORA, base=made / "base")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("case", WRONG_FOLDERS)
 def test_a_spoilt_adapter_is_refused(case, made, tmp_path):
     spoil, message = WRONG_FOLDERS[case]
@@ -662,4 +687,7 @@ def test_what_is_written_is_read(made):
     # One that this library did not make says of no base that it is its own.
     folder = shutil.copytree(made / "adapter", made / "foreign")
     save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
-    close(load_adapter(folder, made / "base").params, found.params, rtol=0)
+    # How it began says nothing of what it is, as long as the base stays as it is.
+    for begun in (True, "gaussian", "eva"):
+        config(init_lora_weights=begun)(folder, {})
+        close(load_adapter(folder, made / "base").params, found.params, rtol=0)

@@ -148,6 +148,14 @@ TWO = '[[rule]]\nwords = ["x"]\n\n'
         (TWO + '[[rule]]\nname = "x"', r"line 4, \[\[rule\]\]: a rule has one of .* has none"),
         (TWO + '[[rule]]\npattern = "x"\nwords = ["x"]', "line 6, words: .*has pattern and words"),
         (TWO + "[[rule]]\npattern = '('", r"line 5, pattern: '\(' is not a regular expression"),
+        (
+            TWO + "[[rule]]\npattern = 'a{99999999999}'",
+            r"line 5, pattern: 'a\{99999999999}' is not a regular expression: the repetition",
+        ),
+        (
+            f"{TWO}[[rule]]\npattern = '{'(' * 3000}a{')' * 3000}'",
+            r"line 5, pattern: '\({79} is not a regular expression: maximum recursion depth",
+        ),
         (TWO + "[[rule]]\ngroup = 2\npattern = 'x'", "line 6, pattern: 'x' has no group 2"),
         (TWO + "[[rule]]\npattern = '\\s+'", r"line 5, pattern: '.*' matches white space alone"),
         (TWO + "[[rule]]\npattern = '[^a-z]+'", "line 5, pattern: .* matches white space alone"),

@@ -106,8 +106,8 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
     """
     try:
         compiled = re.compile(expression, flags)
-    except re.error as error:
-        raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{expression!r:.80} is not a regular expression: {error}") from error
     if group not in (*range(compiled.groups + 1), *compiled.groupindex):
         raise ValueError(f"{expression!r} has no group {group!r}: it has {compiled.groups} groups")
 

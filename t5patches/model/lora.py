@@ -78,9 +78,9 @@ class Lora:
             )
         try:
             re.compile(self.targets or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"the targets {self.targets!r} are no regular expression: {error}"
+                f"the targets {self.targets!r:.80} are no regular expression: {error}"
             ) from error
 
     @property
@@ -379,7 +379,7 @@ def save_adapter(
         files: more files for the folder.
 
     Raises:
-        ValueError: `output` exists.
+        ValueError: `output` exists, or `params` are not finite.
     """
     tensors = model.family.tensors(model.config)
     modules, flat = adapted(model, lora), traverse_util.flatten_dict(dict(params))
@@ -390,6 +390,13 @@ def save_adapter(
         for name, module in modules.items()
         for suffix, half in _SUFFIXES.items()
     }
+    wrong = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if wrong:
+        raise ValueError(
+            f"{output} is not written: {wrong[0]} holds numbers that are not finite (nan or "
+            f"infinity), as {len(wrong)} of its {len(values)} matrices do. Train it with other "
+            "settings, such as a lower learning rate"
+        )
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = {
         "peft_type": "LORA",
@@ -509,6 +516,11 @@ _NEEDED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_rslora": (False, None),
     "lora_bias": (False, None),
+    # Where it began. All others take from the base what they begin with: it is another base then.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "layer_replication": (None, []),
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
@@ -523,7 +535,7 @@ def _read_config(path: Path) -> tuple[Lora, list[str]]:
         require_own_file(path)
         found = json.loads(read_regular(path))
         wrong = [
-            f"{name} is {found[name]!r}; only {needed[0]!r} is known"
+            f"{name} is {found[name]!r}; only {' or '.join(map(repr, needed))} is known"
             for name, needed in _NEEDED.items()
             if name in found and found[name] not in needed
         ]
