@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_out_of_memory(error):
             less = getattr(options.module, "LESS_MEMORY", "end what else runs on this machine")
             said = f"out of memory ({said.splitlines()[0][:200]}): {less}"
-        print(f"t5patches {options.command}: {said}", file=sys.stderr)
+        common.print_error(options, said)
         return code
 
 

@@ -288,6 +288,8 @@ LESS = "a smaller batch"
         ),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
         (NotImplementedError("no sets"), 2, "no sets"),
+        (ValueError("\x1b]0;x\x07 \u202eb\r\n2"), 2, "\\x1b]0;x\\x07 \\u202eb\\r\n2"),
+        (OSError(28, "No space", "a\x1b[2J\nb"), 1, "a\\x1b[2J\nb: No space"),
     ],
 )
 def test_errors_are_told_and_not_traced(monkeypatch, capsys, error, code, said):

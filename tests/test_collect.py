@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     (folder / "inputs.txt").write_text("\n".join(INPUTS))
     (folder / "rules.toml").write_text(
         "[[rule]]\nname = 'letters'\npattern = '\\S*[aeo]\\S*'\n[[rule]]\nwords = ['zzz']\n"
+        '[[rule]]\nname = "x\\u001b[31m"\nwords = ["zzz"]\n'
     )
     return folder
 
@@ -267,6 +268,7 @@ def test_the_command_tells_prevalence_rules_and_examples(folder, tmp_path, capsy
         f"{unwanted} of 7 outputs have something unwanted: {100 * unwanted / 7:.1f}%" in shown.out
     )
     assert f"letters: {unwanted} outputs\n  rule 2: 0 outputs\n" in shown.out
+    assert "\n  x\\x1b[31m: 0 outputs\n" in shown.out
     assert "alternatives are unwanted too" in shown.out
     assert "7 outputs did not end within 8 tokens" in shown.out
     first = next(e for e in examples if e.spans)

@@ -13,6 +13,7 @@ from editing_samples import example
 from rich.console import Console
 
 from t5patches.editing import report
+from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure
 from t5patches.editing.report import (
     COLUMNS,
@@ -272,6 +273,23 @@ NAMES = {
     "x\udcff": r"x\udcff",
 }
 """What a folder may be called, and how it is shown."""
+
+
+# Persian, Hindi and an emoji, which are written with joiners, and an Arabic sign.
+JOINED = "\u0645\u06cc\u200c\u062e \u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f4bb \u06dd1"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\u202eb\u2066c\u061c", r"a\u202eb\u2066c\u061c"),
+        ("a\u2028b\u2029c\x85", r"a\u2028b\u2029c\x85"),
+        ("pass\u200bword\ufeff\xad\U000e0041", r"pass\u200bword\ufeff\xad\U000e0041"),
+        (JOINED, JOINED),
+    ],
+)
+def test_what_hides_or_reorders_text_is_spelled(text, shown):
+    assert visible(text) == visible(shown) == shown
 
 
 @pytest.fixture

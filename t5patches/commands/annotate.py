@@ -300,13 +300,15 @@ def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -
 
 
 def _text(options: argparse.Namespace, result: dict[str, Any], shown: Sequence[str]) -> str:
+    from t5patches.editing.display import visible
+
     error = result["prevalence_error"]
     lines = [
         f"{result['unwanted']} of {result['outputs']} outputs have something unwanted: "
         f"{result['prevalence']:.1f}%"
         + ("" if error is None else f" ± {error:.1f}")
         + f" ({result['marked_tokens']} of {result['tokens']} tokens)",
-        *(f"  {name}: {count} outputs" for name, count in result["rules"].items()),
+        *(f"  {visible(name)}: {count} outputs" for name, count in result["rules"].items()),
         *(f"  {text}" for text in shown),
     ]
     if options.expand:

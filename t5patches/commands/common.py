@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +239,19 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: s
         print(json.dumps(result, ensure_ascii=False))
     elif not options.quiet:
         print(text)
+
+
+def print_error(options: argparse.Namespace, said: str) -> None:
+    """Says on standard error what stopped a command.
+
+    Args:
+        options: of the command.
+        said: one line or several, in which a stranger's files may be named and quoted.
+    """
+    from t5patches.editing.display import visible
+
+    shown = "\n".join(visible(line) for line in said.split("\n"))
+    print(f"t5patches {options.command}: {shown}", file=sys.stderr)
 
 
 def print_results(options: argparse.Namespace, results: Results, report: str | None) -> None:
