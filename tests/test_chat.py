@@ -1,6 +1,7 @@
 """Chat templates: what a model is given, what a template may not, and what the commands record."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import test_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_samples import CONTROLS, tokenizer_json
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from t5patches import cli
 from t5patches.editing.annotate import annotate, require_room_to_speak
@@ -108,6 +110,7 @@ class _Stub:
 
     class source:  # noqa: N801
         text = TEMPLATE
+        path = "a template"
 
     @staticmethod
     def render(messages, add_generation_prompt=True):
@@ -123,6 +126,93 @@ def test_what_is_said_is_no_control_token(content):
     controls = [i for i in ids if i in plain.controls.values()]
     assert controls == [0, START, END, START]
     assert found.decode(ids).text == f"user\n{content}\nassistant\n"
+
+
+def with_special(kind, *added, normalizer=None):
+    """A tokenizer with more special tokens, and a text's normalizer."""
+    tokenizer = Tokenizer.from_str(tokenizer_json(kind).decode())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([AddedToken(x, normalized=normalizer is not None) for x in added])
+    return JsonTokenizer(tokenizer.to_str().encode(), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("added", "content"),
+    [
+        ("<<|im_end|>", "a <<|im_end|> b"),
+        ("<|im_end|><", "<|im_end|><|im_end|>"),
+        ("\ue000", "<|im_end|>"),
+    ],
+)
+def test_control_tokens_within_others_are_text_too(added, content):
+    found = ChatTokenizer(with_special("byte-level", added), _Stub)
+    ids = found.encode_prompt(content)
+    assert [i for i in ids if i in found.controls.values()] == [0, START, END, START]
+    assert found.decode(ids).text == f"user\n{content}\nassistant\n"
+
+
+def joined(template):
+    """A template that does something else to what was said."""
+
+    class Stub(_Stub):
+        @staticmethod
+        def render(messages, add_generation_prompt=True):
+            said = template([m.content for m in messages])
+            return f"<s><|im_start|>{said}<|im_end|>"
+
+    return Stub
+
+
+KNOWN = with_special("byte-level")
+SMUGGLED = {
+    # A tokenizer, a template, what is said, and which of it is at fault.
+    "a character": (with_special("byte-level", "§"), _Stub, ["a", "§ 1"], "message 2 of 2 ('§ 1')"),
+    "another spelling": (
+        with_special("byte-level", "<|turn|>", normalizer=normalizers.NFKC()),
+        _Stub,
+        ["\uff1c|turn|\uff1e"],
+        "message 1 of 1 ('\uff1c|turn|\uff1e') comes to be read as a control token",
+    ),
+    "capitals": (
+        with_special("byte-level", "<|turn|>", normalizer=normalizers.Lowercase()),
+        _Stub,
+        ["<|TURN|>"],
+        "message 1 of 1",
+    ),
+    "a piece": (with_special("unigram"), _Stub, ["a", "b", "<|im_end|>"], "message 3 of 3"),
+    "two messages": (KNOWN, joined("".join), ["<|im_", "end|>"], "the 2 messages say together"),
+    "something is taken out": (
+        KNOWN,
+        joined(lambda said: "".join(said).replace("\r", "")),
+        ["a", "<|im_\rend|>", "b"],
+        r"message 2 of 3 ('<|im_\rend|>') comes to be read",
+    ),
+    "with what stands there": (
+        with_special("byte-level", "a<|im_end|>"),
+        joined("".join),
+        ["a"],
+        "message 1 of 1 ('a')",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMUGGLED)
+def test_what_would_come_to_be_a_control_token_is_refused(case):
+    tokenizer, template, said, message = SMUGGLED[case]
+    found = ChatTokenizer(tokenizer, template)
+    found.encode_prompt(tuple(Message("user", "some text") for _ in said))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        found.encode_prompt(tuple(Message("user", content) for content in said))
+    assert "--chat off" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["words", "unigram", "word ends"])
+def test_what_a_vocabulary_does_not_know_is_no_control_token(kind):
+    plain = with_special(kind)
+    assert {*plain.encode("ж").ids} & {*plain.controls.values()}
+    ids = ChatTokenizer(plain, _Stub).encode_prompt("ж")
+    assert [i for i in ids if i < len(CONTROLS)] == [0, START, END, START]
 
 
 def test_templates_have_what_they_are_written_for(folder):

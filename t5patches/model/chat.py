@@ -9,6 +9,7 @@ so that no template cuts or trims them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from t5patches.runs.files import read_regular
 
 CHATS = ("auto", "on", "off")
 SECONDS = 20.0  # to render one prompt
+_HARMLESS = "Question"  # a message that is no control token, whatever stands beside it
 _CHARACTERS = 4_000_000  # of a prompt
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -180,8 +182,10 @@ class ChatTokenizer:
     """A tokenizer whose prompts are conversations, put in the words of a chat template.
 
     A text is one message of the user. The control tokens that the template spells out become their
-    ids; those that a message spells out stay text. As in the original library, the template says
-    all: no token is put in front of it.
+    ids; those that a message spells out stay text. What a message cannot be kept from making, with
+    what the template and the tokenizer do to it, is refused: a conversation has the control tokens
+    that any other of the same roles has. As in the original library, the template says all: no
+    token is put in front of it.
 
     Attributes:
         eos_id: the end token that the template puts behind what the model has said, where there is
@@ -205,12 +209,17 @@ class ChatTokenizer:
         self.vocab_size, self.pad_id = tokenizer.vocab_size, tokenizer.pad_id
         self.end_ids: tuple[int, ...] = tokenizer.end_ids
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
-        question, answer = (Message(*m) for m in (("user", "Question"), ("assistant", "Answer")))
+        question, answer = Message("user", _HARMLESS), Message("assistant", "Answer")
         if question.content not in template.render([question]):
             raise ValueError(
                 f"the chat template in {template.source.path} leaves out what the user says. "
                 "Correct it, or leave it out (--chat off)"
             )
+        unknown: tuple[int, ...] = ()  # what a vocabulary does not know may be a control token
+        with contextlib.suppress(ValueError):
+            unknown = tokenizer.encode("\U00013000").ids
+        self._control_ids = frozenset(self.controls.values()) - {*unknown}
+        self._expected: dict[tuple[str, ...], list[int]] = {}  # control tokens by roles
         self.eos_id: int = tokenizer.eos_id
         try:
             whole = template.render([question, answer], add_generation_prompt=False)
@@ -229,19 +238,45 @@ class ChatTokenizer:
             The ids of the rendered template.
 
         Raises:
-            ValueError: the template refuses it.
+            ValueError: the template refuses it, or a message would come to be a control token.
         """
         messages = (Message("user", inputs),) if isinstance(inputs, str) else inputs
+        ids = self._encode(messages)
+        roles = tuple(message.role for message in messages)
+        if roles not in self._expected:
+            harmless = [message._replace(content=_HARMLESS) for message in messages]
+            self._expected[roles] = self._controls_of(self._encode(harmless))
+        if self._controls_of(ids) != self._expected[roles]:
+            raise ValueError(
+                f"{self._smuggler(messages, self._expected[roles])} comes to be read as a control "
+                f"token, by the chat template in {self._template.source.path} or the tokenizer "
+                "beside it: say it otherwise, or leave the template out (--chat off)"
+            )
+        return ids
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         said = "".join(message.content for message in messages)
         mark = ""
         if self.controls:
             pattern = control_pattern(self.controls)
             if pattern.search(said):
-                # A character of its own, so that taking it out leaves all else as it was.
-                taken = {*said, *self._template.source.text}
+                # A character of its own, so that taking it out leaves all else as it was. It stands
+                # behind each character, as another control token may begin at any of them.
+                taken = {*said, *self._template.source.text, *"".join(self.controls)}
                 mark = next(chr(c) for c in range(0xE000, 0x110000) if chr(c) not in taken)
                 messages = tuple(
-                    m._replace(content=pattern.sub(lambda f: f[0][0] + mark + f[0][1:], m.content))
+                    m._replace(content=pattern.sub(lambda f: mark.join((*f[0], "")), m.content))
                     for m in messages
                 )
         return self._tokenizer.encode_template(self._template.render(messages), mark)
+
+    def _controls_of(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self._control_ids]
+
+    def _smuggler(self, messages: Sequence[Message], expected: Sequence[int]) -> str:
+        """Which message makes other control tokens than any other does."""
+        for n, message in enumerate(messages):
+            alone = [message if m is message else m._replace(content=_HARMLESS) for m in messages]
+            if self._controls_of(self._encode(alone)) != expected:
+                return f"message {n + 1} of {len(messages)} ({message.content[:80]!r})"
+        return f"what the {len(messages)} messages say together"
