@@ -540,7 +540,7 @@ def test_tokens_that_no_t5_here_has_are_refused_in_either_file(name, folder):
         path.write_text(json.dumps(said | {name: [known]}))
         assert load_checkpoint(source)[0].config.end_ids == (1,)
         path.write_text(json.dumps(said | {name: 5}))
-        with pytest.raises(ValueError, match=f"{name} is 5; only {known} is known"):
+        with pytest.raises(ValueError, match=f"{name} is 5; only {known} is known, here"):
             load_checkpoint(source)
         path.write_text(json.dumps(said))
 

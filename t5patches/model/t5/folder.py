@@ -23,6 +23,7 @@ from t5patches.model.family import Setting, Tensor, choice, only, positive, rate
 from t5patches.model.t5.network import T5Config
 
 MODEL_TYPES = ("t5", "mt5")
+_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 SETTINGS: Mapping[str, Setting] = {
     "vocab_size": size("vocab_size"),
     "d_model": size("emb_dim"),
@@ -52,9 +53,10 @@ SETTINGS: Mapping[str, Setting] = {
     "relative_attention_max_distance": size("relative_attention_max_distance", 128),
     # What `t5patches.network` computes and no field of T5Config changes.
     "is_encoder_decoder": only(True),
-    "pad_token_id": only(0),
-    "eos_token_id": only(1),
-    "decoder_start_token_id": only(0),
+    **{
+        name: only(i)._replace(needed=f"only {i} is known, here and in generation_config.json")
+        for name, i in _TOKENS.items()
+    },
 }
 CONSTANTS = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -80,9 +82,9 @@ def complete(found: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[st
     out = {"feed_forward_proj": "gated-gelu" if multilingual else "relu", **found}
     if out.get("num_decoder_layers") is None:
         out["num_decoder_layers"] = out.get("num_layers")
-    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        said = (ids for source in (found, generation) for ids in _listed(source.get(name)))
-        out[name] = next((i for i in said if i != SETTINGS[name].default), None)
+    for name, known in _TOKENS.items():
+        said = (i for source in (found, generation) for i in _listed(source.get(name)))
+        out[name] = next((i for i in said if i != known), known)
     activation, used = out["feed_forward_proj"], out.get("dense_act_fn")
     if isinstance(activation, str) and used is not None:
         # The library derives it, unless the file says it: then that is what it computes with.
