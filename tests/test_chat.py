@@ -1,6 +1,8 @@
 """Chat templates: what a model is given, what a template may not, and what the commands record."""
 
+import argparse
 import json
+import os
 import re
 
 import jax
@@ -12,6 +14,8 @@ from tokenizer_samples import CONTROLS, tokenizer_json
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from t5patches import cli
+from t5patches.commands import align, common, edit, evaluate
+from t5patches.commands import annotate as annotate_command
 from t5patches.editing.annotate import annotate, require_room_to_speak
 from t5patches.editing.data import (
     Limits,
@@ -31,6 +35,7 @@ from t5patches.model.huggingface import read_config, save_checkpoint
 from t5patches.model.tokenizer import Message
 from t5patches.model.tokenizer_files import load_tokenizer, uses_chat
 from t5patches.model.tokenizer_json import JsonTokenizer
+from t5patches.runs import claims
 
 START, END = CONTROLS.index("<|im_start|>"), CONTROLS.index("<|im_end|>")
 TEMPLATE = (
@@ -285,6 +290,25 @@ def test_a_t5_has_none(folder):
     (folder / "config.json").unlink()  # a tokenizer alone is a T5's
     with pytest.raises(ValueError, match="has no chat template for --chat on"):
         load_tokenizer(folder, chat="on")
+
+
+def test_a_run_that_goes_on_has_the_prompts_with_which_it_began(folder, tmp_path, monkeypatch):
+    said(folder, chat_template=TEMPLATE + "{{ strftime_now('%Y') }}")
+    prompts = []
+
+    @common.goes_on_in(lambda options: options.work)
+    def run(options):
+        claims.hold(options.work)
+        prompts.append(load_tokenizer(folder).encode_prompt("a fire"))
+        return 0
+
+    for year, work in ((2001, "first"), (2002, "first"), (2002, "second")):
+        monkeypatch.setattr(claims, "_STARTED", f"{year}-02-03T04:05:06")
+        run(argparse.Namespace(work=tmp_path / work))
+        os.close(claims._HELD.pop(tmp_path / work))
+    assert prompts[0] == prompts[1] != prompts[2]
+    for command in (align, annotate_command, edit, evaluate):
+        assert command.run.__wrapped__, command
 
 
 # Data ----------------------------------------------------------------------------------------

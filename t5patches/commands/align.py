@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
@@ -203,6 +204,7 @@ def _add_closeness(group: Any) -> None:
     )
 
 
+@common.goes_on_in(lambda options: f"{Path(options.output)}.unfinished")
 def run(options: argparse.Namespace) -> int:
     """Trains a model folder towards a score.
 

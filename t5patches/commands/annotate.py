@@ -208,6 +208,7 @@ def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
     return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
 
 
+@common.goes_on_in(lambda options: f"{options.output}.work")
 def run(options: argparse.Namespace) -> int:
     """Writes the file of marked outputs.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -239,6 +241,32 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: s
         print(json.dumps(result, ensure_ascii=False))
     elif not options.quiet:
         print(text)
+
+
+def goes_on_in(
+    work: Callable[[argparse.Namespace], str | os.PathLike[str]],
+) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
+    """For a command that goes on where it was killed: chat templates are told when it began.
+
+    Args:
+        work: given the options, the folder that holds what is unfinished.
+
+    Returns:
+        A decorator of the command's `run`.
+    """
+
+    def decorator(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        @functools.wraps(run)
+        def inside(options: argparse.Namespace) -> int:
+            from t5patches.model.chat import at_time
+            from t5patches.runs.claims import began
+
+            with at_time(began(work(options))):
+                return run(options)
+
+        return inside
+
+    return decorator
 
 
 def print_error(options: argparse.Namespace, said: str) -> None:

@@ -37,6 +37,7 @@ whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 20
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
@@ -264,6 +265,7 @@ def _add_machine(group: Any) -> None:
     common.add_checkpoint_option(group, 100, "updates between two states to resume from")
 
 
+@common.goes_on_in(lambda options: f"{Path(options.output)}.unfinished")
 def run(options: argparse.Namespace) -> int:
     """Edits a model folder.
 

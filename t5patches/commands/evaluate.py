@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@common.goes_on_in(lambda options: f"{options.report}.work")
 def run(options: argparse.Namespace) -> int:
     """Measures the edits.
 

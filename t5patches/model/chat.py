@@ -10,13 +10,15 @@ so that no template cuts or trims them.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,25 @@ SECONDS = 20.0  # to render one prompt
 _HARMLESS = "Question"  # a message that is no control token, whatever stands beside it
 _CHARACTERS = 4_000_000  # of a prompt
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+_NOW: contextvars.ContextVar[datetime.datetime | None] = contextvars.ContextVar("now", default=None)
+
+
+@contextlib.contextmanager
+def at_time(now: datetime.datetime) -> Iterator[None]:
+    """Templates that ask for the time, as Llama 3's do for the day, are told this one.
+
+    So a run that goes on another day gives the model the prompts with which it began.
+
+    Args:
+        now: the time.
+    """
+    token = _NOW.set(now)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
 
 
 class ChatSource(NamedTuple):
@@ -120,7 +141,7 @@ class ChatTemplate:
             ValueError: it is no template.
         """
         self.source = source
-        self._names = {"tools": None, "documents": None, **names}
+        self._names: dict[str, Any] = {"tools": None, "documents": None, **names}
         self._process: Any = subprocess.Popen(
             # -P: the modules beside the file are none of this process's.
             [sys.executable, "-P", chat_process.__file__],
@@ -145,9 +166,9 @@ class ChatTemplate:
             ValueError: the template refuses the conversation, fails, or does not come to an end.
         """
         said = [message._asdict() for message in messages]
-        return self._ask(
-            {**self._names, "messages": said, "add_generation_prompt": add_generation_prompt}
-        )
+        now = (_NOW.get() or datetime.datetime.now()).isoformat()
+        names = {"messages": said, "add_generation_prompt": add_generation_prompt}
+        return self._ask({"now": now, "names": self._names | names})
 
     def _ask(self, request: Mapping[str, Any]) -> str:
         try:

@@ -43,7 +43,6 @@ def environment() -> ImmutableSandboxedEnvironment:
     )
     found.filters["tojson"] = _to_json
     found.globals["raise_exception"] = _raise
-    found.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return found
 
 
@@ -60,8 +59,8 @@ def main() -> None:
     """Answers until nobody asks.
 
     The first line of the standard input is an object with `template`, `seconds` and `characters`;
-    each other one holds the names that the template is given. Each is answered by a line, an object
-    with `text` or `error`.
+    each other one holds the `names` that the template is given, and the time that it is told.
+    Each is answered by a line, an object with `text` or `error`.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(ValueError, OSError):  # where a system has no such limit
@@ -76,7 +75,8 @@ def main() -> None:
             if template is None:
                 template = environment().from_string(asked["template"])
             else:
-                text = template.render(asked)
+                now = datetime.datetime.fromisoformat(asked["now"])
+                text = template.render(asked["names"] | {"strftime_now": now.strftime})
             if len(text) > limits["characters"]:
                 raise ValueError(f"it makes a text of {len(text)} characters")
             said = {"text": text}

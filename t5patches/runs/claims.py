@@ -7,6 +7,7 @@ starts from. Whoever comes with the same goes on from there; anything else is re
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import json
@@ -20,7 +21,8 @@ from typing import Any
 from t5patches.runs.files import UNFINISHED, read_object, write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
-_RUN = "run.json"
+_RUN, _BEGAN = "run.json", "began"
+_STARTED = datetime.datetime.now().isoformat()
 
 
 def claim(
@@ -45,7 +47,8 @@ def claim(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)
-        if others := sorted({*path.parent.iterdir()} - {unfinished}):
+        own = {unfinished, path.with_name(_BEGAN)}
+        if others := sorted({*path.parent.iterdir()} - own):
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(
                 f"{directory} is where this run would work, and holds {others[0].name!r}{more}, "
@@ -103,6 +106,24 @@ def hold(directory: str | os.PathLike[str]) -> None:
     except OSError:
         pass  # a file system that has no locks
     _HELD[path] = handle
+    if not (path / _BEGAN).exists():
+        write_file(path / _BEGAN, _STARTED)
+
+
+def began(directory: str | os.PathLike[str]) -> datetime.datetime:
+    """When the run in a directory began, for what it is to do alike whenever it goes on.
+
+    Args:
+        directory: of the run, see `hold`; need not exist.
+
+    Returns:
+        The local time at which the process started that was the first to hold it; where there was
+        none, this one.
+    """
+    path = Path(directory) / _BEGAN
+    with contextlib.suppress(ValueError, OSError):  # of a run before there was such a file
+        return datetime.datetime.fromisoformat(path.read_text())
+    return datetime.datetime.fromisoformat(_STARTED)
 
 
 _HELD: dict[Path, int] = {}
@@ -117,7 +138,9 @@ def remove(directory: str | os.PathLike[str]) -> None:
         directory: of the run, or one that holds such directories.
     """
     directory = Path(directory).absolute()
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == _RUN):
+    for path in sorted(
+        directory.iterdir(), key=lambda path: (path.name == _RUN, path.name == _BEGAN)
+    ):
         if path.is_dir() and not path.is_symlink():
             remove(path)
         else:
