@@ -206,18 +206,24 @@ def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
 def _run_reference(
     op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
+    c, e = op.settings, tokens.edits
+    counts = tokens.weights != 0
     arrays = [operands.model] + ([operands.reference] if operands.reference else [])
+    # 0 times NaN is NaN: what an ignored token's rows hold must not come near a gradient.
     if op.head is not None:
         scale, transposed, softcap = op.head.scale, op.head.transposed, op.head.softcap
-        logits = [dense.linear_logits(h, k, scale, transposed, softcap) for h, k in arrays]
+        logits = []
+        for h, k in arrays:
+            usable = (counts | jnp.isfinite(h).all(axis=-1))[:, None]
+            of_head = dense.linear_logits(
+                jnp.where(usable, h, jnp.zeros_like(h)), k, scale, transposed, softcap
+            )
+            logits.append(jnp.where(usable, of_head, jnp.nan))
     else:
         logits = [x for (x,) in arrays]
     logits = [x.astype(dense.precision_of(x)) for x in logits]
-    c, e = op.settings, tokens.edits
-    counts = tokens.weights != 0
     peaks = [jnp.max(x, axis=-1) for x in logits]
     no_model, *no_reference = [~((x > dense.MASKED) & (x < jnp.inf)) for x in peaks]
-    # 0 times NaN is NaN: what an ignored token's rows hold must not come near a gradient.
     clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
     z, r = clean[0], clean[1] if operands.reference else None
     statistics = dense.token_statistics(z, r, tokens.targets)

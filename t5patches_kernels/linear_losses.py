@@ -4,7 +4,8 @@ The same losses as in `losses`, with ``logits = logit_scale * hidden @ kernel`` 
 ``transposed=True``: a tied embedding table) made a chunk of tokens at a time. Value and gradients
 hold no ``[..., V]`` array. Differentiable in ``hidden`` and ``kernel``; nothing flows to the
 reference's. The products run in the dtype of ``hidden``, to which ``kernel`` is cast, and sum in
-float32. The model and the reference may have different hidden sizes.
+float32. The model and the reference may have different hidden sizes. An ignored token contributes
+exactly 0 to both gradients, whatever its hidden states hold.
 
 With ``softcap=c`` these are z, and the logits of both models are
 

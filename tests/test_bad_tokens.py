@@ -1,5 +1,7 @@
 """Ids out of range, ignored tokens, and rows with nothing left: NaN, 0 and the documented rule."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,6 +228,49 @@ def test_a_linear_loss_without_an_answer_is_nan():
     assert np.isnan(by_kernel).all()
     value, gradients = f(h, k, h.at[2].set(jnp.nan))  # of an ignored token
     assert all(np.isfinite(x).all() for x in (value, *gradients))
+
+
+LINEAR = {
+    "ce": tk.linear_cross_entropy_loss,
+    "ul": tk.linear_unlikelihood_loss,
+    "tnff": lambda h, k, y, w, **o: tk.linear_targeted_negative_loss(h, k, h, k, y, w, **o),
+    "policy_gradient": lambda h, k, y, w, **o: tk.linear_policy_gradient_loss(
+        h, k, h, k, y, jnp.abs(w), w, **o
+    ),
+    "statistics": lambda h, k, y, w, **o: tk.linear_token_statistics(h, k, y, h, k, **o),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "softcap", "vocab_axis"),
+    [("ce", "xla", None, None), ("ul", "xla", None, "model"), ("tnff", "xla", 2.0, None),
+     ("policy_gradient", "xla", None, None), ("statistics", "xla", None, None),
+     ("ce", "reference", None, None), ("tnff", "reference", 2.0, None)],
+)  # fmt: skip
+def test_an_ignored_tokens_hidden_states_may_hold_nan(name, implementation, softcap, vocab_axis):
+    """They are multiplied by a gradient of 0, and 0 * NaN is NaN: in all of the kernel's."""
+    h, k = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((6, 5), (5, 40))))
+    y, options = jnp.arange(6), {"softcap": softcap, "implementation": implementation}
+
+    def call(h, k):
+        if vocab_axis is None:
+            return LINEAR[name](h, k, y, W, **options)
+        mesh = jax.make_mesh((2,), (vocab_axis,), axis_types=(jax.sharding.AxisType.Auto,))
+        per_shard = functools.partial(LINEAR[name], vocab_axis=vocab_axis, **options)
+        specs = (jax.P(), jax.P(None, vocab_axis), jax.P(), jax.P())
+        return jax.shard_map(per_shard, mesh=mesh, in_specs=specs, out_specs=jax.P())(h, k, y, W)
+
+    def total(h, k, factor):
+        out = call(h, k)
+        # As `preferences` sums log-probabilities; a loss is 0 by itself.
+        of_tokens = out.loss if hasattr(out, "loss") else jnp.where(W != 0, out.log_prob, 0.0)
+        return (of_tokens * factor).sum()
+
+    f = jax.jit(jax.value_and_grad(total, (0, 1)))
+    for factor in (jnp.ones(6), jnp.arange(1.0, 7.0)):  # the gradient of the forward pass, or anew
+        want = f(h.at[2].set(0.0), k, factor)
+        for fault in (jnp.nan, jnp.inf):
+            jax.tree.map(np.testing.assert_array_equal, f(h.at[2, 1].set(fault), k, factor), want)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -29,7 +29,7 @@ from t5patches_kernels.core.operation import (
     Tokens,
     columns_of,
 )
-from t5patches_kernels.core.statistics import Array, Stats
+from t5patches_kernels.core.statistics import Array, Stats, any_asked
 
 # A float32 chunk of one logits array where the caller names no size, by platform: small enough for
 # a CPU's caches; on a GPU large enough for its matrix units, and for the kernel's float32 gradient
@@ -143,8 +143,9 @@ def _chunked(
         out = driver(of_chunk, stage, logits, tokens, stats, d_stats)
         if out.gradient is None:
             return out, donated, None
-        summed = fresh & (tokens.weights != 0) if op.skip_ignored else fresh
-        once = jnp.where(summed[:, None], hidden, jnp.zeros_like(hidden))
+        # Elsewhere the gradient to logits is 0, but hidden states may be NaN, and 0 * NaN is NaN.
+        asked = tokens.weights[:, None] != 0 if d_stats is None else any_asked(d_stats)
+        once = jnp.where(fresh[:, None] & asked, hidden, jnp.zeros_like(hidden))
         dh, dw = _pull(_uncapped(out.gradient[0], z, head), once, kernel, head)
         return Result(out.stats, (dh,)), donated, dw
 
