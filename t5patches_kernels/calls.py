@@ -32,8 +32,9 @@ class Edits(NamedTuple):
         reference before it is renormalised. 0 removes the id, 0.5 halves it, 3 triples it.
 
     A loss that is given others raises: ValueError for shapes that do not fit the tokens', TypeError
-    for dtypes. An id out of range, or a factor that is negative or NaN, makes a token that counts
-    NaN.
+    for dtypes. An id out of range, or an id's factor that is negative, infinite or NaN, makes a
+    token that counts NaN; a negative one whose value is known when the program is traced raises
+    ValueError.
 
     Example:
       >>> import jax.numpy as jnp
@@ -187,20 +188,23 @@ def _int32_ids(ids: Array | np.ndarray) -> Array:
 
 def _flat_tokens(c: Settings, given: _PerToken) -> _Tokens:
     y, w = given.targets.reshape(-1), given.weights.reshape(-1)
-    bad = (y < 0) | (y >= c.vocab_size)
+    faulty = ~jnp.isfinite(w)
     numbers = {name: x.reshape(-1) for name, x in given.numbers.items()}
     for name, x in numbers.items():
-        bad |= ~jnp.isfinite(x) & (w != 0)
+        faulty |= ~jnp.isfinite(x)
         numbers[name] = jnp.where(jnp.isfinite(x), x, 0.0)
-    if given.edits is None:
-        return _Tokens(y, w, bad, None, numbers)
-    ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
-    if ids.shape[-1] == 0:
-        return _Tokens(y, w, bad, None, numbers)
-    wrong = (ids < -1) | (ids >= c.vocab_size) | ((ids >= 0) & ~(factors >= 0))
-    if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
-        factors = (factors != 0).astype(factors.dtype)
-    return _Tokens(y, w, bad | jnp.any(wrong, axis=-1), Edits(ids, factors), numbers)
+    edits = None
+    if given.edits is not None and given.edits.ids.shape[-1]:
+        ids, factors = (x.reshape(len(y), x.shape[-1]) for x in given.edits)
+        edited = (ids >= 0) & (ids < c.vocab_size) & (factors >= 0) & (factors < jnp.inf)
+        faulty |= jnp.any(~edited & (ids != -1), axis=-1)
+        factors = jnp.where(edited, factors, 1.0)
+        if objectives.reference_of(c) == "self":  # the set N: what is not removed is not in it
+            factors = (factors != 0).astype(factors.dtype)
+        edits = Edits(ids, factors)
+    # Without a target an ignored token has no log-probability either; with one it has.
+    bad = (y < 0) | (y >= c.vocab_size) | (faulty & (w != 0))
+    return _Tokens(y, w, bad, edits, numbers)
 
 
 def _run_reference(

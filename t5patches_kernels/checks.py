@@ -139,10 +139,13 @@ def edits(x: Any, like_name: str, like: Any) -> None:
             f"edits.factors must be floating point, got {_dtype_name(factors)}: cast them with "
             "factors.astype(jnp.float32)."
         )
-    values = concrete(factors)
-    if values is not None and (values.astype(np.float32) < 0).any():
+    known_ids, known = concrete(ids), concrete(factors)
+    if known is None or known_ids is None:
+        return
+    of_ids = known.astype(np.float32)[known_ids >= 0]  # -1 lists none, whatever its factor
+    if (of_ids < 0).any():
         raise ValueError(
-            f"edits.factors must be >= 0, got {values.min()}: a factor multiplies an id's "
+            f"edits.factors must be >= 0, got {of_ids.min()}: a factor multiplies an id's "
             "probability (0 removes it, 0.5 halves it, 3 triples it)."
         )
 

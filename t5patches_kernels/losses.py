@@ -280,7 +280,8 @@ def targeted_negative_loss(
       implementation: see the module.
 
     Returns:
-      A `TokenLoss`. A target or edited id out of range gives NaN for its token if it counts.
+      A `TokenLoss`. A target or edited id out of range, or a weight that is not finite, gives NaN
+      for its token if it counts.
 
     Raises:
       ValueError: shapes that do not fit, an unknown objective, an option out of range.
@@ -571,9 +572,9 @@ def policy_gradient_loss(
       implementation: see the module.
 
     Returns:
-      A `PolicyLoss`. A target out of range, or an advantage or old log-probability that is not
-      finite, gives NaN for its token if it counts. A ratio beyond float32 (``e^88``) that no clip
-      holds, as where ``A < 0``, gives an infinite loss.
+      A `PolicyLoss`. A target out of range, or a weight, advantage or old log-probability that is
+      not finite, gives NaN for its token if it counts. A ratio beyond float32 (``e^88``) that no
+      clip holds, as where ``A < 0``, gives an infinite loss.
 
     Raises:
       ValueError: also a `kl_coefficient` without `ref_logits`.

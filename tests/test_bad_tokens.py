@@ -41,6 +41,17 @@ def test_a_bad_target_is_nan_where_it_counts(name, implementation, bad):
     assert not np.asarray(out.correct)[[2, 3, 4]].any()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MAIN)
+def test_a_weight_that_is_no_number_is_nan(name, implementation):
+    w = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, -1.0, 0.0])
+    out, gradient = outcome(name, implementation, jnp.arange(6), w=w)
+    bad_rows = [False, True, True, True, False, False]
+    np.testing.assert_array_equal(np.isnan(out.loss), bad_rows)
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), bad_rows)
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), bad_rows)
+
+
 # By the entries of a row and a dtype: ids that are in range, and some that are not.
 IDS_BY_DTYPE = [
     (200, "int8", [0, 127], [-1, -128]),
@@ -94,16 +105,32 @@ def test_booleans_are_no_ids():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["tnff", "ul"])
-@pytest.mark.parametrize(("bad_id", "bad_factor"), [(40, 0.0), (-2, 0.0), (3, -1.0), (3, np.nan)])
+@pytest.mark.parametrize(
+    ("bad_id", "bad_factor"), [(40, 0.0), (-2, 0.0), (3, -1.0), (3, np.nan), (3, np.inf)]
+)
 def test_a_bad_edit_is_nan_where_it_counts(name, implementation, bad_id, bad_factor):
+    """An ignored token keeps its log-probability: that is of the model alone."""
     ids = jnp.full((6, 2), -1).at[2:4, 1].set(bad_id)
-    factors = jnp.zeros((6, 2)).at[2:4, 1].set(bad_factor)
-    y = jnp.zeros(6, jnp.int32)
+    factors = jnp.zeros((6, 2)).at[2:4, 1].set(bad_factor).at[0].set(bad_factor)  # of no id
+    y = jnp.argmax(Z, axis=-1)
     # Traced, so that the values are not known when the call is checked.
-    total = jax.jit(lambda f: CASES[name](Z, R, y, W, tk.Edits(ids, f), implementation).loss)
-    np.testing.assert_array_equal(
-        np.isnan(total(factors)), [False, False, False, True, False, False]
+    run = jax.jit(lambda f: CASES[name](Z, R, y, W, tk.Edits(ids, f), implementation))
+    out, bad_rows = run(factors), [False, False, False, True, False, False]
+    np.testing.assert_array_equal(np.isnan(out.loss), bad_rows)
+    np.testing.assert_array_equal(np.isnan(out.log_prob), bad_rows)
+    assert out.log_prob[2] < 0.0
+    np.testing.assert_array_equal(out.correct, np.logical_not(bad_rows))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_factor_of_no_id_is_not_read(implementation):
+    """Nor refused, where its value is known."""
+    ids = jnp.full((6, 1), -1)
+    loss, plain = (
+        CASES["tnff"](Z, R, jnp.zeros(6, jnp.int32), W, tk.Edits(ids, factors), implementation).loss
+        for factors in (jnp.full((6, 1), -1.0), jnp.ones((6, 1)))
     )
+    np.testing.assert_array_equal(loss, plain)
 
 
 @pytest.mark.parametrize("implementation", ["xla"])

@@ -131,7 +131,7 @@ BAD = {
         "edits.factors must be floating",
     ),
     "negative factors": (
-        lambda: tn(edits=tk.Edits(NONE, -1.0 * jnp.ones(NONE.shape))),
+        lambda: tn(edits=tk.Edits(0 * NONE, -1.0 * jnp.ones(NONE.shape))),
         ValueError,
         "factors must be >= 0, got -1.0",
     ),
