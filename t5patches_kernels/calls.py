@@ -297,17 +297,17 @@ def _without_ignored(
     return outputs, correct & counts
 
 
-def _is_intermediate(x: Array) -> bool:
-    """Whether `x` is computed inside the function being traced, and is not an argument of it.
+def _innermost(x: Array) -> Array:
+    """What tracers of grad, vmap and shard_map stand around: an array, or a program's own tracer.
 
-    Only a hint: where JAX no longer tells, the answer is no.
+    Only as far as JAX tells.
     """
     while isinstance(x, jax.core.Tracer):
-        under = getattr(x, "primal", getattr(x, "val", None))  # of a tracer of grad or vmap
+        under = getattr(x, "primal", getattr(x, "val", None))
         if not isinstance(under, jax.Array):
-            return getattr(x, "parent", None) is not None
+            break
         x = under
-    return False
+    return x
 
 
 class How(NamedTuple):
@@ -333,7 +333,8 @@ def call(
       Its outputs by name and whether the target holds the largest logit, with the tokens' leading
       dimensions.
     """
-    donate, implementation = _is_intermediate(inputs.model[0]), how.implementation
+    innermost, implementation = _innermost(inputs.model[0]), how.implementation
+    donate = getattr(innermost, "parent", None) is not None  # computed in the function being traced
     op = Operation(
         c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=bool(how.skip_ignored)
     )
@@ -349,7 +350,7 @@ def call(
     run = partial(_on_rows, implementation)
     if implementation == "reference":  # dense: XLA partitions it
         return run(op, operands, tokens)
-    if sharding.is_eager(operands.model[0]):
+    if not isinstance(innermost, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty:
         run = partial(_program, implementation)
     # A kernel may be interpreted where it is asked for, which cannot be done under check_vma.
     check_vma = implementation in (None, "xla")
@@ -360,9 +361,9 @@ def call(
 def _program(
     implementation: Implementation, op: Operation, operands: Operands, tokens: _PerToken
 ) -> tuple[dict[str, Array], Array]:
-    """`_on_rows` in a `jax.shard_map` that is run step by step, as one step.
+    """`_on_rows` as one step of a `jax.shard_map` (the caller's, or `over_mesh`'s) outside of jit.
 
-    Else JAX meets a custom derivative with symbolic zeros there, which it refuses.
+    JAX runs that step by step, and refuses a custom derivative with symbolic zeros there.
     """
     return _on_rows(implementation, op, operands, tokens)
 

@@ -28,19 +28,6 @@ from t5patches_kernels.core.statistics import Array, Stats
 # --- Inside a shard_map ---------------------------------------------------------------------------
 
 
-def is_eager(x: Array) -> bool:
-    """Whether this is inside a `jax.shard_map` that JAX runs step by step, outside of `jax.jit`.
-
-    Only a hint: where JAX no longer tells, the answer is no.
-    """
-    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
-        return False
-    under: Any = x
-    while isinstance(under, jax.core.Tracer):  # of shard_map, grad or vmap
-        under = getattr(under, "primal", getattr(under, "val", None))
-    return isinstance(under, jax.Array)
-
-
 def axis_size(vocab_axis: str | None) -> int:
     """Over how many devices a row is split."""
     return 1 if vocab_axis is None else jax.lax.axis_size(vocab_axis)

@@ -117,6 +117,22 @@ def test_explicit_axes_stay_where_they_are(spec):
     close((got, gradient), whole(f, Z, R, Y, W))
 
 
+@pytest.mark.parametrize(
+    ("axis_type", "model", "losses"),
+    [(AxisType.Auto, (H, K), LINEAR), (AxisType.Explicit, (Z,), LOSSES)],
+)
+def test_outside_of_jit(axis_type, model, losses):
+    def f(*model):
+        return weighed(losses["ce"](*model, *model, Y, W))
+
+    f = jax.value_and_grad(f, argnums=tuple(range(len(model))))
+    mesh = mesh_of((1, 2), axis_type, names=("data", "model"))
+    split = P(*[None] * (model[-1].ndim - 1), "model")
+    with jax.set_mesh(mesh):
+        got = f(*model[:-1], jax.device_put(model[-1], jax.NamedSharding(mesh, split)))
+    close(got, whole(f, *model))
+
+
 def test_t5x_puts_its_mesh_in_the_context_through_pjit():
     mesh, seen = mesh_of((2, 4)), []
 
