@@ -136,22 +136,28 @@ def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) ->
     """`jax.vmap`: the batch is more rows."""
     size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
 
-    def flat(x: Array, axis: int | None) -> Array:
-        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        return x.reshape(-1, *x.shape[2:])
+    def batched(x: Array, axis: int | None) -> Array:
+        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
 
-    out = _stage.bind(*map(flat, inputs, axes), **params)
-    return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * len(out)
+    stacked = list(map(batched, inputs, axes))
+    rows = stacked[0].shape[1]  # sizes are written out: a batch of none says nothing of them
+    out = _stage.bind(*(x.reshape(size * rows, *x.shape[2:]) for x in stacked), **params)
+    return [x.reshape(size, rows, *x.shape[1:]) for x in out], [0] * len(out)
 
 
 batching.primitive_batchers[_stage] = _fold
 
 
-@_stage.def_impl
 @partial(jax.jit, static_argnames=("implementation", "op", "stage", "tree", "interpret"))
 def programs(*inputs: Array, **params: Any) -> list[Array]:
     """Runs a stage that is outside of `jax.jit`, by a program that is kept for the next time."""
     return _stage.bind(*inputs, **params)
+
+
+@_stage.def_impl
+def _outside_of_jit(*inputs: Array, **params: Any) -> list[Array]:
+    with jax.disable_jit(False):  # a stage is a program and nothing else
+        return programs(*inputs, **params)
 
 
 # --- Lowering -------------------------------------------------------------------------------------
@@ -238,6 +244,8 @@ def choose(
     if reason:
         if stage in WHOLE_ROWS:  # what else there is on a GPU is the XLA form's anyway
             _warn(name, reason)
+        name = "xla"
+    if operands.model[0].shape[0] == 0:  # under `jax.vmap`: nothing for a kernel to go through
         name = "xla"
     interpret = interpret if target.platform == "cpu" else None
     if name == "pallas_tpu":

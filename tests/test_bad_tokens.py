@@ -308,9 +308,15 @@ def test_mass_where_the_model_is_masked_is_never_plausible(implementation):
     assert np.isfinite(gradient).all()
 
 
-def test_no_tokens():
-    out = tk.targeted_negative_loss(Z[:0], R[:0], jnp.zeros(0, jnp.int32), W[:0])
-    assert out.loss.shape == (0,)
+@pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.vmap])
+def test_no_tokens(wrap, implementation):
+    def loss(z, y):
+        return tk.cross_entropy_loss(z, y, implementation=implementation).loss
+
+    y = jnp.zeros((0, 6), jnp.int32)
+    f = jax.grad(lambda z: wrap(loss)(z, y).sum())
+    assert f(jnp.zeros((0, 6, 40))).shape == (0, 6, 40)
 
 
 def test_an_id_listed_twice_has_both_factors():

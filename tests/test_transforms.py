@@ -75,6 +75,15 @@ def test_any_cotangent(name):
     close(jitted("xla", Z), want)
 
 
+def test_without_jit():
+    def grad(h, k):
+        return jax.grad(lambda h, k: LINEAR["ce"](h, k, H, K, Y, W).loss.sum(), (0, 1))(h, k)
+
+    with jax.disable_jit():
+        got = grad(H, K)
+    close(got, grad(H, K))
+
+
 @pytest.mark.parametrize("name", [slow_unless(x == "tnrf", x) for x in LOSSES])
 def test_vmap_and_remat(name):
     def total(z):
