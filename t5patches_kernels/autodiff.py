@@ -5,10 +5,16 @@ the loss and, with the row at hand, its gradient for a cotangent of 1; the backw
 each row by its own cotangent, which XLA fuses into what follows. `_from_stats` is for everything
 else (the other outputs, a split vocabulary): the row statistics are saved, and the backward pass
 computes the gradient from them, the operands and the cotangents.
+
+A second derivative raises with the remedy. So does one in forward mode where JAX refuses it as the
+loss is called; where a function is compiled, scanned or rematerialised, JAX refuses later, with
+a TypeError in its own words.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -29,6 +35,17 @@ FORWARD_MODE = (
     "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) of the fused losses is not "
     'implemented. Use reverse mode (jax.grad, jax.vjp), or pass implementation="reference".'
 )
+
+
+@contextlib.contextmanager
+def _reverse_mode_only() -> Iterator[None]:
+    """Names the remedy where JAX refuses to differentiate a custom derivative forwards."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" in str(error):  # JAX's own words, without the remedy
+            raise NotImplementedError(FORWARD_MODE) from error
+        raise
 
 
 def _first_order_only(fn):
@@ -177,7 +194,7 @@ def apply(
     reference, tokens = jax.lax.stop_gradient((operands.reference, tokens))
     outputs: dict[str, jax.Array] = {}
     names = objectives.lines_of(op.settings)
-    try:
+    with _reverse_mode_only():
         if "loss" in names and op.vocab_axis is None:
             outputs["loss"], stats = _value_and_grad(driver, op, operands.model, reference, tokens)
         else:
@@ -186,19 +203,11 @@ def apply(
         stats = jax.lax.stop_gradient(stats)
         rest = tuple(name for name in names if name not in outputs)
         outputs |= _from_stats(driver, op, rest, operands.model, reference, tokens, stats)
-    except TypeError as error:
-        if "forward-mode" in str(error):  # JAX's own words, without the remedy
-            raise NotImplementedError(FORWARD_MODE) from error
-        raise
     return {name: jnp.squeeze(x, -1) for name, x in outputs.items()}, stats
 
 
 @jax.custom_vjp
-def with_gradient_to_targets(loss: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """A cross-entropy's value, with its gradient ``-log_softmax(logits)`` to its soft targets.
-
-    Dense, as the targets are; nothing is computed where nobody differentiates by them.
-    """
+def _with_gradient_to_targets(loss: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
     return loss
 
 
@@ -208,6 +217,16 @@ def _to_targets_backward(residuals, ct):
     return ct, None, (-ct[..., None] * log_p).astype(targets.dtype)
 
 
-with_gradient_to_targets.defvjp(
+_with_gradient_to_targets.defvjp(
     lambda loss, logits, targets: (loss, (logits, targets)), _to_targets_backward
 )
+
+
+def with_gradient_to_targets(loss: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """A cross-entropy's value, with its gradient ``-log_softmax(logits)`` to its soft targets.
+
+    Dense, as the targets are; nothing is computed where nobody differentiates by them.
+    """
+    targets = tiling.vary_over(targets, tiling.all_axes(loss))
+    with _reverse_mode_only():
+        return _with_gradient_to_targets(loss, logits, targets)

@@ -10,11 +10,12 @@ reference wherever the objective has one, whether or not the token is of the kin
 Losses are per token: reduce them as you like, with any per-token factor.
 
 All functions are differentiable in `logits` by reverse mode, and in nothing else: nothing flows to
-the reference, the targets, the weights, the edits, or what else a token brings. They work under
-`jax.jit`, `jax.vmap`, `jax.checkpoint` and `jax.shard_map`. Under `jax.jit` with a mesh in the
-context (`jax.set_mesh`, or T5X's partitioner) each device runs the kernel on its part of the tokens
-and of the vocabulary, and per-token sums are all that moves: `mesh_axes` says which axes split
-what. (The deprecated ``with mesh:`` alone, without T5X's ``pjit``, does not tell JAX of the mesh.)
+the reference, the targets, the weights, the edits, or what else a token brings. Forward mode and
+second order raise. They work under `jax.jit`, `jax.vmap`, `jax.checkpoint` and `jax.shard_map`.
+With a mesh in the context (`jax.set_mesh`, or T5X's partitioner) each device runs the kernel on its
+part of the tokens and of the vocabulary, and per-token sums are all that moves: `mesh_axes` says
+which axes split what. (The deprecated ``with mesh:`` alone, without T5X's ``pjit``, does not tell
+JAX of the mesh.)
 
 Arguments that they share:
 
@@ -26,10 +27,11 @@ Arguments that they share:
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``skip_ignored``: True spares the work for ignored tokens, however many they turn out to be when
-  the program runs: their ``log_prob`` and ``correct`` are then 0 and False, and all else is as it
-  was. On hidden states those that count are brought together, and chunks of others are left out. On
-  logits an ignored token costs the zeros of its gradient: on CPUs and in the GPU kernel row by row,
-  on TPUs where a block of 8 (bfloat16: 16) rows has no other. XLA's form on GPUs skips no logits.
+  the program runs: all that is returned of them is then 0 or False (``log_prob`` and ``correct``,
+  of a `PolicyLoss` also ``ratio``, ``kl`` and ``entropy``), and all else is as it was. On hidden
+  states those that count are brought together, and chunks of others are left out. On logits an
+  ignored token costs the zeros of its gradient: on CPUs and in the GPU kernel row by row, on TPUs
+  where a block of 8 (bfloat16: 16) rows has no other. XLA's form on GPUs skips no logits.
 * ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.
 """
 
@@ -87,7 +89,8 @@ class TokenStatistics(NamedTuple):
 class PolicyLoss(NamedTuple):
     """What `policy_gradient_loss` returns, per token.
 
-    Where a token is ignored, each part is still its own as far as it has one, and else 0.
+    Where a token is ignored, each part is still its own as far as it has one, and else 0; all are 0
+    with ``skip_ignored``.
 
     Attributes:
       loss: ``[...]`` float32; exactly 0 where the token is ignored.

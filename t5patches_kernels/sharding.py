@@ -3,7 +3,7 @@
 Inside `jax.shard_map`, a device holds ``V / n`` columns of every row. It sums its columns like a
 tile; the sums are rebased to the row's global maxima and added: a handful of numbers a token.
 
-Under `jax.jit` with a mesh in the context, `over_mesh` makes that `jax.shard_map` by itself.
+With a mesh in the context, `over_mesh` makes that `jax.shard_map` by itself.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def mesh_axes(
 ) -> Iterator[None]:
     """Says which axes of the mesh split the tokens and which one splits the vocabulary.
 
-    Under `jax.jit` (or `jax.experimental.pjit`, as in T5X) with a mesh in the context, every loss
+    With a mesh in the context (of `jax.set_mesh`, or `jax.experimental.pjit`, as in T5X) every loss
     runs its kernel on each device's part of the logits: the first dimension is split over `batch`,
     the vocabulary over `vocab`. The defaults are T5X's names; here is where to give others. Axes
     that the mesh does not have split nothing. Where JAX tells how the logits are split (axes of

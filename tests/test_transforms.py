@@ -276,6 +276,35 @@ def test_cross_entropy_with_logits_is_that_of_t5x():
             close(*grads)
 
 
+def test_soft_targets_that_all_devices_hold():
+    """Inside `jax.shard_map`, where the logits alone differ: their gradient is a sum over it."""
+    mesh = jax.make_mesh((B,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    soft = jax.nn.softmax(R[0])
+
+    def total(z, soft):
+        return (t5x_losses.cross_entropy_with_logits(z, soft)[0] * CT[0]).sum()
+
+    def of_each(z, soft):
+        return jax.lax.psum(total(z[0], soft), "data")
+
+    rows = jax.P("data")
+    call = jax.shard_map(of_each, mesh=mesh, in_specs=(rows, jax.P()), out_specs=jax.P())
+    want = jax.grad(lambda z, soft: sum(total(x, soft) for x in z), (0, 1))(Z, soft)
+    close(jax.jit(jax.grad(call, (0, 1)))(Z, soft), want)
+
+
+def test_soft_targets_in_forward_mode():
+    def f(z, soft, implementation):
+        return t5x_losses.cross_entropy_with_logits(z, soft, implementation=implementation)[0]
+
+    z, soft = Z[0, 0], jax.nn.softmax(R[0, 0])
+    got = jax.jit(jax.hessian(f, (0, 1)), static_argnums=2)(z, soft, "reference")
+    wanted = jax.hessian(lambda z, soft: t5x_cross_entropy(z, soft, 0.0)[0], (0, 1))
+    close(got, jax.jit(wanted)(z, soft))
+    with pytest.raises(NotImplementedError, match=r'forward-mode.*"reference"'):
+        jax.jvp(lambda soft: f(z, soft, "xla"), (soft,), (soft,))
+
+
 @pytest.mark.parametrize(
     ("z_loss", "of_logits", "implementation"),
     [slow_unless((i + j + k) % 2 == 0, z_loss, of_logits, implementation)
