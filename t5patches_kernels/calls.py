@@ -148,7 +148,7 @@ def _per_token(
 ) -> _PerToken:
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
-    dtype = dense.precision_of(like)
+    dtype = dense.precision_of(like, *inputs.reference[:1])
     if targets is None:
         targets = jnp.zeros(lead, jnp.int32)
     weighted = weights is not None
@@ -225,7 +225,7 @@ def _run_reference(
             logits.append(jnp.where(usable, of_head, jnp.nan))
     else:
         logits = [x for (x,) in arrays]
-    logits = [x.astype(dense.precision_of(x)) for x in logits]
+    logits = [x.astype(dense.precision_of(*logits)) for x in logits]
     peaks = [jnp.max(x, axis=-1) for x in logits]
     no_model, *no_reference = [~((x > dense.MASKED) & (x < jnp.inf)) for x in peaks]
     clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]

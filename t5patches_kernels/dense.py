@@ -1,7 +1,7 @@
 r"""The oracle: every loss in dense, textbook form, with gradients by autodiff.
 
 Written to be checked by eye and shared with nothing: no statistic, tile or kernel of the other
-implementations is used here. Computes in float64 where the inputs are float64, in float32
+implementations is used here. Computes in float64 where an input is float64, in float32
 otherwise. Holds several ``[T, V]`` arrays; differentiable any number of times, in either mode.
 """
 
@@ -18,9 +18,11 @@ Array = jax.Array
 MASKED = -1e30
 
 
-def precision_of(x: Array) -> jnp.dtype:
-    """What is computed in: float64 for float64 inputs, float32 for all others."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+def precision_of(*inputs: Array) -> jnp.dtype:
+    """What is computed in: float64 where an input is float64, else float32."""
+    # The dtype that JAX gives an input: without x64 a float64 of numpy's is float32.
+    double = any(jnp.result_type(x) == jnp.float64 for x in inputs)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def linear_logits(

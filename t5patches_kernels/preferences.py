@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from t5patches_kernels import checks
+from t5patches_kernels import checks, dense
 
 Array = jax.Array
 
@@ -28,8 +28,7 @@ def _checked(**arrays: Array) -> list[Array]:
     for name, x in arrays.items():
         checks.floats(name, x, float64=True)
         checks.same_shape(name, x, like_name, like)
-    double = any(x.dtype == jnp.float64 for x in arrays.values())
-    return [jnp.asarray(x, jnp.float64 if double else jnp.float32) for x in arrays.values()]
+    return [jnp.asarray(x, dense.precision_of(*arrays.values())) for x in arrays.values()]
 
 
 def preference_loss(

@@ -59,7 +59,7 @@ def cross_entropy_with_logits(
     checks.floats("logits", logits, float64=float64)
     checks.floats("targets", targets, float64=float64)
     checks.same_shape("targets", targets, "logits", logits)
-    mass = jax.lax.stop_gradient(targets).astype(dense.precision_of(targets))
+    mass = jax.lax.stop_gradient(targets).astype(dense.precision_of(logits, targets))
     log_targets = jnp.maximum(jnp.log(mass), REMOVED)  # a row of zeros has no mass, and is no error
     inputs = calls.logits_inputs(logits, log_targets, implementation)
     c = Settings(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,45 @@ def test_float64_in_the_reference():
         z = jnp.asarray(np.asarray(Z, np.float64))
         out = LOSSES["tnrr"](z, z, Y, W.astype(jnp.float64), implementation="reference")
         assert out.loss.dtype == jnp.float64
+        assert out.log_prob.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("double", [0, 1])
+def test_one_of_two_models_in_float64(double):
+    """All is then computed in it."""
+
+    def losses(z, r):
+        yield tk.targeted_negative_loss(
+            z, r, Y[0], W[0], alpha=1.0, implementation="reference"
+        ).loss
+        yield tk.policy_gradient_loss(
+            z, r, Y[0], None, CT[0], kl_coefficient=1.0, implementation="reference"
+        ).loss
+        yield t5x_losses.cross_entropy_with_logits(z, abs(r), implementation="reference")[0]
+
+    with jax.enable_x64(True):
+        both = [jnp.asarray(np.asarray(x[0], np.float64)) for x in (Z, R)]
+        mixed = [x if i == double else x.astype(jnp.float32) for i, x in enumerate(both)]
+        for got, want in zip(losses(*mixed), losses(*both), strict=True):
+            assert got.dtype == jnp.float64
+            close(got, want, rtol=1e-14)
+
+
+def test_numpys_float64_without_x64():
+    """As JAX takes it: float32, and nothing is said of a dtype that nobody asked for."""
+    z, y = np.asarray(Z, np.float64), np.asarray(Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = tk.cross_entropy_loss(z, y), tk.cross_entropy_loss(z, y, implementation="reference")
+        pair = tk.pairwise_reward_loss(z, z)
+        soft = [
+            t5x_losses.cross_entropy_with_logits(z, z**2, implementation=i)
+            for i in ("xla", "reference")
+        ]
+    assert {x.dtype for x in jax.tree.leaves((got, pair, soft))} == {
+        jnp.dtype("float32"),
+        jnp.dtype(bool),
+    }
 
 
 # --- The drop-in for T5X --------------------------------------------------------------------------
