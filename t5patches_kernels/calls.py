@@ -84,6 +84,7 @@ def linear_inputs(
     implementation: Implementation,
 ) -> Inputs:
     """Checks hidden states and the head that makes logits of them."""
+    transposed = checks.flag("transposed", transposed)
     pairs = [("hidden", hidden, "kernel", kernel)]
     if ref is not None:
         pairs.append(("ref_hidden", ref[0], "ref_kernel", ref[1]))
@@ -94,7 +95,7 @@ def linear_inputs(
     scale = checks.number("logit_scale", logit_scale)
     columns, least = jnp.shape(kernel)[0 if transposed else 1], chunked_linear.LEAST_ROWS
     chunk_bytes = checks.chunk_bytes(chunk_bytes, 4 * columns * least, least)
-    head = Head(scale, bool(transposed), checks.softcap(softcap), chunk_bytes)
+    head = Head(scale, transposed, checks.softcap(softcap), chunk_bytes)
     if ref is None:
         return Inputs("hidden", (hidden, kernel), (), head)
     checks.same_vocabulary(kernel, ref[1], transposed)
@@ -335,9 +336,10 @@ def call(
     """
     innermost, implementation = _innermost(inputs.model[0]), how.implementation
     donate = getattr(innermost, "parent", None) is not None  # computed in the function being traced
-    op = Operation(
-        c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=bool(how.skip_ignored)
-    )
+    skip_ignored = checks.flag("skip_ignored", how.skip_ignored)
+    op = Operation(c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=skip_ignored)
+    if objectives.reference_of(c) == "given":
+        checks.reference(inputs.reference, f"ref_{inputs.name}", c.objective)
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),

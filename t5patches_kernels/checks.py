@@ -20,8 +20,12 @@ def concrete(x: Any) -> np.ndarray | None:
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
-def _dtype_name(x: Any) -> str:
-    return str(jnp.result_type(x))
+def _dtype(name: str, x: Any) -> jnp.dtype:
+    """Of an array, or of a Python number where a scalar is due."""
+    if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
+        remedy = f": pass jnp.asarray({name})" if isinstance(x, list | tuple) else ""
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}{remedy}.")
+    return jnp.dtype(jnp.result_type(x))
 
 
 def floats(name: str, x: Any, *, float64: bool = False) -> None:
@@ -63,6 +67,8 @@ def per_token(name: str, x: Any, like_name: str, like: Any) -> None:
     remedy = ""
     if _shape(x) == _shape(like):
         remedy = f" {name} takes one entry a token, not one a vocabulary entry (no one-hot)."
+    elif _shape(x) == ():
+        remedy = f" One for all tokens is jnp.full({need}, {name})."
     elif _shape(x) == need[:-1]:
         remedy = f" One for all of a sequence is jnp.broadcast_to({name}[..., None], {need})."
     raise ValueError(
@@ -73,16 +79,17 @@ def per_token(name: str, x: Any, like_name: str, like: Any) -> None:
 
 def integers(name: str, x: Any) -> None:
     """Token ids."""
-    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+    dtype = _dtype(name, x)
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            f"{name} must be integer token ids, got {_dtype_name(x)}: cast them with "
+            f"{name} must be integer token ids, got {dtype}: cast them with "
             f"{name}.astype(jnp.int32)."
         )
 
 
 def weights(x: Any) -> None:
     """Token weights: any real number."""
-    dtype = jnp.result_type(x)
+    dtype = _dtype("weights", x)
     if dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"weights must be real numbers (> 0 kept, < 0 pushed down, 0 ignored), got {dtype}: "
@@ -91,8 +98,8 @@ def weights(x: Any) -> None:
 
 
 def real_numbers(name: str, x: Any) -> None:
-    """What a token brings besides its weight."""
-    dtype = jnp.result_type(x)
+    """What a token brings besides its weight, in floating point."""
+    dtype = _dtype(name, x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must be floating point, got {dtype}: cast them with "
@@ -134,11 +141,7 @@ def edits(x: Any, like_name: str, like: Any) -> None:
             f"edits.ids must have shape {(*lead, 'K')}: that of {like_name} {_shape(like)} with K "
             f"ids in place of its last dimension, got {_shape(ids)}. Use -1 for no id."
         )
-    if not jnp.issubdtype(jnp.result_type(factors), jnp.floating):
-        raise TypeError(
-            f"edits.factors must be floating point, got {_dtype_name(factors)}: cast them with "
-            "factors.astype(jnp.float32)."
-        )
+    real_numbers("edits.factors", factors)
     known_ids, known = concrete(ids), concrete(factors)
     if known is None or known_ids is None:
         return
@@ -171,6 +174,16 @@ def number(name: str, x: Any, *, least: float | None = None) -> float:
             f"of {least_normal:.2g} to {most:.2g} in size."
         )
     return value
+
+
+def flag(name: str, x: Any) -> bool:
+    """A static option that is on or off."""
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be True or False, got a traced value: it is part of the compiled "
+            "program. Mark the argument static under jit."
+        )
+    return bool(x)
 
 
 def softcap(x: Any) -> float | None:
@@ -246,6 +259,16 @@ def head(hidden_name: str, hidden: Any, kernel_name: str, kernel: Any, transpose
         raise ValueError(
             f"{kernel_name} must be {layout} with D = {_shape(hidden)[-1]}, the last dimension of "
             f"{hidden_name} {_shape(hidden)}, got {_shape(kernel)}.{remedy}"
+        )
+    if 0 in _shape(kernel):
+        raise ValueError(f"{kernel_name} has an empty vocabulary: shape {_shape(kernel)}.")
+
+
+def reference(given: Any, what: str, objective: str) -> None:
+    """An objective that reads a second model needs one."""
+    if not given:
+        raise ValueError(
+            f"{objective} needs a reference, got {what}=None: pass the frozen model's."
         )
 
 

@@ -364,7 +364,8 @@ def tokens_per_chunk(
       Tokens a chunk; all there are where one chunk holds them.
 
     Raises:
-      ValueError, TypeError: as for the losses.
+      ValueError, TypeError: as for the losses; for another platform, and where there is nothing to
+        share out.
 
     Example:
       >>> from t5patches_kernels.linear_losses import tokens_per_chunk
@@ -373,9 +374,11 @@ def tokens_per_chunk(
       >>> tokens_per_chunk(8192, 250112, platform="gpu", chunk_bytes=2 << 30)
       2048
     """
-    least = chunked_linear.LEAST_ROWS
+    least, own = chunked_linear.LEAST_ROWS, chunked_linear.CHUNK_BYTES
+    for name, x in (("tokens", tokens), ("vocab_size", vocab_size)):
+        checks.number(name, x, least=1.0)
+    checks.one_of("platform", platform, tuple(own))
     size = checks.chunk_bytes(chunk_bytes, 4 * vocab_size * least, least)
-    own = chunked_linear.CHUNK_BYTES
-    size = own.get(platform, own["cpu"]) if size is None else size
+    size = own[platform] if size is None else size
     rows = chunked_linear.chunk_rows(tokens, vocab_size, size, skip_ignored=skip_ignored)
     return min(tokens, rows)

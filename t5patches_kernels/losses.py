@@ -142,7 +142,7 @@ def targeted_negative_settings(
         alpha=checks.number("alpha", alpha, least=0.0),
         smoothing=smoothing,
         z_loss=checks.number("z_loss", z_loss, least=0.0),
-        divergence=bool(divergence),
+        divergence=checks.flag("divergence", divergence),
     )
 
 

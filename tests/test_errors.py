@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import t5patches_kernels as tk
+from t5patches_kernels import linear_losses
 
 Z = jnp.zeros((2, 3, 5))
 Y = jnp.zeros((2, 3), jnp.int32)
@@ -296,6 +297,87 @@ BAD = {
         lambda: tk.pairwise_reward_loss(Y, Y),
         TypeError,
         "chosen_rewards must be float32 or bfloat16, got int32",
+    ),
+    "no reference": (
+        lambda: tn(ref=None),
+        ValueError,
+        "tnff needs a reference, got ref_logits=None",
+    ),
+    "no reference of a divergence": (
+        lambda: tk.kl_divergence(Z, None),
+        ValueError,
+        "kl_forward needs a reference, got ref_logits=None",
+    ),
+    "no vocabulary of a kernel": (
+        lambda: linear(kernel=K[:, :0], ref_kernel=K[:, :0]),
+        ValueError,
+        r"kernel has an empty vocabulary: shape \(4, 0\)",
+    ),
+    "chunks of no tokens": (
+        lambda: linear_losses.tokens_per_chunk(0, 100, platform="cpu"),
+        ValueError,
+        "tokens must be finite and >= 1.0, got 0.0",
+    ),
+    "chunks of no vocabulary": (
+        lambda: linear_losses.tokens_per_chunk(100, 0, platform="cpu"),
+        ValueError,
+        "vocab_size must be",
+    ),
+    "chunks of another platform": (
+        lambda: linear_losses.tokens_per_chunk(1, 100, platform="cuda"),
+        ValueError,
+        "platform must be one of cpu, gpu, tpu, got 'cuda'",
+    ),
+    "divergence traced": (
+        lambda: jax.jit(lambda x: tn(divergence=x))(True),
+        TypeError,
+        "divergence must be True or False, got a traced value.*static",
+    ),
+    "skip_ignored traced": (
+        lambda: jax.jit(lambda x: tn(skip_ignored=x))(True),
+        TypeError,
+        "skip_ignored must be True or False, got a traced value.*static",
+    ),
+    "transposed traced": (
+        lambda: jax.jit(lambda x: linear(transposed=x))(True),
+        TypeError,
+        "transposed must be True or False, got a traced value.*static",
+    ),
+    "targets list": (
+        lambda: tn(targets=Y.tolist()),
+        TypeError,
+        r"targets must be an array, got list: pass jnp.asarray\(targets\)",
+    ),
+    "weights list": (
+        lambda: tn(weights=W.tolist()),
+        TypeError,
+        "weights must be an array, got list",
+    ),
+    "no weights": (lambda: tn(weights=()), TypeError, "weights must be an array, got tuple"),
+    "advantages list": (
+        lambda: policy(advantages=W.tolist()),
+        TypeError,
+        "advantages must be an array, got list",
+    ),
+    "no advantages": (
+        lambda: policy(advantages=None),
+        TypeError,
+        "advantages must be an array, got NoneType",
+    ),
+    "edits list": (
+        lambda: tn(edits=tk.Edits(NONE.tolist(), W)),
+        TypeError,
+        "edits.ids must be an array, got list",
+    ),
+    "factors list": (
+        lambda: tn(edits=tk.Edits(NONE, NONE.tolist())),
+        TypeError,
+        "edits.factors must be an array, got list",
+    ),
+    "one weight for all": (
+        lambda: tn(weights=1.0),
+        ValueError,
+        r"got \(\). One for all tokens is jnp.full\(\(2, 3\), weights\)",
     ),
     "half a reference": (
         lambda: tk.linear_token_statistics(H, K, Y, H),
