@@ -350,8 +350,8 @@ def call(
     implementation = implementation if math.prod(lead) else "reference"
     tokens = jax.lax.stop_gradient(_per_token(c, inputs, targets, weights, edits, numbers or {}))
     run = partial(_on_rows, implementation)
-    if implementation == "reference":  # dense: XLA partitions it
-        return run(op, operands, tokens)
+    if implementation == "reference":  # dense: XLA partitions it where it may
+        return run(op, *jax.tree.map(sharding.gathered, (operands, tokens)))
     if not isinstance(innermost, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty:
         run = partial(_program, implementation)
     # A kernel may be interpreted where it is asked for, which cannot be done under check_vma.

@@ -210,6 +210,11 @@ def _place(mesh: Any, x: Array, spec: jax.P) -> Array:
     return jax.sharding.reshard(x, told)
 
 
+def gathered(x: Array) -> Array:
+    """An array as each device holds it whole, as far as axes of type Explicit split it."""
+    return _place(jax.sharding.get_abstract_mesh(), x, jax.P())
+
+
 def over_mesh(
     run: Callable[[Operation, Operands, Any], Any],
     op: Operation,

@@ -105,11 +105,15 @@ def test_linear_with_an_odd_vocabulary():
     close(got, whole(f, *args))
 
 
-@pytest.mark.parametrize("spec", [P("data", None, "model"), P(None, "data"), P("model"), P()])
-def test_explicit_axes_stay_where_they_are(spec):
+@pytest.mark.parametrize(
+    ("spec", "implementation"),
+    [(P("data", None, "model"), None), (P(None, "data"), None), (P("model"), None), (P(), None),
+     (P("data", None, "model"), "reference")],
+)  # fmt: skip
+def test_explicit_axes_stay_where_they_are(spec, implementation):
     """JAX tells how such logits are split: no name is needed."""
     mesh = mesh_of((2, 4), AxisType.Explicit)
-    f = value_and_gradient(LOSSES["tnrf"])
+    f = value_and_gradient(LOSSES["tnrf"], implementation=implementation)
     with jax.set_mesh(mesh):
         z = jax.device_put(Z, jax.NamedSharding(mesh, spec))
         got, gradient = jax.jit(f)(z, R, Y, W)
