@@ -109,10 +109,8 @@ def linear_inputs(
 
 def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
     """The entries of a whole row, over all shards."""
-    op = Operation(Settings("ce", 1), None, inputs.head)
-    columns = columns_of(op, Operands(inputs.model, inputs.reference))
     try:
-        return columns * sharding.axis_size(vocab_axis)
+        return columns_of(inputs.head, inputs.model) * sharding.axis_size(vocab_axis)
     except NameError:
         raise ValueError(
             f"vocab_axis={vocab_axis!r} is not an axis of an enclosing jax.shard_map: call the "
@@ -265,7 +263,7 @@ def _run_reference(
 def _run_driver(
     implementation: Implementation, op: Operation, operands: Operands, tokens: _Tokens
 ) -> tuple[dict[str, Array], Array]:
-    columns = columns_of(op, operands)
+    columns = columns_of(op.head, operands.model)
 
     def local(ids: Array) -> Array:
         return sharding.local_ids(ids, columns, op.vocab_axis)

@@ -170,7 +170,7 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
         )
     auto = _of_type(mesh, AxisType.Auto)
     if names.vocab in auto and not vocab:
-        if columns_of(op, operands) % mesh.shape[names.vocab] == 0:
+        if columns_of(op.head, operands.model) % mesh.shape[names.vocab] == 0:
             vocab = (names.vocab,)
         elif lead:
             lead[-1] = (*lead[-1], names.vocab)

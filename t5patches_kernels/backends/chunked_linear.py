@@ -150,7 +150,7 @@ def _chunked(
         return Result(out.stats, (dh,)), donated, dw
 
     ref_hidden = operands.reference[0] if operands.reference else None
-    rows, columns = hidden.shape[0], columns_of(op, operands)
+    rows, columns = hidden.shape[0], columns_of(head, operands.model)
     inputs = (hidden, ref_hidden, tokens, stats, d_stats)
     chunk_bytes = of_device if head.chunk_bytes is None else head.chunk_bytes
     block = chunk_rows(rows, columns, chunk_bytes, skip_ignored=op.skip_ignored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -119,7 +119,6 @@ def returned(op: Operation, stage: Stage) -> tuple[str, ...]:
     return tuple(sorted(of_row | names | {"w", "bad", *objectives.numbers(op.settings)}))
 
 
-def columns_of(op: Operation, operands: Operands) -> int:
-    """How many vocabulary entries the operands hold (of this shard)."""
-    last: Any = operands.model[-1]
-    return last.shape[0] if op.head and op.head.transposed else last.shape[-1]
+def columns_of(head: Head | None, model: tuple[Array, ...]) -> int:
+    """How many vocabulary entries a model's operands hold (of this shard)."""
+    return model[-1].shape[0 if head and head.transposed else -1]
