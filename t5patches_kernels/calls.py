@@ -107,6 +107,11 @@ def linear_inputs(
     return Inputs("hidden", (hidden, kernel), ref, head)
 
 
+def no_targets(inputs: Inputs) -> Array:
+    """In the place of targets, for an objective that reads none."""
+    return jnp.zeros(jnp.shape(inputs.model[0])[:-1], jnp.int32)
+
+
 def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
     """The entries of a whole row, over all shards."""
     try:
@@ -140,7 +145,7 @@ class _Tokens(NamedTuple):
 def _per_token(
     c: Settings,
     inputs: Inputs,
-    targets: Array | None,
+    targets: Array,
     weights: Array | None,
     edits: Edits | None,
     numbers: Mapping[str, Array],
@@ -148,8 +153,6 @@ def _per_token(
     like = inputs.model[0]
     lead = jnp.shape(like)[:-1]
     dtype = dense.precision_of(like, *inputs.reference[:1])
-    if targets is None:
-        targets = jnp.zeros(lead, jnp.int32)
     weighted = weights is not None
     if weights is None:
         weights = jnp.ones(lead, dtype)
@@ -321,7 +324,7 @@ def call(
     c: Settings,
     inputs: Inputs,
     how: How,
-    targets: Array | None = None,
+    targets: Array,
     weights: Array | None = None,
     edits: Edits | None = None,
     numbers: Mapping[str, Array] | None = None,

@@ -118,7 +118,7 @@ def run_loss(
     c: Settings,
     inputs: Inputs,
     how: How,
-    targets: Array | None = None,
+    targets: Array,
     weights: Array | None = None,
     edits: Edits | None = None,
 ) -> TokenLoss:
@@ -513,7 +513,7 @@ def kl_divergence(
     size = calls.vocab_size(inputs, vocab_axis)
     c = Settings(f"kl_{direction}", size, smoothing=smoothing, divergence=True)
     how = How(vocab_axis=vocab_axis, implementation=implementation)
-    return run_loss(c, inputs, how, edits=edits).loss
+    return run_loss(c, inputs, how, calls.no_targets(inputs), edits=edits).loss
 
 
 def policy_gradient_loss(

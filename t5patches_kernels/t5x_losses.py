@@ -67,7 +67,8 @@ def cross_entropy_with_logits(
         calls.vocab_size(inputs, None),
         z_loss=checks.number("z_loss", z_loss, least=0.0),
     )
-    out = losses.run_loss(c, inputs, How(implementation=implementation))
+    how = How(implementation=implementation)
+    out = losses.run_loss(c, inputs, how, calls.no_targets(inputs))
     if implementation == "reference":  # a 0 that any derivative by the targets goes through
         log_p = dense.log_distribution(logits.astype(out.loss.dtype))
         none = (targets - jax.lax.stop_gradient(targets)).astype(out.loss.dtype)

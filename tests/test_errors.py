@@ -348,6 +348,11 @@ BAD = {
         TypeError,
         r"targets must be an array, got list: pass jnp.asarray\(targets\)",
     ),
+    "no targets": (
+        lambda: tk.cross_entropy_loss(Z, None),
+        TypeError,
+        "targets must be an array, got NoneType",
+    ),
     "weights list": (
         lambda: tn(weights=W.tolist()),
         TypeError,
