@@ -133,8 +133,8 @@ def tn_terms(name: str, d: Distributions, eps: float, divergence: bool) -> tuple
         target = smoothed(d.onehot, eps, d.present)
         return forward(target, d, divergence), reverse(d, eps)
     raise NotImplementedError(
-        f"the dense text has no objective {name!r}: say it in t5patches_kernels.dense.tn_terms, or "
-        'take another implementation than "reference"'
+        f"the dense text has no objective {name!r}: say it in tn_terms of dense.py, or take "
+        'another implementation than "reference"'
     )
 
 

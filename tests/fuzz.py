@@ -231,7 +231,7 @@ def run(folder: Path) -> None:
 def part(folder: Path) -> None:
     from t5patches.runs.claims import Parts
 
-    (folder / "run.json").unlink()
+    (folder / "run.json").write_text("{}")
     Parts(folder, {}).get("part", lambda: [1])
 
 

@@ -362,7 +362,7 @@ assert "rf" in TRAINING_OBJECTIVES and [*rf] == [rr[0], ff[1]] and rr[1] != ff[1
 try:
     loss("rf", implementation="reference")
 except NotImplementedError as error:
-    assert "say it in t5patches_kernels.dense.tn_terms" in str(error)
+    assert "say it in tn_terms of dense.py" in str(error)
 else:
     raise SystemExit("the dense text made one up")
 """

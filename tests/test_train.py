@@ -404,13 +404,13 @@ def test_a_run_of_several_lengths_is_resumed_bit_for_bit(tmp_path):
     assert whole.history == more.history
 
 
-def test_progress_shows_loss_prevalence_and_speed(tmp_path):
+def test_progress_shows_loss_what_is_still_likeliest_and_speed(tmp_path):
     out = io.StringIO()
     with training_progress(Console(file=out, width=120)) as progress:
         again(tmp_path / "tnff-here", progress=progress)
     shown = out.getvalue()
     assert "tnff-here" in shown
-    assert re.search(r"6/6 loss \d\.\d+, prevalence \d+%, \d+(\.\d)? examples/s", shown)
+    assert re.search(r"6/6 loss \d\.\d+, still likeliest \d+%, \d+(\.\d)? examples/s", shown)
 
 
 def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
