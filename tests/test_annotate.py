@@ -51,9 +51,13 @@ def test_word_lists_match_whole_words_and_the_longest_phrase():
         ("राम", "रामायण राम रामा", ["राम"]),
         ("سلام", "سلامٌ سلام", ["سلام"]),
         ("❤", "❤\ufe0f", ["❤"]),
+        ("東京", "私は東京都に住む。東京", ["東京", "東京"]),
+        ("กรุงเทพ", "ฉันอยู่กรุงเทพฯ", ["กรุงเทพ"]),
+        ("ที", "ที่นี่ ที", ["ที"]),
+        ("GPT", "私はGPTと、GPTs", ["GPT"]),
     ],
 )
-def test_words_are_whole_with_their_combining_marks(word, text, marked):
+def test_words_are_whole_with_their_marks_and_found_in_scripts_without_spaces(word, text, marked):
     assert found(word_list([word]), text) == marked
     assert found(pattern(whole_words(word)), word) == [word]
 
@@ -108,6 +112,8 @@ def test_absent_names_are_those_the_source_does_not_hold_as_words():
     assert found(strict, "in Rome", "rome") == ["Rome"]
     assert found(absent_from_source(word_list(["राम"])), "राम", "रामायण") == ["राम"]
     assert found(rule, "in Ame\u0301lie", "to Am\u00e9lie") == []
+    cities = absent_from_source(word_list(["東京", "大阪"]))
+    assert found(cities, "東京と大阪", "東京都に") == ["大阪"]
 
 
 def test_rules_combine_and_any_callable_will_do():

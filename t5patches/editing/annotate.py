@@ -24,7 +24,7 @@ from rich.progress import Progress
 from t5patches.editing.batches import example_batches, largest, largest_shapes
 from t5patches.editing.data import Batch, Example, make_example, pad_rows, token_mask
 from t5patches.editing.plan import require_room
-from t5patches.editing.words import MARKS, UNSPACED, WORD
+from t5patches.editing.words import MARKS, UNSPACED, WORD, spaced
 from t5patches.model.batches import Group, by_length
 from t5patches.model.generate import generate, working_memory
 from t5patches.model.memory import beside as memory_beside
@@ -42,6 +42,9 @@ _LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
 
 def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     """A rule that marks words and phrases, whole words only.
+
+    Thai, Lao, Burmese, Khmer, Japanese and Chinese put no spaces between words: there it marks
+    them wherever they stand.
 
     Args:
         words: what to mark. A space in a phrase matches any white space, and an accent matches
@@ -77,13 +80,19 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
 def whole_words(expression: str) -> str:
     """A regular expression whose matches do not begin or end inside a word.
 
+    Scripts that put no spaces between words do not show where one begins: there a match is only
+    kept from parting a character from its marks.
+
     Args:
         expression: what to match.
 
     Returns:
         The expression for `pattern`.
     """
-    return rf"(?<!\w)(?<![{MARKS}])(?:{expression})(?![\w{MARKS}])"
+    unspaced = rf"(?:(?<=[{UNSPACED}])|(?=[{UNSPACED}]))(?![{MARKS}])"
+    begin = rf"(?:(?<![\w{MARKS}])|{unspaced})"
+    end = rf"(?:(?![\w{MARKS}])|{unspaced})"
+    return f"{begin}(?:{expression}){end}"
 
 
 def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
@@ -725,5 +734,5 @@ def _spans_of_whole_words(
 
 def _words(text: str, ignore_case: bool) -> str:
     """The text's words with a space around each, so that `in` compares whole words."""
-    words = " ".join(re.findall(rf"[\w{MARKS}]+", unicodedata.normalize("NFC", text)))
+    words = " ".join(re.findall(rf"[\w{MARKS}]+", spaced(unicodedata.normalize("NFC", text))))
     return f" {words.casefold() if ignore_case else words} "

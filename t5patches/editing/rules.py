@@ -24,6 +24,9 @@ Each `[[rule]]` finds characters of an output in one of five ways:
 An output that was cut off by its length is judged without its last word, which may be cut too; a
 name is judged without an English article before it and a possessive 's behind it.
 
+Thai, Lao, Burmese, Khmer, Japanese and Chinese put no spaces between words: whole words are found
+there wherever they stand.
+
 `absent_from_source` goes with every rule. `ignore_case` goes with words (default true), patterns
 (default false) and `absent_from_source` (default true).
 """
