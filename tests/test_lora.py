@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from t5patches import cli
 from t5patches.editing import train as train_module
 from t5patches.editing.data import to_arrays, write_examples
-from t5patches.editing.edit import Job, read_rounds, unfinished
+from t5patches.editing.edit import Job, read_rounds
 from t5patches.editing.evaluate import kept_divergence, read_original
 from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
@@ -36,6 +36,7 @@ from t5patches.model.lora import (
     save_adapter,
 )
 from t5patches.model.placement import make_mesh
+from t5patches.runs.files import unfinished
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 

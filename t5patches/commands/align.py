@@ -34,11 +34,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
+from t5patches.runs.files import unfinished
 
 LESS_MEMORY = (
     "remove OUTPUT.unfinished and try a smaller --update-size or --batch-size, or "
@@ -204,7 +204,7 @@ def _add_closeness(group: Any) -> None:
     )
 
 
-@common.goes_on_in(lambda options: f"{Path(options.output)}.unfinished")
+@common.goes_on_in(lambda options: unfinished(options.output))
 def run(options: argparse.Namespace) -> int:
     """Trains a model folder towards a score.
 

@@ -244,12 +244,12 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any], text: s
 
 
 def goes_on_in(
-    work: Callable[[argparse.Namespace], str | os.PathLike[str]],
+    work: Callable[[argparse.Namespace], str | os.PathLike[str] | None],
 ) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
     """For a command that goes on where it was killed: chat templates are told when it began.
 
     Args:
-        work: given the options, the folder that holds what is unfinished.
+        work: given the options, the folder that holds what is unfinished; None where nothing does.
 
     Returns:
         A decorator of the command's `run`.

@@ -37,10 +37,10 @@ whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 20
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
+from t5patches.runs.files import unfinished
 
 LESS_MEMORY = (
     "remove OUTPUT.unfinished and try a smaller --batch-size, or --truncate-inputs, --skip-longer, "
@@ -265,7 +265,7 @@ def _add_machine(group: Any) -> None:
     common.add_checkpoint_option(group, 100, "updates between two states to resume from")
 
 
-@common.goes_on_in(lambda options: f"{Path(options.output)}.unfinished")
+@common.goes_on_in(lambda options: unfinished(options.output))
 def run(options: argparse.Namespace) -> int:
     """Edits a model folder.
 

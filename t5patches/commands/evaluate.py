@@ -89,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@common.goes_on_in(lambda options: f"{options.report}.work")
+def _work(options: argparse.Namespace) -> str | None:
+    return f"{options.report}.work" if options.report else None
+
+
+@common.goes_on_in(_work)
 def run(options: argparse.Namespace) -> int:
     """Measures the edits.
 
@@ -121,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     console = common.progress_console(options)
-    work = f"{options.report}.work" if options.report else None
+    work = _work(options)
     results = compare(
         options.before,
         options.after,

@@ -48,7 +48,6 @@ from t5patches.editing.outputs import (
     result,
     room_for,
     save_result,
-    unfinished,
 )
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
 from t5patches.editing.programs import dtype_named
@@ -915,4 +914,4 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds", "unfinished"]
+__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds"]

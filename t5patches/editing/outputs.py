@@ -22,7 +22,7 @@ from t5patches.model.memory import size
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
 from t5patches.runs.claims import claim, hold, is_of, remove, require_space
-from t5patches.runs.files import UNFINISHED, read_object
+from t5patches.runs.files import read_object, unfinished
 
 PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
@@ -160,19 +160,6 @@ def record_in(name: str) -> Callable[[Path], Record | None]:
         return read_object(folder / name) if (folder / name).is_file() else None
 
     return last
-
-
-def unfinished(output: PathLike) -> Path:
-    """Where the run that makes a folder keeps what it has reached.
-
-    Args:
-        output: the folder to make.
-
-    Returns:
-        A folder beside it, which is removed at the end.
-    """
-    output = Path(output).absolute()
-    return output.with_name(output.name + UNFINISHED)
 
 
 def room_for(folder: PathLike, state: Any, *, whole: bool) -> int:

@@ -110,19 +110,19 @@ def hold(directory: str | os.PathLike[str]) -> None:
         write_file(path / _BEGAN, _STARTED)
 
 
-def began(directory: str | os.PathLike[str]) -> datetime.datetime:
+def began(directory: str | os.PathLike[str] | None) -> datetime.datetime:
     """When the run in a directory began, for what it is to do alike whenever it goes on.
 
     Args:
-        directory: of the run, see `hold`; need not exist.
+        directory: of the run, see `hold`; need not exist. None for a run that keeps nothing.
 
     Returns:
         The local time at which the process started that was the first to hold it; where there was
         none, this one.
     """
-    path = Path(directory) / _BEGAN
-    with contextlib.suppress(ValueError, OSError):  # of a run before there was such a file
-        return datetime.datetime.fromisoformat(path.read_text())
+    if directory is not None:
+        with contextlib.suppress(ValueError, OSError):  # of a run before there was such a file
+            return datetime.datetime.fromisoformat((Path(directory) / _BEGAN).read_text())
     return datetime.datetime.fromisoformat(_STARTED)
 
 

@@ -27,20 +27,33 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
             say), which are spelled `\udcff`.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + UNFINISHED)
+    part = path.with_name(path.name + UNFINISHED)
     try:
-        with open(unfinished, "wb") as file:
+        with open(part, "wb") as file:
             file.write(
                 content.encode(errors="backslashreplace") if isinstance(content, str) else content
             )
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(part, path)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def unfinished(output: str | os.PathLike[str]) -> Path:
+    """Where the run that makes a folder keeps what it has reached.
+
+    Args:
+        output: the folder to make.
+
+    Returns:
+        A folder beside it, which is removed at the end.
+    """
+    output = Path(output).absolute()
+    return output.with_name(output.name + UNFINISHED)
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
