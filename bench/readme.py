@@ -469,7 +469,49 @@ def demo(result: dict) -> str:
 
 
 def frontier(result: dict) -> str:
-    """The tables of `make frontier`: closeness where as much is left, then one point a method."""
+    """The tables of `make frontier`."""
+    return _frontier(
+        "`make frontier SEEDS=3`: the task of `make demo`, each method at some strengths, weak to "
+        "strong.",
+        result,
+        result["setting"],
+        good="one of the four wordings of the summary without inventions",
+        tuning="3000 new pairs, Adam at 1e-4",
+        shown="pairs as they come, habit and all",
+        unshown="pairs whose news say where it happened, which do not show it",
+    )
+
+
+def frontier_real(result: dict) -> str:
+    """The tables of `make frontier-real`, habit by habit."""
+    return "\n\n".join(
+        _frontier(
+            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes one of two "
+            f"numbers of updates on outputs to {row['settings']['edit_inputs']} pieces of news; "
+            f"all is measured on {row['settings']['held_out']} others.",
+            row,
+            result["setting"] | {k: row[k] for k in ("date", "commit")},
+            good="",
+            tuning=f"{row['settings']['later']} of the model's own outputs, "
+            f"Adam at {row['settings']['learning_rate']:g}",
+            shown="outputs as they come, habit and all",
+            unshown="outputs without it",
+        )
+        for row in result["rows"]
+    )
+
+
+def _frontier(
+    caption: str,
+    result: dict,
+    setting: dict[str, str],
+    *,
+    good: str,
+    tuning: str,
+    shown: str,
+    unshown: str,
+) -> str:
+    """Closeness where as much is left, then one point a method."""
 
     def number(measure: list | None, digits: int, *, error: bool = True) -> str:
         if measure is None or measure[0] is None:
@@ -488,14 +530,13 @@ def frontier(result: dict) -> str:
 
     rows = result["rows"]
     curves = _measured(
-        "`make frontier SEEDS=3`: the task of `make demo`, each method at some strengths, weak to "
-        "strong. "
+        f"{caption} "
         "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
         "sampled outputs have something unwanted (empty: not reached). Elsewhere: the same over "
         "the unmarked positions where the original gave less than 1% to all tokens together that "
         "begin something unwanted. Then how much was left at each strength. ± standard errors "
         f"{result['errors']}.",
-        result["setting"],
+        setting,
         ["", *(f"KL, {x}% left" for x in rows[0]["at"]),
          *(f"elsewhere, {x}% left" for x in rows[0]["elsewhere"]), "sampled, %"],
         [
@@ -505,7 +546,7 @@ def frontier(result: dict) -> str:
             for row in rows
         ],
     )  # fmt: skip
-    shown = {"prevalence_sampled": ("sampled, %", 1), "kl": ("KL", 4),
+    closest = {"prevalence_sampled": ("sampled, %", 1), "kl": ("KL", 4),
              "kl_needed": ("of it needed", 4), "kl_elsewhere": ("KL elsewhere", 5),
              "exact_match_clean": ("clean kept, %", 1), "reference_exact": ("good, %", 1),
              "bleu": ("BLEU", 1), "malformed": ("malformed, %", 1)}  # fmt: skip
@@ -517,6 +558,7 @@ def frontier(result: dict) -> str:
               *((row["method"], row["further"]) for row in rows)]  # fmt: skip
 
     def table(columns: dict[str, tuple[str, int]], named: list) -> str:
+        columns = {k: v for k, v in columns.items() if any(k in of for _, of in named)}
         return _table(
             ["", *(heading for heading, _ in columns.values())],
             [[name, *(number(of.get(k), digits) for k, (_, digits) in columns.items())]
@@ -525,24 +567,22 @@ def frontier(result: dict) -> str:
 
     near = paragraph(
         "Of each method the point nearest to 2% left. Clean kept: outputs that had nothing "
-        "unwanted and stayed word for word; good: one of the four wordings of the summary without "
-        "inventions; BLEU with the original's outputs. Constrained: the original, decoded so that "
-        "nothing unwanted can be said; its KL is 0 by definition, as its weights are the "
-        "original's. Needed: the part of the KL that is the removal itself, where the original "
-        "might have said something unwanted and did not (KL between whether the one and the other "
-        "begin such a thing)."
+        f"unwanted and stayed word for word; {f'good: {good}; ' if good else ''}BLEU with the "
+        "original's outputs. Constrained: the original, decoded so that nothing unwanted can be "
+        "said; its KL is 0 by definition, as its weights are the original's. Needed: the part of "
+        "the KL that is the removal itself, where the original might have said something unwanted "
+        "and did not (KL between whether the one and the other begin such a thing)."
     )
     then = paragraph(
         "The same points: different words and pairs of words in the sampled outputs, pairs that "
         "stood in the same output before; then what is unwanted when sampled after one epoch of "
-        "ordinary fine-tuning (3000 new pairs, Adam at 1e-4) on pairs as they come, habit and all "
-        "(relearned), and on pairs whose news say where it happened, which do not show it (came "
-        "back), and after rounding all matrices to 4 bits (symmetric, a scale for 32 numbers), "
-        "with the KL of that."
+        f"ordinary fine-tuning ({tuning}) on {shown} (relearned), and on {unshown} (came back), "
+        "and after rounding all matrices to 4 bits (symmetric, a scale for 32 numbers), with the "
+        "KL of that."
     )
     return "\n\n".join([
         curves, listed(result["said"]), "And by the KL elsewhere:",
-        listed(result["said_elsewhere"]), near, table(shown, models), then,
+        listed(result["said_elsewhere"]), near, table(closest, models), then,
         table(after, [models[0], *models[2:]]),
     ])  # fmt: skip
 

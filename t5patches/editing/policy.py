@@ -51,6 +51,7 @@ from t5patches.editing.programs import (
     batch_shapes,
     begun,
     on_first_device,
+    require_ranges,
     rows_of,
     state_shapes,
     updated,
@@ -138,9 +139,7 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
+        require_ranges(self, _LEAST, _ABOVE_0)
         if self.value is None and self.samples < 2:
             raise ValueError(
                 f"samples is {self.samples}: at least 2 is needed, as the outputs to an input are "
@@ -149,12 +148,6 @@ class PolicySettings:
         if self.outputs < 2:
             raise ValueError("a step has 1 output, and nothing to compare it with: give more inputs"
                              " or samples a step")  # fmt: skip
-        for name in _ABOVE_0:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e38:
-                raise ValueError(
-                    f"{name} is {value}: a number above 0 is needed, as float32 has it"
-                )
         if not (len(self.clip) == 2 and 0 <= self.clip[0] <= 1 and self.clip[1] >= 0):
             raise ValueError(
                 f"clip is {self.clip}: two numbers are needed, from 0 to 1 below and at least 0 "

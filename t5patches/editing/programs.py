@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,26 @@ def dtype_named(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}: one of {tuple(DTYPES)} is needed")
     return DTYPES[name]
+
+
+def require_ranges(settings: Any, least: Mapping[str, float], above_0: Sequence[str]) -> None:
+    """Refuses settings that cannot be trained with.
+
+    Args:
+        settings: numbers as attributes.
+        least: by name, the least that they may be.
+        above_0: names of those that must be above 0 and stay finite in float32; None is taken too.
+
+    Raises:
+        ValueError: one of them is outside of that; it is named.
+    """
+    for name, bound in least.items():
+        if not getattr(settings, name) >= bound:
+            raise ValueError(f"{name} is {getattr(settings, name)}: at least {bound} is needed")
+    for name in above_0:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < 1e38:
+            raise ValueError(f"{name} is {value}: a number above 0 is needed, as float32 has it")
 
 
 # --- Batches --------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from t5patches.editing.programs import (
     batch_shapes,
     begun,
     on_first_device,
+    require_ranges,
     rows_of,
     state_shapes,
     updated,
@@ -112,14 +113,8 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be trained with."""
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        if not 0 < self.learning_rate < 1e38:
-            raise ValueError(
-                f"learning_rate is {self.learning_rate}: a number above 0 is needed, as float32 "
-                "has it"
-            )
+        least = dict.fromkeys(("epochs", "batch_size", "checkpoint_every"), 1)
+        require_ranges(self, least, above_0=("learning_rate",))
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}: a share from 0 to below 1 is needed")
 

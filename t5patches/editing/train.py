@@ -35,7 +35,7 @@ from t5patches.editing.data import (
     said_is_pushed_down,
 )
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
-from t5patches.editing.programs import MAY_DIFFER, begun
+from t5patches.editing.programs import MAY_DIFFER, begun, require_ranges
 from t5patches.editing.rivals import RIVALS, Chosen, Given
 from t5patches.editing.states import History, States
 from t5patches.model import placement
@@ -138,14 +138,7 @@ class TrainSettings:
         for name, known in _ONE_OF.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
-        if not 0 < self.learning_rate < 1e38:
-            raise ValueError(
-                f"learning_rate is {self.learning_rate}: a number above 0 is needed, as float32 "
-                "has it"
-            )
+        require_ranges(self, _LEAST, above_0=("learning_rate",))
         if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
