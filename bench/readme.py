@@ -475,7 +475,7 @@ def frontier(result: dict) -> str:
         "strong.",
         result,
         result["setting"],
-        good="one of the four wordings of the summary without inventions",
+        column="good: one of the four wordings of the summary without inventions",
         tuning="3000 new pairs, Adam at 1e-4",
         shown="pairs as they come, habit and all",
         unshown="pairs whose news say where it happened, which do not show it",
@@ -491,7 +491,7 @@ def frontier_real(result: dict) -> str:
             f"all is measured on {row['settings']['held_out']} others.",
             row,
             result["setting"] | {k: row[k] for k in ("date", "commit")},
-            good="",
+            column="malformed: not at its end after 20 tokens",
             tuning=f"{row['settings']['later']} of the model's own outputs, "
             f"Adam at {row['settings']['learning_rate']:g}",
             shown="outputs as they come, habit and all",
@@ -506,7 +506,7 @@ def _frontier(
     result: dict,
     setting: dict[str, str],
     *,
-    good: str,
+    column: str,
     tuning: str,
     shown: str,
     unshown: str,
@@ -567,11 +567,11 @@ def _frontier(
 
     near = paragraph(
         "Of each method the point nearest to 2% left. Clean kept: outputs that had nothing "
-        f"unwanted and stayed word for word; {f'good: {good}; ' if good else ''}BLEU with the "
-        "original's outputs. Constrained: the original, decoded so that nothing unwanted can be "
-        "said; its KL is 0 by definition, as its weights are the original's. Needed: the part of "
-        "the KL that is the removal itself, where the original might have said something unwanted "
-        "and did not (KL between whether the one and the other begin such a thing)."
+        f"unwanted and stayed word for word; {column}; BLEU with the original's outputs. "
+        "Constrained: the original, decoded so that nothing unwanted can be said; its KL is 0 by "
+        "definition, as its weights are the original's. Needed: the part of the KL that is the "
+        "removal itself, where the original might have said something unwanted and did not (KL "
+        "between whether the one and the other begin such a thing)."
     )
     then = paragraph(
         "The same points: different words and pairs of words in the sampled outputs, pairs that "
@@ -934,6 +934,7 @@ SECTIONS = {
     "rounds": ("tutorial", rounds),
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
+    "frontier-real": ("frontier-real", frontier_real),
     "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
     "rewards": ("rewards", rewards),
