@@ -474,7 +474,6 @@ def frontier(result: dict) -> str:
         "`make frontier SEEDS=3`: the task of `make demo`, each method at some strengths, weak to "
         "strong.",
         result,
-        result["setting"],
         column="good: one of the four wordings of the summary without inventions",
         tuning="3000 new pairs, Adam at 1e-4",
         shown="pairs as they come, habit and all",
@@ -489,8 +488,7 @@ def frontier_real(result: dict) -> str:
             f"`make frontier-real`, the habit *{row['habit']}*: each edit makes one of two "
             f"numbers of updates on outputs to {row['settings']['edit_inputs']} pieces of news; "
             f"all is measured on {row['settings']['held_out']} others.",
-            row,
-            result["setting"] | {k: row[k] for k in ("date", "commit")},
+            row | {"setting": result["setting"] | {k: row[k] for k in ("date", "commit")}},
             column="malformed: not at its end after 20 tokens",
             tuning=f"{row['settings']['later']} of the model's own outputs, "
             f"Adam at {row['settings']['learning_rate']:g}",
@@ -504,7 +502,6 @@ def frontier_real(result: dict) -> str:
 def _frontier(
     caption: str,
     result: dict,
-    setting: dict[str, str],
     *,
     column: str,
     tuning: str,
@@ -536,7 +533,7 @@ def _frontier(
         "the unmarked positions where the original gave less than 1% to all tokens together that "
         "begin something unwanted. Then how much was left at each strength. ± standard errors "
         f"{result['errors']}.",
-        setting,
+        result["setting"],
         ["", *(f"KL, {x}% left" for x in rows[0]["at"]),
          *(f"elsewhere, {x}% left" for x in rows[0]["elsewhere"]), "sampled, %"],
         [

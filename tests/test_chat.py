@@ -311,6 +311,21 @@ def test_a_run_that_goes_on_has_the_prompts_with_which_it_began(folder, tmp_path
         assert command.run.__wrapped__, command
 
 
+def test_a_comparison_that_keeps_nothing_is_told_the_time_it_is(tmp_path, monkeypatch):
+    (tmp_path / "None.work").mkdir()
+    (tmp_path / "None.work" / "began").write_text("2001-02-03T04:05:06")
+    times = []
+
+    def at_time(now):
+        times.append(now.isoformat())
+        raise ValueError("that was all")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "at_time", at_time)
+    cli.main(["evaluate", "--before", "a", "--after", "b", "--inputs", "c"])
+    assert times == [claims._STARTED]
+
+
 # Data ----------------------------------------------------------------------------------------
 
 

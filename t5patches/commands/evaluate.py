@@ -112,8 +112,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.force and not options.report:
         raise ValueError("--force replaces a report, and none is asked for (--report)")
-    if options.report:
-        _check_report(Path(options.report), options.force)
+    work = _work(options)
+    if work:
+        _check_report(Path(options.report), Path(work), options.force)
     sources = read_sources(options, str(whole_model(options.before, options.base)))
     inputs = [source.inputs for source in sources]
     measuring = Measuring(
@@ -125,7 +126,6 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     console = common.progress_console(options)
-    work = _work(options)
     results = compare(
         options.before,
         options.after,
@@ -143,13 +143,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_report(path: Path, force: bool) -> None:
+def _check_report(path: Path, work: Path, force: bool) -> None:
     """Refuses a place where the report cannot be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file for the report")
     # With its work beside it, it is of this comparison, which was killed as it cleaned up; where
     # that is of another one, it is refused.
-    if path.exists() and not force and not Path(f"{path}.work").exists():
+    if path.exists() and not force and not work.exists():
         raise ValueError(
             f"{path} exists: nothing is overwritten. Give another name, or --force to replace it"
         )

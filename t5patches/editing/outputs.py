@@ -47,7 +47,8 @@ class Output:
                 where it says nothing.
             what: the run is, for messages, such as "alignment".
         """
-        self.path, self.work = Path(path).absolute(), unfinished(path)
+        self.path = Path(path).absolute()
+        self.work = unfinished(self.path)
         self.made = self.work / "made"
         self._last, self._what = last, what
 

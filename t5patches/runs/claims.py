@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5patches.runs.files import UNFINISHED, read_object, write_file
+from t5patches.runs.files import read_object, unfinished, write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
 _RUN, _BEGAN = "run.json", "began"
@@ -46,8 +46,7 @@ def claim(
     path = Path(directory) / _RUN
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + UNFINISHED)
-        own = {unfinished, path.with_name(_BEGAN)}
+        own = {unfinished(path), path.with_name(_BEGAN)}
         if others := sorted({*path.parent.iterdir()} - own):
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(

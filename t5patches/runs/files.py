@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = ".unfinished"  # after the name of what is being written
+
+def unfinished(path: str | os.PathLike[str]) -> Path:
+    """Where a file or a folder is made until it is whole.
+
+    Args:
+        path: of the one to make.
+
+    Returns:
+        Of the other, which lies beside it and is removed at the end.
+    """
+    return Path(f"{Path(path)}.unfinished")
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -26,8 +36,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         content: what to write; text becomes UTF-8, but for halves of characters (of a file's name,
             say), which are spelled `\udcff`.
     """
-    path = Path(path)
-    part = path.with_name(path.name + UNFINISHED)
+    part = unfinished(path)
     try:
         with open(part, "wb") as file:
             file.write(
@@ -41,19 +50,6 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def unfinished(output: str | os.PathLike[str]) -> Path:
-    """Where the run that makes a folder keeps what it has reached.
-
-    Args:
-        output: the folder to make.
-
-    Returns:
-        A folder beside it, which is removed at the end.
-    """
-    output = Path(output).absolute()
-    return output.with_name(output.name + UNFINISHED)
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
