@@ -50,9 +50,9 @@ from t5patches.editing.evaluate import (
     Measure,
     diversity,
     kept_divergence,
+    over_inputs,
     over_seeds,
     prevalence,
-    ratio,
 )
 from t5patches.editing.experiment import Edit, Experiment, merged
 from t5patches.editing.report import Results, show, write_html
@@ -237,7 +237,11 @@ def parts(task: Task, params: Params) -> dict[str, Measure]:
             (away, where),
         ):
             sums[rows] = numbers.sum(-1)[: len(rows)]
-    return {"kl_needed": ratio(needed, kept), "kl_elsewhere": ratio(elsewhere, away)}
+    inputs = [example.inputs for example in original.outputs]
+    return {
+        "kl_needed": over_inputs(inputs, needed, kept),
+        "kl_elsewhere": over_inputs(inputs, elsewhere, away),
+    }
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -53,6 +53,11 @@ AFTER = [
 ]
 
 
+def saying(texts):
+    """An output to each of as many inputs."""
+    return [Example(str(i), text, (), (), (1,), (False,)) for i, text in enumerate(texts)]
+
+
 def test_prevalence_counts_outputs_and_tokens():
     found = prevalence(BEFORE)
     assert found["prevalence"].value == 50
@@ -71,6 +76,24 @@ def test_similarity_of_the_same_outputs_is_whole():
         "exact_match_clean": 100,
     }
     assert all(m.error == pytest.approx(0, abs=1e-9) for m in found.values())
+
+
+def test_outputs_to_an_input_that_is_there_again_make_nothing_surer():
+    def measured(times):
+        before, after = BEFORE * times, AFTER * times
+        references = [[e.outputs] for e in before]
+        return prevalence(after) | similarity(after, before) | quality(after, references)
+
+    once, again = measured(1), measured(30)
+    assert {k: m.value for k, m in again.items()} == pytest.approx(
+        {k: m.value for k, m in once.items()}
+    )
+    for name, measure in once.items():
+        # BLEU of four outputs is not linear; its bootstrap alone would be 5 times too small.
+        close = 0.4 if "bleu" in name else 1e-9
+        assert again[name].error == pytest.approx(measure.error, rel=close), name
+    # To fewer inputs no measure of one time is alike.
+    assert math.isnan(prevalence(BEFORE[:1] * 5)["prevalence"].error)
 
 
 def test_similarity_of_changed_outputs():
@@ -99,8 +122,8 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_similarity_is_by_words_of_any_script(script):
-    same, half, other = ([Example("", text, (), (), (1,), (False,))] for text in SCRIPTS[script])
-    found = [similarity(new * 3, same * 3) for new in (same, half, other)]
+    same, half, other = (saying([text] * 3) for text in SCRIPTS[script])
+    found = [similarity(new, same) for new in (same, half, other)]
     for name in ("bleu", "rouge_l"):
         whole, part, nothing = (measures[name] for measures in found)
         assert (whole.value, whole.error) == (100, 0)
@@ -115,7 +138,7 @@ def test_similarity_is_by_words_of_any_script(script):
     )
 )
 def test_equal_texts_are_whole_and_others_are_not_above(texts):
-    same = [Example("", text, (), (), (1,), (False,)) for text in texts]
+    same = saying(texts)
     for found in (similarity(same, same), quality(same, [["x", text] for text in texts])):
         assert {(m.value, m.error) for name, m in found.items() if name != "exact"} == {(100, 0)}
     turned = similarity(same[::-1], same)
@@ -132,10 +155,7 @@ ENGLISH = [
 def test_words_and_scores_of_english_are_the_libraries_own():
     assert [words(text) for text in ENGLISH] == [*map(DefaultTokenizer().tokenize, ENGLISH)]
     new = [text.replace("the", "a") for text in ENGLISH]
-    found = similarity(
-        [Example("", text, (), (), (1,), (False,)) for text in new],
-        [Example("", text, (), (), (1,), (False,)) for text in ENGLISH],
-    )
+    found = similarity(saying(new), saying(ENGLISH))
     assert found["bleu"].value == BLEU().corpus_score(new, [ENGLISH]).score
     scorer = RougeScorer(["rougeL"])
     overlap = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(new, ENGLISH, strict=True)]

@@ -45,7 +45,7 @@ with other rules: what the model has said by then stays.
 from __future__ import annotations
 
 import argparse
-import collections
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -279,19 +279,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -> dict[str, Any]:
     from t5patches.editing.collect import marked_tokens
-    from t5patches.editing.evaluate import ratio
+    from t5patches.editing.evaluate import prevalence
 
-    unwanted = [any(example.marked) for example in examples]
-    # Outputs to the same input are alike: what tells of others is the number of inputs.
-    by_input = collections.defaultdict(list)
-    for example, bad in zip(examples, unwanted, strict=True):
-        by_input[example.inputs].append(bad)
-    share = ratio([sum(row) for row in by_input.values()], [len(row) for row in by_input.values()])
+    share = prevalence(examples)["prevalence"]
     return {
         "outputs": len(examples),
-        "unwanted": sum(unwanted),
-        "prevalence": 100 * share.value,
-        "prevalence_error": 100 * share.error if len(by_input) > 1 else None,
+        "unwanted": sum(any(example.marked) for example in examples),
+        "prevalence": share.value,
+        "prevalence_error": None if math.isnan(share.error) else share.error,
         "tokens": sum(len(example.marked) for example in examples),
         "marked_tokens": marked_tokens(examples),
         "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),

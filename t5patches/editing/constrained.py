@@ -21,9 +21,9 @@ from t5patches.editing.batches import example_batches
 from t5patches.editing.data import Batch, Example, pad_rows
 from t5patches.editing.evaluate import (
     Evaluation,
-    Measure,
     Measuring,
     malformed,
+    over_inputs,
     prevalence,
     quality,
     similarity,
@@ -177,7 +177,8 @@ def evaluate_constrained(
         )
 
     greedy = say(0.0)
-    measures = {"kl": Measure(0.0, 0.0, np.zeros(len(before))), **prevalence(greedy)}
+    no_change = over_inputs([example.inputs for example in before], np.zeros(len(before)))
+    measures = {"kl": no_change, **prevalence(greedy)}
     measures["prevalence_sampled"] = prevalence(say(1.0))["prevalence"]
     if measuring.references is not None:
         measures |= quality(greedy, measuring.references)

@@ -1,7 +1,7 @@
 """What an edit changed: unwanted tokens, similarity to the original's outputs, distance to it.
 
-Every measure comes with a standard error over the held-out examples; `over_seeds` replaces it by
-one over repetitions of the whole experiment.
+Every measure comes with a standard error over the held-out inputs, in which outputs to the same
+input are one draw; `over_seeds` replaces it by one over repetitions of the whole experiment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ class Measure:
         value: the number.
         error: nan where there is too little to tell.
         samples: numbers whose mean is `value` and whose scatter gives `error`, one for each
-            example or seed, so that two measures of the same examples can be compared in pairs.
+            input or seed, so that two measures of the same inputs can be compared in pairs.
     """
 
     value: float
@@ -369,13 +369,14 @@ def prevalence(outputs: Sequence[Example]) -> dict[str, Measure]:
 
     Returns:
         `prevalence`: percent of outputs with a marked token; `prevalence_tokens`: percent of
-        tokens that are marked. The errors hold for outputs to different inputs.
+        tokens that are marked.
     """
+    inputs = _inputs(outputs)
     marked = np.array([sum(example.marked) for example in outputs])
     tokens = np.array([len(example.marked) for example in outputs])
     return {
-        "prevalence": _percent(ratio(marked > 0)),
-        "prevalence_tokens": _percent(ratio(marked, tokens)),
+        "prevalence": _percent(over_inputs(inputs, marked > 0)),
+        "prevalence_tokens": _percent(over_inputs(inputs, marked, tokens)),
     }
 
 
@@ -396,15 +397,15 @@ def similarity(after: Sequence[Example], before: Sequence[Example]) -> dict[str,
     """
     if len(after) != len(before):
         raise ValueError(f"got {len(after)} new and {len(before)} original outputs: pair them")
-    new, old = [e.outputs for e in after], [e.outputs for e in before]
+    inputs, new, old = _inputs(before), [e.outputs for e in after], [e.outputs for e in before]
     overlap = [_overlap(o, n) for o, n in zip(old, new, strict=True)]
     same = np.array([o == n for o, n in zip(old, new, strict=True)])
     clean = np.array([not any(example.marked) for example in before])
     return {
-        "bleu": _bleu(new, [old]),
-        "rouge_l": _percent(ratio(overlap)),
-        "exact_match": _percent(ratio(same)),
-        "exact_match_clean": _percent(ratio(same & clean, clean)),
+        "bleu": _bleu(inputs, new, [old]),
+        "rouge_l": _percent(over_inputs(inputs, overlap)),
+        "exact_match": _percent(over_inputs(inputs, same)),
+        "exact_match_clean": _percent(over_inputs(inputs, same & clean, clean)),
     }
 
 
@@ -426,16 +427,17 @@ def quality(outputs: Sequence[Example], references: Sequence[Sequence[str]]) -> 
         raise ValueError(
             f"got {len(outputs)} outputs and references to {len(references)}: one each is needed"
         )
-    said = [example.outputs for example in outputs]
+    inputs, said = _inputs(outputs), [example.outputs for example in outputs]
     most = max(map(len, references))
     # As sacrebleu takes them: the first of each, the second of each, None where there are fewer.
     columns = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     pairs = list(zip(said, references, strict=True))
     overlap = [max(_overlap(text, output) for text in texts) for output, texts in pairs]
+    exact = [output in texts for output, texts in pairs]
     return {
-        "reference_bleu": _bleu(said, columns),
-        "reference_rouge_l": _percent(ratio(overlap)),
-        "reference_exact": _percent(ratio([output in texts for output, texts in pairs])),
+        "reference_bleu": _bleu(inputs, said, columns),
+        "reference_rouge_l": _percent(over_inputs(inputs, overlap)),
+        "reference_exact": _percent(over_inputs(inputs, exact)),
     }
 
 
@@ -447,7 +449,8 @@ def scores_of_several(
     Args:
         outputs: `meter.samples` for each input, one after the other.
         meter: scores them.
-        inputs: that each of them answers, for a scorer that asks.
+        inputs: that each of them answers, for a scorer that asks; default, no two `samples` answer
+            the same.
 
     Returns:
         Means over inputs: `score_mean`, of the mean score, and `score_maximum`, of the largest;
@@ -457,11 +460,12 @@ def scores_of_several(
         ValueError: the scorer does not give one number for each output.
     """
     scores = score(meter.scorer, outputs, inputs).reshape(-1, meter.samples)
-    worst = scores.max(1)
+    mean, worst = scores.mean(1), scores.max(1)
+    answered = inputs[:: meter.samples] or range(len(scores))
     return {
-        "score_mean": ratio(scores.mean(1)),
-        "score_maximum": ratio(worst),
-        "score_probability": _percent(ratio(worst >= meter.threshold)),
+        "score_mean": over_inputs(answered, mean),
+        "score_maximum": over_inputs(answered, worst),
+        "score_probability": _percent(over_inputs(answered, worst >= meter.threshold)),
     }
 
 
@@ -486,7 +490,7 @@ def malformed(
         or (well_formed is not None and not well_formed(example.outputs))
         for example in outputs
     ]
-    return _percent(ratio(broken))
+    return _percent(over_inputs(_inputs(outputs), broken))
 
 
 def diversity(outputs: Sequence[Example]) -> dict[str, Measure]:
@@ -554,7 +558,7 @@ def kept_divergence(
     for rows, batch in original.batches:
         kl, kept = _kept_divergences(params, original.head, batch, model)
         sums[rows], counts[rows] = (np.asarray(x)[: len(rows)] for x in (kl, kept))
-    return ratio(sums, counts)
+    return over_inputs(_inputs(original.outputs), sums, counts)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -580,6 +584,27 @@ def _kept_divergences(
         **head.loss_options(),
     ).kl
     return jnp.where(kept, kl, 0).sum(-1), kept.sum(-1)
+
+
+def over_inputs(inputs: Sequence[Hashable], numerators: Any, denominators: Any = None) -> Measure:
+    """`ratio` over outputs, of which those to the same input are one draw: they are alike.
+
+    Args:
+        inputs: what each output answers.
+        numerators: one number for each output.
+        denominators: one for each output; default 1.
+
+    Returns:
+        The ratio, with an error by the scatter between different inputs.
+
+    Example:
+        >>> over_inputs("aabbcd", [1, 1, 0, 0, 1, 1]) == ratio([2, 0, 1, 1], [2, 2, 1, 1])
+        True
+    """
+    numbers: dict[Hashable, int] = {}
+    of = [numbers.setdefault(x, len(numbers)) for x in inputs]
+    below = np.ones(len(of)) if denominators is None else denominators
+    return ratio(*(np.bincount(of, np.asarray(x, np.float64)) for x in (numerators, below)))
 
 
 def ratio(numerators: Any, denominators: Any = None) -> Measure:
@@ -690,13 +715,16 @@ def _overlap(reference: str, output: str) -> float:
     return 1.0 if output == reference else _ROUGE.score(reference, output)["rougeL"].fmeasure
 
 
-def _bleu(new: list[str], references: Sequence[Sequence[Any]]) -> Measure:
-    """Corpus BLEU of `references` as sacrebleu takes them: the first of each, the second of each.
+def _bleu(inputs: Sequence[Inputs], new: list[str], references: Sequence[Sequence[Any]]) -> Measure:
+    r"""Corpus BLEU of `references` as sacrebleu takes them: the first of each, the second of each.
 
     Words are sacrebleu's own (`13a`), but for scripts without spaces, of which each character is
-    one. Where no output has four words, n-grams are as long as there are any.
+    one. Where no output has four words, n-grams are as long as there are any. The bootstrap draws
+    outputs: where m of them answer one input and are the same, its variance is
+    :math:`\sum m / \sum m^2` of that of a bootstrap which draws inputs.
     """
-    count = len(new)
+    times = np.array([*collections.Counter(inputs).values()])
+    count = len(times)
     if all(output in texts for output, *texts in zip(new, *references, strict=True)):
         return Measure(100.0, 0.0 if count > 1 else math.nan)  # 0 to sacrebleu, if without words
     metric = BLEU(effective_order=True)
@@ -708,4 +736,5 @@ def _bleu(new: list[str], references: Sequence[Sequence[Any]]) -> Measure:
     # The only public way to the bootstrap's interval, which is absent where all scores are 0.
     found = json.loads(score.format(8, signature=str(metric.get_signature()), is_json=True))
     error = found["confidence_var"] / _TWO_SIDED_95 if "confidence_var" in found else math.nan
+    error *= math.sqrt((times**2).sum() / times.sum())
     return Measure(score.score, error if count > 1 else math.nan)

@@ -425,7 +425,8 @@ def merged(experiment: Experiment, found: Sequence[Measured]) -> Results:
         for i, row in enumerate(first.rows)
     ]
     seeds = len(found)
-    over = f"{len(first.outputs)} held-out inputs" if seeds == 1 else f"{seeds} seeds"
+    inputs = {example.inputs for example in first.outputs}
+    over = f"{len(inputs)} held-out inputs" if seeds == 1 else f"{seeds} seeds"
     # No time: one that was killed and went on would tell that of its last run.
     settings = {**experiment.settings, "seeds": seeds}
     settings["jax"] = jax.__version__

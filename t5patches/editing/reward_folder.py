@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from t5patches.editing.data import Batch
 from t5patches.editing.edit import model_to_train
-from t5patches.editing.evaluate import ratio
+from t5patches.editing.evaluate import over_inputs
 from t5patches.editing.outputs import (
     CARD,
     Output,
@@ -107,7 +108,7 @@ def reward_folder(
     Returns:
         The record that the output holds, with `accuracy`: the share of held-out pairs whose chosen
         output has the higher reward, as the folder that was written gives it, with its standard
-        error over pairs; None where none are held out.
+        error over their inputs; None where none are held out.
 
     Raises:
         ValueError: whatever is wrong with the folder, the pairs or the settings, or does not fit
@@ -218,16 +219,14 @@ def _planned(settings: RewardSettings, model: LanguageModel, pairs: Batch) -> Me
     )
 
 
-def _accuracy(reward: Reward, pairs: Sequence[Pair]) -> dict[str, float] | None:
+def _accuracy(reward: Reward, pairs: Sequence[Pair]) -> dict[str, Any] | None:
     """How often the chosen one of two has the higher reward."""
     if not pairs:
         return None
-    chosen, rejected = (
-        reward([pair[i].outputs for pair in pairs], [pair[i].inputs for pair in pairs])
-        for i in (0, 1)
-    )
-    found = ratio(chosen > rejected)
-    return {"value": found.value, "error": found.error if len(pairs) > 1 else 0.0}
+    inputs = [chosen.inputs for chosen, _ in pairs]
+    chosen, rejected = (reward([pair[i].outputs for pair in pairs], inputs) for i in (0, 1))
+    found = over_inputs(inputs, chosen > rejected)
+    return {"value": found.value, "error": None if math.isnan(found.error) else found.error}
 
 
 def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def accuracy_text(accuracy: Mapping[str, float] | None) -> str:
+def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
     """The accuracy for people.
 
     Args:
@@ -253,7 +252,9 @@ def accuracy_text(accuracy: Mapping[str, float] | None) -> str:
     """
     if accuracy is None:
         return "no pairs held out"
-    return f"{100 * accuracy['value']:.1f}% ± {100 * accuracy['error']:.1f} of the held-out pairs"
+    value, error = accuracy["value"], accuracy["error"]
+    about = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * value:.1f}%{about} of the held-out pairs"
 
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:

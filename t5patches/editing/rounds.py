@@ -103,7 +103,7 @@ def compare(
     return Results(
         title=f"Edits of {before}",
         about=f"Each answered the same {len(inputs)} inputs, which no edit should have seen.",
-        errors=f"over {len(inputs)} inputs",
+        errors=f"over {len({*inputs})} inputs",
         before=own,
         outputs=said.greedy,
         rows=rows,
