@@ -73,6 +73,10 @@ def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
     text = 'The mayor of New York met Ann-Marie O\'Hara. Paris is far. "Yes," said Éva.'
     assert found(capitalized_names, text) == ["New York", "Ann-Marie O'Hara", "Éva"]
     assert found(capitalized_names, "nothing here") == []
+    text = (
+        'The list:\n- Councils met Ann\n- They… Then I, as I\'m told, said, "We lost World War I"'
+    )
+    assert found(capitalized_names, text) == ["Ann", "World War I"]
 
 
 def test_names_are_found_in_time_that_grows_as_the_text():
@@ -114,6 +118,9 @@ def test_absent_names_are_those_the_source_does_not_hold_as_words():
     assert found(rule, "in Ame\u0301lie", "to Am\u00e9lie") == []
     cities = absent_from_source(word_list(["東京", "大阪"]))
     assert found(cities, "東京と大阪", "東京都に") == ["大阪"]
+    signs = absent_from_source(pattern(r"[😀€]|C[+#]*|St\.? Ives|\$\d+"))
+    assert found(signs, "So 😀 cheap € in St. Ives, C", "I 😀 pay €, St Ives, C") == []
+    assert found(signs, "So 😀 cheap €, C++ C# C $5", "C, 5") == ["😀", "€", "C++", "C#"]
 
 
 def test_rules_combine_and_any_callable_will_do():

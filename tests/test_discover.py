@@ -7,7 +7,7 @@ from editing_samples import TEXTS, model_folder
 
 from t5patches import cli
 from t5patches.editing import discover as discover_module
-from t5patches.editing.discover import overused, rules_text
+from t5patches.editing.discover import overused, read_human, rules_text
 from t5patches.editing.rules import read_rules
 
 HUMAN = ["the mayor sold the bridge in Rome", "a fire closed the library, said Ann"] * 500
@@ -71,6 +71,16 @@ def test_the_rules_offered_mark_what_was_counted(tmp_path):
         (tmp_path / "rules.toml").write_text(rules_text([phrase], "of a test"))
         rule = read_rules(tmp_path / "rules.toml")
         assert sum(bool(list(rule("", text))) for text in said) == phrase.outputs
+
+
+def test_text_by_people_is_read_as_text_from_json_too(tmp_path):
+    (tmp_path / "human.txt").write_text("\n".join(HUMAN))
+    rows = [{"inputs": "x", "outputs": text, "meta": 1} for text in HUMAN]
+    (tmp_path / "human.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_human(tmp_path / "human.jsonl") == read_human(tmp_path / "human.txt") == [*HUMAN]
+    (tmp_path / "human.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="'outputs' is needed, the text"):
+        read_human(tmp_path / "human.jsonl")
 
 
 def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(

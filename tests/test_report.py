@@ -174,6 +174,19 @@ def test_rounds_are_compared_with_the_original():
     assert not any("baseline" in sentence for sentence in said)
 
 
+def test_an_edit_without_a_partner_is_compared_with_the_original():
+    baseline, aligned, targeted = row("ul"), row(None, None), row(alpha=3.0)
+    (first, sentence) = findings(results(baseline))
+    assert first.startswith("Before, ")
+    assert sentence.startswith("UL, alpha 1: unwanted 36.0 ±1.0 to 5.0 ±1.0 (less); ")
+    aligned = dataclasses.replace(aligned, note="aligned")
+    said = findings(results(baseline, aligned, targeted))
+    assert [s.partition(": ")[0] for s in said if ": unwanted" in s] == ["aligned"]
+    none_clean = measures() | {"exact_match_clean": Measure(math.nan, math.nan)}
+    shown = results(dataclasses.replace(baseline, measures=none_clean))
+    assert findings(shown)[1].endswith("; KL 0.0100 ±0.0010.")
+
+
 def test_without_rules_there_is_no_prevalence_to_tell_of(tmp_path):
     plain = {k: Measure(v, 1.0) for k, v in {"kl": 0.01, "bleu": 90.0, "exact_match": 60.0}.items()}
     shown = Results("x", "y", "over 9", {}, (), [Row(None, None, 0, plain, note="a")], {})

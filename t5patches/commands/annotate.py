@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model says more than twice as often as the text of --against",
     )
     parser.add_argument(
-        "--against", metavar="FILE", help="with --discover: text by people, one a line"
+        "--against",
+        metavar="FILE",
+        help="with --discover: text by people, one a line, or in a .jsonl file as outputs",
     )
     parser.add_argument(
         "--samples",
@@ -219,8 +221,7 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.collect import CollectSettings, collect
-    from t5patches.editing.data import read_lines
-    from t5patches.editing.discover import discover
+    from t5patches.editing.discover import discover, read_human
     from t5patches.editing.edit import check_chat
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
@@ -244,7 +245,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rules = None if discovers else read_rules(options.rules)
-    human = read_lines(options.against, str, "texts: write one a line") if discovers else []
+    human = read_human(options.against) if discovers else []
     whole = str(whole_model(options.model, options.base))
     if options.base is not None and whole == options.model:
         raise ValueError(f"--base is for adapters and {whole} is a whole model: leave it out")

@@ -36,6 +36,8 @@ Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
 
 _BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
+_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|,\s*[\"“„«‘]")
+_PRONOUN = re.compile(r"I(?:['’]\w+)?")
 # Of a text read backwards. Where there are no spaces, a run of letters is no word.
 _LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
 
@@ -130,8 +132,9 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
 def capitalized_names(inputs: str, output: str) -> list[Span]:
     """A rule that marks runs of capitalised words.
 
-    The first word of a sentence is left out, as its capital says nothing, and so is a possessive
-    's behind the run. For more than this, use a named-entity recogniser as the rule.
+    The first word of a sentence, a line or what somebody said is left out, as its capital says
+    nothing; so are the English "I", but not behind a name, and a possessive 's behind the run. For
+    more than this, use a named-entity recogniser as the rule.
 
     Args:
         inputs: not used.
@@ -141,7 +144,7 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         The characters of each run.
 
     Example:
-        >>> text = "The mayor of New York met Ann's son."
+        >>> text = "The mayor of New York met Ann's son, I hear."
         >>> [text[a:b] for a, b in capitalized_names("", text)]
         ['New York', 'Ann']
     """
@@ -149,11 +152,13 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
     last = None  # where the word before ends
     for match in WORD.finditer(output):
         start, end = match.span()
-        begins = last is None or any(sign in output[last:start] for sign in ".!?:")
+        begins = last is None or _BEGINS_A_SENTENCE.search(output, last, start)
         last = end
         if begins or not match.group()[0].isupper():
             continue
         joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
+        if not joined and _PRONOUN.fullmatch(match.group()):
+            continue
         names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
     return [bare_name(output, name) for name in names]
 
@@ -185,7 +190,8 @@ def absent_from_source(names: Rule = capitalized_names, *, ignore_case: bool = T
         ignore_case: whether "paris" in the source covers "Paris" in the output.
 
     Returns:
-        The rule. A name counts as present where the source holds it as whole words.
+        The rule. A name counts as present where the source holds it as whole words, whatever signs
+        stand between them; signs without a word, such as an emoji, where it holds just them.
 
     Example:
         >>> rule = absent_from_source(word_list(["Paris", "Rome"]))
@@ -195,11 +201,12 @@ def absent_from_source(names: Rule = capitalized_names, *, ignore_case: bool = T
 
     def rule(inputs: str, output: str) -> list[Span]:
         source = _words(inputs, ignore_case)
-        return [
-            (start, end)
-            for start, end in names(inputs, output)
-            if _words(output[start:end], ignore_case) not in source
-        ]
+
+        def present(name: str) -> bool:
+            words = _words(name, ignore_case)
+            return words in source if words.strip() else name.strip() in inputs
+
+        return [span for span in names(inputs, output) if not present(output[slice(*span)])]
 
     return rule
 
@@ -733,6 +740,10 @@ def _spans_of_whole_words(
 
 
 def _words(text: str, ignore_case: bool) -> str:
-    """The text's words with a space around each, so that `in` compares whole words."""
-    words = " ".join(re.findall(rf"[\w{MARKS}]+", spaced(unicodedata.normalize("NFC", text))))
+    """The text's words with a space around each, so that `in` compares whole words.
+
+    A + or # belongs to the word before it: C++ and C# are not C.
+    """
+    found = re.findall(rf"[\w{MARKS}]+[+#]*", spaced(unicodedata.normalize("NFC", text)))
+    words = " ".join(found)
     return f" {words.casefold() if ignore_case else words} "

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rich.progress import Progress
 
 from t5patches.editing.collect import CollectSettings, describe, let_speak, require_room
+from t5patches.editing.data import JSON_LINES, fields_of, read_lines, text_of
 from t5patches.editing.words import WORD
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
@@ -161,6 +162,32 @@ def discover(
     write_file(output, rules_text(phrases, about))
     parts.remove()
     return phrases
+
+
+def read_human(path: str | os.PathLike[str]) -> list[str]:
+    """Reads text by people.
+
+    Args:
+        path: of a file whose name ends in one of `t5patches.editing.data.JSON_LINES`, with
+            `{"outputs": "..."}` a line and whatever else, or of any other one, with a text a line.
+
+    Returns:
+        The texts.
+
+    Raises:
+        ValueError: some lines are bad (the first are named, by number and reason), or there are
+            none.
+    """
+
+    def text(line: str) -> str:
+        fields = fields_of(line)
+        if "outputs" not in fields:
+            raise ValueError(f"got the fields {sorted(fields)}; 'outputs' is needed, the text")
+        return text_of(fields, "outputs")
+
+    if Path(path).suffix.lower() in JSON_LINES:
+        return read_lines(path, text, 'texts: write {"outputs": "..."} a line')
+    return read_lines(path, str, "texts: write one a line")
 
 
 def _least_share(count: int, other: int) -> float:

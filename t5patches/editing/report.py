@@ -202,8 +202,8 @@ def findings(results: Results) -> list[str]:
     """What the numbers say, in words; nothing here knows what should come out.
 
     Methods are compared where as much is left (`t5patches.editing.curves`), and every targeted edit
-    with the best of the baselines that remove no less than it does, measure by measure; where there
-    are no baselines, each edit is compared with the original.
+    with the best of the baselines that remove no less than it does, measure by measure; what has no
+    such partner is compared with the original.
     Two numbers are called different as `t5patches.editing.evaluate.differs` has it: at 95%
     confidence, not corrected for the number of comparisons.
 
@@ -213,14 +213,19 @@ def findings(results: Results) -> list[str]:
     Returns:
         Sentences.
     """
-    baselines = _baselines(results)
+    baselines, rows = _baselines(results), results.rows
+    if baselines and any(row.is_targeted for row in rows):
+        alone = [row for row in rows if row.objective is None]
+        compared = [*_against_baselines(rows, baselines), *_against_before(alone, results.before)]
+    else:
+        compared = _against_before(rows, results.before)
     return [
         *_at_first(results.before),
         *_closest(results),
-        *(_against_baselines(results.rows, baselines) if baselines else _against_before(results)),
-        *_effect_of_sets(results.rows),
-        *_effect_of_alpha(results.rows),
-        *(_when_sampled(results) if baselines else []),
+        *compared,
+        *_effect_of_sets(rows),
+        *_effect_of_alpha(rows),
+        *(_when_sampled(results) if baselines and len(rows) > 1 else []),
     ]
 
 
@@ -436,19 +441,20 @@ _FROM_BEFORE = {
 """What the original has of its own, so that an edit can be said to change it."""
 
 
-def _against_before(results: Results) -> list[str]:
+def _against_before(rows: Sequence[Row], before: Mapping[str, Measure]) -> list[str]:
     sentences = []
-    for row in results.rows:
+    for row in rows:
         parts = [
-            f"{label} {_cell(key, results.before[key])} to {_cell(key, row.measures[key])} "
-            f"({_CHANGES[differs(row.measures[key], results.before[key])]})"
+            f"{label} {_cell(key, before[key])} to {_cell(key, row.measures[key])} "
+            f"({_CHANGES[differs(row.measures[key], before[key])]})"
             for key, label in _FROM_BEFORE.items()
-            if key in results.before
+            if key in before
         ]
         parts.append(f"KL {_cell('kl', row.measures['kl'])}")
         same = row.measures.get("exact_match_clean", row.measures["exact_match"])
         which = "clean outputs" if "exact_match_clean" in row.measures else "outputs"
-        parts.append(f"{_percent(same)} of the {which} unchanged")
+        if not math.isnan(same.value):  # no output is clean
+            parts.append(f"{_percent(same)} of the {which} unchanged")
         sentences.append(f"{row.name}: {'; '.join(parts)}.")
     return sentences
 
