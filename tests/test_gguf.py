@@ -168,6 +168,28 @@ def test_a_file_becomes_a_folder(kind, model, tmp_path, capsys):
         assert got.tokenizer.decode(want).text == text
 
 
+def converted(tmp_path, change):
+    """What a file of a Llama comes to be."""
+    write(tmp_path / "x.gguf", "llama", LLAMA, params_of(LLAMA), change)
+    given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
+    assert cli.main([str(x) for x in given]) == 0
+    return load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3"])
+@pytest.mark.parametrize(("begins", "before"), [(None, (0,)), (False, ())])
+def test_a_llama_3_begins_with_its_first_token_unless_the_file_says_no(
+    name, begins, before, tmp_path
+):
+    def change(writer):
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre(name)
+        if begins is not None:
+            writer.add_add_bos_token(begins)
+
+    assert converted(tmp_path, change).tokenizer.special.before == before
+
+
 REFUSED = {
     "experts": (lambda writer: writer.add_expert_count(8), "num_local_experts is set"),
     "yarn": (

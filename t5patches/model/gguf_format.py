@@ -49,6 +49,7 @@ _NAMES = {
     },
 }
 # How a text is cut before its pieces are found, by the name that a file gives it.
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 _LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,7 +68,7 @@ _WORDS: Mapping[str, list[dict[str, Any]]] = {
             }
         ]
         for name, pattern in {
-            "llama-bpe": _LLAMA_3_WORDS,
+            **dict.fromkeys(_LLAMA_3, _LLAMA_3_WORDS),
             "qwen2": _LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"),
         }.items()
     },
@@ -267,9 +268,10 @@ def _tokenizer_files(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     begin, ends = config["bos_token_id"], config["eos_token_id"]
     beside: dict[str, Any] = {"eos_token": tokens[ends[0]] if ends else None}
     if begin is not None:
-        # Sentencepiece models begin with it, where a file says nothing.
         beside["bos_token"] = tokens[begin]
-        beside["add_bos_token"] = bool(said.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+        # Where a file says nothing, sentencepiece models and Llama 3's begin with it.
+        begins = kind == "llama" or said.get("tokenizer.ggml.pre") in _LLAMA_3
+        beside["add_bos_token"] = bool(said.get("tokenizer.ggml.add_bos_token", begins))
     if said.get("tokenizer.chat_template"):
         beside["chat_template"] = said["tokenizer.chat_template"]
     return files | {"tokenizer_config.json": json.dumps(beside, indent=2) + "\n"}
@@ -292,7 +294,7 @@ def _byte_level(said: Mapping[str, Any]) -> str:
         {"use_regex": cut in ("default", "gpt-2", "smollm")},  # GPT-2's own expression
         words=_WORDS[cut],
         normalizer={"type": "NFC"} if cut == "qwen2" else None,
-        ignore_merges=cut == "llama-bpe",  # Llama 3 takes a word that is a token whole
+        ignore_merges=cut in _LLAMA_3,  # Llama 3 takes a word that is a token whole
     )
 
 
