@@ -190,6 +190,13 @@ def test_a_llama_3_begins_with_its_first_token_unless_the_file_says_no(
     assert converted(tmp_path, change).tokenizer.special.before == before
 
 
+def test_the_end_of_a_turn_is_known_by_its_spelling(tmp_path):
+    def change(writer):
+        writer.kv_data[0].pop("tokenizer.ggml.eot_token_id")
+
+    assert converted(tmp_path, change).model.config.end_ids == (1, 3)  # </s> and <|im_end|>
+
+
 REFUSED = {
     "experts": (lambda writer: writer.add_expert_count(8), "num_local_experts is set"),
     "yarn": (

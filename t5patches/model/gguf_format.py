@@ -73,6 +73,7 @@ _WORDS: Mapping[str, list[dict[str, Any]]] = {
         }.items()
     },
 }
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of tokens, as sentencepiece numbers them
 
 
@@ -198,9 +199,20 @@ def _decimal(value: Any) -> Any:
 
 
 def _end_ids(said: Mapping[str, Any]) -> list[Any] | None:
-    """Of the end of a text, and of a turn."""
+    """Of the end of a text, and of a turn.
+
+    Many a chat model's file names the end of a text alone; llama.cpp knows the other by its
+    spelling.
+    """
     names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return [said[name] for name in names if said.get(name) is not None] or None
+    tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
+    spelled = [
+        i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind == _CONTROL and token in _TURN_ENDS
+    ]
+    named = [said[name] for name in names if said.get(name) is not None]
+    return list(dict.fromkeys([*named, *spelled])) or None
 
 
 def _llama_3(factors: np.ndarray, base: float, head_dim: int) -> dict[str, Any]:
