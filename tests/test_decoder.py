@@ -318,6 +318,10 @@ REFUSED = {
         {"use_bidirectional_attention": True},
         "use_bidirectional_attention is True; only False",
     ),
+    **{
+        f"both directions, {name}": (name, {"is_causal": False}, "is_causal is False; only True")
+        for name in ("llama", "gpt2", "falcon", "gemma2")
+    },
     "norms": (
         "falcon_new",
         {"num_ln_in_parallel_attn": 3},

@@ -140,6 +140,7 @@ _COMMON: Mapping[str, Setting] = {
         list,
         f"a list with {FULL!r} or {SLIDING!r} for each layer is needed",
     ),
+    "is_causal": only(True),
 }
 _SIZES: Mapping[str, Setting] = {
     "hidden_size": size("emb_dim"),
