@@ -392,6 +392,11 @@ UNDERSTOOD = {
         {"attn_logit_softcapping": None, "final_logit_softcapping": None},
         {"attention_softcap": 0.0, "logit_softcap": 0.0},
     ),
+    "gemma 3, whose layers have none": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"attention_softcap": 0.0, "logit_softcap": 30.0},
+    ),
     "version 4 of neox": (
         "gpt_neox",
         {"rope_parameters": "absent", "rotary_emb_base": 33, "rotary_pct": 0.5},
