@@ -120,7 +120,8 @@ def _template(folder: Path, chat: str) -> ChatSource | None:
     """The chat template that may be used here: a T5 has none."""
     if chat not in CHATS:
         raise ValueError(f"chat is {chat!r}: one of {', '.join(CHATS)} is needed")
-    found = None if _decoder_config(folder) is None else read_template(folder)
+    of_t5 = _decoder_config(folder) is None
+    found = None if of_t5 else read_template(folder, used=chat != "off")
     if found is None and chat == "on":
         raise ValueError(
             f"{folder} has no chat template for --chat on (chat_template.jinja, or chat_template "
