@@ -227,8 +227,9 @@ def with_template(single):
         (None, {"bos_token": {"content": "<s>"}, "add_bos_token": True}, (0,)),
         ("<s> $A", {}, (0,)),
         ("<s> $A </s>", {"bos_token": "<s>"}, (0,)),
-        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, ()),
-        ("$A </s>", {}, ()),
+        # It goes before `add_bos_token`, which the library does not read beside this file.
+        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, (0,)),
+        ("$A </s>", {"bos_token": "<s>", "add_bos_token": True}, ()),
     ],
 )
 def test_what_stands_in_front_of_a_prompt(post_processor, config, before, folder):

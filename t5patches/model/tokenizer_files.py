@@ -2,8 +2,8 @@
 
 **A decoder-only model's** is its `tokenizer.json`, whatever its kind, or else a sentencepiece
 `tokenizer.model`, or else GPT-2's `vocab.json` and `merges.txt`, both with the added tokens that
-the files beside them name. What stands in front of a prompt, `add_bos_token` of
-`tokenizer_config.json` says, or else the post-processor of `tokenizer.json`.
+the files beside them name. What stands in front of a prompt, the post-processor of
+`tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
@@ -202,7 +202,7 @@ def _decoder_from_merges(path: Path, said: Mapping[str, Any], config: ModelConfi
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     spaced = said.get("add_prefix_space") is True
     content = byte_level_json(vocabulary, merges, added, {"add_prefix_space": spaced})
-    return _json_tokenizer(content.encode(), {"add_bos_token": False, **said}, config)
+    return _json_tokenizer(content.encode(), said, config)
 
 
 def byte_level_json(
@@ -264,10 +264,8 @@ def byte_level_json(
 def _json_tokenizer(content: bytes, said: Mapping[str, Any], config: ModelConfig) -> Any:
     from t5patches.model.tokenizer_json import JsonTokenizer  # loads a large library
 
-    before = None
-    if isinstance(said.get("add_bos_token"), bool):
-        before = _content(said.get("bos_token")) if said["add_bos_token"] else ""
-    return JsonTokenizer(content, config.end_ids, before)
+    before = _content(said.get("bos_token")) if said.get("add_bos_token") is True else None
+    return JsonTokenizer(content, config.end_ids, before or "")
 
 
 def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
