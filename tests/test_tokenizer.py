@@ -242,6 +242,42 @@ def test_what_stands_in_front_of_a_prompt(post_processor, config, before, folder
         found.encode_prompt((Message("user", "a fire"),))
 
 
+SPACED = "byte-level with a space in front"
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_", "said", "put"),
+    [
+        ("byte-level", "GPT2TokenizerFast", True, 1),
+        ("byte-level", "Qwen2Tokenizer", True, 1),
+        (SPACED, "GPTNeoXTokenizer", False, 0),
+        (SPACED, "GPTNeoXTokenizer", None, 1),
+        ("bytes, first", "LlamaTokenizerFast", False, 0),
+        ("bytes, prepended", "LlamaTokenizer", False, 0),
+        ("bytes, prepended", "LlamaTokenizer", True, 1),
+        ("bytes, as it is", "LlamaTokenizer", True, 1),
+        # The library does what the file says.
+        ("byte-level", "LlamaTokenizer", True, 0),
+        ("byte-level", "PreTrainedTokenizerFast", True, 0),
+        ("bytes, first", "PreTrainedTokenizerFast", False, 1),
+        ("bytes, as it is", "GemmaTokenizer", True, 0),
+        (SPACED, None, False, 1),
+        ("sentencepiece", "LlamaTokenizer", False, 0),
+        ("sentencepiece", "GemmaTokenizer", False, 1),
+    ],
+)
+def test_whether_a_text_gets_a_space_in_front(kind, class_, said, put, folder, request):
+    if kind == "sentencepiece":
+        folder = request.getfixturevalue("llama")
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "tokenizer.json").write_bytes(tokenizer_json(kind))
+    write(folder, tokenizer_config={"tokenizer_class": class_, "add_prefix_space": said})
+    found = load_tokenizer(folder)
+    assert len(found.encode("日").ids) == 3 + put
+    assert found.decode(found.encode("日 the").ids).text.lstrip() == "日 the"
+
+
 def test_end_ids_come_from_both_files(folder):
     config = json.loads((folder / "config.json").read_text())
     write(folder, config=config | {"eos_token_id": 1}, generation_config={"eos_token_id": [3, 1]})

@@ -3,7 +3,9 @@
 **A decoder-only model's** is its `tokenizer.json`, whatever its kind, or else a sentencepiece
 `tokenizer.model`, or else GPT-2's `vocab.json` and `merges.txt`, both with the added tokens that
 the files beside them name. What stands in front of a prompt, the post-processor of
-`tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`.
+`tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`. Whether a text gets a
+space in front, `add_prefix_space` there says where it is true or false and the tokenizer's class is
+one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's), or else the tokenizer's own file.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
@@ -53,6 +55,13 @@ _MOST_BYTES = 2**28  # the largest known have 2**25
 _OF_T5 = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 _OF_DECODERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*_OF_T5, *_OF_DECODERS[1:], "merges.txt")
+_OF_FAMILIES = {  # the library's classes, where a folder names none
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+_SPACED = (*_OF_FAMILIES.values(), "LlamaTokenizer")  # they go by `add_prefix_space`
 _GPT2_END = "<|endoftext|>"  # where a folder of GPT-2's names no other
 
 
@@ -183,13 +192,63 @@ def _special_tokens(said: Mapping[str, Any]) -> set[str | None]:
     return named | {_content(value) for value in said.get("additional_special_tokens") or ()}
 
 
+def _class(said: Mapping[str, Any], default: str) -> str:
+    """The library's class of a tokenizer, of which there were two once."""
+    return str(said.get("tokenizer_class") or default).removesuffix("Fast")
+
+
 def _decoder_from_json(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
-    return _json_tokenizer(_bounded(path), said, config)
+    content = _bounded(path)
+    kind = _class(said, _OF_FAMILIES.get(getattr(config, "family", ""), ""))
+    spaced = said.get("add_prefix_space")
+    if isinstance(spaced, bool) and kind in _SPACED:
+        found = json.loads(content)
+        scheme = ("always" if said.get("legacy") is True else "first") if spaced else "never"
+        _set_prefix_space(found, kind, scheme)
+        content = json.dumps(found, ensure_ascii=False).encode()
+    return _json_tokenizer(content, said, config)
+
+
+def _set_prefix_space(found: dict[str, Any], kind: str, scheme: str) -> None:
+    """Makes the steps of a `tokenizer.json` those that the library's class makes.
+
+    Args:
+        found: the file, which is changed.
+        kind: the class.
+        scheme: where a space is put: "never", "first" (in front of a text) or "always" (behind an
+            added token as well).
+    """
+    bytes_ = [
+        step
+        for step in _steps(found.get("pre_tokenizer"), "pretokenizers")
+        if step["type"] == "ByteLevel"
+    ]
+    if kind != "LlamaTokenizer":
+        for step in bytes_:
+            step["add_prefix_space"] = scheme != "never"
+    elif not bytes_:  # else it is Llama 3's, which only gives the class of Llama 2
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        found["normalizer"] = None
+        found["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": scheme,
+            "split": False,
+        }
+        found["decoder"] = {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *([strip] if scheme != "never" else []),
+            ],
+        }
 
 
 def _decoder_from_merges(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
     """GPT-2's own two files, as the `tokenizer.json` that they would be."""
-    kind = str(said.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    kind = _class(said, "GPT2Tokenizer")
     if kind != "GPT2Tokenizer":
         raise NotImplementedError(
             f"it is a {kind}'s, and without a tokenizer.json only GPT2Tokenizer's are known: load "
@@ -273,6 +332,9 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
     model = pb.ModelProto.FromString(_bounded(path))
     if not model.pieces:
         raise ValueError("it has no pieces")
+    spaced = said.get("add_prefix_space")
+    if isinstance(spaced, bool) and _class(said, "") == "LlamaTokenizer":
+        model.normalizer_spec.add_dummy_prefix = spaced
     added = _added_tokens(path.parent, said)
     # Those beyond the model's embedding are for images and the like: no text has them.
     for i, (content, special) in sorted(added.items()):
