@@ -12,13 +12,18 @@ sentencepiece model says: pieces with scores, and the table of the text's normal
 a sentencepiece model in memory, so that both files give the same ids and the same characters of
 tokens, and white space is split as T5's own code splits it.
 
-Two differences stay. White space beside a sentinel is a token here, as in T5's own code; the
-`tokenizers` library drops it. And a tab or a line's end counts as a space where the table of
-normalisation says so, which every published T5's does.
+Tokens that were added to it are those of `tokenizer.json`, of `added_tokens.json` and of
+`tokenizer_config.json`. A text is split at them, and each piece between two is a text of its own.
 
-The sentinels of span corruption (`<extra_id_0>` and so on) are pieces of `tokenizer.json`. Beside
-a `spiece.model` only `tokenizer_config.json` says how many there are: they are added at its end,
-the last one first, as in T5.
+The sentinels of span corruption (`<extra_id_0>` and so on) are added tokens too. Beside a
+`spiece.model`, `extra_ids` of `tokenizer_config.json` says how many there are, or else the files
+that list added tokens do; where neither does and the model has none of its own, there are 100, or
+as many as the embedding has rows for. They are put at its end, the last one first, as in T5.
+
+Three differences to the `tokenizers` library stay. White space beside a sentinel is a token here,
+as in T5's own code; the library drops it. Added tokens are found in a text as it is, and not in
+what its normalisation makes of it. And a tab or a line's end counts as a space where the table of
+normalisation says so, which every published T5's does.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +56,9 @@ from t5patches.runs.files import read_regular
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
-_MOST_SENTINELS = 100_000  # T5 has 100
+_SENTINEL = re.compile(r"▁?<extra_id_\d+>")  # mT5's begin with a space
+_SENTINELS = 100  # of T5
+_MOST_SENTINELS = 100_000
 _MOST_BYTES = 2**28  # the largest known have 2**25
 _OF_T5 = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 _OF_DECODERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -340,18 +348,7 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
     for i, (content, special) in sorted(added.items()):
         if i >= config.vocab_size:
             break
-        kind = _Piece.CONTROL if special else _Piece.USER_DEFINED
-        while len(model.pieces) < i:
-            _add(model, f"<no token {len(model.pieces)}>", 0.0, _Piece.CONTROL)
-        if i == len(model.pieces):
-            _add(model, content, 0.0, kind)
-        elif model.pieces[i].piece != content:
-            raise ValueError(
-                f"its piece {i} is {model.pieces[i].piece!r}, and the files beside it have "
-                f"{content!r} there"
-            )
-        elif model.pieces[i].type in (_Piece.NORMAL, _Piece.USER_DEFINED):
-            model.pieces[i].type = kind
+        _place(model, i, content, _Piece.CONTROL if special else _Piece.USER_DEFINED)
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     begin = _content(said.get("bos_token")) or model.trainer_spec.bos_piece
     before = (ids[begin],) if said.get("add_bos_token", begin in ids) else ()
@@ -370,6 +367,21 @@ def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str,
     for i, token in (said.get("added_tokens_decoder") or {}).items():
         found[int(i)] = (token["content"], bool(token.get("special")) or token["content"] in named)
     return {i: token for i, token in found.items() if token[0]}
+
+
+def _place(model: Any, i: int, content: str, kind: Any) -> None:
+    """Makes an added token a piece of a sentencepiece model."""
+    while len(model.pieces) < i:
+        _add(model, f"<no token {len(model.pieces)}>", 0.0, _Piece.CONTROL)
+    if i == len(model.pieces):
+        _add(model, content, 0.0, kind)
+    elif model.pieces[i].piece != content:
+        raise ValueError(
+            f"its piece {i} is {model.pieces[i].piece!r}, and the files beside it have "
+            f"{content!r} there"
+        )
+    elif model.pieces[i].type in (_Piece.NORMAL, _Piece.USER_DEFINED):
+        model.pieces[i].type = kind
 
 
 def _check_ends(tokenizer: Any, said: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
@@ -405,43 +417,50 @@ def _bounded(path: Path) -> bytes:
 
 
 def _t5_from_spiece(path: Path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(_from_spiece(path))
-
-
-def _t5_from_json(path: Path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(_from_json(path))
-
-
-def _from_spiece(path: Path) -> bytes:
     content = read_regular(path)
     if not content:
         raise ValueError("the file is empty")
-    sentinels = _sentinels(path.parent / "tokenizer_config.json")
-    if not sentinels:
-        return content
-    model = pb.ModelProto.FromString(content)
-    for i in reversed(range(sentinels)):
-        _add(model, f"<extra_id_{i}>", 0.0, _Piece.USER_DEFINED)
-    return model.SerializeToString()
-
-
-def _sentinels(path: Path) -> int:
-    """How many there are, by a `tokenizer_config.json`."""
-    if not path.exists():
-        return 0
-    config = json.loads(read_regular(path))
-    if not isinstance(config, dict):
-        raise ValueError(f"the {path.name} beside it must hold an object, got {config!r}")
-    found = config.get("extra_ids") or 0
-    if type(found) is not int or not 0 <= found <= _MOST_SENTINELS:
+    model, folder = pb.ModelProto.FromString(content), path.parent
+    rows = len(model.pieces) + _MOST_SENTINELS
+    if (folder / "config.json").exists():
+        rows = read_config(folder).config.vocab_size
+    said, other = _said(folder), folder / "tokenizer.json"
+    listed = (read_object(other).get("added_tokens") or ()) if other.exists() else ()
+    added = {token["id"]: token["content"] for token in listed}
+    added |= {i: text for i, (text, _) in _added_tokens(folder, said).items()}
+    sentinels = said.get("extra_ids")
+    if sentinels is None:
+        known = [*(piece.piece for piece in model.pieces), *added.values()]
+        sentinels = 0 if listed or any(map(_SENTINEL.fullmatch, known)) else _SENTINELS
+        most = max(0, rows - len(model.pieces))
+    elif type(sentinels) is int and 0 <= sentinels <= _MOST_SENTINELS:
+        most = sentinels
+    else:
         raise ValueError(
-            f"the {path.name} beside it has {found!r} extra_ids: a number from 0 to "
+            f"the tokenizer_config.json beside it has {sentinels!r} extra_ids: a number from 0 to "
             f"{_MOST_SENTINELS} is needed"
         )
-    return found
+    for i in [*reversed(range(sentinels))][:most]:
+        _add(model, f"<extra_id_{i}>", 0.0, _Piece.USER_DEFINED)
+    for i, text in sorted(added.items()):
+        if i < rows:
+            _place(model, i, text, _Piece.USER_DEFINED)
+        elif not _SENTINEL.fullmatch(text):
+            raise ValueError(
+                f"the files beside it add {text!r} with id {i}, and the model's embedding has "
+                f"{rows} rows: resize_token_embeddings() of transformers makes more"
+            )
+    return _t5(model, added.values())
 
 
-def _from_json(path: Path) -> bytes:
+def _t5(model: Any, added: Iterable[str]) -> SentencePieceTokenizer:
+    """The tokenizer of a sentencepiece model, some of whose pieces are added tokens."""
+    found = {piece.piece for piece in model.pieces if piece.type == _Piece.USER_DEFINED}
+    split = [text for text in found.intersection(added) if not _SENTINEL.fullmatch(text)]
+    return SentencePieceTokenizer(model.SerializeToString(), added=split)
+
+
+def _t5_from_json(path: Path) -> SentencePieceTokenizer:
     found = json.loads(read_regular(path))
     unigram = found["model"]
     if unigram.get("type", "Unigram") != "Unigram" or isinstance(unigram["vocab"], dict):
@@ -460,7 +479,7 @@ def _from_json(path: Path) -> bytes:
     model.trainer_spec.byte_fallback = bool(unigram.get("byte_fallback"))
     model.trainer_spec.unk_piece = unigram["vocab"][unigram["unk_id"]][0]
     model.trainer_spec.pad_piece, model.trainer_spec.eos_piece = _PAD, _END
-    return model.SerializeToString()
+    return _t5(model, added.values())
 
 
 def _add(model: Any, piece: str, score: float, kind: Any) -> None:
