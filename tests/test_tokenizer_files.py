@@ -112,6 +112,11 @@ def test_a_text_is_split_at_added_tokens(files, tmp_path):
     assert found.decode(found.encode("{ a cat }").ids).text == "{ a cat}"
 
 
+def test_added_tokens_of_another_model_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"its piece 9 is '.*', and the files beside it have '{'"):
+        load_tokenizer(folder_of(tmp_path, added_tokens={"{": 9}))
+
+
 def test_an_added_token_beyond_the_embedding_is_told(tmp_path):
     (tmp_path / "config.json").write_text(config_of(121))
     with pytest.raises(ValueError, match=r"add '}' with id 121, .* 121 rows: resize_token_embedd"):

@@ -428,19 +428,17 @@ def _t5_from_spiece(path: Path) -> SentencePieceTokenizer:
     listed = (read_object(other).get("added_tokens") or ()) if other.exists() else ()
     added = {token["id"]: token["content"] for token in listed}
     added |= {i: text for i, (text, _) in _added_tokens(folder, said).items()}
-    sentinels = said.get("extra_ids")
-    if sentinels is None:
+    count, most = said.get("extra_ids"), _MOST_SENTINELS
+    if count is None:
         known = [*(piece.piece for piece in model.pieces), *added.values()]
-        sentinels = 0 if listed or any(map(_SENTINEL.fullmatch, known)) else _SENTINELS
+        count = 0 if listed or any(map(_SENTINEL.fullmatch, known)) else _SENTINELS
         most = max(0, rows - len(model.pieces))
-    elif type(sentinels) is int and 0 <= sentinels <= _MOST_SENTINELS:
-        most = sentinels
-    else:
+    if type(count) is not int or not 0 <= count <= _MOST_SENTINELS:
         raise ValueError(
-            f"the tokenizer_config.json beside it has {sentinels!r} extra_ids: a number from 0 to "
+            f"the tokenizer_config.json beside it has {count!r} extra_ids: a number from 0 to "
             f"{_MOST_SENTINELS} is needed"
         )
-    for i in [*reversed(range(sentinels))][:most]:
+    for i in [*reversed(range(count))][:most]:
         _add(model, f"<extra_id_{i}>", 0.0, _Piece.USER_DEFINED)
     for i, text in sorted(added.items()):
         if i < rows:
