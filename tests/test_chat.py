@@ -95,6 +95,11 @@ def test_whose_template_it_is(folder):
     assert load_tokenizer(said(folder, chat_template=[])).chat is None
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}]
     assert read_template(said(folder, chat_template=named)).text == TEMPLATE
+    said(folder, chat_template=[named[0], {"name": "rag", "template": TEMPLATE}])
+    for chosen in ("auto", "on"):
+        with pytest.raises(ValueError, match=r"names \['tools', 'rag'\], .*'default'.* off"):
+            load_tokenizer(folder, chat=chosen)
+    assert load_tokenizer(folder, chat="off").chat is uses_chat(folder, "off") is False
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     assert read_template(folder).path.name == "chat_template.jinja"
     found = load_tokenizer(folder)

@@ -318,6 +318,10 @@ REFUSED = {
         {"use_bidirectional_attention": True},
         "use_bidirectional_attention is True; only False",
     ),
+    **{
+        f"both directions, {name}": (name, {"is_causal": False}, "is_causal is False; only True")
+        for name in ("llama", "gpt2", "falcon", "gemma2")
+    },
     "norms": (
         "falcon_new",
         {"num_ln_in_parallel_attn": 3},
@@ -387,6 +391,11 @@ UNDERSTOOD = {
         "gemma2",
         {"attn_logit_softcapping": None, "final_logit_softcapping": None},
         {"attention_softcap": 0.0, "logit_softcap": 0.0},
+    ),
+    "gemma 3, whose layers have none": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"attention_softcap": 0.0, "logit_softcap": 30.0},
     ),
     "version 4 of neox": (
         "gpt_neox",

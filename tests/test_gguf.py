@@ -168,6 +168,35 @@ def test_a_file_becomes_a_folder(kind, model, tmp_path, capsys):
         assert got.tokenizer.decode(want).text == text
 
 
+def converted(tmp_path, change):
+    """What a file of a Llama comes to be."""
+    write(tmp_path / "x.gguf", "llama", LLAMA, params_of(LLAMA), change)
+    given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
+    assert cli.main([str(x) for x in given]) == 0
+    return load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3"])
+@pytest.mark.parametrize(("begins", "before"), [(None, (0,)), (False, ())])
+def test_a_llama_3_begins_with_its_first_token_unless_the_file_says_no(
+    name, begins, before, tmp_path
+):
+    def change(writer):
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre(name)
+        if begins is not None:
+            writer.add_add_bos_token(begins)
+
+    assert converted(tmp_path, change).tokenizer.special.before == before
+
+
+def test_the_end_of_a_turn_is_known_by_its_spelling(tmp_path):
+    def change(writer):
+        writer.kv_data[0].pop("tokenizer.ggml.eot_token_id")
+
+    assert converted(tmp_path, change).model.config.end_ids == (1, 3)  # </s> and <|im_end|>
+
+
 REFUSED = {
     "experts": (lambda writer: writer.add_expert_count(8), "num_local_experts is set"),
     "yarn": (

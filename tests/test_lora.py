@@ -31,6 +31,7 @@ from t5patches.model.lora import (
     adapter_shapes,
     attached,
     init_adapter,
+    is_adapter,
     load_adapter,
     merged,
     save_adapter,
@@ -678,6 +679,14 @@ def test_a_spoilt_adapter_is_refused(case, made, tmp_path):
     spoil(folder, load_file(folder / "adapter_model.safetensors"))
     with pytest.raises(ValueError, match=message):
         load_adapter(folder, made / "base")
+
+
+def test_weights_of_its_own_make_a_folder_a_whole_models(made, tmp_path):
+    folder = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    shutil.copy(made / "base" / "config.json", folder)
+    assert is_adapter(folder)
+    shutil.copy(made / "base" / "model.safetensors", folder)
+    assert not is_adapter(folder)
 
 
 def test_what_is_written_is_read(made):

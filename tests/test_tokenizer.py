@@ -227,8 +227,9 @@ def with_template(single):
         (None, {"bos_token": {"content": "<s>"}, "add_bos_token": True}, (0,)),
         ("<s> $A", {}, (0,)),
         ("<s> $A </s>", {"bos_token": "<s>"}, (0,)),
-        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, ()),
-        ("$A </s>", {}, ()),
+        # It goes before `add_bos_token`, which the library does not read beside this file.
+        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, (0,)),
+        ("$A </s>", {"bos_token": "<s>", "add_bos_token": True}, ()),
     ],
 )
 def test_what_stands_in_front_of_a_prompt(post_processor, config, before, folder):
@@ -239,6 +240,42 @@ def test_what_stands_in_front_of_a_prompt(post_processor, config, before, folder
     assert (found.pad_id, found.eos_id, found.end_ids, found.chat) == (-1, 3, (3, 1), None)
     with pytest.raises(ValueError, match="'messages' are for a model's chat template, and the mod"):
         found.encode_prompt((Message("user", "a fire"),))
+
+
+SPACED = "byte-level with a space in front"
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_", "said", "put"),
+    [
+        ("byte-level", "GPT2TokenizerFast", True, 1),
+        ("byte-level", "Qwen2Tokenizer", True, 1),
+        (SPACED, "GPTNeoXTokenizer", False, 0),
+        (SPACED, "GPTNeoXTokenizer", None, 1),
+        ("bytes, first", "LlamaTokenizerFast", False, 0),
+        ("bytes, prepended", "LlamaTokenizer", False, 0),
+        ("bytes, prepended", "LlamaTokenizer", True, 1),
+        ("bytes, as it is", "LlamaTokenizer", True, 1),
+        # The library does what the file says.
+        ("byte-level", "LlamaTokenizer", True, 0),
+        ("byte-level", "PreTrainedTokenizerFast", True, 0),
+        ("bytes, first", "PreTrainedTokenizerFast", False, 1),
+        ("bytes, as it is", "GemmaTokenizer", True, 0),
+        (SPACED, None, False, 1),
+        ("sentencepiece", "LlamaTokenizer", False, 0),
+        ("sentencepiece", "GemmaTokenizer", False, 1),
+    ],
+)
+def test_whether_a_text_gets_a_space_in_front(kind, class_, said, put, folder, request):
+    if kind == "sentencepiece":
+        folder = request.getfixturevalue("llama")
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "tokenizer.json").write_bytes(tokenizer_json(kind))
+    write(folder, tokenizer_config={"tokenizer_class": class_, "add_prefix_space": said})
+    found = load_tokenizer(folder)
+    assert len(found.encode("日").ids) == 3 + put
+    assert found.decode(found.encode("日 the").ids).text.lstrip() == "日 the"
 
 
 def test_end_ids_come_from_both_files(folder):

@@ -64,18 +64,19 @@ class ChatSource(NamedTuple):
     path: Path
 
 
-def read_template(folder: str | os.PathLike[str]) -> ChatSource | None:
+def read_template(folder: str | os.PathLike[str], *, used: bool = True) -> ChatSource | None:
     """The chat template of a folder.
 
     Args:
         folder: with `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`: a text,
             or a list of named ones, of which "default" is taken.
+        used: whether it is to be rendered. Else any one of a list is as good.
 
     Returns:
         The template; None where there is none.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or is to be used and none of a list is "default".
     """
     path = Path(folder) / _FILE
     if path.exists():
@@ -86,8 +87,15 @@ def read_template(folder: str | os.PathLike[str]) -> ChatSource | None:
     path = Path(folder) / _CONFIG
     found = read_object(path).get("chat_template") if path.exists() else None
     if isinstance(found, list):
-        named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
-        found = named[0].get("template") if named else None
+        named = [t for t in found if isinstance(t, dict)]
+        default = [t for t in named if t.get("name") == "default"]
+        if named and not default and used:
+            names = [t.get("name") for t in named]
+            raise ValueError(
+                f"{path} has chat templates of the names {str(names)[:200]}, and the one that is "
+                "taken is 'default': give one of them that name, or leave them out (--chat off)"
+            )
+        found = (default or named)[0].get("template") if named else found or None
     if found is not None and not isinstance(found, str):
         raise ValueError(
             f"{path} has {str(found)[:80]!r} as chat_template: a text, or a list of "

@@ -49,6 +49,7 @@ _NAMES = {
     },
 }
 # How a text is cut before its pieces are found, by the name that a file gives it.
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 _LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,11 +68,12 @@ _WORDS: Mapping[str, list[dict[str, Any]]] = {
             }
         ]
         for name, pattern in {
-            "llama-bpe": _LLAMA_3_WORDS,
+            **dict.fromkeys(_LLAMA_3, _LLAMA_3_WORDS),
             "qwen2": _LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"),
         }.items()
     },
 }
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of tokens, as sentencepiece numbers them
 
 
@@ -197,9 +199,20 @@ def _decimal(value: Any) -> Any:
 
 
 def _end_ids(said: Mapping[str, Any]) -> list[Any] | None:
-    """Of the end of a text, and of a turn."""
+    """Of the end of a text, and of a turn.
+
+    Many a chat model's file names the end of a text alone; llama.cpp knows the other by its
+    spelling.
+    """
     names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return [said[name] for name in names if said.get(name) is not None] or None
+    tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
+    spelled = [
+        i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind == _CONTROL and token in _TURN_ENDS
+    ]
+    named = [said[name] for name in names if said.get(name) is not None]
+    return list(dict.fromkeys([*named, *spelled])) or None
 
 
 def _llama_3(factors: np.ndarray, base: float, head_dim: int) -> dict[str, Any]:
@@ -267,9 +280,10 @@ def _tokenizer_files(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     begin, ends = config["bos_token_id"], config["eos_token_id"]
     beside: dict[str, Any] = {"eos_token": tokens[ends[0]] if ends else None}
     if begin is not None:
-        # Sentencepiece models begin with it, where a file says nothing.
         beside["bos_token"] = tokens[begin]
-        beside["add_bos_token"] = bool(said.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+        # Where a file says nothing, sentencepiece models and Llama 3's begin with it.
+        begins = kind == "llama" or said.get("tokenizer.ggml.pre") in _LLAMA_3
+        beside["add_bos_token"] = bool(said.get("tokenizer.ggml.add_bos_token", begins))
     if said.get("tokenizer.chat_template"):
         beside["chat_template"] = said["tokenizer.chat_template"]
     return files | {"tokenizer_config.json": json.dumps(beside, indent=2) + "\n"}
@@ -292,7 +306,7 @@ def _byte_level(said: Mapping[str, Any]) -> str:
         {"use_regex": cut in ("default", "gpt-2", "smollm")},  # GPT-2's own expression
         words=_WORDS[cut],
         normalizer={"type": "NFC"} if cut == "qwen2" else None,
-        ignore_merges=cut == "llama-bpe",  # Llama 3 takes a word that is a token whole
+        ignore_merges=cut in _LLAMA_3,  # Llama 3 takes a word that is a token whole
     )
 
 

@@ -30,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (T5.family, *decoder.FAMILIES.values())
 _WEIGHTS = "model.safetensors"
 _LONGEST_NAME = 255  # bytes, on most file systems
 _INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = (_WEIGHTS, _INDEX)  # the first that is there is read
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _REFUSED = {
     "quantization_config": "plain weights",

@@ -35,7 +35,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from t5patches.model.huggingface import inspect_checkpoint
+from t5patches.model.huggingface import WEIGHT_FILES, inspect_checkpoint
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint
@@ -311,10 +311,11 @@ def is_adapter(folder: PathLike) -> bool:
         folder: any.
 
     Returns:
-        Whether it has an `adapter_config.json` and no `config.json`.
+        Whether it has an `adapter_config.json` and no weights of a whole model. A `config.json`
+        says nothing: some programs put the base's beside an adapter.
     """
     folder = Path(folder)
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+    return (folder / CONFIG).exists() and not any((folder / n).exists() for n in WEIGHT_FILES)
 
 
 def require_whole(folder: PathLike) -> None:

@@ -10,7 +10,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
@@ -116,7 +116,7 @@ class SentencePieceTokenizer:
     """A sentencepiece model: the `spiece.model` of a T5, the `tokenizer.model` of a Llama.
 
     Control pieces (`</s>`) in a text are spelled like any other text, as sentencepiece has it; user
-    defined ones (the sentinels of a T5) are found in it.
+    defined ones (the sentinels of a T5) are found in it, and it is split at added tokens.
 
     Attributes:
         controls: the control pieces' ids, for `encode_template`.
@@ -133,6 +133,7 @@ class SentencePieceTokenizer:
         special: SpecialIds | None = None,
         *,
         joined: bool = False,
+        added: Collection[str] = (),
     ):
         """Loads a model.
 
@@ -142,6 +143,8 @@ class SentencePieceTokenizer:
                 and its end token behind outputs and prompts.
             joined: whether what follows a control token in a template goes on without the space
                 that sentencepiece puts in front of a text.
+            added: pieces between which each part of a text is a text of its own, with the space
+                that sentencepiece puts in front.
 
         Raises:
             ValueError: it is no sentencepiece model, or has no padding or end token.
@@ -168,6 +171,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id, self.end_ids, self.eos_id = special.pad, special.ends, special.ends[0]
         self._joined = joined
+        self._added = {text: self._processor.piece_to_id(text) for text in added}
 
     def encode(self, text: str) -> TokenizedText:
         """Splits a text into tokens.
@@ -178,8 +182,20 @@ class SentencePieceTokenizer:
         Returns:
             The tokens of `text`, without an end token.
         """
-        found = self._processor.encode(text, return_type="offset_mapping")
-        return TokenizedText(text, tuple(found["ids"]), self._spans(found["ids"], found["offsets"]))
+        ids: list[int] = []
+        spans: list[Span] = []
+        at = 0
+        for part in control_pattern(self._added).split(text) if self._added else [text]:
+            if part in self._added:
+                ids.append(self._added[part])
+                spans.append((at, at + len(part)))
+            else:
+                found = self._processor.encode(part, return_type="offset_mapping")
+                ids += found["ids"]
+                offsets = self._spans(found["ids"], found["offsets"])
+                spans += [(at + start, at + end) for start, end in offsets]
+            at += len(part)
+        return TokenizedText(text, tuple(ids), tuple(spans))
 
     def encode_prompt(self, inputs: Inputs) -> tuple[int, ...]:
         """What the model is given for a text.

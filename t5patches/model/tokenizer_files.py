@@ -2,21 +2,28 @@
 
 **A decoder-only model's** is its `tokenizer.json`, whatever its kind, or else a sentencepiece
 `tokenizer.model`, or else GPT-2's `vocab.json` and `merges.txt`, both with the added tokens that
-the files beside them name. What stands in front of a prompt, `add_bos_token` of
-`tokenizer_config.json` says, or else the post-processor of `tokenizer.json`.
+the files beside them name. What stands in front of a prompt, the post-processor of
+`tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`. Whether a text gets a
+space in front, `add_prefix_space` there says where it is true or false and the tokenizer's class is
+one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's), or else the tokenizer's own file.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
 a sentencepiece model in memory, so that both files give the same ids and the same characters of
 tokens, and white space is split as T5's own code splits it.
 
-Two differences stay. White space beside a sentinel is a token here, as in T5's own code; the
-`tokenizers` library drops it. And a tab or a line's end counts as a space where the table of
-normalisation says so, which every published T5's does.
+Tokens that were added to it are those of `tokenizer.json`, of `added_tokens.json` and of
+`tokenizer_config.json`. A text is split at them, and each piece between two is a text of its own.
 
-The sentinels of span corruption (`<extra_id_0>` and so on) are pieces of `tokenizer.json`. Beside
-a `spiece.model` only `tokenizer_config.json` says how many there are: they are added at its end,
-the last one first, as in T5.
+The sentinels of span corruption (`<extra_id_0>` and so on) are added tokens too. Beside a
+`spiece.model`, `extra_ids` of `tokenizer_config.json` says how many there are, or else the files
+that list added tokens do; where neither does and the model has none of its own, there are 100, or
+as many as the embedding has rows for. They are put at its end, the last one first, as in T5.
+
+Three differences to the `tokenizers` library stay. White space beside a sentinel is a token here,
+as in T5's own code; the library drops it. Added tokens are found in a text as it is, and not in
+what its normalisation makes of it. And a tab or a line's end counts as a space where the table of
+normalisation says so, which every published T5's does.
 """
 
 from __future__ import annotations
@@ -24,7 +31,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +56,20 @@ from t5patches.runs.files import read_regular
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
 _PAD, _END = "<pad>", "</s>"
-_MOST_SENTINELS = 100_000  # T5 has 100
+_SENTINEL = re.compile(r"▁?<extra_id_\d+>")  # mT5's begin with a space
+_SENTINELS = 100  # of T5
+_MOST_SENTINELS = 100_000
 _MOST_BYTES = 2**28  # the largest known have 2**25
 _OF_T5 = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 _OF_DECODERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*_OF_T5, *_OF_DECODERS[1:], "merges.txt")
+_OF_FAMILIES = {  # the library's classes, where a folder names none
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+_SPACED = (*_OF_FAMILIES.values(), "LlamaTokenizer")  # they go by `add_prefix_space`
 _GPT2_END = "<|endoftext|>"  # where a folder of GPT-2's names no other
 
 
@@ -120,7 +137,8 @@ def _template(folder: Path, chat: str) -> ChatSource | None:
     """The chat template that may be used here: a T5 has none."""
     if chat not in CHATS:
         raise ValueError(f"chat is {chat!r}: one of {', '.join(CHATS)} is needed")
-    found = None if _decoder_config(folder) is None else read_template(folder)
+    of_t5 = _decoder_config(folder) is None
+    found = None if of_t5 else read_template(folder, used=chat != "off")
     if found is None and chat == "on":
         raise ValueError(
             f"{folder} has no chat template for --chat on (chat_template.jinja, or chat_template "
@@ -182,13 +200,63 @@ def _special_tokens(said: Mapping[str, Any]) -> set[str | None]:
     return named | {_content(value) for value in said.get("additional_special_tokens") or ()}
 
 
+def _class(said: Mapping[str, Any], default: str) -> str:
+    """The library's class of a tokenizer, of which there were two once."""
+    return str(said.get("tokenizer_class") or default).removesuffix("Fast")
+
+
 def _decoder_from_json(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
-    return _json_tokenizer(_bounded(path), said, config)
+    content = _bounded(path)
+    kind = _class(said, _OF_FAMILIES.get(getattr(config, "family", ""), ""))
+    spaced = said.get("add_prefix_space")
+    if isinstance(spaced, bool) and kind in _SPACED:
+        found = json.loads(content)
+        scheme = ("always" if said.get("legacy") is True else "first") if spaced else "never"
+        _set_prefix_space(found, kind, scheme)
+        content = json.dumps(found, ensure_ascii=False).encode()
+    return _json_tokenizer(content, said, config)
+
+
+def _set_prefix_space(found: dict[str, Any], kind: str, scheme: str) -> None:
+    """Makes the steps of a `tokenizer.json` those that the library's class makes.
+
+    Args:
+        found: the file, which is changed.
+        kind: the class.
+        scheme: where a space is put: "never", "first" (in front of a text) or "always" (behind an
+            added token as well).
+    """
+    bytes_ = [
+        step
+        for step in _steps(found.get("pre_tokenizer"), "pretokenizers")
+        if step["type"] == "ByteLevel"
+    ]
+    if kind != "LlamaTokenizer":
+        for step in bytes_:
+            step["add_prefix_space"] = scheme != "never"
+    elif not bytes_:  # else it is Llama 3's, which only gives the class of Llama 2
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        found["normalizer"] = None
+        found["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": scheme,
+            "split": False,
+        }
+        found["decoder"] = {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *([strip] if scheme != "never" else []),
+            ],
+        }
 
 
 def _decoder_from_merges(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
     """GPT-2's own two files, as the `tokenizer.json` that they would be."""
-    kind = str(said.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    kind = _class(said, "GPT2Tokenizer")
     if kind != "GPT2Tokenizer":
         raise NotImplementedError(
             f"it is a {kind}'s, and without a tokenizer.json only GPT2Tokenizer's are known: load "
@@ -201,7 +269,7 @@ def _decoder_from_merges(path: Path, said: Mapping[str, Any], config: ModelConfi
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     spaced = said.get("add_prefix_space") is True
     content = byte_level_json(vocabulary, merges, added, {"add_prefix_space": spaced})
-    return _json_tokenizer(content.encode(), {"add_bos_token": False, **said}, config)
+    return _json_tokenizer(content.encode(), said, config)
 
 
 def byte_level_json(
@@ -263,10 +331,8 @@ def byte_level_json(
 def _json_tokenizer(content: bytes, said: Mapping[str, Any], config: ModelConfig) -> Any:
     from t5patches.model.tokenizer_json import JsonTokenizer  # loads a large library
 
-    before = None
-    if isinstance(said.get("add_bos_token"), bool):
-        before = _content(said.get("bos_token")) if said["add_bos_token"] else ""
-    return JsonTokenizer(content, config.end_ids, before)
+    before = _content(said.get("bos_token")) if said.get("add_bos_token") is True else None
+    return JsonTokenizer(content, config.end_ids, before or "")
 
 
 def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
@@ -274,23 +340,15 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
     model = pb.ModelProto.FromString(_bounded(path))
     if not model.pieces:
         raise ValueError("it has no pieces")
+    spaced = said.get("add_prefix_space")
+    if isinstance(spaced, bool) and _class(said, "") == "LlamaTokenizer":
+        model.normalizer_spec.add_dummy_prefix = spaced
     added = _added_tokens(path.parent, said)
     # Those beyond the model's embedding are for images and the like: no text has them.
     for i, (content, special) in sorted(added.items()):
         if i >= config.vocab_size:
             break
-        kind = _Piece.CONTROL if special else _Piece.USER_DEFINED
-        while len(model.pieces) < i:
-            _add(model, f"<no token {len(model.pieces)}>", 0.0, _Piece.CONTROL)
-        if i == len(model.pieces):
-            _add(model, content, 0.0, kind)
-        elif model.pieces[i].piece != content:
-            raise ValueError(
-                f"its piece {i} is {model.pieces[i].piece!r}, and the files beside it have "
-                f"{content!r} there"
-            )
-        elif model.pieces[i].type in (_Piece.NORMAL, _Piece.USER_DEFINED):
-            model.pieces[i].type = kind
+        _place(model, i, content, _Piece.CONTROL if special else _Piece.USER_DEFINED)
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     begin = _content(said.get("bos_token")) or model.trainer_spec.bos_piece
     before = (ids[begin],) if said.get("add_bos_token", begin in ids) else ()
@@ -309,6 +367,21 @@ def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str,
     for i, token in (said.get("added_tokens_decoder") or {}).items():
         found[int(i)] = (token["content"], bool(token.get("special")) or token["content"] in named)
     return {i: token for i, token in found.items() if token[0]}
+
+
+def _place(model: Any, i: int, content: str, kind: Any) -> None:
+    """Makes an added token a piece of a sentencepiece model."""
+    while len(model.pieces) < i:
+        _add(model, f"<no token {len(model.pieces)}>", 0.0, _Piece.CONTROL)
+    if i == len(model.pieces):
+        _add(model, content, 0.0, kind)
+    elif model.pieces[i].piece != content:
+        raise ValueError(
+            f"its piece {i} is {model.pieces[i].piece!r}, and the files beside it have "
+            f"{content!r} there"
+        )
+    elif model.pieces[i].type in (_Piece.NORMAL, _Piece.USER_DEFINED):
+        model.pieces[i].type = kind
 
 
 def _check_ends(tokenizer: Any, said: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
@@ -344,43 +417,48 @@ def _bounded(path: Path) -> bytes:
 
 
 def _t5_from_spiece(path: Path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(_from_spiece(path))
-
-
-def _t5_from_json(path: Path) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(_from_json(path))
-
-
-def _from_spiece(path: Path) -> bytes:
     content = read_regular(path)
     if not content:
         raise ValueError("the file is empty")
-    sentinels = _sentinels(path.parent / "tokenizer_config.json")
-    if not sentinels:
-        return content
-    model = pb.ModelProto.FromString(content)
-    for i in reversed(range(sentinels)):
-        _add(model, f"<extra_id_{i}>", 0.0, _Piece.USER_DEFINED)
-    return model.SerializeToString()
-
-
-def _sentinels(path: Path) -> int:
-    """How many there are, by a `tokenizer_config.json`."""
-    if not path.exists():
-        return 0
-    config = json.loads(read_regular(path))
-    if not isinstance(config, dict):
-        raise ValueError(f"the {path.name} beside it must hold an object, got {config!r}")
-    found = config.get("extra_ids") or 0
-    if type(found) is not int or not 0 <= found <= _MOST_SENTINELS:
+    model, folder = pb.ModelProto.FromString(content), path.parent
+    rows = len(model.pieces) + _MOST_SENTINELS
+    if (folder / "config.json").exists():
+        rows = read_config(folder).config.vocab_size
+    said, other = _said(folder), folder / "tokenizer.json"
+    listed = (read_object(other).get("added_tokens") or ()) if other.exists() else ()
+    added = {token["id"]: token["content"] for token in listed}
+    added |= {i: text for i, (text, _) in _added_tokens(folder, said).items()}
+    count, most = said.get("extra_ids"), _MOST_SENTINELS
+    if count is None:
+        known = [*(piece.piece for piece in model.pieces), *added.values()]
+        count = 0 if listed or any(map(_SENTINEL.fullmatch, known)) else _SENTINELS
+        most = max(0, rows - len(model.pieces))
+    if type(count) is not int or not 0 <= count <= _MOST_SENTINELS:
         raise ValueError(
-            f"the {path.name} beside it has {found!r} extra_ids: a number from 0 to "
+            f"the tokenizer_config.json beside it has {count!r} extra_ids: a number from 0 to "
             f"{_MOST_SENTINELS} is needed"
         )
-    return found
+    for i in [*reversed(range(count))][:most]:
+        _add(model, f"<extra_id_{i}>", 0.0, _Piece.USER_DEFINED)
+    for i, text in sorted(added.items()):
+        if i < rows:
+            _place(model, i, text, _Piece.USER_DEFINED)
+        elif not _SENTINEL.fullmatch(text):
+            raise ValueError(
+                f"the files beside it add {text!r} with id {i}, and the model's embedding has "
+                f"{rows} rows: resize_token_embeddings() of transformers makes more"
+            )
+    return _t5(model, added.values())
 
 
-def _from_json(path: Path) -> bytes:
+def _t5(model: Any, added: Iterable[str]) -> SentencePieceTokenizer:
+    """The tokenizer of a sentencepiece model, some of whose pieces are added tokens."""
+    found = {piece.piece for piece in model.pieces if piece.type == _Piece.USER_DEFINED}
+    split = [text for text in found.intersection(added) if not _SENTINEL.fullmatch(text)]
+    return SentencePieceTokenizer(model.SerializeToString(), added=split)
+
+
+def _t5_from_json(path: Path) -> SentencePieceTokenizer:
     found = json.loads(read_regular(path))
     unigram = found["model"]
     if unigram.get("type", "Unigram") != "Unigram" or isinstance(unigram["vocab"], dict):
@@ -399,7 +477,7 @@ def _from_json(path: Path) -> bytes:
     model.trainer_spec.byte_fallback = bool(unigram.get("byte_fallback"))
     model.trainer_spec.unk_piece = unigram["vocab"][unigram["unk_id"]][0]
     model.trainer_spec.pad_piece, model.trainer_spec.eos_piece = _PAD, _END
-    return model.SerializeToString()
+    return _t5(model, added.values())
 
 
 def _add(model: Any, piece: str, score: float, kind: Any) -> None:

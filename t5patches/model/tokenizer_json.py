@@ -45,14 +45,14 @@ class JsonTokenizer:
         controls: the special tokens' ids, for `encode_template`.
     """
 
-    def __init__(self, content: bytes, ends: Sequence[int], before: str | None = None):
+    def __init__(self, content: bytes, ends: Sequence[int], before: str = ""):
         """Reads a tokenizer.
 
         Args:
             content: of the file.
             ends: the ids that end an output, the one that is put behind a text first.
-            before: the token in front of a prompt, nothing for none; default, what the file's
-                post-processor puts there.
+            before: the token in front of a prompt, nothing for none, where no post-processor of the
+                file says what stands there.
 
         Raises:
             ValueError: the library cannot read it, it lacks that token, or it does not get through
@@ -268,9 +268,9 @@ def _panics_are_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizers library says: {error}".splitlines()[0]) from error
 
 
-def _put_before(tokenizer: Any, before: str | None) -> tuple[int, ...]:
+def _put_before(tokenizer: Any, before: str) -> tuple[int, ...]:
     """What stands in front of a prompt."""
-    if before is None:
+    if _steps(tokenizer.post_processor) - {"ByteLevel"}:  # which says nothing of it
         found = tokenizer.encode("a")
         added = found.special_tokens_mask
         count = next((n for n, special in enumerate(added) if not special), 0)
@@ -280,12 +280,12 @@ def _put_before(tokenizer: Any, before: str | None) -> tuple[int, ...]:
     return (tokenizer.token_to_id(before),) if before else ()
 
 
-def _steps(decoder: Any) -> frozenset[str]:
-    """The kinds of steps in a decoder."""
-    if decoder is None:
+def _steps(part: Any) -> frozenset[str]:
+    """The kinds of steps in a decoder or a post-processor."""
+    if part is None:
         return frozenset()
-    found = json.loads(decoder.__getstate__())
-    steps = found["decoders"] if found["type"] == "Sequence" else [found]
+    found = json.loads(part.__getstate__())
+    steps = found.get("decoders", found.get("processors", [found]))
     return frozenset(step["type"] for step in steps)
 
 

@@ -140,6 +140,7 @@ _COMMON: Mapping[str, Setting] = {
         list,
         f"a list with {FULL!r} or {SLIDING!r} for each layer is needed",
     ),
+    "is_causal": only(True),
 }
 _SIZES: Mapping[str, Setting] = {
     "hidden_size": size("emb_dim"),
@@ -172,6 +173,17 @@ _GEMMA_2: Mapping[str, Setting] = {
     "attn_logit_softcapping": _bound("attention_softcap"),
     "final_logit_softcapping": _bound("logit_softcap"),
     "sliding_window": _WINDOW,
+}
+# The library's layers ignore Gemma 2's bound of the attention logits, whatever a config says.
+_GEMMA_3: Mapping[str, Setting] = {
+    **_GEMMA_2,
+    "attn_logit_softcapping": Setting(
+        "attention_softcap",
+        lambda _: 0.0,
+        lambda value: None if value else value,
+        "none is known",
+        0.0,
+    ),
 }
 _ONE_OR_TWO = Setting(
     "shared_norm",
@@ -613,7 +625,7 @@ KINDS: Mapping[str, _Kind] = {
     ),
     "gemma3_text": _Kind(
         "Gemma3ForCausalLM",
-        _GEMMA_2,
+        _GEMMA_3,
         {**_GEMMA_FIELDS, "norms": "both", "qk_norm": True},
         _complete_gemma_3,
         _written_gemma_3,
