@@ -225,6 +225,25 @@ def test_a_killed_edit_is_resumed_by_what_is_the_same(place, monkeypatch, capsys
     assert run(place, "--resume", "--checkpoint-every", "3", output="as it was") == 0
 
 
+def test_an_edit_is_resumed_with_all_of_its_data_in_their_order(place, monkeypatch, capsys):
+    place = place()
+    (place / "more.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    files = [place / "edits.jsonl", place / "more.jsonl"]
+    with monkeypatch.context() as patched:
+        patched.setattr(edit_module, "save_result", None)
+        with pytest.raises(TypeError):
+            run(place, "--data", *files)
+    claimed = unfinished(place / "edited") / "run.json"
+    before = claimed.read_text()
+    for given, told in ((files[:1], "more.jsonl ("), (files[::-1], "order (['edits.jsonl', 'more")):
+        assert run(place, "--resume", "--steps", "6", "--data", *given) == 2
+        assert told in capsys.readouterr().err
+        assert claimed.read_text() == before
+    assert run(place, "--resume", "--data", *files) == 0
+    assert run(place, "--resume", "--data", *files[::-1]) == 2  # nor is it the one that is finished
+    assert "exists: nothing is overwritten" in capsys.readouterr().err
+
+
 def test_after_a_loss_that_is_no_number_what_to_remove_is_named(place, monkeypatch, capsys):
     place = place()
     with monkeypatch.context() as patched:

@@ -63,7 +63,6 @@ from t5patches.editing.train import (
     Trained,
     TrainSettings,
     cache_teacher,
-    finished_run,
     in_dtype,
     may_differ,
     train,
@@ -697,9 +696,6 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
         # Other processes' devices cannot be read here.
         if teacher is None and not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
-        finished = finished_run(directory, checked.step.state.params)
-        if finished is not None and _is_finished(finished, checked.settings):
-            return finished, checked
         trained = train(
             checked.model,
             params,
@@ -714,12 +710,6 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
             progress=progress,
         )
         return trained, checked
-
-
-def _is_finished(trained: Trained, settings: TrainSettings) -> bool:
-    """Whether a finished run made all steps that are asked for now, or stopped before."""
-    stopped = trained.looks and verdict(trained.looks, settings.until or 0).why
-    return bool(stopped) or len(trained.history["loss"]) == settings.steps
 
 
 def _said(job: Job, checked: Checked, original: Params, work: Path, progress: Progress) -> Checked:
@@ -794,13 +784,15 @@ def _cached(
 
 def _described(job: Job) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
-    settings = dataclasses.asdict(job.settings)
+    settings, data = dataclasses.asdict(job.settings), _named(job.data)
     for name in ("checkpoint_every", "chunk_bytes"):  # which change nothing in what is made
         del settings[name]
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
-        "data": _named(job.data),
+        "data": data,
+        # Rates go by it, and so do the rows that are drawn; in `data` it would say nothing.
+        **({"order": list(data)} if len(data) > 1 else {}),
         "limits": {"truncate_inputs": job.truncate_inputs, "skip_longer": job.skip_longer},
         "templates": None if job.templates is None else file_fingerprint(job.templates),
         "chat": uses_chat(job.model, job.chat),

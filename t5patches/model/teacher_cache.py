@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from t5patches.runs.claims import claim, require_space, writing
-from t5patches.runs.files import write_file
+from t5patches.runs.files import read_object, write_file
 
 ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
 DTYPES = ("bfloat16", "float32")
@@ -86,9 +86,9 @@ class TeacherCache:
         self.directory, self._pad_id = Path(directory), pad_id
         if not (self.directory / "run.json").exists():
             raise ValueError(f"{directory} holds no teacher cache: write one first")
+        run = read_object(self.directory / "run.json")
         if about is not None:
-            claim(self.directory, about)
-        run = json.loads((self.directory / "run.json").read_text())
+            claim(self.directory, {**run, **about})
         index = np.load(self.directory / "index.npz")
         self._offsets = index["offsets"]
         self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}

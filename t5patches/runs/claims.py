@@ -35,7 +35,7 @@ def claim(
 
     Args:
         directory: of the run; made if absent.
-        run: settings and fingerprints, as JSON has them.
+        run: settings and fingerprints, as JSON has them; what it does not name is None.
         may_differ: for the names that the same run may have with another value, whether the value
             there may become the one asked for. It is then written.
 
@@ -154,8 +154,8 @@ def _differences(
     asked: Mapping[str, Any],
     may_differ: Mapping[str, Callable[[Any, Any], bool]],
 ) -> Iterator[str]:
-    for name, value in asked.items():
-        old = there.get(name)
+    for name in {**asked, **there}:
+        old, value = there.get(name), asked.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             yield from _differences(old, value, may_differ)
         elif old != value and not (
