@@ -29,6 +29,7 @@ from t5patches.editing.train import (
     train,
 )
 from t5patches.model.lora import Lora
+from t5patches.model.tokenizer import messages_of
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -72,13 +73,13 @@ def test_a_tenth_of_the_inputs_is_held_out_with_all_outputs_to_them():
     examples = many(60, 40, samples=3)
     chosen = held_out_inputs(examples, seed=0)
     assert len(set(chosen)) == len(chosen) == 6
-    by_prompt = {e.input_ids: any(e.marked) for e in examples}
-    assert sum(by_prompt[prompt] for prompt in chosen) == 4
+    by_input = {messages_of(e.inputs): any(e.marked) for e in examples}
+    assert sum(by_input[inputs] for inputs in chosen) == 4
     assert chosen == held_out_inputs(examples[::-1], seed=0)
     assert chosen != held_out_inputs(examples, seed=1)
     held = held_out_examples(examples, chosen)
     assert len(held) == 18
-    assert {e.input_ids for e in held} == set(chosen)
+    assert {messages_of(e.inputs) for e in held} == set(chosen)
     # No more than training has time to look at: an output to each input before a second.
     big = many(1000, 900, samples=5)
     chosen = held_out_inputs(big, seed=0)

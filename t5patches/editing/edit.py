@@ -75,7 +75,7 @@ from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
-from t5patches.model.tokenizer import Inputs, Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
@@ -573,14 +573,16 @@ def _hold_out(
 ) -> tuple[list[list[Example]], list[Source | Example], list[Example], str]:
     """The data without what is held out, what is held out, and a note of it.
 
-    Inputs are told apart as they are in the files: with templates around them, outputs to one input
-    have several prompts, and would be trained on and held out.
+    Inputs are told apart as they are in the files: with templates around them, or where a chat
+    template holds the date, outputs to one input have several prompts, and would be trained on and
+    held out.
     """
     examples = [example for part in sets for example in part]
-    prompts = held_out_inputs(examples, job.settings.seed)
-    held, known = held_out_examples(examples, prompts), frozenset(prompts)
-    texts = {example.inputs for example in held}
-    left = [[example for example in part if example.input_ids not in known] for part in sets]
+    known = frozenset(held_out_inputs(examples, job.settings.seed))
+    held = held_out_examples(examples, known)
+    # Two inputs may be one to the model, such as those that differ in spaces.
+    prompts = {e.input_ids for e in examples if messages_of(e.inputs) in known}
+    left = [[example for example in part if example.input_ids not in prompts] for part in sets]
     for file, part in zip(job.data, left, strict=True):
         if not part:
             raise ValueError(
@@ -589,9 +591,9 @@ def _hold_out(
             )
     note = (
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
-        f"{len({example.input_ids for example in examples})}"
+        f"{len({messages_of(example.inputs) for example in examples})}"
     )
-    others = [item for item in kept if item.inputs not in texts]
+    others = [item for item in kept if messages_of(item.inputs) not in known]
     if kept and not others:
         raise ValueError(
             f"{job.keep}: until holds out all {len(kept)} inputs that it has: give other inputs to "
