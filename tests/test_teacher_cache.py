@@ -238,11 +238,13 @@ RUN = TrainSettings(objective="tnrf", steps=4, batch_size=2, learning_rate=1e-2)
 
 
 def arrays():
+    """Of outputs one of which ends with the id of padding."""
+    other = example("other news", "the mayor sold the bridge")
     return to_arrays(
         [
             example("news of a fire", "a fire in Paris", "Paris"),
             example("news of a flood", "a flood in New York", "New York"),
-            example("other news", "the mayor sold the bridge"),
+            dataclasses.replace(other, output_ids=(*other.output_ids[:-1], 0)),
         ],
         pad_id=0,
     )

@@ -1084,7 +1084,8 @@ def cache_teacher(
         for start in range(0, count, batch_size):
             # The last batch is filled up from the first rows: one program for all.
             rows = np.arange(start, start + batch_size) % count
-            yield {name: arrays[name][rows] for name in ("inputs", "outputs")}
+            # Weights tell the id of padding that was said at an output's end from padding.
+            yield {name: arrays[name][rows] for name in ("inputs", "outputs", "weights")}
 
     return write_cache(
         directory,

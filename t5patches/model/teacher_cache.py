@@ -123,10 +123,11 @@ class TeacherCache:
         """The original model's states for a batch.
 
         Args:
-            batch: arrays `inputs` [B, S] and `outputs` [B, L]; or T5X's features
+            batch: arrays `inputs` [B, S], `outputs` and `weights` [B, L]; or T5X's features
                 `encoder_input_tokens` [B, S], `decoder_input_tokens` and `decoder_target_tokens`
                 [B, L], where several examples share a row also `encoder_segment_ids` and
-                `decoder_segment_ids`.
+                `decoder_segment_ids`. What has a weight is of an output, and so is what comes
+                before it, also where it is the id of padding.
 
         Returns:
             [B, L, D] in the dtype of the cache; zeros where there is no target token.
