@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +184,29 @@ def test_a_killed_pass_goes_on(tmp_path, params):
     assert len(calls) == 3  # one, one that died, and the rest; the first was not made again
     whole = write(tmp_path / "whole", params, data)
     np.testing.assert_array_equal(cache.read(data), whole.read(data))
+
+
+def test_of_two_at_once_one_writes_and_the_other_reads(tmp_path, params):
+    data, live = rows(), hidden_of(params)
+    begun, waits = threading.Event(), threading.Event()
+
+    def slow(batch):
+        begun.set()
+        assert waits.wait(10)
+        return live(batch)
+
+    def tell(said):
+        if "this one waits" in str(said):
+            waits.set()
+
+    def run(hidden, **more):
+        return write_cache(tmp_path, lambda: batches(data), hidden, ABOUT, width=16, **more)
+
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(run, slow)
+        assert begun.wait(60)
+        second = pool.submit(run, None, tell=tell)
+    np.testing.assert_array_equal(first.result().read(data), second.result().read(data))
 
 
 @pytest.mark.parametrize(

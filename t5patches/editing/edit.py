@@ -777,8 +777,8 @@ def _cached(
         dtype=job.dtype,
         about={"tokenizer": {f.name: file_fingerprint(f) for f in files if f.exists()}},
         mesh=checked.mesh,
-        tell=lambda size: progress.console.print(
-            f"teacher cache {job.cache_teacher}: {size}", markup=False
+        tell=lambda said: progress.console.print(
+            f"teacher cache {job.cache_teacher}: {said}", markup=False
         ),
         advance=lambda done, count: progress.update(task, completed=done, total=count),
     )

@@ -1045,7 +1045,7 @@ def cache_teacher(
     dtype: str = "bfloat16",
     about: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
-    tell: Callable[[CacheSize], None] | None = None,
+    tell: Callable[[CacheSize | str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Runs the original model over the data once, for all of training.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from t5patches.runs.claims import claim, require_space, writing
+from t5patches.runs.claims import claim, in_turn, require_space, writing
 from t5patches.runs.files import read_object, write_file
 
 ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
@@ -164,10 +164,12 @@ def write_cache(
     width: int,
     dtype: str = "bfloat16",
     pad_id: int = 0,
-    tell: Callable[[CacheSize], None] | None = None,
+    tell: Callable[[CacheSize | str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Runs the original model over the data once, or finishes what a killed run began.
+
+    Of several processes with one directory the first writes the cache, and the others wait for it.
 
     Args:
         directory: made if absent.
@@ -177,7 +179,8 @@ def write_cache(
         width: entries of a state.
         dtype: one of `DTYPES`.
         pad_id: of the batches.
-        tell: is told the size before anything is written.
+        tell: is told the size before anything is written; and, where another process is at work
+            in the directory, that this one waits.
         advance: is told after each batch how many examples are done, and of how many.
 
     Returns:
@@ -198,17 +201,19 @@ def write_cache(
     offsets = np.cumsum([0, *lengths.values()])
     tokens, itemsize = int(offsets[-1]), ts.dtype(dtype).numpy_dtype.itemsize
     size = CacheSize(len(lengths), tokens, tokens * width * itemsize)
-    if tell is not None:
-        tell(size)
+    tell = tell or (lambda _: None)
+    tell(size)
     index = _index(list(lengths), offsets)
     run = {**about, "width": width, "dtype": dtype, "data": hashlib.sha256(index).hexdigest()}
-    claim(directory, run)
-    if not (directory / "index.npz").exists():
-        require_space(directory, size.bytes, f"the teacher cache of {size}")
-        write_file(directory / "index.npz", index)
-    if _done(directory) < len(lengths):
-        states = _open(directory, dtype, (size.tokens, width))
-        _fill(directory, states, batches, hidden_of, lengths, offsets, pad_id, advance)
+    waits = "another process is at work in it; this one waits until that has ended"
+    with in_turn(directory, lambda: tell(waits)):
+        claim(directory, run)
+        if not (directory / "index.npz").exists():
+            require_space(directory, size.bytes, f"the teacher cache of {size}")
+            write_file(directory / "index.npz", index)
+        if _done(directory) < len(lengths):
+            states = _open(directory, dtype, (size.tokens, width))
+            _fill(directory, states, batches, hidden_of, lengths, offsets, pad_id, advance)
     return TeacherCache(directory, pad_id=pad_id)
 
 
