@@ -62,7 +62,7 @@ def claim(
             f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
             "another directory, remove this one, or repeat that run to finish it"
         )
-    if may_differ:
+    if may_differ and run != there:
         write_file(path, json.dumps(run, indent=1))
 
 
