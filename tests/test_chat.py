@@ -14,7 +14,7 @@ from tokenizer_samples import CONTROLS, tokenizer_json
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from t5patches import cli
-from t5patches.commands import align, common, edit, evaluate
+from t5patches.commands import align, common, edit, evaluate, reward
 from t5patches.commands import annotate as annotate_command
 from t5patches.editing.annotate import annotate, require_room_to_speak
 from t5patches.editing.data import (
@@ -312,7 +312,7 @@ def test_a_run_that_goes_on_has_the_prompts_with_which_it_began(folder, tmp_path
         run(argparse.Namespace(work=tmp_path / work))
         os.close(claims._HELD.pop(tmp_path / work))
     assert prompts[0] == prompts[1] != prompts[2]
-    for command in (align, annotate_command, edit, evaluate):
+    for command in (align, annotate_command, edit, evaluate, reward):
         assert command.run.__wrapped__, command
 
 

@@ -19,12 +19,13 @@ from t5patches.editing import edit as edit_module
 from t5patches.editing import outputs as outputs_module
 from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
+from t5patches.editing.data import Source
 from t5patches.editing.edit import Job, check, check_chat, read_rounds
 from t5patches.editing.train import TrainSettings
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.tokenizer import train_sentencepiece
+from t5patches.model.tokenizer import Message, input_text, train_sentencepiece
 from t5patches.runs import claims
 from t5patches.runs.files import unfinished
 
@@ -223,6 +224,25 @@ def test_a_killed_edit_is_resumed_by_what_is_the_same(place, monkeypatch, capsys
         np.testing.assert_array_equal(tensors(place / "more steps")[name], x)
     # An edit that is finished, resumed.
     assert run(place, "--resume", "--checkpoint-every", "3", output="as it was") == 0
+
+
+def test_an_edit_is_resumed_with_all_of_its_data_in_their_order(place, monkeypatch, capsys):
+    place = place()
+    (place / "more.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    files = [place / "edits.jsonl", place / "more.jsonl"]
+    with monkeypatch.context() as patched:
+        patched.setattr(edit_module, "save_result", None)
+        with pytest.raises(TypeError):
+            run(place, "--data", *files)
+    claimed = unfinished(place / "edited") / "run.json"
+    before = claimed.read_text()
+    for given, told in ((files[:1], "more.jsonl ("), (files[::-1], "order (['edits.jsonl', 'more")):
+        assert run(place, "--resume", "--steps", "6", "--data", *given) == 2
+        assert told in capsys.readouterr().err
+        assert claimed.read_text() == before
+    assert run(place, "--resume", "--data", *files) == 0
+    assert run(place, "--resume", "--data", *files[::-1]) == 2  # nor is it the one that is finished
+    assert "exists: nothing is overwritten" in capsys.readouterr().err
 
 
 def test_after_a_loss_that_is_no_number_what_to_remove_is_named(place, monkeypatch, capsys):
@@ -617,6 +637,27 @@ def test_an_input_is_held_out_whatever_template_is_around_it(place):
     keep.write_text(f"{held}\n")
     with pytest.raises(ValueError, match="until holds out all 1 inputs that it has"):
         check(dataclasses.replace(job, keep=keep))
+
+
+def test_an_input_is_held_out_whatever_prompts_it_has(tmp_path):
+    """Where a chat template holds the date it has one a day; and two inputs may have the same."""
+    first = [editing_samples.example(f"news {i}", "a fire", "fire") for i in range(20)]
+    spaced = [dataclasses.replace(e, inputs=e.inputs.replace(" ", "  ")) for e in first]
+    later = [
+        dataclasses.replace(e, inputs=(Message("user", e.inputs),), input_ids=(9, *e.input_ids))
+        for e in first
+    ]
+    kept = [Source(f"news {i}") for i in range(20)]
+    job = Job(tmp_path, ["a", "b", "c"], tmp_path, TrainSettings(steps=10, until=0.1), keep="d")
+    left, others, held, note = edit_module._hold_out(job, [first, spaced, later], kept)
+    prompts = {e.input_ids for e in held}
+    texts = {input_text(e.inputs) for e in held}
+    assert len(held) >= 4
+    for part in left:
+        assert not texts & {input_text(e.inputs) for e in part}
+        assert not prompts & {e.input_ids for e in part}
+    assert {item.inputs for item in others} == {item.inputs for item in kept} - texts
+    assert "outputs to 4 inputs, of 60 to 40" in note
 
 
 @pytest.mark.slow

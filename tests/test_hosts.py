@@ -24,12 +24,12 @@ ALWAYS = ("--batch-size", "8", "--model-parallel", "2", "--checkpoint-every", "2
 SLOW = """
 import sys, time
 from t5patches import cli
-from t5patches.editing import edit
-quick = edit.finished_run
+from t5patches.editing import train
+quick = train.finished_run
 def slow(*arguments):
     time.sleep(3)
     return quick(*arguments)
-edit.finished_run = slow
+train.finished_run = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 FOUR_EACH = {"XLA_FLAGS": re.sub(r"(count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])}

@@ -20,6 +20,10 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     message = r"seed \(0 there, 1 asked for\); alpha \(1.0 there, 2.0 asked for\): choose another"
     with pytest.raises(ValueError, match=message):
         claim(tmp_path / "run", other)
+    fewer = {"seed": 0, "settings": {"steps": 3}}
+    with pytest.raises(ValueError, match=r"differs in alpha \(1.0 there, None asked for\): choose"):
+        claim(tmp_path / "run", fewer)
+    claim(tmp_path / "run", run | {"new": None})  # as a later version may say of what there is not
 
 
 def test_finished_parts_are_not_made_again(tmp_path):

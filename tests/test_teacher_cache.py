@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +186,29 @@ def test_a_killed_pass_goes_on(tmp_path, params):
     np.testing.assert_array_equal(cache.read(data), whole.read(data))
 
 
+def test_of_two_at_once_one_writes_and_the_other_reads(tmp_path, params):
+    data, live = rows(), hidden_of(params)
+    begun, waits = threading.Event(), threading.Event()
+
+    def slow(batch):
+        begun.set()
+        assert waits.wait(10)
+        return live(batch)
+
+    def tell(said):
+        if "this one waits" in str(said):
+            waits.set()
+
+    def run(hidden, **more):
+        return write_cache(tmp_path, lambda: batches(data), hidden, ABOUT, width=16, **more)
+
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(run, slow)
+        assert begun.wait(60)
+        second = pool.submit(run, None, tell=tell)
+    np.testing.assert_array_equal(first.result().read(data), second.result().read(data))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,11 +263,13 @@ RUN = TrainSettings(objective="tnrf", steps=4, batch_size=2, learning_rate=1e-2)
 
 
 def arrays():
+    """Of outputs one of which ends with the id of padding."""
+    other = example("other news", "the mayor sold the bridge")
     return to_arrays(
         [
             example("news of a fire", "a fire in Paris", "Paris"),
             example("news of a flood", "a flood in New York", "New York"),
-            example("other news", "the mayor sold the bridge"),
+            dataclasses.replace(other, output_ids=(*other.output_ids[:-1], 0)),
         ],
         pad_id=0,
     )

@@ -259,8 +259,8 @@ def _add_machine(group: Any) -> None:
         "--cache-teacher",
         metavar="DIR",
         help="run the original model once over the data and keep its hidden states here, for this "
-        "edit and any later one of the same data; training then runs one model and not two. The "
-        "size is told first",
+        "edit and any later one of the same data; training then runs one model and not two. Of "
+        "edits at once the first makes it and the others wait. The size is told first",
     )
     common.add_checkpoint_option(group, 100, "updates between two states to resume from")
 

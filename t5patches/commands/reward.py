@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 
 from t5patches.commands import common
+from t5patches.runs.files import unfinished
 
 LESS_MEMORY = "remove OUTPUT.unfinished and try a smaller --batch-size, or shorter preferences"
 AGAIN = "repeat the command with --resume to go on"
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_adapter_options(parser, 8)
 
 
+@common.goes_on_in(lambda options: unfinished(options.output))
 def run(options: argparse.Namespace) -> int:
     """Trains a reward model.
 

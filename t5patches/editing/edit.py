@@ -63,7 +63,6 @@ from t5patches.editing.train import (
     Trained,
     TrainSettings,
     cache_teacher,
-    finished_run,
     in_dtype,
     may_differ,
     train,
@@ -76,7 +75,7 @@ from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import LanguageModel, differing, require_positions
 from t5patches.model.teacher_cache import TeacherCache
-from t5patches.model.tokenizer import Inputs, Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
@@ -574,14 +573,16 @@ def _hold_out(
 ) -> tuple[list[list[Example]], list[Source | Example], list[Example], str]:
     """The data without what is held out, what is held out, and a note of it.
 
-    Inputs are told apart as they are in the files: with templates around them, outputs to one input
-    have several prompts, and would be trained on and held out.
+    Inputs are told apart as they are in the files: with templates around them, or where a chat
+    template holds the date, outputs to one input have several prompts, and would be trained on and
+    held out.
     """
     examples = [example for part in sets for example in part]
-    prompts = held_out_inputs(examples, job.settings.seed)
-    held, known = held_out_examples(examples, prompts), frozenset(prompts)
-    texts = {example.inputs for example in held}
-    left = [[example for example in part if example.input_ids not in known] for part in sets]
+    known = frozenset(held_out_inputs(examples, job.settings.seed))
+    held = held_out_examples(examples, known)
+    # Two inputs may be one to the model, such as those that differ in spaces.
+    prompts = {e.input_ids for e in examples if messages_of(e.inputs) in known}
+    left = [[example for example in part if example.input_ids not in prompts] for part in sets]
     for file, part in zip(job.data, left, strict=True):
         if not part:
             raise ValueError(
@@ -590,9 +591,9 @@ def _hold_out(
             )
     note = (
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
-        f"{len({example.input_ids for example in examples})}"
+        f"{len({messages_of(example.inputs) for example in examples})}"
     )
-    others = [item for item in kept if item.inputs not in texts]
+    others = [item for item in kept if messages_of(item.inputs) not in known]
     if kept and not others:
         raise ValueError(
             f"{job.keep}: until holds out all {len(kept)} inputs that it has: give other inputs to "
@@ -697,9 +698,6 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
         # Other processes' devices cannot be read here.
         if teacher is None and not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
-        finished = finished_run(directory, checked.step.state.params)
-        if finished is not None and _is_finished(finished, checked.settings):
-            return finished, checked
         trained = train(
             checked.model,
             params,
@@ -714,12 +712,6 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
             progress=progress,
         )
         return trained, checked
-
-
-def _is_finished(trained: Trained, settings: TrainSettings) -> bool:
-    """Whether a finished run made all steps that are asked for now, or stopped before."""
-    stopped = trained.looks and verdict(trained.looks, settings.until or 0).why
-    return bool(stopped) or len(trained.history["loss"]) == settings.steps
 
 
 def _said(job: Job, checked: Checked, original: Params, work: Path, progress: Progress) -> Checked:
@@ -785,8 +777,8 @@ def _cached(
         dtype=job.dtype,
         about={"tokenizer": {f.name: file_fingerprint(f) for f in files if f.exists()}},
         mesh=checked.mesh,
-        tell=lambda size: progress.console.print(
-            f"teacher cache {job.cache_teacher}: {size}", markup=False
+        tell=lambda said: progress.console.print(
+            f"teacher cache {job.cache_teacher}: {said}", markup=False
         ),
         advance=lambda done, count: progress.update(task, completed=done, total=count),
     )
@@ -794,13 +786,15 @@ def _cached(
 
 def _described(job: Job) -> dict[str, Any]:
     """What makes two jobs the same: files by their content."""
-    settings = dataclasses.asdict(job.settings)
+    settings, data = dataclasses.asdict(job.settings), _named(job.data)
     for name in ("checkpoint_every", "chunk_bytes"):  # which change nothing in what is made
         del settings[name]
     return {
         "model": _weights(job.model),
         "original": None if job.original is None else _weights(job.original),
-        "data": _named(job.data),
+        "data": data,
+        # Rates go by it, and so do the rows that are drawn; in `data` it would say nothing.
+        **({"order": list(data)} if len(data) > 1 else {}),
         "limits": {"truncate_inputs": job.truncate_inputs, "skip_longer": job.skip_longer},
         "templates": None if job.templates is None else file_fingerprint(job.templates),
         "chat": uses_chat(job.model, job.chat),

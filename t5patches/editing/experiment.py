@@ -40,7 +40,7 @@ from t5patches.editing.evaluate import (
 )
 from t5patches.editing.mixing import mixture_order
 from t5patches.editing.report import Results, Row
-from t5patches.editing.train import Trained, TrainSettings, finished_run, train
+from t5patches.editing.train import Trained, TrainSettings, train
 from t5patches.model.folder import LoadedModel
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs
@@ -341,13 +341,12 @@ class Experiment(abc.ABC):
         order: np.ndarray | None = None,
     ) -> Trained:
         """Trains, unless an earlier, killed experiment did it already."""
-        directory = self.directory / name
-        return finished_run(directory, params) or train(
+        return train(
             model,
             params,
             arrays,
             settings,
-            directory,
+            self.directory / name,
             order=order,
             progress=self.progress,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from t5patches.model import placement
 from t5patches.model.lora import Lora, with_trained
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
+from t5patches.model.tokenizer import Message, messages_of
 from t5patches.runs import hosts
 from t5patches_kernels import Edits, linear_token_statistics, linear_unlikelihood_loss
 
@@ -31,54 +32,60 @@ _MOST_EXAMPLES = 256
 _PATIENCE = 5
 
 
-def held_out_inputs(examples: Sequence[Example], seed: int) -> list[tuple[int, ...]]:
+def held_out_inputs(examples: Sequence[Example], seed: int) -> list[tuple[Message, ...]]:
     """Chooses what is not trained on: a tenth of the inputs, those with marks and those without.
 
-    By input, and not by example, as several outputs to an input are much alike.
+    By input, and not by example, as several outputs to an input are much alike; nor by prompt, as
+    a chat template that holds the date makes several of an input.
 
     Args:
         examples: all of the data.
         seed: of the choice.
 
     Returns:
-        The prompts, at most 64 with something marked in an output and 64 without.
+        The inputs as `messages_of` has them, at most 64 with something marked in an output and 64
+        without.
 
     Raises:
         ValueError: fewer than two inputs have something marked.
     """
-    marked = {e.input_ids for e in examples if any(e.marked)}
-    clean = {e.input_ids for e in examples} - marked
+    by_prompt = sorted(examples, key=lambda example: example.input_ids)
+    every = dict.fromkeys(messages_of(example.inputs) for example in by_prompt)
+    with_marks = {messages_of(example.inputs) for example in examples if any(example.marked)}
+    marked = [inputs for inputs in every if inputs in with_marks]
+    clean = [inputs for inputs in every if inputs not in with_marks]
     if len(marked) < 2:
         raise ValueError(
             f"until holds out a part of the inputs that have something marked, and there are "
             f"{len(marked)}: give more data, or leave until out"
         )
     rng, chosen = np.random.default_rng([seed, len(marked), len(clean)]), []
-    for prompts, least in ((sorted(marked), 1), (sorted(clean), 0)):
-        count = min(_MOST_INPUTS, max(least, int(_SHARE * len(prompts))))
-        chosen += [prompts[i] for i in rng.permutation(len(prompts))[:count]]
+    for inputs, least in ((marked, 1), (clean, 0)):
+        count = min(_MOST_INPUTS, max(least, int(_SHARE * len(inputs))))
+        chosen += [inputs[i] for i in rng.permutation(len(inputs))[:count]]
     return chosen
 
 
 def held_out_examples(
-    examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
+    examples: Sequence[Example], inputs: Iterable[tuple[Message, ...]]
 ) -> list[Example]:
     """The examples to look at.
 
     Args:
         examples: all of the data.
-        prompts: of `held_out_inputs`.
+        inputs: of `held_out_inputs`.
 
     Returns:
         Those to these inputs, in their order, at most 256: then the first to each input, the
         second, and so on.
     """
-    places: dict[tuple[int, ...], int] = dict.fromkeys(prompts, 0)
+    places = dict.fromkeys(inputs, 0)
     found = []
     for number, example in enumerate(examples):
-        if example.input_ids in places:
-            found.append((places[example.input_ids], number))
-            places[example.input_ids] += 1
+        given = messages_of(example.inputs)
+        if given in places:
+            found.append((places[given], number))
+            places[given] += 1
     return [examples[number] for number in sorted(n for _, n in sorted(found)[:_MOST_EXAMPLES])]
 
 

@@ -3,7 +3,7 @@
 A run lives in a directory: `run.json` says what it is (settings, and fingerprints of the data, the
 starting parameters and the frozen original), `checkpoints/` holds the latest state. Training into
 a directory that holds the same run, unfinished or of fewer steps than are asked for, goes on from
-there; anything else is refused.
+there; a finished one is loaded, and anything else is refused.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def train(
     held_out: Batch | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains a model, from the start or from where the same run was killed.
+    """Trains a model, from the start or from where the same run was killed; or loads what it made.
 
     Args:
         model: the network. With a `dropout_rate` above 0 the model being trained drops,
@@ -301,10 +301,10 @@ def train(
         The new parameters and the history of the whole run.
 
     Raises:
-        ValueError: the directory holds a finished run, or another one; the arrays lack edits;
-            cross-entropy is asked for on marked tokens; the order is too short; the mesh does not
-            divide the sizes; an example is longer than the model's positions; the teacher's cache
-            is of other data or another width.
+        ValueError: the directory holds another run; the arrays lack edits; cross-entropy is asked
+            for on marked tokens; the order is too short; the mesh does not divide the sizes; an
+            example is longer than the model's positions; the teacher's cache is of other data or
+            another width.
         FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
@@ -330,6 +330,9 @@ def train(
         )
 
     hosts.once(claimed)
+    finished = finished_run(directory, step_of.state.params)
+    if finished is not None:
+        return finished
     watch = None
     if held_out is not None and settings.until is not None:
         watch = HeldOut(
@@ -362,11 +365,6 @@ def train(
                 watch.restored(found["looks"], found["best"])
         else:
             state = step_of.start(params)
-        if first == settings.steps or (watch is not None and watch.why):
-            raise ValueError(
-                f"{directory} holds a finished run: load it with `finished_run`, or choose another "
-                "directory"
-            )
         frozen = step_of.place(params, original)
 
         def look(done: int, trained: Params) -> str | None:
@@ -1047,7 +1045,7 @@ def cache_teacher(
     dtype: str = "bfloat16",
     about: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
-    tell: Callable[[CacheSize], None] | None = None,
+    tell: Callable[[CacheSize | str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Runs the original model over the data once, for all of training.
@@ -1086,7 +1084,8 @@ def cache_teacher(
         for start in range(0, count, batch_size):
             # The last batch is filled up from the first rows: one program for all.
             rows = np.arange(start, start + batch_size) % count
-            yield {name: arrays[name][rows] for name in ("inputs", "outputs")}
+            # Weights tell the id of padding that was said at an output's end from padding.
+            yield {name: arrays[name][rows] for name in ("inputs", "outputs", "weights")}
 
     return write_cache(
         directory,

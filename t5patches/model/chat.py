@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5patches.model import chat_process
-from t5patches.model.tokenizer import Inputs, Message, control_pattern
+from t5patches.model.tokenizer import Inputs, Message, control_pattern, messages_of
 from t5patches.runs.files import read_regular
 
 CHATS = ("auto", "on", "off")
@@ -269,7 +269,7 @@ class ChatTokenizer:
         Raises:
             ValueError: the template refuses it, or a message would come to be a control token.
         """
-        messages = (Message("user", inputs),) if isinstance(inputs, str) else inputs
+        messages = messages_of(inputs)
         ids = self._encode(messages)
         roles = tuple(message.role for message in messages)
         if roles not in self._expected:

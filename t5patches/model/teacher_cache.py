@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from t5patches.runs.claims import claim, require_space, writing
-from t5patches.runs.files import write_file
+from t5patches.runs.claims import claim, in_turn, require_space, writing
+from t5patches.runs.files import read_object, write_file
 
 ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
 DTYPES = ("bfloat16", "float32")
@@ -86,9 +86,9 @@ class TeacherCache:
         self.directory, self._pad_id = Path(directory), pad_id
         if not (self.directory / "run.json").exists():
             raise ValueError(f"{directory} holds no teacher cache: write one first")
+        run = read_object(self.directory / "run.json")
         if about is not None:
-            claim(self.directory, about)
-        run = json.loads((self.directory / "run.json").read_text())
+            claim(self.directory, {**run, **about})
         index = np.load(self.directory / "index.npz")
         self._offsets = index["offsets"]
         self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
@@ -123,10 +123,11 @@ class TeacherCache:
         """The original model's states for a batch.
 
         Args:
-            batch: arrays `inputs` [B, S] and `outputs` [B, L]; or T5X's features
+            batch: arrays `inputs` [B, S], `outputs` and `weights` [B, L]; or T5X's features
                 `encoder_input_tokens` [B, S], `decoder_input_tokens` and `decoder_target_tokens`
                 [B, L], where several examples share a row also `encoder_segment_ids` and
-                `decoder_segment_ids`.
+                `decoder_segment_ids`. What has a weight is of an output, and so is what comes
+                before it, also where it is the id of padding.
 
         Returns:
             [B, L, D] in the dtype of the cache; zeros where there is no target token.
@@ -163,10 +164,12 @@ def write_cache(
     width: int,
     dtype: str = "bfloat16",
     pad_id: int = 0,
-    tell: Callable[[CacheSize], None] | None = None,
+    tell: Callable[[CacheSize | str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Runs the original model over the data once, or finishes what a killed run began.
+
+    Of several processes with one directory the first writes the cache, and the others wait for it.
 
     Args:
         directory: made if absent.
@@ -176,7 +179,8 @@ def write_cache(
         width: entries of a state.
         dtype: one of `DTYPES`.
         pad_id: of the batches.
-        tell: is told the size before anything is written.
+        tell: is told the size before anything is written; and, where another process is at work
+            in the directory, that this one waits.
         advance: is told after each batch how many examples are done, and of how many.
 
     Returns:
@@ -197,17 +201,19 @@ def write_cache(
     offsets = np.cumsum([0, *lengths.values()])
     tokens, itemsize = int(offsets[-1]), ts.dtype(dtype).numpy_dtype.itemsize
     size = CacheSize(len(lengths), tokens, tokens * width * itemsize)
-    if tell is not None:
-        tell(size)
+    tell = tell or (lambda _: None)
+    tell(size)
     index = _index(list(lengths), offsets)
     run = {**about, "width": width, "dtype": dtype, "data": hashlib.sha256(index).hexdigest()}
-    claim(directory, run)
-    if not (directory / "index.npz").exists():
-        require_space(directory, size.bytes, f"the teacher cache of {size}")
-        write_file(directory / "index.npz", index)
-    if _done(directory) < len(lengths):
-        states = _open(directory, dtype, (size.tokens, width))
-        _fill(directory, states, batches, hidden_of, lengths, offsets, pad_id, advance)
+    waits = "another process is at work in it; this one waits until that has ended"
+    with in_turn(directory, lambda: tell(waits)):
+        claim(directory, run)
+        if not (directory / "index.npz").exists():
+            require_space(directory, size.bytes, f"the teacher cache of {size}")
+            write_file(directory / "index.npz", index)
+        if _done(directory) < len(lengths):
+            states = _open(directory, dtype, (size.tokens, width))
+            _fill(directory, states, batches, hidden_of, lengths, offsets, pad_id, advance)
     return TeacherCache(directory, pad_id=pad_id)
 
 

@@ -48,6 +48,18 @@ def input_text(inputs: Inputs) -> str:
     return inputs if isinstance(inputs, str) else "\n\n".join(m.content for m in inputs)
 
 
+def messages_of(inputs: Inputs) -> tuple[Message, ...]:
+    """What a model is given, as a conversation: in this form inputs are equal or are not.
+
+    Args:
+        inputs: a text or a conversation.
+
+    Returns:
+        The messages; of a text, one of the user.
+    """
+    return (Message("user", inputs),) if isinstance(inputs, str) else inputs
+
+
 class TokenizedText(NamedTuple):
     """A text, its token ids, and the characters `text[start:end]` of each token.
 

@@ -35,7 +35,7 @@ def claim(
 
     Args:
         directory: of the run; made if absent.
-        run: settings and fingerprints, as JSON has them.
+        run: settings and fingerprints, as JSON has them; what it does not name is None.
         may_differ: for the names that the same run may have with another value, whether the value
             there may become the one asked for. It is then written.
 
@@ -62,7 +62,7 @@ def claim(
             f"{directory} holds another run, which differs in {'; '.join(differences)}: choose "
             "another directory, remove this one, or repeat that run to finish it"
         )
-    if may_differ:
+    if may_differ and run != there:
         write_file(path, json.dumps(run, indent=1))
 
 
@@ -92,21 +92,53 @@ def hold(directory: str | os.PathLike[str]) -> None:
     path = Path(directory).absolute()
     if path in _HELD:
         return
+    handle, alone = _locked(path)
+    if not alone:
+        os.close(handle)
+        raise ValueError(
+            f"another process is at work in {directory}: wait until it has ended, or give another "
+            "output"
+        )
+    _HELD[path] = handle
+    if not (path / _BEGAN).exists():
+        write_file(path / _BEGAN, _STARTED)
+
+
+@contextlib.contextmanager
+def in_turn(directory: str | os.PathLike[str], wait: Callable[[], object]) -> Iterator[None]:
+    """Keeps other processes out of a directory for as long as something is done there.
+
+    Of several that share what is made there, the first makes it and the others find it.
+
+    Args:
+        directory: made if absent.
+        wait: called before this process waits for another one to be through.
+    """
+    path = Path(directory).absolute()
+    if path in _HELD:  # it would wait for itself
+        yield
+        return
+    handle, alone = _locked(path)
+    try:
+        if not alone:
+            wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(path: Path) -> tuple[int, bool]:
+    """A handle of a directory, made if absent, and whether no other process has locked it."""
     path.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"another process is at work in {directory}: wait until it has ended, or give another "
-            "output"
-        ) from None
+        return handle, False
     except OSError:
         pass  # a file system that has no locks
-    _HELD[path] = handle
-    if not (path / _BEGAN).exists():
-        write_file(path / _BEGAN, _STARTED)
+    return handle, True
 
 
 def began(directory: str | os.PathLike[str] | None) -> datetime.datetime:
@@ -154,8 +186,8 @@ def _differences(
     asked: Mapping[str, Any],
     may_differ: Mapping[str, Callable[[Any, Any], bool]],
 ) -> Iterator[str]:
-    for name, value in asked.items():
-        old = there.get(name)
+    for name in {**asked, **there}:
+        old, value = there.get(name), asked.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             yield from _differences(old, value, may_differ)
         elif old != value and not (

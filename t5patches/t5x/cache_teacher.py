@@ -100,7 +100,7 @@ def cache_teacher(
         {"checkpoint": fingerprint(original.on_host(params))},
         width=shape.shape[-1],
         dtype=dtype or str(shape.dtype),
-        tell=lambda size: print(f"teacher cache in {directory}: {size}", flush=True),
+        tell=lambda said: print(f"teacher cache in {directory}: {said}", flush=True),
         advance=lambda done, count: print(f"{done} of {count} examples", flush=True),
     )
 
