@@ -40,6 +40,7 @@ from t5patches.runs.fingerprints import file_fingerprint
 INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": INSTRUCTION}
 PROMPT, LENGTH = 96, 20  # tokens
 MARKING, HELD_OUT, LATER = 160, 96, 64
+SAMPLES = 8  # to each input that is held out
 UPDATES = (10, 30)
 CURVES: Curves = {
     "TNRF, sets": by_updates("tnrf", *UPDATES, with_sets=True),
@@ -90,7 +91,7 @@ class Habit(Task):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The sizes."""
-        sizes = {"edit_inputs": MARKING, "held_out": HELD_OUT, "later": LATER}
+        sizes = {"edit_inputs": MARKING, "held_out": HELD_OUT, "samples": SAMPLES, "later": LATER}
         training = dataclasses.asdict(self.training)
         return sizes | {k: training[k] for k in ("batch_size", "learning_rate", "optimizer")}
 
@@ -122,7 +123,7 @@ class Habit(Task):
     @property
     def measuring(self) -> Measuring:
         """What is asked."""
-        return Measuring(self.rule, LENGTH, batch_size=64)
+        return Measuring(self.rule, LENGTH, samples=SAMPLES, batch_size=64)
 
     @property
     def edits(self) -> Sequence[Edit]:

@@ -491,7 +491,7 @@ def frontier_real(result: dict) -> str:
             row | {"setting": result["setting"] | {k: row[k] for k in ("date", "commit")}},
             column="malformed: not at its end after 20 tokens",
             tuning=f"{row['settings']['later']} of the model's own outputs, "
-            f"Adam at {row['settings']['learning_rate']:g}",
+            f"{row['settings']['optimizer'].capitalize()} at {row['settings']['learning_rate']:g}",
             shown="outputs as they come, habit and all",
             unshown="outputs without it",
         )

@@ -26,6 +26,7 @@ from t5patches.editing.evaluate import (
     kept_divergence,
     malformed,
     over_seeds,
+    own_measures,
     prevalence,
     quality,
     ratio,
@@ -263,14 +264,18 @@ def test_divergence_is_the_mean_over_kept_tokens(model):
 def test_what_is_said_at_one_reading_is_what_is_said_at_several(model):
     rule, params = pattern(r"\S*[aeo]\S*"), params_of(model, 0)
     inputs = [f"news {i}" for i in range(5)]
-    measuring = Measuring(rule, max_length=6, meter=Meter(len, samples=3), batch_size=4, seed=2)
+    asks = {"max_length": 6, "batch_size": 4, "seed": 2}
+    measuring = Measuring(rule, meter=Meter(len, samples=3), samples=2, **asks)
     said = say(model, params, inputs, tokenizer(), measuring)
 
     def alone(**how):
         return speak(model, params, inputs, rule, tokenizer(), **measuring.asks, **how)
 
     assert said.greedy == alone()
-    assert said.sampled == alone(temperature=1.0)
+    assert said.sampled == alone(temperature=1.0, samples=2)
+    assert len(
+        own_measures(said, dataclasses.replace(measuring, meter=None))["prevalence_sampled"].samples
+    ) == len(inputs)
     assert said.scored == alone(temperature=1.0, samples=3)
     assert said.sampled != said.greedy
     without = say(model, params, inputs, tokenizer(), dataclasses.replace(measuring, rule=None))

@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, 
         (("--after", str(swapped), *inputs), "its tokenizer writes some token otherwise"),
         (("--after", "absent", *inputs), "absent"),
         (("--after", "round-1", *inputs, "--references"), "2 of 2 inputs have no references"),
-        (("--after", "round-1", *inputs, "--samples", "3"), "--samples need --scorer"),
+        (("--after", "round-1", *inputs, "--samples", "3"), "--samples needs --rules or --scorer"),
         (("--after", "round-1", *inputs, "--base", "round-1"), "nor any edit of it is an adapter"),
         (("--after", "round-1", *inputs, "--force"), "replaces a report, and none is asked for"),
     ]:

@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="N",
         type=common.positive,
-        help="sampled outputs to each input, for the scorer (default: 25)",
+        help="sampled outputs to each input: for the rules (default: 1; more tell a small share of "
+        "unwanted ones from none) and for the scorer (default: 25)",
     )
     parser.add_argument(
         "--threshold",
@@ -121,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
         rule=read_rules(options.rules) if options.rules else None,
         references=[source.references for source in sources] if options.references else None,
         meter=_meter(options, inputs),
+        samples=options.samples or 1,
         max_length=options.max_length,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -163,11 +165,13 @@ def _meter(options: argparse.Namespace, inputs: Sequence[Any]) -> Any:
     from t5patches.editing.evaluate import Meter
     from t5patches.editing.reward import load_scorer
 
+    if not (options.scorer or options.reward):
+        if options.threshold is not None:
+            raise ValueError("--threshold needs --scorer, whose scores it is of")
+        if options.samples is not None and options.rules is None:
+            raise ValueError("--samples needs --rules or --scorer, which are shown the outputs")
+        return None
     given = {"samples": options.samples, "threshold": options.threshold}
     given = {name: value for name, value in given.items() if value is not None}
-    if not (options.scorer or options.reward):
-        if given:
-            raise ValueError(f"--{' and --'.join(given)} need --scorer, which they set")
-        return None
     scorer = load_scorer(options.scorer, options.reward, inputs, options.max_length)
     return Meter(scorer, **given)

@@ -61,7 +61,8 @@ class Said(NamedTuple):
 
     Attributes:
         greedy: when it decodes greedily.
-        sampled: an output to each input, drawn at temperature 1; none without a rule.
+        sampled: `Measuring.samples` outputs to each input, one after the other, drawn at
+            temperature 1; none without a rule.
         scored: for the meter, as many to each input as it takes, one after the other.
     """
 
@@ -137,6 +138,7 @@ class Measuring:
             within `max_length` and is not empty. Those two are asked of every output.
         references: for each input, what a good output would be; None where nobody said.
         meter: for a score of sampled outputs.
+        samples: outputs to each input that the rule is shown beside the greedy one.
         batch_size: examples at a time.
         seed: of what is sampled.
     """
@@ -146,11 +148,14 @@ class Measuring:
     well_formed: Callable[[str], bool] | None = None
     references: Sequence[Sequence[str]] | None = None
     meter: Meter | None = None
+    samples: int = 1
     batch_size: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses to compare with references that are not there."""
+        """Refuses to compare with references or samples that are not there."""
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}: at least 1 output an input is needed")
         references = self.references or ()
         absent = [i for i, texts in enumerate(references, start=1) if not texts]
         if absent:
@@ -159,6 +164,11 @@ class Measuring:
                 f'number {absent[0]}): give a .jsonl file with {{"inputs": "...", "references": '
                 '["..."]} a line'
             )
+
+    @property
+    def greedy_and_sampled(self) -> dict[str, Any]:
+        """How `speak` is asked for what the rule is shown: the greedy output, then the samples."""
+        return {"temperature": 1.0, "samples": self.samples, "greedy_first": True}
 
     @property
     def asks(self) -> dict[str, int]:
@@ -256,7 +266,7 @@ def require_room_to_measure(
         "batch_size": measuring.batch_size,
         "beside": beside,
     }
-    how: Mapping[str, Any] = {} if measuring.rule is None else _WITH_A_SAMPLE
+    how = {} if measuring.rule is None else measuring.greedy_and_sampled
     require_room_to_speak(model, inputs, tokenizer, **how, **sizes)
     if measuring.meter is not None:
         samples = measuring.meter.samples
@@ -275,9 +285,6 @@ def require_room_to_measure(
     rows, length = batch["inputs"].shape
     what = f"{rows} outputs read at a time, to inputs of {length} tokens,"
     require_room(what, working, beside, rows)
-
-
-_WITH_A_SAMPLE: Mapping[str, Any] = {"temperature": 1.0, "samples": 1, "greedy_first": True}
 
 
 def own_measures(said: Said, measuring: Measuring) -> dict[str, Measure]:
@@ -316,7 +323,7 @@ def say(
 ) -> Said:
     """Lets a model say all that is measured of it.
 
-    The greedy output to an input and the sampled one come from one reading of the input.
+    The greedy output to an input and the sampled ones come from one reading of the input.
 
     Args:
         model: the network.
@@ -351,8 +358,8 @@ def say(
     if measuring.rule is None:
         greedy, sampled = spoken(0.0, 1), []
     else:
-        both = spoken(**_WITH_A_SAMPLE)
-        greedy, sampled = both[::2], both[1::2]
+        both, every = spoken(**measuring.greedy_and_sampled), 1 + measuring.samples
+        greedy, sampled = both[::every], [x for i, x in enumerate(both) if i % every]
     scored = [] if measuring.meter is None else spoken(1.0, measuring.meter.samples)
     return Said(greedy, sampled, scored)
 

@@ -201,6 +201,7 @@ class Experiment(abc.ABC):
             "to_mark": json_fingerprint(self.to_mark),
             "held_out": json_fingerprint(self.held_out),
             "asks": self.measuring.asks,
+            "samples": self.measuring.samples,
             "training": dataclasses.asdict(self.training),
             "negatives": self.negatives,
             "everywhere": any(edit.everywhere for edit in self.edits),

@@ -113,6 +113,7 @@ def compare(
             "inputs": len(inputs),
             "max_length": measuring.max_length,
             "seed": measuring.seed,
+            "samples": measuring.samples,
             "chat": original.tokenizer.chat,
             "meter": meter and {"samples": meter.samples, "threshold": meter.threshold},
             "jax": jax.__version__,
