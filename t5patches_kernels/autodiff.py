@@ -88,12 +88,16 @@ def _value_and_grad_forward(driver, op, model, reference, tokens):
 
     stats, gradient = _first_order_only(value_and_grad)(model, reference, tokens)
     again = None if op.head is None else (model, reference, tokens, stats)
-    return (objectives.evaluate(stats, op.settings, "loss"), stats), (gradient, again)
+    loss = objectives.evaluate(stats, op.settings, "loss")
+    return (loss, stats), (gradient, tokens.weights, again)
 
 
 def _value_and_grad_backward(driver, op, residuals, cotangents):
-    (by_row, *by_kernel), again = residuals
+    (by_row, *by_kernel), weights, again = residuals
     ct, _ = cotangents  # the numbers leave through stop_gradient
+    # An ignored token's may be no number: the mean over a sequence that has no tokens divides by 0.
+    # (Of a sum, whose cotangents are 1, XLA sees that this does nothing, and makes no pass for it.)
+    ct = jnp.where((weights[:, None] == 0) & ~jnp.isfinite(ct), 0.0, ct)
     if again is None:
         return (_scaled(by_row, ct),), None, None
     of_kernel = _kernel_gradient(driver, op, by_kernel[0], again, ct)
@@ -214,7 +218,8 @@ def _with_gradient_to_targets(loss: jax.Array, logits: jax.Array, targets: jax.A
 def _to_targets_backward(residuals, ct):
     logits, targets = residuals
     log_p = jax.nn.log_softmax(logits.astype(ct.dtype), axis=-1)
-    return ct, None, (-ct[..., None] * log_p).astype(targets.dtype)
+    to_targets = (-ct[..., None] * log_p).astype(targets.dtype)
+    return ct, None, sharding.placed_as(to_targets, targets)
 
 
 _with_gradient_to_targets.defvjp(

@@ -229,7 +229,11 @@ def _run_reference(
         logits = [x for (x,) in arrays]
     logits = [x.astype(dense.precision_of(*logits)) for x in logits]
     peaks = [jnp.max(x, axis=-1) for x in logits]
-    no_model, *no_reference = [~((x > dense.MASKED) & (x < jnp.inf)) for x in peaks]
+    # On a CPU the maximum of a long row with a NaN in it may be another number.
+    no_model, *no_reference = [
+        ~((peak > dense.MASKED) & (peak < jnp.inf)) | jnp.isnan(x).any(axis=-1)
+        for peak, x in zip(peaks, logits, strict=True)
+    ]
     clean = [jnp.where(counts[:, None] | jnp.isfinite(x), x, dense.MASKED) for x in logits]
     z, r = clean[0], clean[1] if operands.reference else None
     statistics = dense.token_statistics(z, r, tokens.targets)

@@ -193,7 +193,8 @@ def _lower(platform: str, context: mlir.LoweringRuleContext, *inputs: Any, **par
     form = choose(implementation, target, stage, operands, params["interpret"])
 
     def run(*inputs: Array) -> list[Array]:
-        out = form(op, stage, *jax.tree.unflatten(params["tree"], inputs))
+        with jax.enable_x64(False):  # all numbers have 32 bits, those that index too
+            out = form(op, stage, *jax.tree.unflatten(params["tree"], inputs))
         gradient = [x.astype(op.gradient_dtype or x.dtype) for x in out.gradient or ()]
         return [out.stats[name] for name in returned(op, stage)] + gradient
 

@@ -23,6 +23,10 @@ four times ``chunk_bytes`` there. None is 512 MiB on a GPU, 237 MiB on a TPU and
 caches, on a CPU. Between sizes, sums over tokens differ by rounding. ``"reference"`` takes no
 notice: it makes all logits at once.
 
+The gradient of the kernel is made as the loss is. So give the whole batch at once: under `jax.vmap`
+each example has chunks and a gradient of its own, and a `jax.lax.scan` that is differentiated from
+outside keeps one for each step, unless its body is under `jax.checkpoint`.
+
 Every argument not described here means what it does in `losses`; with ``vocab_axis`` it is the
 kernels' vocabulary dimension that is split.
 """

@@ -97,14 +97,18 @@ def mesh_axes(
 
     A vocabulary that the axis does not divide is left whole, and its axis splits the last
     dimension of the tokens instead. A number of tokens that an axis does not divide is filled up
-    with ignored ones, which takes a copy of the logits.
+    with ignored ones, which takes a copy of the logits. Where one axis of type ``Explicit`` splits
+    both the tokens and the vocabulary of a head (FSDP), hidden states are gathered along it.
+
+    Give a loss the whole batch: a dimension that `jax.vmap` maps is not one of the tokens' here, so
+    its rows are moved, and JAX refuses one that an axis of type ``Explicit`` splits.
 
     Args:
       batch: the axes over which tokens are split, outermost first.
       vocab: the axis over which the vocabulary is split, or None.
 
     Raises:
-      ValueError: in a loss, if the mesh has none of the axes.
+      ValueError: an axis is named twice; or, in a loss, the mesh has none of the axes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,6 +119,13 @@ def mesh_axes(
       [2.0794]
     """
     batch = (batch,) if isinstance(batch, str) else tuple(batch)
+    named = [*batch, *([] if vocab is None else [vocab])]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"the mesh axes {twice} are named twice, in batch={batch} and vocab={vocab!r}: an axis "
+            "splits one thing. With all of it for the tokens, pass vocab=None."
+        )
     with _names(_Names(batch, vocab, chosen=True)):
         yield
 
@@ -128,6 +139,7 @@ class _Layout(NamedTuple):
     mesh: Any  # jax.sharding.AbstractMesh
     lead: tuple[Axes, ...]  # what splits the tokens, by leading dimension
     vocab: str | None
+    told: jax.P  # what splits the tokens before, and so their outputs, by axes of type Explicit
 
     def spec(self, *rest: str | None) -> jax.P:
         """Of an array whose leading dimensions are the tokens'."""
@@ -157,17 +169,20 @@ def _told(x: Array, dimension: int) -> Axes:
 def _layout(op: Operation, operands: Operands) -> _Layout | None:
     """How the mesh in the context shares an operation; None where there is nothing to share."""
     mesh = jax.sharding.get_abstract_mesh()
+    explicit = _of_type(mesh, AxisType.Explicit)
     # Inside a shard_map of the caller's own it is he who splits, and says `vocab_axis`.
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    if mesh.empty or AxisType.Manual in mesh.axis_types or (mesh.size == 1 and not explicit):
         return None
     like, names = operands.model[0], _names.value
-    lead = [_told(like, i) for i in range(like.ndim - 1)]
+    told = [_told(like, i) for i in range(like.ndim - 1)]
     vocab = _told(operands.model[-1], 0 if op.head and op.head.transposed else -1)
     if len(vocab) > 1:
         raise ValueError(
             f"the vocabulary is split over the mesh axes {vocab}: the losses take one axis. "
             "Reshard the logits (the head's kernel) with jax.sharding.reshard first."
         )
+    # Of an axis that splits both, the tokens' part is gathered: the head is the larger one.
+    lead = [tuple(a for a in axes if a not in vocab) for axes in told]
     auto = _of_type(mesh, AxisType.Auto)
     if names.vocab in auto and not vocab:
         if columns_of(op.head, operands.model) % mesh.shape[names.vocab] == 0:
@@ -178,7 +193,8 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
         lead[0] = (*(a for a in names.batch if a in auto), *lead[0])
     if auto and not any((*lead, vocab)):
         _none_known(mesh, names)
-    return _Layout(mesh, tuple(lead), vocab[0] if vocab else None)
+    by_jax = jax.P(*(axes or None for axes in told))
+    return _Layout(mesh, tuple(lead), vocab[0] if vocab else None, by_jax)
 
 
 def _none_known(mesh: Any, names: _Names) -> None:
@@ -208,6 +224,11 @@ def _place(mesh: Any, x: Array, spec: jax.P) -> Array:
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     told = jax.P(*(tuple(a for a in axes if a in explicit) or None for axes in entries))
     return jax.sharding.reshard(x, told)
+
+
+def placed_as(x: Array, like: Array) -> Array:
+    """An array split by axes of type Explicit as another one of its shape is."""
+    return _place(jax.sharding.get_abstract_mesh(), x, jax.typeof(like).sharding.spec)
 
 
 def gathered(x: Array) -> Array:
@@ -265,4 +286,6 @@ def over_mesh(
         out_specs=layout.spec(),
         check_vma=check_vma,
     )(*jax.tree.map(functools.partial(_place, layout.mesh), whole, specs))
-    return jax.tree.map(lambda x: x[tuple(map(slice, lead))], out) if any(lacking) else out
+    if any(lacking):
+        out = jax.tree.map(lambda x: x[tuple(map(slice, lead))], out)
+    return jax.tree.map(lambda x: _place(layout.mesh, x, layout.told), out)

@@ -146,6 +146,35 @@ def test_an_ignored_token_may_hold_nan(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_ignored_token_may_have_any_cotangent(bad, implementation):
+    """Of a mean over a sequence without tokens, which is left out where it is 0 / 0, it is NaN."""
+
+    def total(z):
+        loss = tk.cross_entropy_loss(z, y, W, implementation=implementation).loss
+        return (loss * jnp.where(W == 0, bad, 1.0)).sum()
+
+    def of_hidden(h, k):
+        loss = tk.linear_cross_entropy_loss(h, k, y, W, implementation=implementation).loss
+        return (loss * jnp.where(W == 0, bad, 1.0)).sum()
+
+    y = jnp.zeros(6, jnp.int32)
+    for gradient in (jax.grad(total)(Z), *jax.grad(of_hidden, (0, 1))(Z[:, :8], Z[:, 8:16].T @ Z)):
+        assert np.isfinite(gradient).all()
+        if len(gradient) == len(W):
+            np.testing.assert_array_equal(gradient[W == 0], 0.0)
+
+
+def test_the_reference_finds_a_nan_in_a_long_row():
+    """XLA's maximum on a CPU loses it."""
+    z = jnp.sin(jnp.arange(24.0 * 256)).reshape(24, 256)
+    r = z.at[5, 158].set(jnp.nan)
+    y, w = jnp.zeros(24, jnp.int32), -jnp.ones(24)
+    loss = tk.targeted_negative_loss(z, r, y, w, implementation="reference").loss
+    np.testing.assert_array_equal(np.isnan(loss), np.arange(24) == 5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", [*tk.TARGETED_NEGATIVE, "ul"])
 def test_with_all_mass_removed_there_is_nothing_to_move_to(name, implementation):
     """One column, or a reference that is certain of the removed id: 0, with gradient 0."""

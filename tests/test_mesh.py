@@ -13,6 +13,7 @@ from tpu_topology import needs_compiler, topology
 
 import t5patches_kernels as tk
 from bench.collectives import moved
+from t5patches_kernels import t5x_losses
 
 P = jax.P
 AXES = {
@@ -121,6 +122,47 @@ def test_explicit_axes_stay_where_they_are(spec, implementation):
     close((got, gradient), whole(f, Z, R, Y, W))
 
 
+@pytest.mark.parametrize("of_hidden", [P("data"), P(None, "data"), P("model", "data")])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_explicit_axis_may_split_tokens_and_vocabulary(of_hidden, transposed):
+    """FSDP, and a sequence split as the head is: what a shard sums is of the same tokens."""
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    kernel, split = (K.T, P("data", None)) if transposed else (K, P(None, "data"))
+
+    def f(h, k, y, w):
+        loss = LINEAR["tnrf"](h, k, H, k, y, w, transposed=transposed).loss
+        return (loss * CT).sum(), loss
+
+    f = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+    with jax.set_mesh(mesh):
+        h, k = (jax.device_put(x, jax.NamedSharding(mesh, s))
+                for x, s in ((H, of_hidden), (kernel, split)))  # fmt: skip
+        got = jax.jit(f)(h, k, Y, W)
+    (_, loss), (of_h, of_k) = got
+    assert loss.sharding.is_equivalent_to(jax.NamedSharding(mesh, of_hidden), 2)
+    for x, gradient in ((h, of_h), (k, of_k)):
+        assert gradient.sharding.is_equivalent_to(x.sharding, x.ndim)
+    close(got, whole(f, H, kernel, Y, W))
+
+
+def test_explicit_axes_of_a_single_device():
+    """`jax.make_mesh` makes them, and people try on one device what they run on many."""
+    f = value_and_gradient(LOSSES["tnrf"])
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        got = jax.jit(f)(jax.device_put(Z, P("data")), R, Y, W)
+    close(got, whole(f, Z, R, Y, W))
+
+
+def test_soft_targets_that_are_not_split_as_the_logits_are():
+    def f(z, soft):
+        return (t5x_losses.cross_entropy_with_logits(z, soft)[0] * CT).sum()
+
+    f, soft = jax.value_and_grad(f, (0, 1)), jax.nn.softmax(R)
+    with jax.set_mesh(mesh_of((2, 4), AxisType.Explicit)):
+        got = jax.jit(f)(jax.device_put(Z, P("data")), jax.device_put(soft, P(None, "data")))
+    close(got, whole(f, Z, soft))
+
+
 @pytest.mark.parametrize(
     ("axis_type", "model", "losses"),
     [(AxisType.Auto, (H, K), LINEAR), (AxisType.Explicit, (Z,), LOSSES)],
@@ -211,6 +253,9 @@ def test_other_names():
     with jax.set_mesh(mesh):
         with tk.mesh_axes(batch="fsdp", vocab="tensor"):
             close(jax.jit(f)(Z, R, Y, W), want)
+        twice = pytest.raises(ValueError, match=r"\['model'\] are named twice.*pass vocab=None")
+        with twice, tk.mesh_axes(batch=("data", "model")):
+            pass
         with tk.mesh_axes(batch="fdsp", vocab=None), pytest.raises(ValueError, match="mesh_axes"):
             jax.jit(f)(Z, R, Y, W)
         with pytest.warns(UserWarning, match=r"'fsdp', 'tensor'.*every device computes all"):

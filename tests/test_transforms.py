@@ -246,6 +246,22 @@ def test_statistics_are_differentiable():
     assert np.abs(linear.kl).max() == 0.0  # model and reference are the same
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_in_a_program_that_has_float64_elsewhere(implementation):
+    z, r = (jnp.concatenate([x] * 4, axis=-1)[:1, :2, :256] for x in (Z, R))
+    y, w = Y[:1, :2], W[:1, :2]
+
+    def f(z, r, y, w):
+        return LOSSES["tnrf"](z, r, y, w, implementation=implementation).loss.sum()
+
+    f = jax.value_and_grad(f)
+    want = jax.jit(f)(z, r, y, w)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        got = jax.jit(f)(z, r, y, w)
+    assert {x.dtype for x in got} == {jnp.dtype("float32")}
+    close(got, want)
+
+
 def test_float64_in_the_reference():
     with jax.enable_x64(True):
         z = jnp.asarray(np.asarray(Z, np.float64))

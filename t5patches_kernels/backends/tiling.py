@@ -135,7 +135,7 @@ def for_row_blocks(
 
     def place(step):
         start = jnp.minimum(step * block, rows - block)
-        return start, start + jnp.arange(block) >= step * block
+        return start, start + jnp.arange(block, dtype=jnp.int32) >= step * block
 
     def of_block(step, donated):
         start, fresh = place(step)

@@ -115,7 +115,7 @@ def _block(functions: Functions, op: Operation, stage: Stage, rows: _Rows) -> Re
         # copy the whole array for every block.
         loss = objectives.evaluate(stats, c, "loss")
         d_stats = {name: jnp.where(jnp.isnan(loss), loss, x) for name, x in d_stats.items()}
-    is_target = jnp.arange(z.shape[-1])[None, :] == tokens.targets[:, None]
+    is_target = jnp.arange(z.shape[-1], dtype=jnp.int32)[None, :] == tokens.targets[:, None]
     dz = statistics.gradient(
         tile(stats), statistics.coefficients(stats, d_stats, functions), is_target
     )
