@@ -6,9 +6,10 @@ Model, news and rules are those of `bench.real`, methods and measures those of `
 About is asked for by another instruction, to which the model talks about the article in a third of
 its greedy outputs and a fifth of the sampled ones, so that there is something to measure.
 
-All methods make the same updates with the same rate, the strengths are how many. Nobody wrote
-corrections of what the model said: they are what it says where the constraint of the ceiling bars
-what the rule marks.
+All methods make the same updates with the same rate, the strengths are how many: 10 and 30, and 100
+for those that come closer with more, while unlikelihood and its kin drift away. The targeted ones
+have another alpha besides. Nobody wrote corrections of what the model said: they are what it says
+where the constraint of the ceiling bars what the rule marks.
 """
 
 from __future__ import annotations
@@ -41,17 +42,27 @@ INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": 
 PROMPT, LENGTH = 96, 20  # tokens
 MARKING, HELD_OUT, LATER = 160, 96, 64
 SAMPLES = 8  # to each input that is held out
-UPDATES = (10, 30)
+UPDATES, LONG = (10, 30), 100  # the longer training of methods that come closer with updates
 CURVES: Curves = {
-    "TNRF, sets": by_updates("tnrf", *UPDATES, with_sets=True),
-    "TNFF, sets": by_updates("tnff", *UPDATES, with_sets=True),
+    "TNRF, sets": (
+        *by_updates("tnrf", LONG, alpha=0.1, with_sets=True),
+        *by_updates("tnrf", *UPDATES, with_sets=True),
+    ),
+    "TNFF, sets": (
+        *by_updates("tnff", *UPDATES, LONG, with_sets=True),
+        *by_updates("tnff", LONG, alpha=3.0, with_sets=True),
+    ),
+    "TNFF, sets, sampled": by_updates("tnff", 30, LONG, with_sets=True, on_sampled=True),
     "TNRF, sets everywhere, sampled": by_updates(
         "tnrf", *UPDATES, with_sets=True, on_sampled=True, everywhere=True
+    ),
+    "TNFF, sets everywhere, sampled": by_updates(
+        "tnff", *UPDATES, with_sets=True, on_sampled=True, everywhere=True
     ),
     "UL, sets, sampled": by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
     "NL, sampled": by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
     "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
-    "UNDIAL, sets": by_updates("undial", *UPDATES, with_sets=True),
+    "UNDIAL, sets": by_updates("undial", *UPDATES, LONG, with_sets=True),
     "NPO": by_updates("npo", *UPDATES),
     "DPO": by_updates("dpo", *UPDATES),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True),
@@ -84,8 +95,8 @@ class Habit(Task):
         """How."""
         return (
             f"Asked {INSTRUCTIONS[self.name].strip()!r} of pieces of news. Each edit makes "
-            f"{' or '.join(map(str, UPDATES))} updates on its outputs to {MARKING} of them; all is "
-            f"measured on {HELD_OUT} others."
+            f"{UPDATES[0]} to {LONG} updates on its outputs to {MARKING} of them; all is measured "
+            f"on {HELD_OUT} others, with {SAMPLES} sampled outputs each."
         )
 
     @property
