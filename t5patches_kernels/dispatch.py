@@ -134,14 +134,26 @@ def _shapes(*inputs: Any, op: Operation, stage: Stage, tree: Any, **_: Any) -> l
 
 def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
     """`jax.vmap`: the batch is more rows."""
-    size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+    mapped = ((x, axis) for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+    size, split = next((x.shape[axis], jax.typeof(x).sharding.spec[axis]) for x, axis in mapped)
 
     def batched(x: Array, axis: int | None) -> Array:
-        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        if axis is not None:
+            return jnp.moveaxis(x, axis, 0)
+        spec = jax.P(split, *jax.typeof(x).sharding.spec)
+        x = jnp.broadcast_to(x, (size, *x.shape))
+        # Where JAX tells how the mapped dimension is split, all arrays are to say the same.
+        return x if split is None else jax.sharding.reshard(x, spec)
 
     stacked = list(map(batched, inputs, axes))
     rows = stacked[0].shape[1]  # sizes are written out: a batch of none says nothing of them
-    out = _stage.bind(*(x.reshape(size * rows, *x.shape[2:]) for x in stacked), **params)
+    run = partial(_stage.bind, **params)
+    if split is not None:  # each device goes through its own rows
+        # (What interprets a kernel cannot do so under `check_vma`.)
+        check = params["implementation"] in (None, "xla")
+        rows_of = jax.P(split)
+        run = jax.shard_map(run, in_specs=rows_of, out_specs=rows_of, check_vma=check)
+    out = run(*(x.reshape(size * rows, *x.shape[2:]) for x in stacked))
     return [x.reshape(size, rows, *x.shape[1:]) for x in out], [0] * len(out)
 
 

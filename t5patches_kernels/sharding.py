@@ -100,8 +100,8 @@ def mesh_axes(
     with ignored ones, which takes a copy of the logits. Where one axis of type ``Explicit`` splits
     both the tokens and the vocabulary of a head (FSDP), hidden states are gathered along it.
 
-    Give a loss the whole batch: a dimension that `jax.vmap` maps is not one of the tokens' here, so
-    its rows are moved, and JAX refuses one that an axis of type ``Explicit`` splits.
+    Under `jax.vmap` a dimension that is mapped is not one of the tokens' here. One that an axis of
+    type ``Explicit`` splits stays where it is, and others are moved: give a loss the whole batch.
 
     Args:
       batch: the axes over which tokens are split, outermost first.
@@ -171,7 +171,16 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
     mesh = jax.sharding.get_abstract_mesh()
     explicit = _of_type(mesh, AxisType.Explicit)
     # Inside a shard_map of the caller's own it is he who splits, and says `vocab_axis`.
-    if mesh.empty or AxisType.Manual in mesh.axis_types or (mesh.size == 1 and not explicit):
+    if AxisType.Manual in mesh.axis_types:
+        split = {a for x in operands.model for i in range(x.ndim) for a in _told(x, i)}
+        if split:
+            raise NotImplementedError(
+                f"the mesh axes {sorted(split)}, of type Explicit, split what the loss is given "
+                "inside a jax.shard_map that is not over them: name them in its axis_names too "
+                "(and the vocabulary's as vocab_axis), or make them axes of type Auto."
+            )
+        return None
+    if mesh.empty or (mesh.size == 1 and not explicit):
         return None
     like, names = operands.model[0], _names.value
     told = [_told(like, i) for i in range(like.ndim - 1)]

@@ -1,5 +1,6 @@
 """A mesh in the context: functions find it, split tokens and vocabulary, and move little."""
 
+import functools
 import warnings
 
 import jax
@@ -143,6 +144,31 @@ def test_one_explicit_axis_may_split_tokens_and_vocabulary(of_hidden, transposed
     for x, gradient in ((h, of_h), (k, of_k)):
         assert gradient.sharding.is_equivalent_to(x.sharding, x.ndim)
     close(got, whole(f, H, kernel, Y, W))
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
+def test_a_mapped_dimension_that_an_explicit_axis_splits(implementation):
+    def f(z, r, y):
+        of_one = functools.partial(LOSSES["tnrf"], implementation=implementation)
+        return jax.vmap(lambda z, r, y: weighed(of_one(z, r, y, W[0]), CT[0]))(z, r, y).sum()
+
+    f, args = jax.value_and_grad(f), (Z, R, Y)
+    with jax.set_mesh(mesh_of((2,), AxisType.Explicit, ("data",))):
+        got = jax.jit(f)(*(jax.device_put(x, P("data")) for x in args))
+    assert got[1].sharding.spec[0] == "data"
+    close(got, whole(f, *args))
+
+
+def test_explicit_axes_that_a_shard_map_of_ones_own_leaves_out_are_told():
+    def f(z, y):
+        return jax.lax.psum(tk.cross_entropy_loss(z, y).loss.sum(), "data")
+
+    whole_rows, split = P("data"), P("data", None, "model")
+    with jax.set_mesh(mesh_of((2, 4), AxisType.Explicit)):
+        f = jax.jit(jax.shard_map(f, in_specs=whole_rows, out_specs=P(), axis_names={"data"}))
+        close(f(jax.device_put(Z, whole_rows), Y), tk.cross_entropy_loss(Z, Y).loss.sum())
+        with pytest.raises(NotImplementedError, match=r"\['model'\], of type Explicit.*axis_names"):
+            f(jax.device_put(Z, split), Y)
 
 
 def test_explicit_axes_of_a_single_device():
