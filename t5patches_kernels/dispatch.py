@@ -140,10 +140,9 @@ def _fold(inputs: Sequence[Array], axes: Sequence[int | None], **params: Any) ->
     def batched(x: Array, axis: int | None) -> Array:
         if axis is not None:
             return jnp.moveaxis(x, axis, 0)
-        spec = jax.P(split, *jax.typeof(x).sharding.spec)
-        x = jnp.broadcast_to(x, (size, *x.shape))
         # Where JAX tells how the mapped dimension is split, all arrays are to say the same.
-        return x if split is None else jax.sharding.reshard(x, spec)
+        spec = None if split is None else jax.P(split, *jax.typeof(x).sharding.spec)
+        return jnp.broadcast_to(x, (size, *x.shape), out_sharding=spec)
 
     stacked = list(map(batched, inputs, axes))
     rows = stacked[0].shape[1]  # sizes are written out: a batch of none says nothing of them

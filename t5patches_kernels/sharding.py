@@ -139,7 +139,6 @@ class _Layout(NamedTuple):
     mesh: Any  # jax.sharding.AbstractMesh
     lead: tuple[Axes, ...]  # what splits the tokens, by leading dimension
     vocab: str | None
-    told: jax.P  # what splits the tokens before, and so their outputs, by axes of type Explicit
 
     def spec(self, *rest: str | None) -> jax.P:
         """Of an array whose leading dimensions are the tokens'."""
@@ -183,7 +182,6 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
     if mesh.empty or (mesh.size == 1 and not explicit):
         return None
     like, names = operands.model[0], _names.value
-    told = [_told(like, i) for i in range(like.ndim - 1)]
     vocab = _told(operands.model[-1], 0 if op.head and op.head.transposed else -1)
     if len(vocab) > 1:
         raise ValueError(
@@ -191,7 +189,7 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
             "Reshard the logits (the head's kernel) with jax.sharding.reshard first."
         )
     # Of an axis that splits both, the tokens' part is gathered: the head is the larger one.
-    lead = [tuple(a for a in axes if a not in vocab) for axes in told]
+    lead = [tuple(a for a in _told(like, i) if a not in vocab) for i in range(like.ndim - 1)]
     auto = _of_type(mesh, AxisType.Auto)
     if names.vocab in auto and not vocab:
         if columns_of(op.head, operands.model) % mesh.shape[names.vocab] == 0:
@@ -202,8 +200,7 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
         lead[0] = (*(a for a in names.batch if a in auto), *lead[0])
     if auto and not any((*lead, vocab)):
         _none_known(mesh, names)
-    by_jax = jax.P(*(axes or None for axes in told))
-    return _Layout(mesh, tuple(lead), vocab[0] if vocab else None, by_jax)
+    return _Layout(mesh, tuple(lead), vocab[0] if vocab else None)
 
 
 def _none_known(mesh: Any, names: _Names) -> None:
@@ -236,8 +233,9 @@ def _place(mesh: Any, x: Array, spec: jax.P) -> Array:
 
 
 def placed_as(x: Array, like: Array) -> Array:
-    """An array split by axes of type Explicit as another one of its shape is."""
-    return _place(jax.sharding.get_abstract_mesh(), x, jax.typeof(like).sharding.spec)
+    """An array split by axes of type Explicit as the same dimensions of another one are."""
+    spec = jax.typeof(like).sharding.spec[: x.ndim]
+    return _place(jax.sharding.get_abstract_mesh(), x, jax.P(*spec))
 
 
 def gathered(x: Array) -> Array:
@@ -297,4 +295,4 @@ def over_mesh(
     )(*jax.tree.map(functools.partial(_place, layout.mesh), whole, specs))
     if any(lacking):
         out = jax.tree.map(lambda x: x[tuple(map(slice, lead))], out)
-    return jax.tree.map(lambda x: _place(layout.mesh, x, layout.told), out)
+    return jax.tree.map(lambda x: placed_as(x, operands.model[0]), out)

@@ -165,11 +165,13 @@ def evaluate_constrained(
     if rule is None:
         raise ValueError("there is no rule, and so no constraint: give Measuring a rule")
 
+    inputs = [example.inputs for example in before]
+
     def say(temperature: float) -> list[Example]:
         return speak_constrained(
             model,
             original,
-            [example.inputs for example in before],
+            inputs,
             rule,
             tokenizer,
             temperature=temperature,
@@ -177,8 +179,7 @@ def evaluate_constrained(
         )
 
     greedy = say(0.0)
-    no_change = over_inputs([example.inputs for example in before], np.zeros(len(before)))
-    measures = {"kl": no_change, **prevalence(greedy)}
+    measures = {"kl": over_inputs(inputs, np.zeros(len(before))), **prevalence(greedy)}
     measures["prevalence_sampled"] = prevalence(say(1.0))["prevalence"]
     if measuring.references is not None:
         measures |= quality(greedy, measuring.references)
