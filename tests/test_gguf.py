@@ -188,6 +188,9 @@ def test_a_llama_3_begins_with_its_first_token_unless_the_file_says_no(
             writer.add_add_bos_token(begins)
 
     assert converted(tmp_path, change).tokenizer.special.before == before
+    others = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))  # who reads it alone
+    bare = others.encode("a b", add_special_tokens=False)
+    assert others.encode("a b").ids == [*before, *bare.ids]
 
 
 def test_the_end_of_a_turn_is_known_by_its_spelling(tmp_path):

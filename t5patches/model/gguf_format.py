@@ -271,26 +271,28 @@ def _params(model: LanguageModel, family: str, found: Mapping[str, Any]) -> Mapp
 def _tokenizer_files(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str | bytes]:
     """The tokenizer, and what `tokenizer_config.json` says of it."""
     tokens, kind = said["tokenizer.ggml.tokens"], said.get("tokenizer.ggml.model")
-    if kind == "llama":
-        files: dict[str, str | bytes] = {"tokenizer.model": _sentencepiece(said)}
-    elif kind == "gpt2":
-        files = {"tokenizer.json": _byte_level(said)}
-    else:
-        raise ValueError(f"its tokenizer is a {kind!r}; known are 'gpt2' and 'llama'")
     begin, ends = config["bos_token_id"], config["eos_token_id"]
     beside: dict[str, Any] = {"eos_token": tokens[ends[0]] if ends else None}
+    begins = False
     if begin is not None:
         beside["bos_token"] = tokens[begin]
         # Where a file says nothing, sentencepiece models and Llama 3's begin with it.
         begins = kind == "llama" or said.get("tokenizer.ggml.pre") in _LLAMA_3
-        beside["add_bos_token"] = bool(said.get("tokenizer.ggml.add_bos_token", begins))
+        begins = bool(said.get("tokenizer.ggml.add_bos_token", begins))
+        beside["add_bos_token"] = begins
+    if kind == "llama":
+        files: dict[str, str | bytes] = {"tokenizer.model": _sentencepiece(said)}
+    elif kind == "gpt2":
+        files = {"tokenizer.json": _byte_level(said, begin if begins else None)}
+    else:
+        raise ValueError(f"its tokenizer is a {kind!r}; known are 'gpt2' and 'llama'")
     if said.get("tokenizer.chat_template"):
         beside["chat_template"] = said["tokenizer.chat_template"]
     return files | {"tokenizer_config.json": json.dumps(beside, indent=2) + "\n"}
 
 
-def _byte_level(said: Mapping[str, Any]) -> str:
-    """A `tokenizer.json` of GPT-2's kind."""
+def _byte_level(said: Mapping[str, Any], before: int | None) -> str:
+    """A `tokenizer.json` of GPT-2's kind, with the token that it puts in front of a text."""
     tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
     cut = said.get("tokenizer.ggml.pre", "default")
     if cut not in _WORDS:
@@ -307,6 +309,7 @@ def _byte_level(said: Mapping[str, Any]) -> str:
         words=_WORDS[cut],
         normalizer={"type": "NFC"} if cut == "qwen2" else None,
         ignore_merges=cut in _LLAMA_3,  # Llama 3 takes a word that is a token whole
+        before=None if before is None else (tokens[before], before),
     )
 
 

@@ -281,6 +281,7 @@ def byte_level_json(
     words: Sequence[Mapping[str, Any]] = (),
     normalizer: Mapping[str, Any] | None = None,
     ignore_merges: bool = False,
+    before: tuple[str, int] | None = None,
 ) -> str:
     """A `tokenizer.json` of byte pairs over bytes, GPT-2's kind.
 
@@ -292,6 +293,7 @@ def byte_level_json(
         words: steps that cut a text before it.
         normalizer: what happens to a text first.
         ignore_merges: take a word that is a piece whole, however its pieces would join.
+        before: the token in front of a text, and its id.
 
     Returns:
         The content of the file.
@@ -314,7 +316,8 @@ def byte_level_json(
         ],
         "normalizer": normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*words, spelled | {**bytes_}]},
-        "post_processor": None,
+        # Other libraries read it here and not in tokenizer_config.json.
+        "post_processor": before and _beginning_with(*before),
         "decoder": spelled,
         "model": {
             "type": "BPE",
@@ -326,6 +329,18 @@ def byte_level_json(
         },
     }
     return json.dumps(found, ensure_ascii=False)
+
+
+def _beginning_with(token: str, i: int) -> dict[str, Any]:
+    """The step that puts a token in front of a text, and of each of two."""
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, texts[0]],
+        "pair": [special, texts[0], special, texts[1]],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+    }
 
 
 def _json_tokenizer(content: bytes, said: Mapping[str, Any], config: ModelConfig) -> Any:
