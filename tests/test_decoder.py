@@ -222,6 +222,21 @@ def test_no_array_holds_logits_of_prompts():
     assert most_with_the_vocabulary(of_prompts_too, model, params, batch) == 4 * 12  # the control
 
 
+def test_sines_are_made_once_and_products_transpose_no_activations():
+    rotary, sizes = Rotary(base=50.0), {"width": 24, "head_dim": 8, "num_heads": 4}
+    model = small_decoder(vocab_size=32, **sizes, layers=2, rotaries=(rotary, rotary))
+    batch = arrays(32)
+
+    def total(params):
+        return model.hidden(params, batch).sum()
+
+    program = jax.jit(jax.grad(total)).lower(model.init(jax.random.key(0))).compile().as_text()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* sine\(", program)
+    assert made == ["12,4"]  # of 12 positions, for both layers, forwards and backwards
+    turned = re.findall(r"= f32\[(\d+),4,12\]\S* (?:copy|transpose)\(", program)
+    assert not turned  # [width, batch, tokens]
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "devices", "split"), [(4, 2, 2, "model"), (8, 2, 4, None)]
 )

@@ -286,14 +286,22 @@ def products(params: Params, x: Array) -> list[Array]:
     size: XLA adds where the sum is read, each time again.
     """
     matrices = (params[name] for name in ("kernel", "lora_a") if name in params)
-    return [x @ matrix.astype(x.dtype) for matrix in matrices]
+    return [product(x, matrix.astype(x.dtype)) for matrix in matrices]
+
+
+def product(x: Array, matrix: Array) -> Array:
+    """`x @ matrix`, on one axis of all tokens.
+
+    With several of them XLA transposes a copy of `x` on CPUs, to make the gradient of `matrix`.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def summed(params: Params, made: list[Array]) -> Array:
     """What `linear` gives, of its `products`."""
     y, *inner = made
     if inner:
-        y = y + inner[0] @ params["lora_b"].astype(y.dtype)
+        y = y + product(inner[0], params["lora_b"].astype(y.dtype))
     return y + _over(params["bias"], y) if "bias" in params else y
 
 
@@ -325,16 +333,41 @@ def embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array
     return x
 
 
-def rotate(rotary: Rotary, x: Array, positions: Array) -> Array:
-    """Turns the heads `[*positions.shape, ..., head_dim]` of tokens at some positions."""
-    turns = jnp.asarray(rotary.turns(x.shape[-1]))
-    angles = jnp.expand_dims(positions, range(positions.ndim, x.ndim)).astype(jnp.float32)
-    angles = angles * _over(turns, angles)
-    half = len(turns)
+Turned = tuple[Array, Array]
+"""Sines and cosines of the angles that heads turn by, float32 `[*shape, R / 2]`, see `Rotary`."""
+
+
+def turned_at(config: DecoderConfig, positions: Array, most: int) -> list[Turned | None]:
+    """How the heads of each layer turn.
+
+    Args:
+      config: of the network.
+      positions: of tokens, `[*shape]`.
+      most: all positions are below it.
+
+    Returns:
+      Looked up in a table, as XLA would compute them again for each head and layer; None where
+      positions are learned.
+    """
+
+    def look_up(rotary: Rotary) -> Turned:
+        turns = jnp.asarray(rotary.turns(config.head_dim))
+        angles = jnp.outer(jnp.arange(most, dtype=jnp.float32), turns)
+        sin, cos = (of.at[positions].get(mode="clip") for of in (jnp.sin(angles), jnp.cos(angles)))
+        return sin, cos
+
+    found = {rotary: look_up(rotary) for rotary in config.rotaries or ()}
+    rotaries = (config.rotary(number) for number in range(config.num_layers))
+    return [None if rotary is None else found[rotary] for rotary in rotaries]
+
+
+def rotate(x: Array, turned: Turned) -> Array:
+    """Turns the heads `[*shape, ..., head_dim]` of tokens."""
+    sin, cos = (jnp.expand_dims(of, range(of.ndim - 1, x.ndim - 1)) for of in turned)
+    half = sin.shape[-1]
     a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-    return turned.astype(x.dtype)
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return out.astype(x.dtype)
 
 
 def _heads(config: DecoderConfig, params: Params, x: Array) -> tuple[Array, Array, Array]:
@@ -363,10 +396,8 @@ def layer(
     config: DecoderConfig,
     params: Params,
     x: Array,
-    positions: Array,
+    turned: Turned | None,
     attend: Attend,
-    *,
-    number: int,
     drop: Callable[[Array], Array] = lambda x: x,
 ) -> Array:
     """A layer.
@@ -375,9 +406,8 @@ def layer(
       config: of the network.
       params: of the layer.
       x: the residual stream, `[*shape, D]`.
-      positions: of its tokens, `[*shape]`.
+      turned: how the heads of its tokens turn, see `turned_at`.
       attend: see `Attend`.
-      number: of the layer.
       drop: dropout, on what is added to the stream.
 
     Returns:
@@ -397,14 +427,13 @@ def layer(
     again, widening = _again(config), ("up", "gate") if config.gated else ("up",)
 
     @again
-    def heads(params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def heads(params: Params, x: Array, turned: Turned | None) -> tuple[Array, Array, Array]:
         query, key, value = _heads(config, params["attention"], before("attention", params, x))
         if config.qk_norm:
             query = normalize(config, params["attention"]["query_norm"], query)
             key = normalize(config, params["attention"]["key_norm"], key)
-        rotary = config.rotary(number)
-        if rotary is not None:
-            query, key = rotate(rotary, query, positions), rotate(rotary, key, positions)
+        if turned is not None:
+            query, key = rotate(query, turned), rotate(key, turned)
         return query, key, value
 
     @again
@@ -418,7 +447,7 @@ def layer(
         up, *gate = (summed(mlp[part], of) for part, of in zip(widening, made, strict=True))
         return linear(mlp["down"], act(gate[0]) * up if gate else act(up))
 
-    found = attend(*heads(params, x, positions)).reshape(*x.shape[:-1], -1)
+    found = attend(*heads(params, x, turned)).reshape(*x.shape[:-1], -1)
     added = after("attention", linear(params["attention"]["out"], found))
     if not config.parallel:
         x = x + added
@@ -600,6 +629,7 @@ def run(
       `[batch, T, kv heads, head_dim]`.
     """
     positions, streams = sequence.positions, sequence.given.shape[1]
+    turned = turned_at(config, positions, sequence.prompts.shape[1] + sequence.given.shape[2])
     windows = {config.window(i) for i in range(config.num_layers)}
     allowed = {window: sequence.allowed(window) for window in windows}
 
@@ -614,7 +644,7 @@ def run(
         number: int,
         params: Params,
         x: Array,
-        positions: Array,
+        turned: Turned | None,
         allowed: tuple[Array, Array],
         dropout_key: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
@@ -634,14 +664,14 @@ def run(
         def drop_next(x: Array) -> Array:
             return drop(next(drops), dropout_key, x)
 
-        x = layer(config, params, x, positions, attend, number=number, drop=drop_next)
+        x = layer(config, params, x, turned, attend, drop_next)
         return x, made[0]
 
     x, made = drop(0, dropout_key, embed(config, params, sequence.tokens, positions)), []
     for i in range(config.num_layers):
         read_layer = functools.partial(read, i)
         x, of_layer = (remat(read_layer) if config.remat else read_layer)(
-            params[f"layers_{i}"], x, positions, allowed[config.window(i)], dropout_key
+            params[f"layers_{i}"], x, turned[i], allowed[config.window(i)], dropout_key
         )
         made.append(of_layer)
     return x, made
@@ -739,6 +769,8 @@ def step(
     before, taken, _ = cache
     here = (before + taken)[:, None]
     positions = jnp.broadcast_to(here, tokens.shape)
+    room = cache.layers[0]
+    turned = turned_at(config, positions, room.prompt_keys.shape[-1] + room.keys.shape[-1])
     x, layers = embed(config, params, tokens, positions), []
     for i, old in enumerate(cache.layers):
         window, length = config.window(i), old.prompt_keys.shape[-1]
@@ -776,5 +808,5 @@ def step(
                 "rskgt,rskth->rskgh", to_output, new.values
             )
 
-        x = layer(config, params[f"layers_{i}"], x, positions, attend, number=i)
+        x = layer(config, params[f"layers_{i}"], x, turned[i], attend)
     return x, DecoderCache(before, taken + 1, tuple(layers))
