@@ -50,6 +50,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from t5patches.commands import common
+from t5patches.runs.files import work_of
 
 if TYPE_CHECKING:
     from t5patches.editing.data import Example, Source
@@ -210,7 +211,7 @@ def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
     return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
 
 
-@common.goes_on_in(lambda options: f"{options.output}.work")
+@common.goes_on_in(lambda options: work_of(options.output))
 def run(options: argparse.Namespace) -> int:
     """Writes the file of marked outputs.
 

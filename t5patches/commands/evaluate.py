@@ -34,6 +34,7 @@ from typing import Any
 
 from t5patches.commands import common
 from t5patches.commands.annotate import add_input_arguments, read_sources
+from t5patches.runs.files import work_of
 
 LESS_MEMORY = (
     "remove REPORT.work, where there is one, and try a smaller --batch-size, or --truncate-inputs, "
@@ -90,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _work(options: argparse.Namespace) -> str | None:
-    return f"{options.report}.work" if options.report else None
+def _work(options: argparse.Namespace) -> Path | None:
+    return work_of(options.report) if options.report else None
 
 
 @common.goes_on_in(_work)
@@ -115,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--force replaces a report, and none is asked for (--report)")
     work = _work(options)
     if work:
-        _check_report(Path(options.report), Path(work), options.force)
+        _check_report(Path(options.report), work, options.force)
     sources = read_sources(options, str(whole_model(options.before, options.base)))
     inputs = [source.inputs for source in sources]
     measuring = Measuring(

@@ -28,7 +28,7 @@ from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts, is_of
-from t5patches.runs.files import write_file
+from t5patches.runs.files import work_of, write_file
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
 
 
@@ -111,7 +111,7 @@ def collect(
             model, or a batch does not fit into memory.
     """
     output, described = Path(output), describe(model, inputs, settings)
-    work = Path(f"{output}.work")
+    work = work_of(output)
     exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
     # A run that was killed as it cleaned up behind itself has its output, and goes on.
     if output.exists() and not is_of(work, described):

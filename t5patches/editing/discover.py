@@ -18,7 +18,7 @@ from t5patches.editing.words import WORD
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import write_file
+from t5patches.runs.files import work_of, write_file
 
 _LONGEST = 4  # words in a phrase
 _LEAST = 3  # outputs with it: what one or two of them say is no habit
@@ -152,7 +152,7 @@ def discover(
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
     require_room(model, inputs, settings)
-    parts = Parts(f"{output}.work", describe(model, inputs, settings))
+    parts = Parts(work_of(output), describe(model, inputs, settings))
     examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
     phrases = overused([example.outputs for example in examples], human, most=most)
     about = (

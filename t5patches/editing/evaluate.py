@@ -27,6 +27,7 @@ from t5patches.editing.annotate import Keep, Rule, mark_nothing, require_room_to
 from t5patches.editing.batches import example_batches, largest_shapes
 from t5patches.editing.data import Batch, Example
 from t5patches.editing.plan import require_room
+from t5patches.editing.programs import require_ranges
 from t5patches.editing.scores import Scorer, score
 from t5patches.editing.words import spaced, words
 from t5patches.model.memory import beside as memory_beside
@@ -121,8 +122,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         """Refuses a number of samples that measures nothing."""
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}: at least 1 output an input is needed")
+        require_ranges(self, {"samples": 1}, ())
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold is {self.threshold}: a score is needed, such as 0.5")
 
@@ -154,8 +154,7 @@ class Measuring:
 
     def __post_init__(self) -> None:
         """Refuses to compare with references or samples that are not there."""
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}: at least 1 output an input is needed")
+        require_ranges(self, {"samples": 1}, ())
         references = self.references or ()
         absent = [i for i, texts in enumerate(references, start=1) if not texts]
         if absent:

@@ -28,6 +28,18 @@ def unfinished(path: str | os.PathLike[str]) -> Path:
     return Path(f"{Path(path)}.unfinished")
 
 
+def work_of(output: str | os.PathLike[str]) -> Path:
+    """Where a command keeps what is finished of a file, to go on from where it was killed.
+
+    Args:
+        output: the file.
+
+    Returns:
+        A folder beside it.
+    """
+    return Path(f"{Path(output)}.work")
+
+
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     r"""Writes a file that appears whole or not at all: a kill leaves the earlier file.
 
