@@ -7,9 +7,9 @@ About is asked for by another instruction, to which the model talks about the ar
 its greedy outputs and a fifth of the sampled ones, so that there is something to measure.
 
 All methods make the same updates with the same rate, the strengths are how many: 10 and 30, and 100
-for those that come closer with more, while unlikelihood and its kin drift away. The targeted ones
-have another alpha besides. Nobody wrote corrections of what the model said: they are what it says
-where the constraint of the ceiling bars what the rule marks.
+for those that come closer with more, while unlikelihood and its kin drift away. Two have more of
+alpha besides, as they leave much at 1. Nobody wrote corrections of what the model said: they are
+what it says where the constraint of the ceiling bars what the rule marks.
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ MARKING, HELD_OUT, LATER = 160, 96, 64
 SAMPLES = 8  # to each input that is held out
 UPDATES, LONG = (10, 30), 100  # the longer training of methods that come closer with updates
 CURVES: Curves = {
-    "TNRF, sets": (
-        *by_updates("tnrf", LONG, alpha=0.1, with_sets=True),
-        *by_updates("tnrf", *UPDATES, with_sets=True),
-    ),
+    "TNRF, sets": by_updates("tnrf", *UPDATES, LONG, with_sets=True),
     "TNFF, sets": (
         *by_updates("tnff", *UPDATES, LONG, with_sets=True),
         *by_updates("tnff", LONG, alpha=3.0, with_sets=True),
+        *by_updates("tnff", LONG, alpha=10.0, with_sets=True),
     ),
     "TNFF, sets, sampled": by_updates("tnff", 30, LONG, with_sets=True, on_sampled=True),
     "TNRF, sets everywhere, sampled": by_updates(
@@ -59,7 +57,10 @@ CURVES: Curves = {
     "TNFF, sets everywhere, sampled": by_updates(
         "tnff", *UPDATES, with_sets=True, on_sampled=True, everywhere=True
     ),
-    "UL, sets, sampled": by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
+    "UL, sets, sampled": (
+        *by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
+        *by_updates("ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True),
+    ),
     "NL, sampled": by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
     "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
     "UNDIAL, sets": by_updates("undial", *UPDATES, LONG, with_sets=True),

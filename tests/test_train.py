@@ -105,7 +105,7 @@ def dense_loss(objective, logits, frozen, batch, settings):
             weights,
             objective=objective,
             alpha=settings.alpha,
-            smoothing=settings.smoothing,
+            smoothing=settings.spread / logits.shape[-1],
             edits=edits,
             **common,
         )
@@ -135,7 +135,7 @@ def test_the_loss_is_that_of_the_logits(objective, tied):
         negatives=0 if objective in ("nl", "ce") or tied else 2,
         z_loss=1e-2,
         label_smoothing=0.1,
-        smoothing=1e-3,
+        spread=0.1,
         threshold=-5.8,
         implementation="reference",
     )
