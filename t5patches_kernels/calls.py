@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -342,14 +343,18 @@ def call(
     innermost, implementation = _innermost(inputs.model[0]), how.implementation
     donate = getattr(innermost, "parent", None) is not None  # computed in the function being traced
     skip_ignored = checks.flag("skip_ignored", how.skip_ignored)
-    op = Operation(c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=skip_ignored)
     if objectives.reference_of(c) == "given":
         checks.reference(inputs.reference, f"ref_{inputs.name}", c.objective)
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
     )
+    op = Operation(c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=skip_ignored)
     dispatch.check(implementation, op)
+    if op.vocab_axis is not None and sharding.axis_size(op.vocab_axis) == 1:
+        # It splits nothing, and whole rows take fewer passes. (The sum says so where JAX checks.)
+        operands = jax.lax.psum(operands, op.vocab_axis)
+        op = dataclasses.replace(op, vocab_axis=None)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"

@@ -161,6 +161,8 @@ def number(name: str, x: Any, *, least: float | None = None) -> float:
             "program. Multiply the loss instead, or mark the argument static under jit."
         )
     try:
+        if isinstance(x, str | bytes | bool | np.bool_):  # which float() takes
+            raise TypeError
         value = float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {x!r}.") from None
@@ -183,6 +185,8 @@ def flag(name: str, x: Any) -> bool:
             f"{name} must be True or False, got a traced value: it is part of the compiled "
             "program. Mark the argument static under jit."
         )
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {x!r}.")
     return bool(x)
 
 
@@ -190,8 +194,6 @@ def softcap(x: Any) -> float | None:
     """A bound of the logits, or None for none."""
     if x is None:
         return None
-    if isinstance(x, bool | np.bool_):
-        raise TypeError(f"softcap must be a number, or None for no bound, got {x!r}.")
     value = number("softcap", x)
     if value <= 0:
         raise ValueError(

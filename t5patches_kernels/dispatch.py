@@ -254,7 +254,7 @@ def choose(
     if reason and implementation:
         raise _cannot(implementation, reason)
     if reason:
-        if stage in WHOLE_ROWS:  # what else there is on a GPU is the XLA form's anyway
+        if stage is not Stage.GRADIENT:  # which is the XLA form's on a GPU anyway
             _warn(name, reason)
         name = "xla"
     if operands.model[0].shape[0] == 0:  # under `jax.vmap`: nothing for a kernel to go through
@@ -300,8 +300,10 @@ def _why_not_rows(name: str, stage: Stage, operands: Operands, sizes: BlockSizes
         kernel = _kernel(name)
     except ImportError as error:
         return f"Mosaic GPU cannot be imported ({error}): install what is missing"
-    if stage not in WHOLE_ROWS:
+    if stage is Stage.GRADIENT:
         return None
+    if stage not in WHOLE_ROWS:
+        return "it reads whole rows, and this vocabulary is split between devices"
     logits = (*operands.model, *operands.reference)
     return kernel.plans.why_not(logits[0].shape[1], tuple(x.dtype.itemsize for x in logits), sizes)
 

@@ -23,7 +23,8 @@ Arguments that they share:
   ``"pallas_tpu"`` and ``"pallas_gpu"`` (the kernels; interpreted where compiled for a CPU),
   ``"xla"`` (streaming, anywhere), ``"reference"`` (dense, also float64, differentiable any number
   of times); or a `BlockSizes` (the GPU kernel, each row over a cluster of thread blocks). One that
-  is asked for and cannot run raises.
+  is asked for and cannot run raises. The GPU kernel reads whole rows, so not a vocabulary that is
+  split; gradients by anything but ``loss`` are XLA's form on GPUs.
 * ``vocab_axis``: inside `jax.shard_map`, the mesh axis over which the last dimension is split, in
   equal parts. Ids are global.
 * ``skip_ignored``: True spares the work for ignored tokens, however many they turn out to be when
@@ -90,7 +91,7 @@ class PolicyLoss(NamedTuple):
     """What `policy_gradient_loss` returns, per token.
 
     Where a token is ignored, each part is still its own as far as it has one, and else 0; all are 0
-    with ``skip_ignored``.
+    where its target is out of range, and with ``skip_ignored``.
 
     Attributes:
       loss: ``[...]`` float32; exactly 0 where the token is ignored.

@@ -211,9 +211,9 @@ def test_the_coefficient_keeps_to_a_target():
 def test_advantages_by_values_are_those_of_the_recursion():
     """By hand, each output alone and no longer than it is."""
     rng = np.random.default_rng(0)
-    lengths, gamma, lam = (6, 1, 4), 0.9, 0.7
+    lengths, gamma, lam = (6, 1, 4, 0), 0.9, 0.7
     weights = (np.arange(6) < np.array(lengths)[:, None]).astype(np.float32)
-    values, rewards = rng.standard_normal((3, 6)).astype(np.float32), rng.standard_normal(3)
+    values, rewards = rng.standard_normal((4, 6)).astype(np.float32), rng.standard_normal(4)
     advantages, returns = generalized_advantages(rewards, values, weights, gamma, lam)
     for row, length in enumerate(lengths):
         v = [float(x) for x in values[row, :length]] + [0.0]
@@ -233,7 +233,7 @@ def test_advantages_by_values_are_those_of_the_recursion():
     assert white[weights > 0].mean() == pytest.approx(0, abs=1e-6)
     assert white[weights > 0].std() == pytest.approx(1, rel=1e-3)
     assert not white[weights == 0].any()
-    assert not whitened(np.full((3, 6), 0.1), weights).any()
+    assert not whitened(np.full((4, 6), 0.1), weights).any()
 
 
 def test_values_are_learnt_by_the_clipped_loss():

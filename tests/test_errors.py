@@ -98,7 +98,18 @@ BAD = {
         r"threshold=-1e\+39 is beyond float32.*3.4e\+38 in size",
     ),
     "alpha NaN": (lambda: tn(alpha=float("nan")), ValueError, "alpha must be finite"),
-    "alpha text": (lambda: tn(alpha="big"), TypeError, "alpha must be a number, got 'big'"),
+    "alpha text": (lambda: tn(alpha="2"), TypeError, "alpha must be a number, got '2'"),
+    "alpha bool": (lambda: tn(alpha=True), TypeError, "alpha must be a number, got True"),
+    "divergence text": (
+        lambda: tn(divergence="False"),
+        TypeError,
+        "divergence must be True or False, got 'False'",
+    ),
+    "skip_ignored number": (
+        lambda: tn(skip_ignored=1),
+        TypeError,
+        "skip_ignored must be True or False, got 1",
+    ),
     "alpha traced": (
         lambda: jax.jit(lambda a: tn(alpha=a))(1.0),
         TypeError,

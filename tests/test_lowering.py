@@ -94,6 +94,23 @@ def test_the_default_under_a_mesh_of_tpus():
     assert "tnrf_gradient" in text
 
 
+@tpu_topology.needs_compiler
+@pytest.mark.filterwarnings("ignore:.*TPU")
+@pytest.mark.parametrize("of_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_vocabulary_is_whole_where_its_axis_has_one_device(of_type):
+    """As on T5X's meshes without model parallelism: 7 passes where its rows are taken for split."""
+    devices = np.array(tpu_topology.topology("v4").devices).reshape(4, 1)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(of_type,) * 2)
+    rows, logits = jax.P("data"), jax.P("data", "model")
+    with jax.set_mesh(mesh):
+        given = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+            for x, spec in zip(shapes(rows=4 * T), (logits, logits, rows, rows), strict=True)
+        ]
+        program = jax.jit(step()).lower(*given).compile()
+    assert passes(program, (T, V)) == 3
+
+
 def test_no_other_machine_gets_a_tpu_s_kernel_by_name():
     device = gpu_topology.device()
     if isinstance(device, str):
@@ -140,6 +157,14 @@ def test_the_default_says_once_why_it_is_not_the_kernel(card, columns, reason):
         lowered(device, columns=columns)  # traced and lowered anew
     with pytest.raises(NotImplementedError, match=f'{reason}.*implementation="xla"'):
         lowered(device, "pallas_gpu", columns)
+
+
+def test_the_default_says_that_a_split_vocabulary_is_not_the_kernel_s():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
+    z, r, y, w = shapes()
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="vocabulary is split"):
+        text = export.export(jax.jit(step()), platforms=["cuda"])(z, r, y, w).mlir_module()
+    assert MOSAIC["gpu"] not in text
 
 
 @needs_gpu_compiler

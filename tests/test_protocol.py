@@ -18,7 +18,7 @@ from t5patches.model.generate import generate
 from t5patches.model.placement import make_mesh, param_shardings
 from t5patches.model.protocol import OutputHead
 from t5patches.model.t5.model import T5, small_t5
-from t5patches_kernels import targeted_negative_loss
+from t5patches_kernels import linear_token_statistics, targeted_negative_loss
 
 VOCABULARY = 32
 
@@ -240,3 +240,16 @@ def test_equal_models_are_one_for_the_compiler():
     model = tiny_model(mlp_activations=["gelu", "linear"])
     assert hash(model) == hash(tiny_model())
     assert model == tiny_model() != model.replace(dropout_rate=0.5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_logits_are_those_of_the_losses(transposed):
+    """In bfloat16 too: else what is sampled would be of another distribution than what is read."""
+    random = np.random.default_rng(0)
+    kernel = jnp.asarray(random.normal(size=(64, 500)), jnp.float32)
+    hidden = jnp.asarray(random.normal(size=(9, 64)), jnp.bfloat16)
+    targets = jnp.arange(9) * 50
+    head = OutputHead(kernel.T if transposed else kernel, transposed, 0.5, softcap=9.0)
+    found = linear_token_statistics(hidden, head.kernel, targets, **head.loss_options())
+    of_logits = jax.nn.log_softmax(head.logits(hidden))[jnp.arange(9), targets]
+    np.testing.assert_allclose(found.log_prob, of_logits, rtol=0, atol=2e-5)

@@ -53,6 +53,29 @@ def test_same_value_and_gradient(name, shape, check_vma):
     close(f(Z, R, Y, W, CT), want)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_an_axis_of_one_device_splits_nothing(check_vma, monkeypatch):
+    from t5patches_kernels import autodiff
+
+    mesh = mesh_of((8, 1))
+    tokens = (jnp.repeat(jnp.repeat(x[:1], 8, 0), 2, 1) for x in (H, Y, W))
+    h, y, w = tokens
+    k, stages = K, []
+    monkeypatch.setattr(autodiff.sharding, "merge", lambda *_: stages.append("merge"))
+
+    def per_shard(h, k, y, w):
+        return LINEAR["tnrf"](h, k, h - 1, k, y, w, **VOCAB).loss
+
+    call = jax.shard_map(
+        per_shard, mesh=mesh, in_specs=(P("data"), P(None, "model"), ROWS, ROWS), out_specs=ROWS,
+        check_vma=check_vma,
+    )  # fmt: skip
+    got = jax.jit(jax.grad(lambda h, k: call(h, k, y, w).sum(), (0, 1)))(h, k)
+    want = jax.grad(lambda h, k: LINEAR["tnrf"](h, k, h - 1, k, y, w).loss.sum(), (0, 1))(h, k)
+    close(got, want)
+    assert not stages
+
+
 @pytest.mark.parametrize("name", ["tnrr", "tnrll"])
 def test_gradient_taken_inside(name):
     """With check_vma=True a loss inside the shard_map is one number, whatever the axis size."""
@@ -114,7 +137,7 @@ def test_tokens_split_with_another_factor_on_each_device(check_vma):
 @pytest.mark.parametrize(
     ("implementation", "vocab"),
     [(None, None), (None, "model"), ("pallas_tpu", None), ("pallas_tpu", "model"),
-     ("pallas_gpu", "model")],
+     ("pallas_gpu", None)],
 )  # fmt: skip
 def test_outside_of_jit(implementation, vocab):
     """`jax.shard_map` as it stands: JAX runs it step by step, and the loss as one of them."""
@@ -136,6 +159,19 @@ def test_outside_of_jit(implementation, vocab):
     else:
         got = call(z)
     close(got, want)
+
+
+def test_the_gpu_kernel_is_of_whole_rows():
+    z, y = jnp.ones((2, 512)), jnp.array([3, 300])
+
+    def loss(z):
+        return tk.cross_entropy_loss(z, y, implementation="pallas_gpu", **VOCAB).loss
+
+    call = jax.shard_map(
+        loss, mesh=mesh_of((1, 2)), in_specs=P(None, "model"), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(NotImplementedError, match=r'vocabulary is split.*implementation="xla"'):
+        jax.jit(call)(z)
 
 
 def test_edits_and_targets_are_global_ids():

@@ -138,7 +138,7 @@ def _add_closeness(group: Any) -> None:
         type=float,
         default=0.05,
         help="what a nat of divergence from the original costs, where a standard deviation of the "
-        "score counts 1 (default: 0.05)",
+        "score counts 1; scores that differ by less than 0.001 count less (default: 0.05)",
     )
     group.add_argument(
         "--target-kl",

@@ -88,7 +88,7 @@ def generalized_advantages(
     counts = weights > 0
     values = np.where(counts, values, 0).astype(np.float64)
     gained = gamma * np.pad(values[:, 1:], ((0, 0), (0, 1))) - values
-    gained[np.arange(len(values)), counts.sum(1) - 1] += rewards
+    gained[np.arange(len(values)), counts.sum(1) - 1] += np.where(counts.any(1), rewards, 0)
     advantages = np.zeros_like(values)
     later = np.zeros(len(values))
     for t in reversed(range(values.shape[1])):

@@ -43,13 +43,16 @@ class OutputHead(NamedTuple):
     def logits(self, hidden: Array) -> Array:
         """Float32 logits `[..., vocab_size]` of hidden states `[..., emb_dim]`.
 
+        The kernel is rounded to their type, as in the losses: what is sampled is what is trained.
+
         Example:
           >>> head = OutputHead(jnp.eye(2), transposed=False, logit_scale=3.0, softcap=2.0)
           >>> head.logits(jnp.array([0.0, 9.0])).round(4).tolist()
           [0.0, 2.0]
         """
         kernel = self.kernel.T if self.transposed else self.kernel
-        logits = self.logit_scale * (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32))
+        made = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = self.logit_scale * made
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def loss_options(self) -> dict[str, Any]:
