@@ -18,7 +18,9 @@ For two more the task says what to push down: `NegativeSpansFeatureConverter` an
 `DecoderOnly...`.
 
 Where they differ from T5Patches on purpose: padding has no weight; `pack=True` works;
-`alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ.
+`alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ;
+where the other text fills its feature, seqio may have cut it, and no token is selected behind the
+last one that both have.
 """
 
 from __future__ import annotations
@@ -290,7 +292,10 @@ class _Diff(_OneText):
         super().__init__(*args, **kwargs)
 
     def _selected(self, features: Features) -> tf.Tensor:
-        return self._mask(features[self._text], features[self._other], self._alignment)
+        other = features[self._other]
+        # A text that fills its feature may have been cut.
+        cut = tf.equal(utils.length_without_padding(other), tf.size(other))
+        return self._mask(features[self._text], other, self._alignment, cut)
 
 
 class _First(_Diff):
