@@ -31,7 +31,7 @@ def converter(name, **options):
 
 def lengths(name):
     if name.endswith("NegativeSpans"):
-        return {"inputs": 6, "negative_targets": 8, "negative_spans": 3}
+        return {"inputs": 6, "negative_targets": 8, "negative_spans": 4}
     if name.endswith("NegativeSets"):
         return {"inputs": 6, "negative_targets": 8, "negative_ids": 8, "negative_factors": 8}
     return LENGTHS
@@ -341,6 +341,16 @@ def test_a_span_outside_the_text(span):
         convert("NegativeSpans", [example], pack=False)
 
 
+def test_spans_that_may_have_been_cut():
+    """As seqio's Task hands them over: it cuts them to their feature like tokens."""
+    example = {"inputs": [7], "negative_targets": [3] * 5, "negative_spans": [[0, 1], [4, 5]]}
+    too_few = lengths("NegativeSpans") | {"negative_spans": 2}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at least one more than the most"):
+        convert("NegativeSpans", [example], too_few, pack=False)
+    (row,) = convert("NegativeSpans", [example], too_few | {"negative_spans": 3}, pack=False)
+    assert row["decoder_loss_weights"].tolist() == [-1, 1, 1, 1, -1, 0, 0, 0]
+
+
 def test_a_span_of_a_text_that_was_cut():
     example = {"inputs": [7], "negative_targets": [3] * 8, "negative_spans": [[6, 12]]}
     (row,) = convert("NegativeSpans", [example], pack=False)
@@ -402,6 +412,14 @@ def test_bad_options():
         convert(
             "NegativeAndPositiveTrainingDiff", [pair([3], [3])], LENGTHS | {"corrected_targets": 7}
         )
+    for name in ("negative_ids", "negative_factors"):
+        feature_lengths = lengths("NegativeSets") | {name: 7}
+        for variant in ("NegativeSets", "DecoderOnlyNegativeSets"):
+            made = converter(variant, pack=False)
+            with pytest.raises(ValueError, match=f"{name} has a row for each token"):
+                made.get_model_feature_lengths(feature_lengths)
+        with pytest.raises(ValueError, match=f"{name} has a row for each token"):
+            convert("NegativeSets", _of("NegativeSets", random_examples(1)), feature_lengths)
 
 
 def test_weights_must_be_whole_numbers():
