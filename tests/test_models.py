@@ -285,6 +285,17 @@ def test_cross_entropy_is_t5xs():
         np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", ["NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])
+@pytest.mark.parametrize("name", ["", "UL", "TNFF"])
+def test_a_batch_of_ignored_tokens_adds_nothing(name, factor):
+    tokens, params = one_row(ROW, [0, 1, 2], [0, 0, 0])
+    made = model(OURS, name, z_loss=0.1, loss_normalizing_factor=factor)
+    step = jax.value_and_grad(made.loss_fn, has_aux=True)
+    (loss, metrics), grads = step(params, tokens, None, *originals(name, params))
+    assert loss == metrics["loss"].compute() == metrics["z_loss"].compute() == 0
+    assert not grads["logits"].any()
+
+
 def test_sets_of_negatives():
     tokens, params = one_row(ROW, [0, 1, 2], [1, -1, -1])
     _, ref = one_row(REF, [0], [0])

@@ -305,6 +305,8 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         )
         token_loss, token_z_loss = out.loss * factors, out.z_loss * factors
         if divisor is not None:
+            # 0 / 0 where all tokens are ignored: one such microbatch would spoil the whole step.
+            divisor = jnp.where(divisor == 0, 1, divisor)
             token_loss, token_z_loss = token_loss / divisor, token_z_loss / divisor
         loss = jnp.sum(token_loss)
         metrics = t5x_models.compute_base_metrics(
