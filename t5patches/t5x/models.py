@@ -313,7 +313,7 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
             # Only the accuracy reads the logits, and it is replaced below by the loss's own.
             logits=jnp.zeros((*out.correct.shape, 1), jnp.float32),
             targets=_targets(batch),
-            mask=(signed != 0).astype(jnp.float32),
+            mask=magnitudes,
             loss=loss,
             z_loss=jnp.sum(token_z_loss),
             segment_ids=_segment_ids(batch),
