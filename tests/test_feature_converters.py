@@ -31,7 +31,7 @@ def converter(name, **options):
 
 def lengths(name):
     if name.endswith("NegativeSpans"):
-        return {"inputs": 6, "negative_targets": 8, "negative_spans": 3}
+        return {"inputs": 6, "negative_targets": 8, "negative_spans": 4}
     if name.endswith("NegativeSets"):
         return {"inputs": 6, "negative_targets": 8, "negative_ids": 8, "negative_factors": 8}
     return LENGTHS
@@ -266,6 +266,68 @@ def test_converters_take_the_alignment(name, expected):
     assert weights_of(name, [5, 6, 9, 7, 1], [5, 6, 7, 1], alignment="tokens") == expected
 
 
+REST = [13, 14, 15, 16, 17, 18, 19, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "negative", "corrected", "selected"),
+    [
+        ("NegativeTrainingDiff", [11, 9, *REST], [11, 21, 22, 23, *REST], [1]),
+        ("NegativeTrainingFirst", [11, *REST], [11, 21, 22, 23, *REST], []),
+        ("NegativeAndPositiveTrainingDiff", [11, 9, *REST], [11, 21, 22, 23, *REST], [1]),
+        ("CorrectiveTrainingDiff", [11, 21, 22, 23, *REST], [11, 9, *REST], [1]),
+        ("CorrectiveTrainingFirst", [11, 21, *REST], [11, *REST], []),
+    ],
+)
+def test_what_was_cut_off_does_not_differ(name, negative, corrected, selected):
+    kept, other = (1, -1) if name.startswith("Negative") else (0, 1)
+    expected = [other if place in selected else kept for place in range(8)]
+    # The converter cuts what is longer than its feature, as seqio's Task does beforehand.
+    options = {"alignment": "tokens", "apply_length_check": False}
+    assert weights_of(name, negative, corrected, **options) == expected
+
+
+def test_a_text_that_ends_in_padding_was_not_cut():
+    negative, corrected = [11, 9, *REST], [11, *REST[:3], 1]
+    options = {"alignment": "tokens", "apply_length_check": False}
+    weights = weights_of("NegativeTrainingDiff", negative, corrected, **options)
+    assert weights == [1, -1, 1, 1, 1, -1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # The first 6 is the common one: the others may have been cut off.
+        ([5, 9, 6, 7, 8, 6, 2, 6], [5, 3, 3, 3, 3, 3, 6, 4], [0, 1, 0, 0, 0, 0, 0, 0]),
+        # So it is where the two texts end in the same tokens.
+        ([5, 9, 6, 7, 6, 6], [5, 3, 3, 3, 6, 6], [0, 1, 0, 0, 0, 0]),
+        # The last 1 was put behind the cut.
+        ([5, 9, 6, 7, 8, 1], [5, 3, 3, 3, 6, 1], [0, 1, 0, 0, 0, 0]),
+        ([5, 6, 7, 8], [5, 6, 7, 8], [0, 0, 0, 0]),
+        ([5, 6], [7], [0, 0]),
+        ([5, 6], [], [0, 0]),
+        ([], [5, 6], []),
+    ],
+)
+def test_alignment_with_a_text_that_was_cut(first, second, expected):
+    assert utils.get_diff_mask(first, second, "tokens", cut=True).numpy().tolist() == expected
+
+
+def test_a_cut_adds_no_difference():
+    """Texts of tokens that are all different: what differs in the cut ones does in the whole."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(100):
+        first = list(range(1, 21))
+        at, size, new = rng.integers(0, 12), rng.integers(0, 4), rng.integers(0, 6)
+        second = [*first[:at], *range(30, 30 + new), *first[at + size :]]
+        whole = utils.get_diff_mask(first, second, "tokens").numpy()[:12]
+        cut = utils.get_diff_mask(first[:12], second[:12], "tokens", cut=True).numpy()
+        assert (cut <= whole).all(), (first, second, cut, whole)
+        found += cut.sum()
+    assert found > 50
+
+
 def test_spans():
     example = {"inputs": [7], "negative_targets": [3, 9, 4, 1], "negative_spans": [[1, 2], [3, 4]]}
     (row,) = convert("NegativeSpans", [example], pack=False)
@@ -277,6 +339,16 @@ def test_a_span_outside_the_text(span):
     example = {"inputs": [7], "negative_targets": [3, 9, 4, 1], "negative_spans": [span]}
     with pytest.raises(tf.errors.InvalidArgumentError, match="negative_spans must be"):
         convert("NegativeSpans", [example], pack=False)
+
+
+def test_spans_that_may_have_been_cut():
+    """As seqio's Task hands them over: it cuts them to their feature like tokens."""
+    example = {"inputs": [7], "negative_targets": [3] * 5, "negative_spans": [[0, 1], [4, 5]]}
+    too_few = lengths("NegativeSpans") | {"negative_spans": 2}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at least one more than the most"):
+        convert("NegativeSpans", [example], too_few, pack=False)
+    (row,) = convert("NegativeSpans", [example], too_few | {"negative_spans": 3}, pack=False)
+    assert row["decoder_loss_weights"].tolist() == [-1, 1, 1, 1, -1, 0, 0, 0]
 
 
 def test_a_span_of_a_text_that_was_cut():
@@ -340,6 +412,14 @@ def test_bad_options():
         convert(
             "NegativeAndPositiveTrainingDiff", [pair([3], [3])], LENGTHS | {"corrected_targets": 7}
         )
+    for name in ("negative_ids", "negative_factors"):
+        feature_lengths = lengths("NegativeSets") | {name: 7}
+        for variant in ("NegativeSets", "DecoderOnlyNegativeSets"):
+            made = converter(variant, pack=False)
+            with pytest.raises(ValueError, match=f"{name} has a row for each token"):
+                made.get_model_feature_lengths(feature_lengths)
+        with pytest.raises(ValueError, match=f"{name} has a row for each token"):
+            convert("NegativeSets", _of("NegativeSets", random_examples(1)), feature_lengths)
 
 
 def test_weights_must_be_whole_numbers():

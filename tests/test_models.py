@@ -264,9 +264,11 @@ def test_the_training_step_looks_at_no_kl():
     assert not [name for name in metrics if name.endswith("kl")]
 
 
-def test_cross_entropy_is_t5xs():
+@pytest.mark.parametrize("weights", [[1, 0, 1], [1, 0.5, 0], [1, 2, 3]])
+def test_cross_entropy_is_t5xs(weights):
     """Loss, z-loss, metrics and scores, with every option that T5X has."""
-    tokens, params = one_row(ROW, [0, 1, 0], [1, 0, 1])
+    tokens, params = one_row(ROW, [0, 1, 0], [0, 0, 0])
+    tokens["decoder_loss_weights"] = jnp.asarray([weights], jnp.float32)
     for options in (
         {},
         {"z_loss": 0.1, "label_smoothing": 0.2},
@@ -278,11 +280,27 @@ def test_cross_entropy_is_t5xs():
         assert float(a[0]) == pytest.approx(float(b[0]), rel=1e-5), options
         assert a[1].keys() >= b[1].keys()
         if "AVERAGE" not in str(options):  # T5X then masks its metrics by fractions
-            for name in ("accuracy", "loss_per_nonpadding_target_token", "z_loss"):
+            for name in (
+                "accuracy",
+                "loss_per_nonpadding_target_token",
+                "non_padding_fraction/loss_weights",
+                "z_loss",
+            ):
                 mine, its = (float(m[1][name].compute()) for m in (a, b))
                 assert mine == pytest.approx(its, rel=1e-5), name
         scores = [m.score_batch(params, tokens) for m in (ours, theirs)]
         np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", ["NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])
+@pytest.mark.parametrize("name", ["", "UL", "TNFF"])
+def test_a_batch_of_ignored_tokens_adds_nothing(name, factor):
+    tokens, params = one_row(ROW, [0, 1, 2], [0, 0, 0])
+    made = model(OURS, name, z_loss=0.1, loss_normalizing_factor=factor)
+    step = jax.value_and_grad(made.loss_fn, has_aux=True)
+    (loss, metrics), grads = step(params, tokens, None, *originals(name, params))
+    assert loss == metrics["loss"].compute() == metrics["z_loss"].compute() == 0
+    assert not grads["logits"].any()
 
 
 def test_sets_of_negatives():

@@ -163,6 +163,33 @@ def test_packed_rows_find_their_examples(tmp_path, params):
     )
 
 
+def test_an_empty_text_in_a_packed_row(tmp_path):
+    """Packing makes it an id of padding that has a segment."""
+    texts = {"encoder_input": [[7, 1], [], [8, 1]], "decoder_target": [[3, 9, 1], [4, 1], []]}
+    alone, packed = {}, {}
+    for name, of_name in texts.items():
+        segments = [text or [0] for text in of_name]
+        numbers = np.repeat([1, 2, 3], [len(segment) for segment in segments])
+        packed[f"{name}_tokens"] = np.concatenate(segments)[None]
+        packed[f"{name.split('_')[0]}_segment_ids"] = numbers[None]
+        alone[f"{name}_tokens"] = np.array([(text + [0] * 3)[:3] for text in of_name])
+    for batch, start in ((alone, np.zeros((3, 1))), (packed, np.zeros((1, 1)))):
+        said = batch["decoder_target_tokens"]
+        given = np.concatenate([start, said[:, :-1]], axis=1).astype(np.int32)
+        batch["decoder_input_tokens"] = np.where(given == 1, 0, given)  # what follows an end
+        batch["decoder_loss_weights"] = np.where(said > 0, -1, 0)
+
+    def states(batch):
+        return np.float32(batch["decoder_target_tokens"])[..., None] * [1, 2]
+
+    for number, written in enumerate((alone, packed)):
+        options = {"width": 2, "dtype": "float32"}
+        folder = tmp_path / str(number)
+        cache = write_cache(folder, lambda batch=written: [batch], states, ABOUT, **options)
+        for batch in (alone, packed):
+            np.testing.assert_array_equal(cache.read(batch), states(batch))
+
+
 def test_a_killed_pass_goes_on(tmp_path, params):
     data, calls = rows(), []
     live = hidden_of(params)

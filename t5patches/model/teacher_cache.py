@@ -259,17 +259,19 @@ def _segments(batch: Batch, pad_id: int) -> Iterator[_Segment]:
             for name in ("encoder_input", "decoder_input", "decoder_target")
         )
     weights = np.asarray(batch.get("weights", batch.get("decoder_loss_weights", 0)))
+    in_source, in_target = source != pad_id, (target != pad_id) | (weights != 0)
     of_source, of_target = (
-        np.asarray(batch.get(f"{side}_segment_ids", _to_the_last(counts)))
-        for side, counts in (
-            ("encoder", source != pad_id),
-            ("decoder", (target != pad_id) | (weights != 0)),
-        )
+        np.asarray(batch.get(f"{side}_segment_ids", np.ones_like(counts, np.int32)))
+        for side, counts in (("encoder", in_source), ("decoder", in_target))
     )
     for row in range(len(target)):
         for segment in np.unique(of_target[row][of_target[row] > 0]):
-            places = np.flatnonzero(of_target[row] == segment)
-            tokens = [source[row][of_source[row] == segment], given[row][places]]
+            sources = _to_the_last(np.flatnonzero(of_source[row] == segment), in_source[row])
+            places = _to_the_last(np.flatnonzero(of_target[row] == segment), in_target[row])
+            # Padding; packed, an empty text is an id of padding that has a segment.
+            if not len(places):
+                continue
+            tokens = [source[row][sources], given[row][places]]
             # Networks may attend to no place whose target is the id of padding.
             if len(skipped := np.flatnonzero(target[row][places] == pad_id)):
                 tokens.append(skipped)
@@ -280,9 +282,9 @@ def _segments(batch: Batch, pad_id: int) -> Iterator[_Segment]:
             yield _Segment(row, places, digest.digest())
 
 
-def _to_the_last(counts: np.ndarray) -> np.ndarray:
-    """1 up to the last place of a row that counts: a model may say the id of padding on its way."""
-    return np.flip(np.maximum.accumulate(np.flip(counts, -1), -1), -1).astype(np.int32)
+def _to_the_last(places: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The places up to the last that counts: a model may say the id of padding on its way."""
+    return places[: np.max(np.flatnonzero(counts[places]), initial=-1) + 1]
 
 
 def _index(keys: list[bytes], offsets: np.ndarray) -> bytes:

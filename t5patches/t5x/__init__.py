@@ -28,7 +28,8 @@ set is refused.
 * Where the original is nearly certain of the token to remove, the rest of its distribution is
   renormalized without loss of precision. (T5Patches: wrong from a lead of 76, NaN from 88.) If no
   mass is left at all, the term is 0.
-* ``-inf`` logits, and NaN at padding, do not make the loss NaN.
+* ``-inf`` logits, and NaN at padding, do not make the loss NaN. Nor does a batch whose tokens are
+  all ignored, with a loss normalizing factor that counts tokens or sequences (T5X's own: NaN).
 * The `nl` threshold stops the gradient of pushed-down tokens that are unlikely enough, as its
   docstring says, and not that of confident kept tokens. `ul` keeps its gradient where the token to
   push down has nearly all of the probability.

@@ -18,7 +18,9 @@ For two more the task says what to push down: `NegativeSpansFeatureConverter` an
 `DecoderOnly...`.
 
 Where they differ from T5Patches on purpose: padding has no weight; `pack=True` works;
-`alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ.
+`alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ;
+where the other text fills its feature, seqio may have cut it, and no token is selected behind the
+last one that both have.
 """
 
 from __future__ import annotations
@@ -290,7 +292,10 @@ class _Diff(_OneText):
         super().__init__(*args, **kwargs)
 
     def _selected(self, features: Features) -> tf.Tensor:
-        return self._mask(features[self._text], features[self._other], self._alignment)
+        other = features[self._other]
+        # A text that fills its feature may have been cut.
+        cut = tf.equal(utils.length_without_padding(other), tf.size(other))
+        return self._mask(features[self._text], other, self._alignment, cut)
 
 
 class _First(_Diff):
@@ -454,8 +459,12 @@ class NegativeSpansFeatureConverter(_NegativeText):
     of each span and the one after its last: `negative_targets` [3, 9, 4, 1] and `negative_spans`
     [[1, 3]] give `decoder_loss_weights` [1, -1, -1, 1]. An empty span pushes nothing down.
 
+    The length of `negative_spans` is at least one more than the most spans of an output. seqio cuts
+    spans like tokens, and padding at the end shows that none was lost.
+
     Raises:
-        tf.errors.InvalidArgumentError: while data is read: a span is not inside its text.
+        tf.errors.InvalidArgumentError: while data is read: a span is not inside its text, or the
+            spans fill their feature.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {
@@ -467,6 +476,15 @@ class NegativeSpansFeatureConverter(_NegativeText):
     def _selected(self, features: Features) -> tf.Tensor:
         text, spans = features[self._text], features["negative_spans"]
         start, end = spans[:, :1], spans[:, 1:]
+        tf.debugging.Assert(
+            tf.reduce_any(tf.reduce_all(spans[-1:] == 0, axis=1)),
+            [
+                "negative_spans fill their feature, and seqio may have cut some off: its length in "
+                "task_feature_lengths must be at least one more than the most spans of an output, "
+                "got",
+                tf.shape(spans)[0],
+            ],
+        )
         # A text that fills its row may have been cut: its spans may end after the row.
         size = utils.length_without_padding(text)
         limit = tf.where(size < tf.size(text), size, tf.reduce_max(tf.concat([[[0]], end], 0)))
@@ -491,7 +509,8 @@ class NegativeSetsFeatureConverter(_NegativeText):
 
     The task has `inputs`, `negative_targets` and `negative_ids` [tokens, any number] int32: for
     each token of `negative_targets` the ids to push down at its position, whether or not the token
-    is one of them, and -1 for none. Rows missing at the end have no ids. The model gets
+    is one of them, and -1 for none. Rows missing at the end have no ids. The length of
+    `negative_ids` in the feature lengths is that of `negative_targets`. The model gets
     `negative_ids` [length, K] int32 and `negative_factors` [length, K] float32 for
     `t5patches_kernels.Edits`, and `decoder_loss_weights` -1 at tokens that have ids.
 
@@ -501,7 +520,8 @@ class NegativeSetsFeatureConverter(_NegativeText):
             `negative_ids`: each id's probability is multiplied by its factor. If False, by 0.
 
     Raises:
-        ValueError: `num_negatives` is not positive.
+        ValueError: `num_negatives` is not positive; or, when data is converted, the feature lengths
+            of the text and of its ids or factors differ.
         tf.errors.InvalidArgumentError: while data is read: an id is below -1, or a factor is
             negative or not finite.
     """
@@ -536,6 +556,17 @@ class NegativeSetsFeatureConverter(_NegativeText):
             return features | {name: tf.reshape(features[name], shape) for name in self._EDITS}
 
         return _map(super().__call__(ds, task_feature_lengths), unflatten)
+
+    def get_decoder_length(self, task_feature_lengths: Lengths) -> int:
+        """The length of the text; raises ValueError if that of its ids or factors differs."""
+        length = super().get_decoder_length(task_feature_lengths)
+        for name in self._EDITS:
+            if (rows := task_feature_lengths.get(name, length)) != length:
+                raise ValueError(
+                    f"{name} has a row for each token of negative_targets and needs the same "
+                    f"length. Got {rows} and {length} in task_feature_lengths"
+                )
+        return length
 
     def get_model_feature_lengths(self, task_feature_lengths: Lengths) -> Lengths:
         """The lengths of the model's features; those of ids and factors are length * K."""

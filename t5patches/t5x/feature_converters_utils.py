@@ -55,7 +55,9 @@ def check_alignment(alignment: str) -> str:
     return alignment
 
 
-def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional") -> tf.Tensor:
+def get_diff_mask(
+    seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional", cut: tf.Tensor | bool = False
+) -> tf.Tensor:
     """The mask of the tokens of `seq1` that differ from `seq2`.
 
     Args:
@@ -64,6 +66,10 @@ def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional
         alignment: with `"positional"` a token differs unless `seq2` has the same one at the same
             position, so that all tokens after an inserted one differ. With `"tokens"` those
             outside a longest common subsequence differ.
+        cut: [] bool, for `"tokens"`: whether the end of `seq2` may have been cut off. Then no token
+            of `seq1` behind the last common one differs: the same token may have been cut off. The
+            last token of `seq2` is left out, as it may be an EOS that was put behind the cut
+            (`seqio.preprocessors.append_eos_after_trim`).
 
     Returns:
         [length] int32 of 0 and 1.
@@ -76,16 +82,18 @@ def get_diff_mask(seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional
         [0, 0, 1, 1, 1]
         >>> get_diff_mask([5, 6, 9, 7, 1], [5, 6, 7, 1], alignment="tokens").numpy().tolist()
         [0, 0, 1, 0, 0]
+        >>> get_diff_mask([5, 9, 7, 8, 1], [5, 2, 2, 7, 8], "tokens", cut=True).numpy().tolist()
+        [0, 1, 0, 0, 0]
     """
     seq1, seq2 = tf.convert_to_tensor(seq1, tf.int32), tf.convert_to_tensor(seq2, tf.int32)
     if check_alignment(alignment) == "tokens":
-        return _unaligned(seq1, seq2) * non_padding(seq1)
+        return _unaligned(seq1, seq2, tf.convert_to_tensor(cut)) * non_padding(seq1)
     same_position = tf.pad(seq2, [[0, tf.size(seq1)]])[: tf.size(seq1)]
     return tf.cast(tf.not_equal(seq1, same_position), tf.int32) * non_padding(seq1)
 
 
 def get_first_diff_mask(
-    seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional"
+    seq1: tf.Tensor, seq2: tf.Tensor, alignment: str = "positional", cut: tf.Tensor | bool = False
 ) -> tf.Tensor:
     """The mask of the first token of `seq1` that differs from `seq2`.
 
@@ -93,6 +101,7 @@ def get_first_diff_mask(
         seq1: [length] ids.
         seq2: [any length] ids.
         alignment: see `get_diff_mask`.
+        cut: see there.
 
     Returns:
         [length] int32 of 0 and at most one 1.
@@ -100,22 +109,24 @@ def get_first_diff_mask(
     Raises:
         ValueError: `alignment` is not one of `ALIGNMENTS`.
     """
-    differs = get_diff_mask(seq1, seq2, alignment)
+    differs = get_diff_mask(seq1, seq2, alignment, cut)
     return differs * tf.cast(tf.equal(tf.cumsum(differs), 1), tf.int32)
 
 
-def _unaligned(seq1: tf.Tensor, seq2: tf.Tensor) -> tf.Tensor:
+def _unaligned(seq1: tf.Tensor, seq2: tf.Tensor, cut: tf.Tensor) -> tf.Tensor:
     """1 at the tokens of `seq1` outside a longest common subsequence with `seq2`."""
     first, second = (s[: length_without_padding(s)] for s in (seq1, seq2))
+    second = second[: tf.size(second) - tf.cast(cut, tf.int32)]
     # A common prefix and suffix, most of an edited text, need no table.
     head = _common_start(first, second)
     first, second = first[head:], second[head:]
-    tail = _common_start(first[::-1], second[::-1])
+    # A text that was cut ends anywhere: a common suffix may be a chance.
+    tail = tf.where(cut, 0, _common_start(first[::-1], second[::-1]))
     size = tf.size(first) - tail
     # An empty table has no last row to trace back from.
     changed = tf.cond(
         size > 0,
-        lambda: _unaligned_middle(first[:size], second[: tf.size(second) - tail]),
+        lambda: _unaligned_middle(first[:size], second[: tf.size(second) - tail], cut),
         lambda: tf.zeros([0], tf.int32),
     )
     return tf.pad(changed, [[head, tf.size(seq1) - head - size]])
@@ -127,7 +138,7 @@ def _common_start(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.math.cumprod(same))
 
 
-def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+def _unaligned_middle(first: tf.Tensor, second: tf.Tensor, cut: tf.Tensor) -> tf.Tensor:
     """1 outside a longest common subsequence of N and M tokens: the textbook table, traced back."""
     same = tf.equal(first[:, None], second[None, :])  # [N, M]
     columns = tf.range(tf.size(second))
@@ -141,6 +152,8 @@ def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     # [N, M + 1]: the longest length for the first n + 1 and the first m tokens.
     table = tf.scan(next_row, same, initializer=tf.zeros([tf.size(second) + 1], tf.int32))
     above = tf.concat([tf.zeros_like(table[:1]), table[:-1]], 0)
+    # With `cut`, no token counts behind the shortest start that has the longest length.
+    counts = (above[:, -1] < table[-1, -1]) | ~cut
 
     def match(
         state: tuple[tf.Tensor, tf.Tensor], row: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
@@ -153,9 +166,12 @@ def _unaligned_middle(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
         return tf.where(column < 0, used, column), tf.cast(column < 0, tf.int32)
 
     _, unmatched = tf.scan(
-        match, (same, above, table), initializer=(tf.size(second), 0), reverse=True
+        match,
+        (same & counts[:, None], above, table),
+        initializer=(tf.size(second), 0),
+        reverse=True,
     )
-    return unmatched
+    return unmatched * tf.cast(counts, tf.int32)
 
 
 def encode_zeros(values: tf.Tensor) -> tf.Tensor:

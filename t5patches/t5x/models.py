@@ -305,13 +305,15 @@ class FusedLossModel(BaseTransformerModel, abc.ABC):
         )
         token_loss, token_z_loss = out.loss * factors, out.z_loss * factors
         if divisor is not None:
+            # 0 / 0 where all tokens are ignored: one such microbatch would spoil the whole step.
+            divisor = jnp.where(divisor == 0, 1, divisor)
             token_loss, token_z_loss = token_loss / divisor, token_z_loss / divisor
         loss = jnp.sum(token_loss)
         metrics = t5x_models.compute_base_metrics(
             # Only the accuracy reads the logits, and it is replaced below by the loss's own.
             logits=jnp.zeros((*out.correct.shape, 1), jnp.float32),
             targets=_targets(batch),
-            mask=(signed != 0).astype(jnp.float32),
+            mask=magnitudes,
             loss=loss,
             z_loss=jnp.sum(token_z_loss),
             segment_ids=_segment_ids(batch),
