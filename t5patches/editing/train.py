@@ -296,7 +296,7 @@ def train(
         teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
             of which only the head is then needed.
         held_out: with `TrainSettings.until`, arrays like `arrays` of other inputs, with something
-            pushed down; their sets may be of another size.
+            that was said pushed down; their sets may be of another size.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -307,7 +307,8 @@ def train(
             for on marked tokens; the order is too short; the mesh does not divide the sizes; an
             example is longer than the model's positions; the teacher's cache is of other data or
             another width.
-        FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
+        FloatingPointError: the loss, or what is left on `held_out`, stops being a number; no
+            checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
     _check_held_out(held_out, settings)
@@ -1029,8 +1030,10 @@ def _check_held_out(held_out: Batch | None, settings: TrainSettings) -> None:
         raise ValueError(
             "until and held_out go together: the one says when to stop, the other by what data"
         )
-    if held_out is not None and not (held_out["weights"] < 0).any():
-        raise ValueError("held_out has nothing that is pushed down, so nothing of it can be left")
+    if held_out is not None and not said_is_pushed_down(held_out).any():
+        raise ValueError(
+            "in held_out nothing that was said is pushed down, so nothing of it can be left"
+        )
     if held_out is not None and jax.process_count() > 1:
         raise NotImplementedError(
             "several processes do not look at what is held out: leave until out"
