@@ -73,7 +73,12 @@ from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
 from t5patches.model.lora import require_whole, weight_fingerprints, whole_model
 from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel, differing, require_positions
+from t5patches.model.protocol import (
+    LanguageModel,
+    architecture,
+    differing,
+    require_positions,
+)
 from t5patches.model.teacher_cache import TeacherCache
 from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
@@ -791,6 +796,8 @@ def _described(job: Job) -> dict[str, Any]:
         del settings[name]
     return {
         "model": _weights(job.model),
+        # The original, where it is another one, has the same.
+        "config": architecture(inspect_checkpoint(job.model).config),
         "original": None if job.original is None else _weights(job.original),
         "data": data,
         # Rates go by it, and so do the rows that are drawn; in `data` it would say nothing.

@@ -42,7 +42,7 @@ from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.memory import compiled, give_back
-from t5patches.model.protocol import LanguageModel, Params, require_positions
+from t5patches.model.protocol import LanguageModel, Params, architecture, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs import hosts
 from t5patches.runs.claims import claim
@@ -306,7 +306,7 @@ def train(
         ValueError: the directory holds another run; the arrays lack edits; cross-entropy is asked
             for on marked tokens; the order is too short; the mesh does not divide the sizes; an
             example is longer than the model's positions; the teacher's cache is of other data or
-            another width.
+            another original.
         FloatingPointError: the loss, or what is left on `held_out`, stops being a number; no
             checkpoint holds what came of it.
     """
@@ -319,11 +319,12 @@ def train(
     cached = None if teacher is None else str(teacher.dtype)
     own = original is not None and original is not params
     step_of = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
-    if teacher is not None:
-        teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
     described = _describe(model, params, original, arrays, settings, order, cached, held_out)
+    if teacher is not None:
+        about = _states_of(model, described["original"])
+        teacher.check(arrays, about, width=model.config.emb_dim)
 
     def claimed() -> None:
         claim(
@@ -1096,13 +1097,18 @@ def cache_teacher(
         directory,
         batches,
         functools.partial(hidden_of, placed),
-        {"checkpoint": fingerprint(original), **(about or {})},
+        {**_states_of(model, fingerprint(original)), **(about or {})},
         width=model.config.emb_dim,
         dtype=dtype,
         pad_id=model.config.pad_id,
         tell=tell,
         advance=advance,
     )
+
+
+def _states_of(model: LanguageModel, original: str) -> dict[str, Any]:
+    """What a cache of the original's states is known by, given its fingerprint."""
+    return {"checkpoint": original, "config": architecture(model.config)}
 
 
 def _describe(
