@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import os
 import time
@@ -146,6 +147,8 @@ class TrainSettings:
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
                 f"the {self.schedule} schedule; make more steps, or warm up over fewer"
             )
+        if self.seed >= 2**31:  # on a device it is an int32
+            raise ValueError(f"seed is {self.seed}: at most {2**31 - 1} is possible")
         if not 0 <= self.average < 1:
             raise ValueError(
                 f"average is {self.average}: a decay from 0 (none) to below 1 is needed, such as "
@@ -172,11 +175,12 @@ class TrainSettings:
                 "alpha out"
             )
         rival = RIVALS.get(self.objective)
-        if self.beta is not None and (rival is None or rival.beta is None or not self.beta > 0):
+        takes_beta = rival is not None and rival.beta is not None
+        if self.beta is not None and not (takes_beta and 0 < self.beta < math.inf):
             takers = tuple(name for name, other in RIVALS.items() if other.beta is not None)
             raise ValueError(
-                f"beta is {self.beta} and the objective {self.objective}: it is above 0, and of "
-                f"{takers} alone"
+                f"beta is {self.beta} and the objective {self.objective}: it is above 0 and "
+                f"finite, and of {takers} alone"
             )
         if self.z_loss and rival is not None and not rival.z_loss:
             raise NotImplementedError(
@@ -943,7 +947,9 @@ def update(
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-        share = _share_of_newest(settings.average, step)
+        # The first update of a warm-up has rate 0: what it leaves is where training began.
+        before = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
+        share = _share_of_newest(settings.average, before)
         average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = said_is_pushed_down(batch)
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
