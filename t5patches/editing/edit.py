@@ -80,11 +80,11 @@ from t5patches.model.protocol import (
     require_positions,
 )
 from t5patches.model.teacher_cache import TeacherCache
-from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of
+from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocabulary
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import read_object, read_regular, require_own_file
+from t5patches.runs.files import read_object, read_regular, require_own_file, unfinished
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
@@ -263,10 +263,18 @@ def check(job: Job) -> Checked:
             f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
             f"down: leave --keep out, or use one of {KEEPING}"
         )
+    if job.cache_teacher is not None:
+        cache, output = (Path(folder).resolve() for folder in (job.cache_teacher, job.output))
+        # What is unfinished is removed at the end, with all in it.
+        if output.is_relative_to(cache) or {output, unfinished(output)} & {cache, *cache.parents}:
+            raise ValueError(
+                f"cache_teacher is {job.cache_teacher} and output {job.output}: neither may be in "
+                "the other's place or within it: keep the cache in a folder of its own"
+            )
     dtype = dtype_named(job.dtype)
     model, tokenizer = model_to_train(job.model, job.chat)
     model = model.replace(dropout_rate=job.dropout, dtype=dtype, remat=job.remat)
-    _check_original(job)
+    _check_original(job, tokenizer)
     _check_data(job.data)
     templates = None if job.templates is None else read_templates(job.templates)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
@@ -275,7 +283,7 @@ def check(job: Job) -> Checked:
     most = max(len(example.output_ids) for example in all_examples)
     held: list[Example] = []
     if settings.until is not None:
-        sets, kept, held, note = _hold_out(job, sets, kept)
+        sets, kept, held, note = _hold_out(job, sets, kept, tokenizer)
         notes.append(note)
     if templates is not None:
         sets, (kept, held) = (
@@ -468,7 +476,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
             )
 
 
-def _check_original(job: Job) -> None:
+def _check_original(job: Job, tokenizer: Tokenizer) -> None:
     if job.original is None:
         return
     objective, until = job.settings.objective, job.settings.until
@@ -484,6 +492,11 @@ def _check_original(job: Job) -> None:
         raise ValueError(
             f"the original in {job.original} and the model in {job.model} must be of the same "
             f"sizes, and differ in {', '.join(differing(there.config, here.config)) or 'family'}"
+        )
+    if not same_vocabulary(load_tokenizer(job.original, chat="off"), tokenizer):
+        raise ValueError(
+            f"the original in {job.original} is given the tokens of {job.model}, and its tokenizer "
+            "writes some token otherwise: give an original with the same tokenizer"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
@@ -574,7 +587,10 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
 
 
 def _hold_out(
-    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example]
+    job: Job,
+    sets: Sequence[Sequence[Example]],
+    kept: Sequence[Source | Example],
+    tokenizer: Tokenizer,
 ) -> tuple[list[list[Example]], list[Source | Example], list[Example], str]:
     """The data without what is held out, what is held out, and a note of it.
 
@@ -598,7 +614,15 @@ def _hold_out(
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
         f"{len({messages_of(example.inputs) for example in examples})}"
     )
-    others = [item for item in kept if messages_of(item.inputs) not in known]
+    asked = (
+        item.input_ids if isinstance(item, Example) else tokenizer.encode_prompt(item.inputs)
+        for item in kept
+    )
+    others = [
+        item
+        for item, prompt in zip(kept, asked, strict=True)
+        if messages_of(item.inputs) not in known and prompt not in prompts
+    ]
     if kept and not others:
         raise ValueError(
             f"{job.keep}: until holds out all {len(kept)} inputs that it has: give other inputs to "
