@@ -190,8 +190,10 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
         np.testing.assert_array_equal(whole[name], x)
     (round_,), (unbroken,) = (read_rounds(place / name) for name in ("edited", "unbroken"))
     assert round_ | {"seconds": 0} == unbroken | {"seconds": 0}
-    assert run(place) == 2
-    assert "exists: nothing is overwritten" in capsys.readouterr().err
+    for more in ((), ("--plan",), ("--plan", "--resume", "--seed", "1")):
+        assert run(place, *more) == 2
+        assert "exists: nothing is overwritten" in capsys.readouterr().err
+    assert run(place, "--plan", "--resume") == 0
     assert run(place, "--resume", "--seed", "1") == 2
 
 

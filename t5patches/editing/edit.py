@@ -212,11 +212,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    for folder in (job.model, job.original or job.model):
-        require_whole(folder)
-    output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
-    described = _described(job)
-    record = output.finished(described, resume=resume)
+    output, described, record = _there(job, resume)
     if record is not None:
         return record
     checked = check(job)
@@ -238,6 +234,32 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     state = (checked.step.state, checked.step.state.params if checked.held_out else None)
     room = room_for(job.model, state, whole=checked.settings.lora is None or job.merge)
     return output.make(described, room, write, may_differ(job.settings))
+
+
+def plan(job: Job, *, resume: bool = False) -> Checked:
+    """Says what `edit` would do, and refuses what it would refuse before weights are read.
+
+    Args:
+        job: see `edit`.
+        resume: see `edit`.
+
+    Returns:
+        What was read and planned.
+
+    Raises:
+        ValueError: see `edit`.
+    """
+    _there(job, resume)
+    return check(job)
+
+
+def _there(job: Job, resume: bool) -> tuple[Output, dict[str, Any], dict[str, Any] | None]:
+    """The folder to make, what makes two jobs the same, and the record of a finished one."""
+    for folder in (job.model, job.original or job.model):
+        require_whole(folder)
+    output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
+    described = _described(job)
+    return output, described, output.finished(described, resume=resume)
 
 
 def check(job: Job) -> Checked:
@@ -939,4 +961,4 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds"]
+__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "plan", "read_rounds"]
