@@ -190,8 +190,10 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypat
         np.testing.assert_array_equal(whole[name], x)
     (round_,), (unbroken,) = (read_rounds(place / name) for name in ("edited", "unbroken"))
     assert round_ | {"seconds": 0} == unbroken | {"seconds": 0}
-    assert run(place) == 2
-    assert "exists: nothing is overwritten" in capsys.readouterr().err
+    for more in ((), ("--plan",), ("--plan", "--resume", "--seed", "1")):
+        assert run(place, *more) == 2
+        assert "exists: nothing is overwritten" in capsys.readouterr().err
+    assert run(place, "--plan", "--resume") == 0
     assert run(place, "--resume", "--seed", "1") == 2
 
 
@@ -351,6 +353,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "optimizer is 'sgd': one of" in refused("--optimizer", "sgd")
     assert "dtype is 'float16': one of" in refused("--dtype", "float16")
     assert "dropout is 1.5" in refused("--dropout", "1.5")
+    for cache in ("edited", "edited/cache", ".", "edited.unfinished/cache"):
+        told = refused("--cache-teacher", place / cache)
+        assert f"{place / cache} and output {place / 'edited'}: neither may be in the" in told
     assert "keep_share is 0.7 and there is nothing to keep" in refused("--keep-share", "0.7")
     assert "the data names no alternatives" in refused("--negatives", "2")
     assert "ul keeps close to no original, and " in refused(
@@ -375,6 +380,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "holds neither spiece.model nor tokenizer.json" in refused()
     (place / "tiny" / "spiece.model").write_bytes(tokenizer)
     shutil.copytree(t5_folders.DATA / "t5_1_0", place / "t5_1_0")
+    shutil.copytree(place / "tiny", place / "other")
+    (place / "other" / "spiece.model").write_bytes(train_sentencepiece(["zebra quilt ox"] * 20, 24))
+    assert "its tokenizer writes some token otherwise" in refused("--original", place / "other")
     message = refused("--original", place / "t5_1_0")
     assert "must be of the same sizes, and differ in " in message
     assert "Config(" not in message
@@ -647,16 +655,18 @@ def test_an_input_is_held_out_whatever_prompts_it_has(tmp_path):
         dataclasses.replace(e, inputs=(Message("user", e.inputs),), input_ids=(9, *e.input_ids))
         for e in first
     ]
-    kept = [Source(f"news {i}") for i in range(20)]
+    kept = [Source(f"news {i}") for i in range(20)] + [Source(f"news   {i}") for i in range(20)]
+    tokenizer = editing_samples.tokenizer()
     job = Job(tmp_path, ["a", "b", "c"], tmp_path, TrainSettings(steps=10, until=0.1), keep="d")
-    left, others, held, note = edit_module._hold_out(job, [first, spaced, later], kept)
+    left, others, held, note = edit_module._hold_out(job, [first, spaced, later], kept, tokenizer)
     prompts = {e.input_ids for e in held}
     texts = {input_text(e.inputs) for e in held}
     assert len(held) >= 4
     for part in left:
         assert not texts & {input_text(e.inputs) for e in part}
         assert not prompts & {e.input_ids for e in part}
-    assert {item.inputs for item in others} == {item.inputs for item in kept} - texts
+    assert [item for item in kept if tokenizer.encode_prompt(item.inputs) not in prompts] == others
+    assert not texts & {item.inputs for item in others}
     assert "outputs to 4 inputs, of 60 to 40" in note
 
 

@@ -93,6 +93,12 @@ def test_a_tenth_of_the_inputs_is_held_out_with_all_outputs_to_them():
         held_out_inputs(many(20, 1), seed=0)
 
 
+def test_marked_outputs_are_looked_at_before_the_others_to_their_input():
+    examples = [*many(20, 0, samples=150), *many(20, 20, samples=2)]
+    held = held_out_examples(examples, held_out_inputs(examples, seed=0))
+    assert (len(held), sum(any(e.marked) for e in held)) == (256, 4)
+
+
 def lucky_too():
     """With a set where the token that was said is none of the unwanted."""
     first, second, third, fourth = test_train.examples()
@@ -118,6 +124,9 @@ def test_what_is_measured_is_the_mass_of_the_sets_and_the_divergence_of_the_rest
     assert look.left == pytest.approx(np.mean(mass), rel=1e-4)
     assert look.kl == pytest.approx(kl.mean(), rel=1e-4)
     assert max(len(set(x) - {-1}) for x in ids[weights < 0]) == 3
+    nowhere = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    with pytest.raises(FloatingPointError, match="after 30 updates nan is left on inputs held out"):
+        watch.look(30, nowhere, None, MODEL.head_params(original))
 
 
 SETTINGS = TrainSettings(
@@ -253,7 +262,8 @@ def test_until_and_held_out_go_together(often, tmp_path):
     for settings, held in ((SETTINGS, None), (dataclasses.replace(SETTINGS, until=None), {})):
         with pytest.raises(ValueError, match="until and held_out go together"):
             run(tmp_path / "run", settings, held_out=held)
-    clean = to_arrays([example("a fire", "the fire in Paris")], pad_id=0)
-    with pytest.raises(ValueError, match="nothing that is pushed down"):
-        run(tmp_path / "run", held_out=clean)
+    clean = example("a fire", "the fire in Paris")
+    for held in (clean, dataclasses.replace(clean, negatives={0: (5, 6)})):
+        with pytest.raises(ValueError, match="nothing that was said is pushed down"):
+            run(tmp_path / "run", held_out=to_arrays([held], pad_id=0, negatives=2))
     assert not (tmp_path / "run").exists()

@@ -263,6 +263,16 @@ def corrected():
     ]
 
 
+@pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if rival.z_loss])
+def test_a_z_loss_is_added_and_changes_nothing_else(name):
+    x = given(name)
+    with_it = RIVALS[name].loss(x._replace(options={**x.options, "z_loss": 0.1}))
+    assert np.asarray(with_it.z_loss)[WEIGHTS < 0].min() > 0.01
+    np.testing.assert_allclose(
+        with_it.loss - with_it.z_loss, RIVALS[name].loss(x).loss, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_pairs_have_their_corrections_and_outputs_without_marks_have_none():
     arrays = pair_arrays(corrected(), tokenizer(), pad_id=0)
     ids = (*tokenizer().encode("a fire in the area").ids, tokenizer().eos_id)

@@ -351,9 +351,10 @@ def test_the_original_runs_no_more():
 def test_what_cannot_be_trained_from(tmp_path):
     cache = cache_teacher(tmp_path / "cache", STUDENT, tiny_params(), arrays(), batch_size=2)
 
-    def run(model=STUDENT, data=None, **changes):
+    def run(model=STUDENT, data=None, seed=0, **changes):
         settings = dataclasses.replace(RUN, **changes)
-        train(model, tiny_params(), data or arrays(), settings, tmp_path / "run", teacher=cache)
+        params = tiny_params(seed)
+        train(model, params, data or arrays(), settings, tmp_path / "run", teacher=cache)
 
     with pytest.raises(ValueError, match="ul keeps to no original"):
         run(objective="ul")
@@ -361,8 +362,15 @@ def test_what_cannot_be_trained_from(tmp_path):
         run(model=tiny_model(emb_dim=32))
     with pytest.raises(ValueError, match="other data"):
         run(data=to_arrays([example("not there", "a fire in Paris", "Paris")], pad_id=0))
-    with pytest.raises(ValueError, match="checkpoint"):
-        cache_teacher(tmp_path / "cache", STUDENT, tiny_params(1), arrays(), batch_size=2)
+    # What changes nothing in the states may differ.
+    like = tiny_model(dropout_rate=0.2, remat=True)
+    cache_teacher(tmp_path / "cache", like, tiny_params(), arrays(), batch_size=2)
+    other, differs = tiny_model(layer_norm_epsilon=0.1), r"layer_norm_epsilon \(1e-06 there, 0.1 "
+    for model, seed, message in ((STUDENT, 1, "checkpoint"), (other, 0, differs)):
+        with pytest.raises(ValueError, match=message):
+            cache_teacher(tmp_path / "cache", model, tiny_params(seed), arrays(), batch_size=2)
+        with pytest.raises(ValueError, match=message):
+            run(model=model, seed=seed)
     assert not (tmp_path / "run").exists()
 
 
@@ -392,3 +400,11 @@ def test_edit_from_a_cache(tmp_path, capsys):
     assert cached["memory"]["original"] == live["memory"]["original"]
     _, told = edit("none", "--objective", "ul", "--cache-teacher", tmp_path / "cache", code=2)
     assert "ul keeps to no original model" in told
+    config = model / "config.json"
+    mended = json.loads(config.read_text()) | {"layer_norm_epsilon": 0.1}
+    config.write_text(json.dumps(mended))
+    _, told = edit("mended", "--cache-teacher", tmp_path / "cache", code=2)
+    assert "layer_norm_epsilon (1e-06 there, 0.1 asked for)" in told
+    # Nor is an edit of the model with its old config one of this model.
+    _, told = edit("live", "--resume", code=2)
+    assert "live exists: nothing is overwritten" in told

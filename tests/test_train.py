@@ -506,6 +506,14 @@ def test_the_average_is_of_the_updates_and_not_of_where_they_began(averaged):
         jax.tree.map(close, trained.params, states[-1])
 
 
+def test_an_average_begins_behind_the_update_of_rate_0_that_a_warm_up_begins_with(tmp_path):
+    warmed = dataclasses.replace(SETTINGS, steps=2, warmup_steps=1, objective="ul")
+    plain = again(tmp_path / "plain", settings=warmed)
+    average = again(tmp_path / "average", settings=dataclasses.replace(warmed, average=0.7))
+    assert not equal(plain.params, tiny_params())
+    jax.tree.map(close, average.params, plain.params)
+
+
 @pytest.mark.slow
 def test_the_rate_falls_over_the_steps_of_this_run_and_no_other(averaged, tmp_path):
     states = averaged[2]
@@ -605,6 +613,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         ({"learning_rate": float("inf")}, "learning_rate is inf: a number above 0 is needed"),
         ({"learning_rate": 1e39}, "1e+39: a number above 0 is needed, as float32 has it"),
         ({"negatives": -1}, "negatives is -1: at least 0"),
+        ({"seed": 2**31}, "seed is 2147483648: at most 2147483647 is possible"),
+        ({"objective": "undial", "beta": float("inf")}, "beta is inf and the objective undial"),
         ({"schedule": "step"}, "schedule is 'step': one of ('constant', 'linear', 'cosine')"),
         (
             {"schedule": "cosine", "steps": 3, "warmup_steps": 3},

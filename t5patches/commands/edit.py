@@ -275,7 +275,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.edit import check, edit
+    from t5patches.editing.edit import edit, plan
     from t5patches.runs import hosts
 
     if options.distributed is not None:
@@ -284,7 +284,7 @@ def run(options: argparse.Namespace) -> int:
             options.quiet, options.json = True, False
     job = _job(options)
     if options.plan:
-        common.print_plan(options, check(job))
+        common.print_plan(options, plan(job, resume=options.resume))
         return 0
     record = edit(job, resume=options.resume, console=common.progress_console(options))
     loss, stopped = record["history"]["loss"], ""

@@ -73,13 +73,18 @@ from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
 from t5patches.model.lora import require_whole, weight_fingerprints, whole_model
 from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
-from t5patches.model.protocol import LanguageModel, differing, require_positions
+from t5patches.model.protocol import (
+    LanguageModel,
+    architecture,
+    differing,
+    require_positions,
+)
 from t5patches.model.teacher_cache import TeacherCache
-from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of
+from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocabulary
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import read_object, read_regular, require_own_file
+from t5patches.runs.files import read_object, read_regular, require_own_file, unfinished
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
 
 RECORD = "t5patches.json"
@@ -207,11 +212,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    for folder in (job.model, job.original or job.model):
-        require_whole(folder)
-    output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
-    described = _described(job)
-    record = output.finished(described, resume=resume)
+    output, described, record = _there(job, resume)
     if record is not None:
         return record
     checked = check(job)
@@ -233,6 +234,32 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     state = (checked.step.state, checked.step.state.params if checked.held_out else None)
     room = room_for(job.model, state, whole=checked.settings.lora is None or job.merge)
     return output.make(described, room, write, may_differ(job.settings))
+
+
+def plan(job: Job, *, resume: bool = False) -> Checked:
+    """Says what `edit` would do, and refuses what it would refuse before weights are read.
+
+    Args:
+        job: see `edit`.
+        resume: see `edit`.
+
+    Returns:
+        What was read and planned.
+
+    Raises:
+        ValueError: see `edit`.
+    """
+    _there(job, resume)
+    return check(job)
+
+
+def _there(job: Job, resume: bool) -> tuple[Output, dict[str, Any], dict[str, Any] | None]:
+    """The folder to make, what makes two jobs the same, and the record of a finished one."""
+    for folder in (job.model, job.original or job.model):
+        require_whole(folder)
+    output = Output(job.output, lambda folder: [None, *read_rounds(folder)][-1], "edit")
+    described = _described(job)
+    return output, described, output.finished(described, resume=resume)
 
 
 def check(job: Job) -> Checked:
@@ -258,10 +285,18 @@ def check(job: Job) -> Checked:
             f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
             f"down: leave --keep out, or use one of {KEEPING}"
         )
+    if job.cache_teacher is not None:
+        cache, output = (Path(folder).resolve() for folder in (job.cache_teacher, job.output))
+        # What is unfinished is removed at the end, with all in it.
+        if output.is_relative_to(cache) or {output, unfinished(output)} & {cache, *cache.parents}:
+            raise ValueError(
+                f"cache_teacher is {job.cache_teacher} and output {job.output}: neither may be in "
+                "the other's place or within it: keep the cache in a folder of its own"
+            )
     dtype = dtype_named(job.dtype)
     model, tokenizer = model_to_train(job.model, job.chat)
     model = model.replace(dropout_rate=job.dropout, dtype=dtype, remat=job.remat)
-    _check_original(job)
+    _check_original(job, tokenizer)
     _check_data(job.data)
     templates = None if job.templates is None else read_templates(job.templates)
     sets, kept, notes = _read_all(job, tokenizer, model.config.vocab_size)
@@ -270,7 +305,7 @@ def check(job: Job) -> Checked:
     most = max(len(example.output_ids) for example in all_examples)
     held: list[Example] = []
     if settings.until is not None:
-        sets, kept, held, note = _hold_out(job, sets, kept)
+        sets, kept, held, note = _hold_out(job, sets, kept, tokenizer)
         notes.append(note)
     if templates is not None:
         sets, (kept, held) = (
@@ -463,7 +498,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
             )
 
 
-def _check_original(job: Job) -> None:
+def _check_original(job: Job, tokenizer: Tokenizer) -> None:
     if job.original is None:
         return
     objective, until = job.settings.objective, job.settings.until
@@ -479,6 +514,11 @@ def _check_original(job: Job) -> None:
         raise ValueError(
             f"the original in {job.original} and the model in {job.model} must be of the same "
             f"sizes, and differ in {', '.join(differing(there.config, here.config)) or 'family'}"
+        )
+    if not same_vocabulary(load_tokenizer(job.original, chat="off"), tokenizer):
+        raise ValueError(
+            f"the original in {job.original} is given the tokens of {job.model}, and its tokenizer "
+            "writes some token otherwise: give an original with the same tokenizer"
         )
     frozen = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
@@ -569,7 +609,10 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
 
 
 def _hold_out(
-    job: Job, sets: Sequence[Sequence[Example]], kept: Sequence[Source | Example]
+    job: Job,
+    sets: Sequence[Sequence[Example]],
+    kept: Sequence[Source | Example],
+    tokenizer: Tokenizer,
 ) -> tuple[list[list[Example]], list[Source | Example], list[Example], str]:
     """The data without what is held out, what is held out, and a note of it.
 
@@ -593,7 +636,15 @@ def _hold_out(
         f"held out to stop by: {len(held)} outputs to {len(known)} inputs, of {len(examples)} to "
         f"{len({messages_of(example.inputs) for example in examples})}"
     )
-    others = [item for item in kept if messages_of(item.inputs) not in known]
+    asked = (
+        item.input_ids if isinstance(item, Example) else tokenizer.encode_prompt(item.inputs)
+        for item in kept
+    )
+    others = [
+        item
+        for item, prompt in zip(kept, asked, strict=True)
+        if messages_of(item.inputs) not in known and prompt not in prompts
+    ]
     if kept and not others:
         raise ValueError(
             f"{job.keep}: until holds out all {len(kept)} inputs that it has: give other inputs to "
@@ -791,6 +842,8 @@ def _described(job: Job) -> dict[str, Any]:
         del settings[name]
     return {
         "model": _weights(job.model),
+        # The original, where it is another one, has the same.
+        "config": architecture(inspect_checkpoint(job.model).config),
         "original": None if job.original is None else _weights(job.original),
         "data": data,
         # Rates go by it, and so do the rows that are drawn; in `data` it would say nothing.
@@ -908,4 +961,4 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "read_rounds"]
+__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "plan", "read_rounds"]

@@ -77,16 +77,16 @@ def held_out_examples(
 
     Returns:
         Those to these inputs, in their order, at most 256: then the first to each input, the
-        second, and so on.
+        second, and so on, where those with something marked come first.
     """
-    places = dict.fromkeys(inputs, 0)
-    found = []
-    for number, example in enumerate(examples):
-        given = messages_of(example.inputs)
-        if given in places:
-            found.append((places[given], number))
-            places[given] += 1
-    return [examples[number] for number in sorted(n for _, n in sorted(found)[:_MOST_EXAMPLES])]
+    found: dict[tuple[Message, ...], list[int]] = {given: [] for given in inputs}
+    # What is left is of what is marked, which may be rare among the outputs to an input.
+    for number in sorted(range(len(examples)), key=lambda i: not any(examples[i].marked)):
+        given = messages_of(examples[number].inputs)
+        if given in found:
+            found[given].append(number)
+    places = sorted(place for numbers in found.values() for place in enumerate(numbers))
+    return [examples[number] for number in sorted(n for _, n in places[:_MOST_EXAMPLES])]
 
 
 class Look(NamedTuple):
@@ -199,12 +199,20 @@ class HeldOut:
             trained: parameters of the model, or of its adapter.
             base: of the model beneath an adapter.
             original: of the original, of which the head counts.
+
+        Raises:
+            FloatingPointError: what is left is no number.
         """
         totals = np.zeros(4)
         with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
             for batch in self._batches():
                 totals += np.asarray(self._sums(trained, base, original, batch), np.float64)
         left, pushed, kl, kept = totals
+        if not np.isfinite(left / pushed):  # it compares with no other look
+            raise FloatingPointError(
+                f"after {step} updates {left / pushed} is left on inputs held out: lower "
+                "learning_rate or alpha, and check that all token ids are in the vocabulary"
+            )
         self.looks.append(Look(step, float(left / pushed), float(kl / max(kept, 1))))
         if verdict(self.looks, self._until).best == len(self.looks) - 1:
             self.best = jax.device_get(trained)

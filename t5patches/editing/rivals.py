@@ -128,8 +128,9 @@ def unilogit(given: Given) -> TokenLoss:
     """
     pushed, kernel = jnp.minimum(given.weights, 0), given.head.kernel
     size = kernel.shape[0 if given.head.transposed else 1]
+    options: dict[str, Any] = {**given.options, "z_loss": 0.0}  # the odds are read off the loss
     now = linear_unlikelihood_loss(
-        given.hidden, kernel, given.targets, pushed, alpha=1.0, **given.options
+        given.hidden, kernel, given.targets, pushed, alpha=1.0, **options
     )
     # log((1 - p[y]) / p[y]), right also where p[y] is near 1; float32 ends at exp(88).
     odds = jax.lax.stop_gradient(-now.loss - now.log_prob)

@@ -30,7 +30,7 @@ from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, inspect_model, load_model
 from t5patches.model.lora import is_adapter
 from t5patches.model.protocol import LanguageModel, differing
-from t5patches.model.tokenizer import Inputs, Tokenizer
+from t5patches.model.tokenizer import Inputs, Tokenizer, same_vocabulary
 from t5patches.runs.claims import Parts, claim, hold, make_part
 
 
@@ -193,8 +193,7 @@ def _check_alike(
                 f"{folder} is no edit of the original: its tokenizer splits input {number} "
                 "otherwise"
             )
-    every = range(min(tokenizer.vocab_size, of_original.vocab_size))
-    if tokenizer.decode(every).text != of_original.decode(every).text:
+    if not same_vocabulary(tokenizer, of_original):
         raise ValueError(
             f"{folder} is no edit of the original: its tokenizer writes some token otherwise"
         )

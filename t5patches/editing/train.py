@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import os
 import time
@@ -42,7 +43,7 @@ from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.memory import compiled, give_back
-from t5patches.model.protocol import LanguageModel, Params, require_positions
+from t5patches.model.protocol import LanguageModel, Params, architecture, require_positions
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs import hosts
 from t5patches.runs.claims import claim
@@ -146,6 +147,8 @@ class TrainSettings:
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
                 f"the {self.schedule} schedule; make more steps, or warm up over fewer"
             )
+        if self.seed >= 2**31:  # on a device it is an int32
+            raise ValueError(f"seed is {self.seed}: at most {2**31 - 1} is possible")
         if not 0 <= self.average < 1:
             raise ValueError(
                 f"average is {self.average}: a decay from 0 (none) to below 1 is needed, such as "
@@ -172,11 +175,12 @@ class TrainSettings:
                 "alpha out"
             )
         rival = RIVALS.get(self.objective)
-        if self.beta is not None and (rival is None or rival.beta is None or not self.beta > 0):
+        takes_beta = rival is not None and rival.beta is not None
+        if self.beta is not None and not (takes_beta and 0 < self.beta < math.inf):
             takers = tuple(name for name, other in RIVALS.items() if other.beta is not None)
             raise ValueError(
-                f"beta is {self.beta} and the objective {self.objective}: it is above 0, and of "
-                f"{takers} alone"
+                f"beta is {self.beta} and the objective {self.objective}: it is above 0 and "
+                f"finite, and of {takers} alone"
             )
         if self.z_loss and rival is not None and not rival.z_loss:
             raise NotImplementedError(
@@ -296,7 +300,7 @@ def train(
         teacher: of `original` on `arrays` (`cache_teacher`): read instead of running `original`,
             of which only the head is then needed.
         held_out: with `TrainSettings.until`, arrays like `arrays` of other inputs, with something
-            pushed down; their sets may be of another size.
+            that was said pushed down; their sets may be of another size.
         progress: shows the run, see `training_progress`; None shows nothing.
 
     Returns:
@@ -306,8 +310,9 @@ def train(
         ValueError: the directory holds another run; the arrays lack edits; cross-entropy is asked
             for on marked tokens; the order is too short; the mesh does not divide the sizes; an
             example is longer than the model's positions; the teacher's cache is of other data or
-            another width.
-        FloatingPointError: the loss stops being a number; no checkpoint holds what came of it.
+            another original.
+        FloatingPointError: the loss, or what is left on `held_out`, stops being a number; no
+            checkpoint holds what came of it.
     """
     _check_arrays(arrays, settings, order)
     _check_held_out(held_out, settings)
@@ -318,11 +323,12 @@ def train(
     cached = None if teacher is None else str(teacher.dtype)
     own = original is not None and original is not params
     step_of = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
-    if teacher is not None:
-        teacher.check(arrays, width=model.config.emb_dim)
     directory = Path(directory).absolute()
     original = params if original is None else original
     described = _describe(model, params, original, arrays, settings, order, cached, held_out)
+    if teacher is not None:
+        about = _states_of(model, described["original"])
+        teacher.check(arrays, about, width=model.config.emb_dim)
 
     def claimed() -> None:
         claim(
@@ -941,7 +947,9 @@ def update(
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-        share = _share_of_newest(settings.average, step)
+        # The first update of a warm-up has rate 0: what it leaves is where training began.
+        before = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
+        share = _share_of_newest(settings.average, before)
         average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = said_is_pushed_down(batch)
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
@@ -1029,8 +1037,10 @@ def _check_held_out(held_out: Batch | None, settings: TrainSettings) -> None:
         raise ValueError(
             "until and held_out go together: the one says when to stop, the other by what data"
         )
-    if held_out is not None and not (held_out["weights"] < 0).any():
-        raise ValueError("held_out has nothing that is pushed down, so nothing of it can be left")
+    if held_out is not None and not said_is_pushed_down(held_out).any():
+        raise ValueError(
+            "in held_out nothing that was said is pushed down, so nothing of it can be left"
+        )
     if held_out is not None and jax.process_count() > 1:
         raise NotImplementedError(
             "several processes do not look at what is held out: leave until out"
@@ -1093,13 +1103,18 @@ def cache_teacher(
         directory,
         batches,
         functools.partial(hidden_of, placed),
-        {"checkpoint": fingerprint(original), **(about or {})},
+        {**_states_of(model, fingerprint(original)), **(about or {})},
         width=model.config.emb_dim,
         dtype=dtype,
         pad_id=model.config.pad_id,
         tell=tell,
         advance=advance,
     )
+
+
+def _states_of(model: LanguageModel, original: str) -> dict[str, Any]:
+    """What a cache of the original's states is known by, given its fingerprint."""
+    return {"checkpoint": original, "config": architecture(model.config)}
 
 
 def _describe(

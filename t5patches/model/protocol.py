@@ -145,6 +145,21 @@ def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
     return [f"{name} ({a} and {b})" for name, a, b in pairs if a != b]
 
 
+def architecture(config: ModelConfig) -> dict[str, str]:
+    """What of a config decides what weights compute, for JSON.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      Its fields as texts, without `dtype`, `dropout_rate` and `remat`, which are of a run and not
+      of the model.
+    """
+    of_runs = ("dtype", "dropout_rate", "remat")
+    fields = dataclasses.asdict(config)
+    return {name: str(value) for name, value in fields.items() if name not in of_runs}
+
+
 def require_positions(config: ModelConfig, prompts: np.ndarray, outputs: np.ndarray | int) -> None:
     """Refuses what is longer than a model's positions.
 

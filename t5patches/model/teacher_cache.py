@@ -86,7 +86,7 @@ class TeacherCache:
         self.directory, self._pad_id = Path(directory), pad_id
         if not (self.directory / "run.json").exists():
             raise ValueError(f"{directory} holds no teacher cache: write one first")
-        run = read_object(self.directory / "run.json")
+        self._run = run = read_object(self.directory / "run.json")
         if about is not None:
             claim(self.directory, {**run, **about})
         index = np.load(self.directory / "index.npz")
@@ -101,21 +101,24 @@ class TeacherCache:
         self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
         self.dtype = self._states.dtype.numpy_dtype
 
-    def check(self, batch: Batch, *, width: int) -> None:
-        """Makes sure that all examples of a batch are there.
+    def check(self, batch: Batch, about: Mapping[str, Any] | None = None, *, width: int) -> None:
+        """Makes sure that all examples of a batch are there, as the original has them.
 
         Args:
             batch: see `read`.
+            about: what the cache must be of, as given to `write_cache`; None asks nothing.
             width: of the model that will be trained.
 
         Raises:
-            ValueError: one is not, or the states are of another width.
+            ValueError: one is not, or the states are of another width or of something else.
         """
         if self.width != width:
             raise ValueError(
                 f"the teacher cache {self.directory} has states of {self.width} entries and the "
                 f"model's have {width}: it is of another model"
             )
+        if about is not None:
+            claim(self.directory, {**self._run, **about})
         for segment in _segments(batch, self._pad_id):
             self._find(segment)
 

@@ -108,6 +108,20 @@ class Tokenizer(Protocol):
         """The text of `ids`, with the characters that each of them contributes."""
 
 
+def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Whether ids mean the same to two tokenizers.
+
+    Args:
+        tokenizer: the first.
+        other: the second.
+
+    Returns:
+        True where each id that both have is written alike.
+    """
+    every = range(min(tokenizer.vocab_size, other.vocab_size))
+    return tokenizer.decode(every).text == other.decode(every).text
+
+
 class SpecialIds(NamedTuple):
     """Ids that stand for no text.
 
