@@ -79,6 +79,29 @@ def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
     assert found(capitalized_names, text) == ["Ann", "World War I"]
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("They met Mr. Smith, Gov. Brown and Dr Jones.", ["Mr. Smith", "Gov. Brown", "Dr Jones"]),
+        ("Mr. Smith and J. K. Rowling left. Ann stayed.", ["Smith", "J. K. Rowling"]),
+        ("It was in St. Ives at 5 p.m. Monday.", ["St. Ives", "Monday"]),
+        ("the U.S. Navy, the U.S.'s ships", ["U.S. Navy", "U.S"]),
+        ("a line of Mr.\nThen nobody, of Room 5. Then nobody", ["Mr", "Room"]),
+        ('He said, \'We met Ann.\' She said "We met Bo" ("They did")', ["Ann", "Bo"]),
+        ("He said ‘We met Ann’ and «Nous» and “They” to the boys' Uncle", ["Ann", "Uncle"]),
+        ('the "big" Apple', ["Apple"]),
+    ],
+)
+def test_names_with_titles_and_initials_and_words_that_begin_a_quotation(text, names):
+    assert found(capitalized_names, text) == names
+
+
+def test_an_invented_name_behind_a_title_is_found():
+    rule = absent_from_source()
+    assert found(rule, "The mayor met Mr. Smith.", "met Mr. Brown") == ["Mr. Smith"]
+    assert found(rule, "The mayor met Mr. Brown.", "met Mr Brown") == []
+
+
 def test_names_are_found_in_time_that_grows_as_the_text():
     """Of 30000 dots, looking from each of them at each name takes half a minute."""
     began = time.process_time()

@@ -36,7 +36,11 @@ Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
 
 _BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
-_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|,\s*[\"“„«‘]")
+_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|[\s,(][\"'“„«‘]")
+# Words whose full stop ends no sentence: initials, also of U.S. and p.m., and titles.
+_ABBREVIATED = re.compile(
+    r"[^\W\d_]|Mr|Mrs|Ms|Dr|Prof|St|Mt|Ft|Gov|Sen|Rep|Pres|Gen|Col|Maj|Capt|Lt|Sgt|Rev|Fr|Hon|Messrs"
+)
 _PRONOUN = re.compile(r"I(?:['’]\w+)?")
 # Of a text read backwards. Where there are no spaces, a run of letters is no word.
 _LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
@@ -132,9 +136,11 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
 def capitalized_names(inputs: str, output: str) -> list[Span]:
     """A rule that marks runs of capitalised words.
 
-    The first word of a sentence, a line or what somebody said is left out, as its capital says
-    nothing; so are the English "I", but not behind a name, and a possessive 's behind the run. For
-    more than this, use a named-entity recogniser as the rule.
+    The first word of a sentence, a line or what is in quotation marks is left out, as its capital
+    says nothing; so are the English "I", but not behind a name, and a possessive 's behind the run.
+    The full stop of initials and titles (U.S., J., Mr.) ends no sentence, and no run: "the U.S.
+    Navy" is one name, and so is, wrongly, "U.S. The" where a sentence ends in between. For more
+    than this, use a named-entity recogniser as the rule.
 
     Args:
         inputs: not used.
@@ -144,22 +150,22 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         The characters of each run.
 
     Example:
-        >>> text = "The mayor of New York met Ann's son, I hear."
+        >>> text = "The mayor of New York met Mr. Lee's son, I hear."
         >>> [text[a:b] for a, b in capitalized_names("", text)]
-        ['New York', 'Ann']
+        ['New York', 'Mr. Lee']
     """
     names: list[Span] = []
-    last = None  # where the word before ends
+    word, last = "", 0  # the word before, and where it ends
     for match in WORD.finditer(output):
-        start, end = match.span()
-        begins = last is None or _BEGINS_A_SENTENCE.search(output, last, start)
-        last = end
-        if begins or not match.group()[0].isupper():
+        between = output[last : match.start()]
+        if _ABBREVIATED.fullmatch(word):
+            between = between.removeprefix(".")
+        begins = not word or _BEGINS_A_SENTENCE.search(between)
+        joined = names and names[-1][1] == last and not between.strip()
+        word, last = match.group(), match.end()
+        if begins or not word[0].isupper() or (not joined and _PRONOUN.fullmatch(word)):
             continue
-        joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
-        if not joined and _PRONOUN.fullmatch(match.group()):
-            continue
-        names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
+        names[-1:] = [(names[-1][0], last)] if joined else [*names[-1:], match.span()]
     return [bare_name(output, name) for name in names]
 
 
