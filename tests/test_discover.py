@@ -7,6 +7,7 @@ from editing_samples import TEXTS, model_folder
 
 from t5patches import cli
 from t5patches.editing import discover as discover_module
+from t5patches.editing.annotate import word_list
 from t5patches.editing.discover import overused, read_human, rules_text
 from t5patches.editing.rules import read_rules
 
@@ -71,6 +72,27 @@ def test_the_rules_offered_mark_what_was_counted(tmp_path):
         (tmp_path / "rules.toml").write_text(rules_text([phrase], "of a test"))
         rule = read_rules(tmp_path / "rules.toml")
         assert sum(bool(list(rule("", text))) for text in said) == phrase.outputs
+
+
+@pytest.mark.parametrize(
+    ("said", "human", "found"),
+    [
+        # What a rule finds beside other signs, or within a run of characters, people say too.
+        ([f"w{i} Trump" for i in range(9)], ["Trump's house", "a Trump-era wall"] * 9, {}),
+        (["注意的是，城市很大"] * 9, ["人们说注意的是城市", "大家好"] * 9, {"城市很大": 9}),
+        (["Trump's house", "a Trump-era wall", *["Trump"] * 3], HUMAN, {"trump": 5}),
+        (["to İstanbul"] * 9, HUMAN, {"to istanbul": 9}),
+        (["a cafe\u0301", "a\ncaf\u00e9"] * 9, HUMAN, {"a caf\u00e9": 18}),
+    ],
+)
+def test_occurrences_are_what_the_rule_marks(said, human, found):
+    phrases = overused(said, human)
+    assert {phrase.text: phrase.outputs for phrase in phrases} == found
+    for phrase in phrases:
+        rule = word_list([phrase.text])
+        assert sum(any(rule("", text)) for text in said) == phrase.outputs
+    # A character of a script without spaces is a word.
+    assert all(phrase.rate == 1000 / 8 for phrase in phrases if "城" in phrase.text)
 
 
 def test_text_by_people_is_read_as_text_from_json_too(tmp_path):
