@@ -277,6 +277,22 @@ def find_spans(rule: Rule, inputs: Inputs, output: str) -> list[Span]:
     return sorted(spans)
 
 
+def whole_part(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """An output without its last word where the length cut that off.
+
+    Args:
+        text: what the model said.
+        ids: the tokens of it, an end token included where it was said.
+        tokenizer: the model's.
+
+    Returns:
+        The text; where no end token was said, without the letters that it ends with.
+    """
+    if {*tokenizer.end_ids} & {*ids}:
+        return text
+    return _LAST_WORD.sub("", text[::-1], count=1)[::-1]
+
+
 def _character(number: Any) -> int:
     """A whole number, numpy's too: no fraction, text or bool that could be made one."""
     if isinstance(number, bool | np.bool_):
@@ -319,7 +335,7 @@ def annotate(
     for number, (source, ids, prompt) in enumerate(zip(inputs, outputs, given, strict=True), 1):
         said = tokenizer.decode(ids)
         try:
-            spans = _spans_of_whole_words(rule, source, said, tokenizer)
+            spans = find_spans(rule, source, whole_part(said.text, ids, tokenizer))
             _require_tokens(rule, source, said, spans)
             examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
         except ValueError as error:
@@ -732,17 +748,8 @@ def _forbids(
     rule: Rule, inputs: Inputs, output: Sequence[int], position: int, tokenizer: Tokenizer
 ) -> bool:
     said = tokenizer.decode(output)
-    return token_mask(said, _spans_of_whole_words(rule, inputs, said, tokenizer))[position]
-
-
-def _spans_of_whole_words(
-    rule: Rule, inputs: Inputs, said: TokenizedText, tokenizer: Tokenizer
-) -> list[Span]:
-    """What a rule marks, which is not shown the last word where the length cut it off."""
-    text = said.text
-    if not {*tokenizer.end_ids} & {*said.ids}:
-        text = _LAST_WORD.sub("", text[::-1], count=1)[::-1]
-    return find_spans(rule, inputs, text)
+    spans = find_spans(rule, inputs, whole_part(said.text, output, tokenizer))
+    return token_mask(said, spans)[position]
 
 
 def _words(text: str, ignore_case: bool) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from t5patches.editing.annotate import word_list
+from t5patches.editing.annotate import whole_part, word_list
 from t5patches.editing.collect import CollectSettings, describe, let_speak, require_room
 from t5patches.editing.data import JSON_LINES, fields_of, read_lines, text_of
 from t5patches.editing.words import WORD, spaced
@@ -169,7 +169,8 @@ def discover(
     require_room(model, inputs, settings)
     parts = Parts(work_of(output), describe(model, inputs, settings))
     examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
-    phrases = overused([example.outputs for example in examples], human, most=most)
+    said = [whole_part(e.outputs, e.output_ids, model.tokenizer) for e in examples]
+    phrases = overused(said, human, most=most)
     about = (
         f"{len(phrases)} phrases that {len(examples)} outputs of the model have more than twice as "
         f"often as {len(human)} texts by people."
