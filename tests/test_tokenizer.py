@@ -345,6 +345,19 @@ def test_added_tokens_join_a_tokenizer_model(llama):
     assert found.encode_template("<|im_start|>a<|im_end|>")[::2] == (330, 331)
 
 
+@pytest.mark.parametrize(("said", "anew"), [({}, True), ({"legacy": False}, False)])
+def test_a_mistrals_files_are_taken_as_they_are(said, anew, llama):
+    """The library does not go by the class that they name, and its default for `legacy` is true."""
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "mistral"}
+    said = said | {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    found = load_tokenizer(write(llama, config=config, tokenizer_config=said))
+    assert found.encode("a").ids == loaded["sentencepiece"].encode("a").ids
+    assert (found.encode_template("<s>a") == (1, *found.encode("a").ids)) == anew
+    (llama / "tokenizer.json").write_bytes(tokenizer_json("bytes, prepended"))
+    write(llama, config=config | {"eos_token_id": 1})
+    assert load_tokenizer(llama).encode("a").ids == loaded["bytes, prepended"].encode("a").ids
+
+
 # What is refused
 
 

@@ -5,7 +5,8 @@
 the files beside them name. What stands in front of a prompt, the post-processor of
 `tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`. Whether a text gets a
 space in front, `add_prefix_space` there says where it is true or false and the tokenizer's class is
-one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's), or else the tokenizer's own file.
+one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's, but not of a Mistral), or else the
+tokenizer's own file.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
@@ -97,6 +98,8 @@ def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tok
     if config is None:
         return _first(folder, _OF_T5, (_t5_from_spiece, _t5_from_json))
     said = _said(folder)
+    if getattr(config, "family", "") == "mistral":  # the library takes its files as they are
+        said = {"legacy": True} | said | {"add_prefix_space": None}
     tokenizer: Any = _first(
         folder,
         _OF_DECODERS,
