@@ -48,6 +48,8 @@ def test_word_lists_match_whole_words_and_the_longest_phrase():
         ("cafe", "cafe\u0301 cafe", ["cafe"]),
         ("caf\u00e9", "Cafe\u0301, caf\u00e9", ["Cafe\u0301", "caf\u00e9"]),
         ("cafe\u0301 noir", "caf\u00e9 noir", ["caf\u00e9 noir"]),
+        ("don't", "I don’t, don't", ["don’t", "don't"]),
+        ("don’t", "I don’t, don't", ["don’t", "don't"]),
         ("राम", "रामायण राम रामा", ["राम"]),
         ("سلام", "سلامٌ سلام", ["سلام"]),
         ("❤", "❤\ufe0f", ["❤"]),

@@ -65,11 +65,11 @@ def test_the_rules_offered_mark_what_was_counted(tmp_path):
     phrases = overused(said, HUMAN)
     (tmp_path / "rules.toml").write_text(rules_text(phrases, "of a test"))
     rules = read_rules(tmp_path / "rules.toml")
-    assert "l'été rock-’n’-roll" in [phrase.text for phrase in phrases]
+    assert "l'été rock-'n'-roll" in [phrase.text for phrase in phrases]
     counted = {phrase.text: 0 for phrase in phrases}
     for text in said:
         for start, end in rules("", text):
-            assert text[start:end].lower() in " ".join(counted)
+            assert text[start:end].lower().replace("’", "'") in " ".join(counted)
     for phrase in phrases:
         (tmp_path / "rules.toml").write_text(rules_text([phrase], "of a test"))
         rule = read_rules(tmp_path / "rules.toml")
@@ -83,6 +83,7 @@ def test_the_rules_offered_mark_what_was_counted(tmp_path):
         ([f"w{i} Trump" for i in range(9)], ["Trump's house", "a Trump-era wall"] * 9, {}),
         (["注意的是，城市很大"] * 9, ["人们说注意的是城市", "大家好"] * 9, {"城市很大": 9}),
         (["Trump's house", "a Trump-era wall", *["Trump"] * 3], HUMAN, {"trump": 5}),
+        (["it’s so"] * 9, ["it's so, they say it's so"] * 9, {}),
         (["to İstanbul"] * 9, HUMAN, {"to istanbul": 9}),
         (["a cafe\u0301", "a\ncaf\u00e9"] * 9, HUMAN, {"a caf\u00e9": 18}),
     ],

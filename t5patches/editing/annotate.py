@@ -53,8 +53,9 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     them wherever they stand.
 
     Args:
-        words: what to mark. A space in a phrase matches any white space, and an accent matches
-            whether it is a part of its letter or a character of its own.
+        words: what to mark. A space in a phrase matches any white space, an apostrophe the
+            straight one (') and the curly one (’), and an accent matches whether it is a part of
+            its letter or a character of its own.
         ignore_case: whether "Paris" on the list marks "PARIS".
 
     Returns:
@@ -79,8 +80,9 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     parts += [[unicodedata.normalize(f, w) for w in p] for p in parts for f in ("NFC", "NFD")]
     expressions = dict.fromkeys(r"\s+".join(map(re.escape, part)) for part in parts)
     # The longest first: "new york city" wins over "new york".
-    phrases = sorted(expressions, key=len, reverse=True)
-    return pattern(whole_words("|".join(phrases)), flags=re.IGNORECASE if ignore_case else 0)
+    phrases = "|".join(sorted(expressions, key=len, reverse=True))
+    either = re.sub("['’]", "['’]", phrases)
+    return pattern(whole_words(either), flags=re.IGNORECASE if ignore_case else 0)
 
 
 def whole_words(expression: str) -> str:

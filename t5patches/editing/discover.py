@@ -238,8 +238,8 @@ def _phrases(text: str) -> Iterator[str]:
 
 
 def _small(text: str) -> str:
-    """A text in one spelling: small letters, single spaces, accents as parts of their letters."""
-    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    """A text in one spelling, of those that the rule `words` takes for the same."""
+    text = unicodedata.normalize("NFC", " ".join(text.split())).replace("’", "'")
     return text.replace("İ", "i").lower()  # whose small letter is two characters, for no rule
 
 
