@@ -177,6 +177,17 @@ def test_a_marked_control_token_is_text():
     assert loaded["sentencepiece"].encode_template("<s>a") == (1, *joined.encode("a").ids)
 
 
+@pytest.mark.parametrize("sides", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
+def test_special_tokens_take_the_spaces_beside_them_in_pieces_too(sides):
+    found = json.loads(tokenizer_json("byte-level"))
+    for token in found["added_tokens"][2:]:
+        token |= dict.fromkeys(sides, True)
+    spaced = JsonTokenizer(json.dumps(found).encode(), (END,))
+    text = "<s> <|im_start|>\n a </s>  the <|im_end|> \n<|im_start|><|im_end|>  b"
+    assert spaced.encode_template(f"{text}~", "~") == spaced.encode_template(text)
+    assert spaced.encode_template(text) != loaded["byte-level"].encode_template(text)
+
+
 def test_a_file_neither_cuts_nor_fills_up():
     original = Tokenizer.from_str(tokenizer_json("byte-level").decode())
     original.enable_truncation(3)
