@@ -48,6 +48,8 @@ def test_word_lists_match_whole_words_and_the_longest_phrase():
         ("cafe", "cafe\u0301 cafe", ["cafe"]),
         ("caf\u00e9", "Cafe\u0301, caf\u00e9", ["Cafe\u0301", "caf\u00e9"]),
         ("cafe\u0301 noir", "caf\u00e9 noir", ["caf\u00e9 noir"]),
+        ("don't", "I don’t, don't", ["don’t", "don't"]),
+        ("don’t", "I don’t, don't", ["don’t", "don't"]),
         ("राम", "रामायण राम रामा", ["राम"]),
         ("سلام", "سلامٌ سلام", ["سلام"]),
         ("❤", "❤\ufe0f", ["❤"]),
@@ -77,6 +79,29 @@ def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
         'The list:\n- Councils met Ann\n- They… Then I, as I\'m told, said, "We lost World War I"'
     )
     assert found(capitalized_names, text) == ["Ann", "World War I"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("They met Mr. Smith, Gov. Brown and Dr Jones.", ["Mr. Smith", "Gov. Brown", "Dr Jones"]),
+        ("Mr. Smith and J. K. Rowling left. Ann stayed.", ["Smith", "J. K. Rowling"]),
+        ("It was in St. Ives at 5 p.m. Monday.", ["St. Ives", "Monday"]),
+        ("the U.S. Navy, the U.S.'s ships", ["U.S. Navy", "U.S"]),
+        ("a line of Mr.\nThen nobody, of Room 5. Then nobody", ["Mr", "Room"]),
+        ('He said, \'We met Ann.\' She said "We met Bo" ("They did")', ["Ann", "Bo"]),
+        ("He said ‘We met Ann’ and «Nous» and “They” to the boys' Uncle", ["Ann", "Uncle"]),
+        ('the "big" Apple', ["Apple"]),
+    ],
+)
+def test_names_with_titles_and_initials_and_words_that_begin_a_quotation(text, names):
+    assert found(capitalized_names, text) == names
+
+
+def test_an_invented_name_behind_a_title_is_found():
+    rule = absent_from_source()
+    assert found(rule, "The mayor met Mr. Smith.", "met Mr. Brown") == ["Mr. Smith"]
+    assert found(rule, "The mayor met Mr. Brown.", "met Mr Brown") == []
 
 
 def test_names_are_found_in_time_that_grows_as_the_text():

@@ -14,6 +14,7 @@ from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import annotate, pattern, speak
 from t5patches.editing.constrained import evaluate_constrained, speak_constrained
 from t5patches.editing.evaluate import Measuring, evaluate, read_original
+from t5patches.model.decoder.model import small_decoder
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -80,6 +81,20 @@ def test_what_is_drawn_is_the_originals_distribution_without_what_is_barred(monk
     part = np.minimum((p[order].cumsum() / p.sum() * 10).astype(int), 9)
     expected, seen = (np.bincount(part, x[order], 10) for x in (count * p / p.sum(), drawn))
     assert ((seen - expected) ** 2 / expected).sum() < 30  # chi-square, 9 degrees: p = 0.0004
+
+
+def test_the_last_id_may_be_said_where_padding_is_no_token():
+    """A decoder-only model's padding is -1; the last id is GPT-2's end of a text."""
+    size = tokenizer().vocab_size
+    model = small_decoder(vocab_size=size, width=16, layers=1, begin_id=0)
+    # The same logits everywhere: "P" is the likeliest token, and the last id the next one.
+    params = jax.tree.map(jnp.ones_like, jax.jit(model.init)(jax.random.key(0)))
+    scores = jnp.zeros(size).at[tokenizer().encode("P").ids[0]].set(2).at[-1].set(1)
+    params["head"]["kernel"] = jnp.tile(scores, (16, 1))
+    args = (model, params, ["news"], pattern("P"), tokenizer())
+    assert any(speak(*args, max_length=4)[0].marked)
+    (found,) = speak_constrained(*args, max_length=4)
+    assert found.output_ids[0] == size - 1
 
 
 @pytest.mark.slow

@@ -3,12 +3,15 @@
 import json
 
 import pytest
-from editing_samples import TEXTS, model_folder
+from editing_samples import TEXTS, model_folder, tokenizer
 
 from t5patches import cli
 from t5patches.editing import discover as discover_module
-from t5patches.editing.discover import overused, read_human, rules_text
+from t5patches.editing.annotate import annotate, word_list
+from t5patches.editing.collect import CollectSettings
+from t5patches.editing.discover import discover, overused, read_human, rules_text
 from t5patches.editing.rules import read_rules
+from t5patches.model.folder import load_model
 
 HUMAN = ["the mayor sold the bridge in Rome", "a fire closed the library, said Ann"] * 500
 SAID = [
@@ -62,15 +65,49 @@ def test_the_rules_offered_mark_what_was_counted(tmp_path):
     phrases = overused(said, HUMAN)
     (tmp_path / "rules.toml").write_text(rules_text(phrases, "of a test"))
     rules = read_rules(tmp_path / "rules.toml")
-    assert "l'été rock-’n’-roll" in [phrase.text for phrase in phrases]
+    assert "l'été rock-'n'-roll" in [phrase.text for phrase in phrases]
     counted = {phrase.text: 0 for phrase in phrases}
     for text in said:
         for start, end in rules("", text):
-            assert text[start:end].lower() in " ".join(counted)
+            assert text[start:end].lower().replace("’", "'") in " ".join(counted)
     for phrase in phrases:
         (tmp_path / "rules.toml").write_text(rules_text([phrase], "of a test"))
         rule = read_rules(tmp_path / "rules.toml")
         assert sum(bool(list(rule("", text))) for text in said) == phrase.outputs
+
+
+@pytest.mark.parametrize(
+    ("said", "human", "found"),
+    [
+        # What a rule finds beside other signs, or within a run of characters, people say too.
+        ([f"w{i} Trump" for i in range(9)], ["Trump's house", "a Trump-era wall"] * 9, {}),
+        (["注意的是，城市很大"] * 9, ["人们说注意的是城市", "大家好"] * 9, {"城市很大": 9}),
+        (["Trump's house", "a Trump-era wall", *["Trump"] * 3], HUMAN, {"trump": 5}),
+        (["it’s so"] * 9, ["it's so, they say it's so"] * 9, {}),
+        (["to İstanbul"] * 9, HUMAN, {"to istanbul": 9}),
+        (["a cafe\u0301", "a\ncaf\u00e9"] * 9, HUMAN, {"a caf\u00e9": 18}),
+    ],
+)
+def test_occurrences_are_what_the_rule_marks(said, human, found):
+    phrases = overused(said, human)
+    assert {phrase.text: phrase.outputs for phrase in phrases} == found
+    for phrase in phrases:
+        rule = word_list([phrase.text])
+        assert sum(any(rule("", text)) for text in said) == phrase.outputs
+    # A character of a script without spaces is a word.
+    assert all(phrase.rate == 1000 / 8 for phrase in phrases if "城" in phrase.text)
+
+
+def test_a_word_that_the_length_cut_off_is_not_counted(tmp_path, monkeypatch):
+    model = load_model(model_folder(tmp_path / "model"))
+    said = [tokenizer().encode("a testament to unbeliev").ids] * 9
+
+    def let_speak(model, inputs, rule, *_):
+        return annotate(inputs, said, model.tokenizer, rule)
+
+    monkeypatch.setattr(discover_module, "let_speak", let_speak)
+    found = discover(model, ["news"] * 9, HUMAN, tmp_path / "rules.toml", CollectSettings())
+    assert [phrase.text for phrase in found] == ["a testament to"]
 
 
 def test_text_by_people_is_read_as_text_from_json_too(tmp_path):
@@ -90,7 +127,7 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
     (tmp_path / "inputs.txt").write_text("\n".join(TEXTS * 2))
     (tmp_path / "human.txt").write_text("\n".join(HUMAN))
 
-    def annotate(*more):
+    def command(*more):
         given = ["--model", model, "--inputs", tmp_path / "inputs.txt"]
         given += ["--output", tmp_path / "rules.toml", "--max-length", 12, "--temperature", 1]
         try:
@@ -100,9 +137,9 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
 
     against = ("--discover", "5", "--against", tmp_path / "human.txt", "--samples", "2")
     for wrong in ((), against[:2], (*against, "--rules", tmp_path / "inputs.txt"), against[2:]):
-        assert annotate(*wrong) == 2
+        assert command(*wrong) == 2
         assert "give either --rules, or --discover with --against" in capsys.readouterr().err
-    assert annotate(*against, "--expand", "2") == 2
+    assert command(*against, "--expand", "2") == 2
     assert "--discover has none yet" in capsys.readouterr().err
     said = []
     real = overused
@@ -114,12 +151,12 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
         return real([*outputs, *SAID], human, **options)
 
     monkeypatch.setattr(discover_module, "overused", kept)
-    assert annotate(*against) == 130
+    assert command(*against) == 130
     assert not (tmp_path / "rules.toml").exists()
     (tmp_path / "human.txt").write_text("\n".join([*HUMAN, "one text more"]))
     with monkeypatch.context() as patched:
         patched.setattr("t5patches.editing.annotate.generate", None)
-        assert annotate(*against, "--json") == 0
+        assert command(*against, "--json") == 0
     assert said[0] == said[1]
     assert len(said[0]) == 16
     found = json.loads(capsys.readouterr().out)["phrases"]
@@ -129,5 +166,5 @@ def test_discover_writes_rules_and_a_killed_run_makes_no_output_again(
         (tmp_path / "rules.toml").read_text()
     )
     assert not (tmp_path / "rules.toml.work").exists()
-    assert annotate(*against) == 2
+    assert command(*against) == 2
     assert "exists: nothing is overwritten" in capsys.readouterr().err

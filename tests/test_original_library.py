@@ -278,6 +278,18 @@ TOKENIZERS = {
         )
         for said in ({}, {"legacy": True}, {"legacy": False})
     },
+    **{
+        f"Mistral's {file}": (
+            file,
+            content,
+            "LlamaTokenizer",
+            {"add_bos_token": file == "tokenizer.model", "add_prefix_space": False},
+        )
+        for file, content in {
+            "tokenizer.model": tokenizer_samples.tokenizer_model(),
+            "tokenizer.json": tokenizer_samples.tokenizer_json("bytes, prepended"),
+        }.items()
+    },
     "GPT-2's own files": ("vocab.json", tokenizer_samples.gpt2_files(), "GPT2Tokenizer", {}),
 }
 
@@ -286,7 +298,10 @@ TOKENIZERS = {
 def test_tokenizers_and_chat_templates_give_the_same(case, tmp_path):
     name, content, kind, said = TOKENIZERS[case]
     ends = (2,) if name == "tokenizer.model" else (1, 3)
-    model = small_decoder(vocab_size=400, width=8, layers=1, end_ids=ends, begin_id=1)
+    family = "mistral" if "Mistral" in case else "llama"
+    model = small_decoder(
+        vocab_size=400, width=8, layers=1, end_ids=ends, begin_id=1, family=family
+    )
     (tmp_path / "config.json").write_text(config_file(model))
     for file, bytes_ in content.items() if isinstance(content, dict) else [(name, content)]:
         (tmp_path / file).write_bytes(bytes_.encode() if isinstance(bytes_, str) else bytes_)

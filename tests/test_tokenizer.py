@@ -177,6 +177,17 @@ def test_a_marked_control_token_is_text():
     assert loaded["sentencepiece"].encode_template("<s>a") == (1, *joined.encode("a").ids)
 
 
+@pytest.mark.parametrize("sides", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
+def test_special_tokens_take_the_spaces_beside_them_in_pieces_too(sides):
+    found = json.loads(tokenizer_json("byte-level"))
+    for token in found["added_tokens"][2:]:
+        token |= dict.fromkeys(sides, True)
+    spaced = JsonTokenizer(json.dumps(found).encode(), (END,))
+    text = "<s> <|im_start|>\n a </s>  the <|im_end|> \n<|im_start|><|im_end|>  b"
+    assert spaced.encode_template(f"{text}~", "~") == spaced.encode_template(text)
+    assert spaced.encode_template(text) != loaded["byte-level"].encode_template(text)
+
+
 def test_a_file_neither_cuts_nor_fills_up():
     original = Tokenizer.from_str(tokenizer_json("byte-level").decode())
     original.enable_truncation(3)
@@ -343,6 +354,19 @@ def test_added_tokens_join_a_tokenizer_model(llama):
     assert 333 in found.encode("a<tool>b").ids  # no special token: a piece of text
     assert found.decode([330, 333, 331]).text == "<tool>"
     assert found.encode_template("<|im_start|>a<|im_end|>")[::2] == (330, 331)
+
+
+@pytest.mark.parametrize(("said", "anew"), [({}, True), ({"legacy": False}, False)])
+def test_a_mistrals_files_are_taken_as_they_are(said, anew, llama):
+    """The library does not go by the class that they name, and its default for `legacy` is true."""
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "mistral"}
+    said = said | {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    found = load_tokenizer(write(llama, config=config, tokenizer_config=said))
+    assert found.encode("a").ids == loaded["sentencepiece"].encode("a").ids
+    assert (found.encode_template("<s>a") == (1, *found.encode("a").ids)) == anew
+    (llama / "tokenizer.json").write_bytes(tokenizer_json("bytes, prepended"))
+    write(llama, config=config | {"eos_token_id": 1})
+    assert load_tokenizer(llama).encode("a").ids == loaded["bytes, prepended"].encode("a").ids
 
 
 # What is refused

@@ -168,6 +168,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     refused(r"spiece.model cannot be read \(DecodeError")
 
 
+def test_a_folder_of_another_kind_is_not_told_to_get_a_t5s_file(tmp_path):
+    said = tmp_path / "tokenizer_config.json"
+    said.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(NotImplementedError, match="its tokenizer is a ByT5Tokenizer, and of T5"):
+        load_tokenizer(tmp_path)
+    said.write_text('{"tokenizer_class": "T5TokenizerFast"}')
+    with pytest.raises(ValueError, match="copy the model's own tokenizer there"):
+        load_tokenizer(tmp_path)
+
+
 def model_of(**changes):
     found = json.loads((FOLDER / "tokenizer.json").read_text())["model"] | changes
     return json.dumps({"model": found})

@@ -36,7 +36,11 @@ Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
 
 _BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
-_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|,\s*[\"“„«‘]")
+_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|[\s,(][\"'“„«‘]")
+# Words whose full stop ends no sentence: initials, also of U.S. and p.m., and titles.
+_ABBREVIATED = re.compile(
+    r"[^\W\d_]|Mr|Mrs|Ms|Dr|Prof|St|Mt|Ft|Gov|Sen|Rep|Pres|Gen|Col|Maj|Capt|Lt|Sgt|Rev|Fr|Hon|Messrs"
+)
 _PRONOUN = re.compile(r"I(?:['’]\w+)?")
 # Of a text read backwards. Where there are no spaces, a run of letters is no word.
 _LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
@@ -49,8 +53,9 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     them wherever they stand.
 
     Args:
-        words: what to mark. A space in a phrase matches any white space, and an accent matches
-            whether it is a part of its letter or a character of its own.
+        words: what to mark. A space in a phrase matches any white space, an apostrophe the
+            straight one (') and the curly one (’), and an accent matches whether it is a part of
+            its letter or a character of its own.
         ignore_case: whether "Paris" on the list marks "PARIS".
 
     Returns:
@@ -75,8 +80,9 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
     parts += [[unicodedata.normalize(f, w) for w in p] for p in parts for f in ("NFC", "NFD")]
     expressions = dict.fromkeys(r"\s+".join(map(re.escape, part)) for part in parts)
     # The longest first: "new york city" wins over "new york".
-    phrases = sorted(expressions, key=len, reverse=True)
-    return pattern(whole_words("|".join(phrases)), flags=re.IGNORECASE if ignore_case else 0)
+    phrases = "|".join(sorted(expressions, key=len, reverse=True))
+    either = re.sub("['’]", "['’]", phrases)
+    return pattern(whole_words(either), flags=re.IGNORECASE if ignore_case else 0)
 
 
 def whole_words(expression: str) -> str:
@@ -132,9 +138,11 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
 def capitalized_names(inputs: str, output: str) -> list[Span]:
     """A rule that marks runs of capitalised words.
 
-    The first word of a sentence, a line or what somebody said is left out, as its capital says
-    nothing; so are the English "I", but not behind a name, and a possessive 's behind the run. For
-    more than this, use a named-entity recogniser as the rule.
+    The first word of a sentence, a line or what is in quotation marks is left out, as its capital
+    says nothing; so are the English "I", but not behind a name, and a possessive 's behind the run.
+    The full stop of initials and titles (U.S., J., Mr.) ends no sentence, and no run: "the U.S.
+    Navy" is one name, and so is, wrongly, "U.S. The" where a sentence ends in between. For more
+    than this, use a named-entity recogniser as the rule.
 
     Args:
         inputs: not used.
@@ -144,22 +152,22 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         The characters of each run.
 
     Example:
-        >>> text = "The mayor of New York met Ann's son, I hear."
+        >>> text = "The mayor of New York met Mr. Lee's son, I hear."
         >>> [text[a:b] for a, b in capitalized_names("", text)]
-        ['New York', 'Ann']
+        ['New York', 'Mr. Lee']
     """
     names: list[Span] = []
-    last = None  # where the word before ends
+    word, last = "", 0  # the word before, and where it ends
     for match in WORD.finditer(output):
-        start, end = match.span()
-        begins = last is None or _BEGINS_A_SENTENCE.search(output, last, start)
-        last = end
-        if begins or not match.group()[0].isupper():
+        between = output[last : match.start()]
+        if _ABBREVIATED.fullmatch(word):
+            between = between.removeprefix(".")
+        begins = not word or _BEGINS_A_SENTENCE.search(between)
+        joined = names and names[-1][1] == last and not between.strip()
+        word, last = match.group(), match.end()
+        if begins or not word[0].isupper() or (not joined and _PRONOUN.fullmatch(word)):
             continue
-        joined = names and names[-1][1] < start and output[names[-1][1] : start].isspace()
-        if not joined and _PRONOUN.fullmatch(match.group()):
-            continue
-        names[-1:] = [(names[-1][0], end)] if joined else [*names[-1:], (start, end)]
+        names[-1:] = [(names[-1][0], last)] if joined else [*names[-1:], match.span()]
     return [bare_name(output, name) for name in names]
 
 
@@ -271,6 +279,22 @@ def find_spans(rule: Rule, inputs: Inputs, output: str) -> list[Span]:
     return sorted(spans)
 
 
+def whole_part(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """An output without its last word where the length cut that off.
+
+    Args:
+        text: what the model said.
+        ids: the tokens of it, an end token included where it was said.
+        tokenizer: the model's.
+
+    Returns:
+        The text; where no end token was said, without the letters that it ends with.
+    """
+    if {*tokenizer.end_ids} & {*ids}:
+        return text
+    return _LAST_WORD.sub("", text[::-1], count=1)[::-1]
+
+
 def _character(number: Any) -> int:
     """A whole number, numpy's too: no fraction, text or bool that could be made one."""
     if isinstance(number, bool | np.bool_):
@@ -313,7 +337,7 @@ def annotate(
     for number, (source, ids, prompt) in enumerate(zip(inputs, outputs, given, strict=True), 1):
         said = tokenizer.decode(ids)
         try:
-            spans = _spans_of_whole_words(rule, source, said, tokenizer)
+            spans = find_spans(rule, source, whole_part(said.text, ids, tokenizer))
             _require_tokens(rule, source, said, spans)
             examples.append(make_example(source, said, spans, tokenizer, prompt=prompt))
         except ValueError as error:
@@ -726,17 +750,8 @@ def _forbids(
     rule: Rule, inputs: Inputs, output: Sequence[int], position: int, tokenizer: Tokenizer
 ) -> bool:
     said = tokenizer.decode(output)
-    return token_mask(said, _spans_of_whole_words(rule, inputs, said, tokenizer))[position]
-
-
-def _spans_of_whole_words(
-    rule: Rule, inputs: Inputs, said: TokenizedText, tokenizer: Tokenizer
-) -> list[Span]:
-    """What a rule marks, which is not shown the last word where the length cut it off."""
-    text = said.text
-    if not {*tokenizer.end_ids} & {*said.ids}:
-        text = _LAST_WORD.sub("", text[::-1], count=1)[::-1]
-    return find_spans(rule, inputs, text)
+    spans = find_spans(rule, inputs, whole_part(said.text, output, tokenizer))
+    return token_mask(said, spans)[position]
 
 
 def _words(text: str, ignore_case: bool) -> str:

@@ -85,7 +85,9 @@ def speak_constrained(
         again = [outputs[number] for number in left]
         at = np.array([example.marked.index(True) for example in again])
         barred = np.zeros((len(left), model.config.vocab_size), bool)
-        barred[:, [model.config.pad_id, *range(tokenizer.vocab_size, barred.shape[1])]] = True
+        barred[:, tokenizer.vocab_size :] = True
+        if model.config.pad_id >= 0:  # else padding is no token, and -1 would be the last one
+            barred[:, model.config.pad_id] = True
         for row, number in enumerate(left):
             begun = again[row].output_ids[: at[row]]
             tried = forbidden[number].setdefault(begun, set())

@@ -6,15 +6,17 @@ import collections
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import Progress
 
+from t5patches.editing.annotate import whole_part, word_list
 from t5patches.editing.collect import CollectSettings, describe, let_speak, require_room
 from t5patches.editing.data import JSON_LINES, fields_of, read_lines, text_of
-from t5patches.editing.words import WORD
+from t5patches.editing.words import WORD, spaced
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
@@ -23,6 +25,7 @@ from t5patches.runs.files import work_of, write_file
 _LONGEST = 4  # words in a phrase
 _LEAST = 3  # outputs with it: what one or two of them say is no habit
 _SURE = 1.96  # standard errors
+_RECOUNTED = 10  # candidates for each phrase to return
 _WITHIN = 0.8  # of a phrase's occurrences inside a longer one, from which on it is no other
 
 
@@ -56,8 +59,9 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
     Of the a + b occurrences the model's share :math:`\theta` is at least :math:`\theta_0`, the
     lower end of Wilson's interval of 95% (1927), and so the ratio at least
     :math:`\theta_0 / (1 - \theta_0) \cdot B / A`, by which phrases are ranked. They have one to
-    four words with nothing but spaces between them, as the rule `words` finds them; a phrase that
-    hardly occurs but in a longer one of the list is left out.
+    four words of the model with nothing but spaces between them (where a script has none, what
+    stands between two signs is one), and occur where the rule `words` marks them: "Trump" in
+    "Trump's" too. A phrase that hardly occurs but in a longer one of the list is left out.
 
     Args:
         outputs: of the model.
@@ -75,24 +79,35 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
         >>> [(p.text, p.outputs) for p in overused(said, ["the city is a city", "it is Ann"] * 40)]
         [('a testament to', 3)]
     """
-    said, outputs_with = _counts(outputs)
-    theirs, _ = _counts(human)
-    words, their_words = (sum(n for p, n in c.items() if " " not in p) for c in (said, theirs))
+    outputs, human = list(outputs), list(human)
+    words, their_words = (
+        sum(len(WORD.findall(spaced(text))) for text in texts) for texts in (outputs, human)
+    )
     for count, of in ((words, "the model's outputs"), (their_words, "the human text")):
         if not count:
             raise ValueError(f"{of} have no words, so there is nothing to compare")
-    found = []
-    for text, count in said.items():
-        if outputs_with[text] < _LEAST:
-            continue
-        other = theirs[text]
+
+    def at_least(count: int, other: int) -> float:
         share = _least_share(count, other)
-        at_least = share / (1 - share) * their_words / words
-        if at_least > 2:
+        return share / (1 - share) * their_words / words
+
+    small, their_small = ([_small(text) for text in texts] for texts in (outputs, human))
+    said, outputs_with = _counts(small)
+    theirs, _ = _counts(their_small)
+    often = (text for text in said if outputs_with[text] >= _LEAST)
+    ranks = {text: at_least(said[text], theirs[text]) for text in often}
+    over = [text for text, rank in ranks.items() if rank > 2]
+    ranked = sorted((x for x in over if not _only_inside(x, over, said)), key=lambda x: -ranks[x])
+    # That was by whole words alone. What a rule marks takes longer to find.
+    found = []
+    for text in ranked[: _RECOUNTED * most]:
+        marks = _marks(text, outputs, small)
+        count, other = sum(marks), sum(_marks(text, human, their_small))
+        outputs_marked = sum(map(bool, marks))
+        if outputs_marked >= _LEAST and at_least(count, other) > 2:
             rates = (1000 * count / words, 1000 * (other + 0.5) / their_words)
             ratio = (count + 0.5) / (other + 0.5) * their_words / words
-            found.append(Phrase(text, outputs_with[text], *rates, ratio, at_least))
-    found = [phrase for phrase in found if not _only_inside(phrase.text, found, said)]
+            found.append(Phrase(text, outputs_marked, *rates, ratio, at_least(count, other)))
     return sorted(found, key=lambda phrase: (-phrase.at_least, phrase.text))[:most]
 
 
@@ -154,7 +169,8 @@ def discover(
     require_room(model, inputs, settings)
     parts = Parts(work_of(output), describe(model, inputs, settings))
     examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
-    phrases = overused([example.outputs for example in examples], human, most=most)
+    said = [whole_part(e.outputs, e.output_ids, model.tokenizer) for e in examples]
+    phrases = overused(said, human, most=most)
     about = (
         f"{len(phrases)} phrases that {len(examples)} outputs of the model have more than twice as "
         f"often as {len(human)} texts by people."
@@ -215,17 +231,30 @@ def _phrases(text: str) -> Iterator[str]:
     for match in WORD.finditer(text):
         if text[last : match.start()].strip():
             run = []
-        run = [*run[-_LONGEST + 1 :], match.group().lower()]
+        run = [*run[-_LONGEST + 1 :], match.group()]
         last = match.end()
         for start in range(len(run)):
             yield " ".join(run[start:])
 
 
-def _only_inside(text: str, found: Sequence[Phrase], said: collections.Counter[str]) -> bool:
+def _small(text: str) -> str:
+    """A text in one spelling, of those that the rule `words` takes for the same."""
+    text = unicodedata.normalize("NFC", " ".join(text.split())).replace("’", "'")
+    return text.replace("İ", "i").lower()  # whose small letter is two characters, for no rule
+
+
+def _marks(phrase: str, texts: Sequence[str], small: Sequence[str]) -> list[int]:
+    """How often the rule `words` marks a phrase in each of some texts; most are soon left out."""
+    rule = word_list([phrase])
+    pairs = zip(texts, small, strict=True)
+    return [len([*rule("", text)]) if phrase in spelled else 0 for text, spelled in pairs]
+
+
+def _only_inside(text: str, found: Sequence[str], said: collections.Counter[str]) -> bool:
     """Whether a longer phrase that was found has nearly all of its occurrences."""
     return any(
-        len(other.text) > len(text)
-        and f" {text} " in f" {other.text} "
-        and said[other.text] >= _WITHIN * said[text]
+        len(other) > len(text)
+        and f" {text} " in f" {other} "
+        and said[other] >= _WITHIN * said[text]
         for other in found
     )

@@ -294,7 +294,12 @@ def _tokenizer_files(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 def _byte_level(said: Mapping[str, Any], before: int | None) -> str:
     """A `tokenizer.json` of GPT-2's kind, with the token that it puts in front of a text."""
     tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
-    cut = said.get("tokenizer.ggml.pre", "default")
+    cut = said.get("tokenizer.ggml.pre")
+    if cut is None:
+        raise ValueError(
+            "it does not say how texts are cut (tokenizer.ggml.pre), as files of before May 2024 "
+            "do not: convert the model to GGUF anew with a present llama.cpp"
+        )
     if cut not in _WORDS:
         raise ValueError(f"it cuts texts as {cut!r} does; known are {sorted(_WORDS)}")
     return byte_level_json(

@@ -5,7 +5,8 @@
 the files beside them name. What stands in front of a prompt, the post-processor of
 `tokenizer.json` says, or else `add_bos_token` of `tokenizer_config.json`. Whether a text gets a
 space in front, `add_prefix_space` there says where it is true or false and the tokenizer's class is
-one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's), or else the tokenizer's own file.
+one that goes by it (GPT-2's, GPT-NeoX's, Qwen's and Llama's, but not of a Mistral), or else the
+tokenizer's own file.
 
 **A T5's** is its `spiece.model`, or `tokenizer.json` made into one. That says in JSON what the
 sentencepiece model says: pieces with scores, and the table of the text's normalisation. It becomes
@@ -60,6 +61,8 @@ _SENTINEL = re.compile(r"▁?<extra_id_\d+>")  # mT5's begin with a space
 _SENTINELS = 100  # of T5
 _MOST_SENTINELS = 100_000
 _MOST_BYTES = 2**28  # the largest known have 2**25
+# Of a T5's, and of any kind.
+_T5_CLASSES = ("T5Tokenizer", "MT5Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _OF_T5 = ("spiece.model", "tokenizer.json")  # the first that is there is taken
 _OF_DECODERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*_OF_T5, *_OF_DECODERS[1:], "merges.txt")
@@ -89,14 +92,23 @@ def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tok
     Raises:
         ValueError: there is none, it cannot be read, or it is of another model; there is no chat
             template and it is to be used, or it fails.
-        NotImplementedError: the `tokenizer.json` of a T5 is of another kind than T5's, or
-            `vocab.json` and `merges.txt` are of another than GPT-2's.
+        NotImplementedError: a T5's tokenizer is of another kind than T5's (ByT5's has bytes for
+            pieces), or `vocab.json` and `merges.txt` are of another than GPT-2's.
     """
     folder = Path(folder)
     template, config = _template(folder, chat), _decoder_config(folder)
     if config is None:
+        if not any((folder / name).exists() for name in _OF_T5):
+            kind = _class(_said(folder), "T5Tokenizer")
+            if kind not in _T5_CLASSES:
+                raise NotImplementedError(
+                    f"{folder}: its tokenizer is a {kind}, and of T5 models only those with T5's "
+                    "own kind are known (T5, Flan-T5, mT5): take one of them"
+                )
         return _first(folder, _OF_T5, (_t5_from_spiece, _t5_from_json))
     said = _said(folder)
+    if getattr(config, "family", "") == "mistral":  # the library takes its files as they are
+        said = {"legacy": True} | said | {"add_prefix_space": None}
     tokenizer: Any = _first(
         folder,
         _OF_DECODERS,

@@ -136,8 +136,14 @@ class JsonTokenizer:
 
         with _panics_are_errors():
             if mark and mark in text:
+                for token in self._tokenizer.get_added_tokens_decoder().values():
+                    if token.content in self.controls and (token.lstrip or token.rstrip):
+                        # As the library does below, it takes the spaces beside it.
+                        before = r"(?<!\s)\s*" if token.lstrip else ""
+                        after = r"\s*" if token.rstrip else ""
+                        pattern = f"{before}({re.escape(token.content)}){after}"
+                        text = re.sub(pattern, r"\1", text)
                 return split_controls(text, mark, self.controls, encode)
-            # The library knows better: some special tokens take the spaces beside them.
             self._tokenizer.encode_special_tokens = False
             try:
                 return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
