@@ -90,7 +90,8 @@ def test_names_are_runs_of_capitalised_words_but_not_sentence_starts():
         ("the U.S. Navy, the U.S.'s ships", ["U.S. Navy", "U.S"]),
         ("a line of Mr.\nThen nobody, of Room 5. Then nobody", ["Mr", "Room"]),
         ('He said, \'We met Ann.\' She said "We met Bo" ("They did")', ["Ann", "Bo"]),
-        ("He said ‘We met Ann’ and «Nous» and “They” to the boys' Uncle", ["Ann", "Uncle"]),
+        ("He said ‘We met Ann’ and «Nous avons» to the boys' Uncle", ["Ann", "Uncle"]),
+        ('the film "Titanic" and the “Big Apple”', ["Titanic", "Big Apple"]),
         ('the "big" Apple', ["Apple"]),
     ],
 )

@@ -36,7 +36,8 @@ Rule = Callable[[str, str], Iterable[Span]]
 Keep = Callable[[str, Callable[[], Any]], Any]
 
 _BARE_NAME = re.compile(r"(?:(?:the|an?)\s+)?(\S.*?)(?:['’]s?)?", re.IGNORECASE | re.DOTALL)
-_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|[\s,(][\"'“„«‘]")
+_BEGINS_A_SENTENCE = re.compile(r"[.!?:…\n]|,\s*[\"'“„«‘]")
+_BEGINS_A_QUOTATION, _NEXT_LETTER = re.compile(r"[\s(][\"'“„«‘]"), re.compile(r"\s+(\w)")
 # Words whose full stop ends no sentence: initials, also of U.S. and p.m., and titles.
 _ABBREVIATED = re.compile(
     r"[^\W\d_]|Mr|Mrs|Ms|Dr|Prof|St|Mt|Ft|Gov|Sen|Rep|Pres|Gen|Col|Maj|Capt|Lt|Sgt|Rev|Fr|Hon|Messrs"
@@ -138,11 +139,12 @@ def pattern(expression: str, *, flags: int = 0, group: int | str = 0) -> Rule:
 def capitalized_names(inputs: str, output: str) -> list[Span]:
     """A rule that marks runs of capitalised words.
 
-    The first word of a sentence, a line or what is in quotation marks is left out, as its capital
-    says nothing; so are the English "I", but not behind a name, and a possessive 's behind the run.
-    The full stop of initials and titles (U.S., J., Mr.) ends no sentence, and no run: "the U.S.
-    Navy" is one name, and so is, wrongly, "U.S. The" where a sentence ends in between. For more
-    than this, use a named-entity recogniser as the rule.
+    The first word of a sentence, a line or what somebody said is left out, as its capital says
+    nothing; so are the English "I", but not behind a name, and a possessive 's behind the run. What
+    stands in quotation marks without a comma before them may be a title: its first word is left out
+    where the second one is small. The full stop of initials and titles (U.S., J., Mr.) ends no
+    sentence, and no run: "the U.S. Navy" is one name, and so is, wrongly, "U.S. The" where a
+    sentence ends in between. For more than this, use a named-entity recogniser as the rule.
 
     Args:
         inputs: not used.
@@ -162,7 +164,9 @@ def capitalized_names(inputs: str, output: str) -> list[Span]:
         between = output[last : match.start()]
         if _ABBREVIATED.fullmatch(word):
             between = between.removeprefix(".")
-        begins = not word or _BEGINS_A_SENTENCE.search(between)
+        begins = not word or _BEGINS_A_SENTENCE.search(between) is not None
+        letter = _BEGINS_A_QUOTATION.search(between) and _NEXT_LETTER.match(output, match.end())
+        begins |= letter is not None and letter[1].islower()
         joined = names and names[-1][1] == last and not between.strip()
         word, last = match.group(), match.end()
         if begins or not word[0].isupper() or (not joined and _PRONOUN.fullmatch(word)):
