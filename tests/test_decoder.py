@@ -13,13 +13,12 @@ import pytest
 from editing_samples import assert_same_folder
 from harness import slow_unless
 
-from t5patches.editing.train import TrainSettings, token_loss, train
+from t5patches.editing.train import TrainSettings, cache_teacher, token_loss, train
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.decoder.network import FULL, SLIDING, Rotary
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, read_config, save_checkpoint
 from t5patches.model.placement import make_mesh, param_shardings
-from t5patches.model.teacher_cache import write_cache
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -262,15 +261,7 @@ def test_training_over_devices_is_the_same(tmp_path):
     mesh = make_mesh(2, jax.devices()[:4])
     got = train(model, params, data, settings, tmp_path / "four", mesh=mesh)
     np.testing.assert_allclose(got.history["loss"], want.history["loss"], rtol=1e-4)
-    cache = write_cache(
-        tmp_path / "cache",
-        lambda: [data],
-        lambda batch: model.hidden(params, batch),
-        {},
-        width=16,
-        dtype="float32",
-        pad_id=-1,
-    )
+    cache = cache_teacher(tmp_path / "cache", model, params, data, dtype="float32")
     cached = train(model, params, data, settings, tmp_path / "cached", teacher=cache)
     np.testing.assert_allclose(cached.history["loss"], want.history["loss"], rtol=1e-4)
 
