@@ -485,9 +485,10 @@ def frontier_real(result: dict) -> str:
     """The tables of `make frontier-real`, habit by habit."""
     return "\n\n".join(
         _frontier(
-            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes one of two "
-            f"numbers of updates on outputs to {row['settings']['edit_inputs']} pieces of news; "
-            f"all is measured on {row['settings']['held_out']} others.",
+            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes 10 to 100 updates "
+            f"on outputs to {row['settings']['edit_inputs']} pieces of news; all is measured on "
+            f"{row['settings']['held_out']} others, with {row['settings']['samples']} sampled "
+            "outputs to each.",
             row | {"setting": result["setting"] | {k: row[k] for k in ("date", "commit")}},
             column="malformed: not at its end after 20 tokens",
             tuning=f"{row['settings']['later']} of the model's own outputs, "
