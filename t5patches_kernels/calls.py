@@ -343,18 +343,14 @@ def call(
     innermost, implementation = _innermost(inputs.model[0]), how.implementation
     donate = getattr(innermost, "parent", None) is not None  # computed in the function being traced
     skip_ignored = checks.flag("skip_ignored", how.skip_ignored)
+    op = Operation(c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=skip_ignored)
     if objectives.reference_of(c) == "given":
         checks.reference(inputs.reference, f"ref_{inputs.name}", c.objective)
     operands = Operands(
         tuple(map(jnp.asarray, inputs.model)),
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
     )
-    op = Operation(c, how.vocab_axis, inputs.head, donate=donate, skip_ignored=skip_ignored)
     dispatch.check(implementation, op)
-    if op.vocab_axis is not None and sharding.axis_size(op.vocab_axis) == 1:
-        # It splits nothing, and whole rows take fewer passes. (The sum says so where JAX checks.)
-        operands = jax.lax.psum(operands, op.vocab_axis)
-        op = dataclasses.replace(op, vocab_axis=None)
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"
@@ -384,6 +380,10 @@ def _on_rows(
     implementation: Implementation, op: Operation, operands: Operands, tokens: _PerToken
 ) -> tuple[dict[str, Array], Array]:
     """Flattens the tokens' leading dimensions, runs the operation, and puts them back."""
+    if op.vocab_axis is not None and sharding.axis_size(op.vocab_axis) == 1:
+        # It splits nothing, and whole rows take fewer passes. (The sum says so where JAX checks.)
+        operands = jax.lax.psum(operands, op.vocab_axis)
+        op = dataclasses.replace(op, vocab_axis=None)
     lead = operands.model[0].shape[:-1]
 
     def flat(arrays: tuple[Array, ...]) -> tuple[Array, ...]:

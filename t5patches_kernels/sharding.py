@@ -161,10 +161,8 @@ def _of_type(mesh: Any, wanted: AxisType) -> set[str]:
 
 def _told(x: Array, dimension: int) -> Axes:
     """The axes of type Explicit that split a dimension: JAX holds them in the array's type."""
-    place = jax.typeof(x).sharding
-    entry = place.spec[dimension]
-    axes = (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
-    return tuple(axis for axis in axes if place.mesh.shape[axis] > 1)
+    entry = jax.typeof(x).sharding.spec[dimension]
+    return (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
 
 
 def _layout(op: Operation, operands: Operands) -> _Layout | None:
@@ -193,15 +191,14 @@ def _layout(op: Operation, operands: Operands) -> _Layout | None:
     # Of an axis that splits both, the tokens' part is gathered: the head is the larger one.
     lead = [tuple(a for a in _told(like, i) if a not in vocab) for i in range(like.ndim - 1)]
     auto = _of_type(mesh, AxisType.Auto)
-    # (One of size 1 splits nothing, and rows that are whole take fewer passes.)
-    if names.vocab in auto and not vocab and mesh.shape[names.vocab] > 1:
+    if names.vocab in auto and not vocab:
         if columns_of(op.head, operands.model) % mesh.shape[names.vocab] == 0:
             vocab = (names.vocab,)
         elif lead:
             lead[-1] = (*lead[-1], names.vocab)
     if lead:
         lead[0] = (*(a for a in names.batch if a in auto), *lead[0])
-    if auto and not any((*lead, vocab)) and not auto & {*names.batch, names.vocab}:
+    if auto and not any((*lead, vocab)):
         _none_known(mesh, names)
     return _Layout(mesh, tuple(lead), vocab[0] if vocab else None)
 
