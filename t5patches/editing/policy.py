@@ -70,7 +70,7 @@ from t5patches.model.batches import round_up
 from t5patches.model.generate import generate
 from t5patches.model.lora import Lora, with_trained
 from t5patches.model.memory import compiled, give_back
-from t5patches.model.protocol import LanguageModel, OutputHead, Params
+from t5patches.model.protocol import LanguageModel, OutputHead, Params, as_texts
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
@@ -403,10 +403,10 @@ class Run:
 
     def described(self) -> dict[str, Any]:
         """What makes two runs the same."""
-        config, settings = self._model.config, dataclasses.asdict(self._settings)
+        settings = dataclasses.asdict(self._settings)
         return {
             "settings": json.loads(json.dumps(settings)),
-            "model": {name: str(value) for name, value in dataclasses.asdict(config).items()},
+            "model": as_texts(self._model.config),
             "params": fingerprint(self._base),
             "inputs": json_fingerprint([list(self._inputs), self._prompts]),
             "pretraining": None if self._pretraining is None else fingerprint(self._pretraining),

@@ -71,7 +71,7 @@ from t5patches.model.batches import round_up
 from t5patches.model.folder import load_model
 from t5patches.model.lora import Lora, weights_fingerprint, with_trained
 from t5patches.model.memory import compiled, give_back
-from t5patches.model.protocol import LanguageModel, Params, require_positions
+from t5patches.model.protocol import LanguageModel, Params, as_texts, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
 from t5patches.runs.files import read_regular, require_own_file
@@ -466,7 +466,7 @@ def _describe(
 ) -> dict[str, Any]:
     return {
         "settings": dataclasses.asdict(settings),
-        "model": {name: str(x) for name, x in dataclasses.asdict(model.config).items()},
+        "model": as_texts(model.config),
         "params": fingerprint(base),
         "pairs": fingerprint(pairs),
     }

@@ -43,7 +43,13 @@ from t5patches.model import placement
 from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.memory import compiled, give_back
-from t5patches.model.protocol import LanguageModel, Params, architecture, require_positions
+from t5patches.model.protocol import (
+    LanguageModel,
+    Params,
+    architecture,
+    as_texts,
+    require_positions,
+)
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
 from t5patches.runs import hosts
 from t5patches.runs.claims import claim
@@ -1127,12 +1133,11 @@ def _describe(
     cached: str | None,
     held_out: Batch | None,
 ) -> dict[str, Any]:
-    sizes = {name: str(value) for name, value in dataclasses.asdict(model.config).items()}
     start, facts = fingerprint(params), dataclasses.asdict(settings)
     del facts["chunk_bytes"]
     return {
         "settings": facts,
-        "model": sizes,
+        "model": as_texts(model.config),
         "data": fingerprint(arrays),
         **({} if order is None else {"order": fingerprint(order)}),
         **({} if cached is None else {"cached": cached}),

@@ -145,6 +145,11 @@ def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
     return [f"{name} ({a} and {b})" for name, a, b in pairs if a != b]
 
 
+def as_texts(config: ModelConfig) -> dict[str, str]:
+    """A config's fields as texts, for JSON."""
+    return {name: str(value) for name, value in dataclasses.asdict(config).items()}
+
+
 def architecture(config: ModelConfig) -> dict[str, str]:
     """What of a config decides what weights compute, for JSON.
 
@@ -156,8 +161,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
       of the model.
     """
     of_runs = ("dtype", "dropout_rate", "remat")
-    fields = dataclasses.asdict(config)
-    return {name: str(value) for name, value in fields.items() if name not in of_runs}
+    return {name: text for name, text in as_texts(config).items() if name not in of_runs}
 
 
 def require_positions(config: ModelConfig, prompts: np.ndarray, outputs: np.ndarray | int) -> None:
