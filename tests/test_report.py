@@ -325,7 +325,10 @@ def test_names_are_text_and_no_markup(tmp_path, drawn):
     write_html(tmp_path / "x.html", results(*rows))
     at_curves, legend = ([text.get_text() for text in texts] for texts in drawn)
     assert legend == names
-    assert at_curves == [x if len(x) <= 32 else f"…{x[-31:]}" for x in names]
+    assert [x.replace("\n", " ") for x in at_curves[:9]] == names[:9]
+    for shown, name in zip(at_curves, names, strict=True):
+        assert max(map(len, shown.split("\n"))) <= 25
+        assert "".join(name.split()).endswith("".join(shown.split()).removeprefix("…"))
     page = Page((tmp_path / "x.html").read_text())
     assert "script" not in page.tags
     for name in names:
@@ -369,14 +372,19 @@ def test_a_person_reads_a_sentence_a_line_a_method_and_a_plot(tmp_path, drawn):
     # Who wins, by how much, and with what standard error.
     assert "tnff &lt;b&gt;curve is closest to the original: KL 0.0085 ± 0.0013" in seen
     assert "ul &lt;b&gt;curve is 0.0085 ± 0.0025 further away" in seen
-    # A line a method, of the strength that leaves most nearly 2%, and few columns.
+    # A line a method, the closest first: what is read off its curve, and of the strength that
+    # leaves most nearly 2%.
     lines = re.findall("<tr><td>(.*?)</td>(.*?)</tr>", seen)
     assert [name for name, _ in lines] == [
         "before", "before, constrained", "tnff &lt;b&gt;curve", "ul &lt;b&gt;curve",
         "TNRR, alpha 1", "TNRF, alpha 1", "NL, alpha 1", "NPO, alpha 1", "DPO, alpha 1",
     ]  # fmt: skip
-    assert all(cells.count("<td>") <= 5 for _, cells in lines)
-    assert "<td>1.5 ±1.0</td><td>0.0180 ±0.0010</td>" in dict(lines)["ul &lt;b&gt;curve"]
+    assert re.findall("<th title=.*?>(.*?)</th>", seen) == [
+        "KL, 10% left", "KL, 5% left", "KL, 2% left", "left, %", "kept, %"
+    ]  # fmt: skip
+    of_ul = re.findall("<td>(.*?) ±.*?</td>", dict(lines)["ul &lt;b&gt;curve"])
+    assert of_ul[:4] == ["0.0071", "0.0116", "0.0169", "1.5"]
+    assert dict(lines)["DPO, alpha 1"].startswith("<td>–</td><td>–</td><td>–</td><td>40.0")
     # Everything else folds away.
     assert "More findings" in folded
     assert "TNFF, alpha 3" in folded
@@ -394,6 +402,25 @@ def test_a_person_reads_a_sentence_a_line_a_method_and_a_plot(tmp_path, drawn):
     for i, box in enumerate(boxes):
         for other in boxes[:i]:
             assert report._shared(box, other) < 0.1 * min(box.height * box.width for box in boxes)
+
+
+def test_a_phone_shows_numbers_whole_and_letters_as_large_as_they_are(page):
+    """Only texts break inside words; a table that is too wide scrolls, and no plot shrinks."""
+    rules = dict(re.findall(r"^(\S.*?) \{ (.*) \}", page, re.MULTILINE))
+    assert [of for of, rule in rules.items() if "overflow-wrap: anywhere" in rule] == ["td.text"]
+    assert "overflow-x: auto" in rules[".table"]
+    assert page.count('<div class="table') == page.count("<table>") - page.count("<h3")
+    for image in Page(page).images:
+        svg = base64.b64decode(image.split(",", 1)[1]).decode()
+        (width,) = re.findall(r'<svg [^>]*width="([\d.]+)pt"', svg)
+        assert float(width) * 96 / 72 <= 360
+
+
+def test_kls_are_told_in_digits_that_show_them(tmp_path):
+    small = measures() | {key: Measure(0.00042, 0.00003) for key in ("kl_elsewhere", "kl_needed")}
+    write_html(tmp_path / "x.html", results(Row("tnff", 1.0, 0, small)))
+    page = (tmp_path / "x.html").read_text()
+    assert "<td>0.00042 ±0.00003</td><td>0.0004 ±0.0000</td>" in page
 
 
 def test_a_few_edits_are_told_of_whole(page):

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from t5patches.editing.curves import listed, nearest, who_is_closest
+from t5patches.editing.curves import AT, LEFT, kl_at, listed, nearest, who_is_closest
 from t5patches.editing.data import Example
 from t5patches.editing.display import visible
 from t5patches.editing.evaluate import Measure, differs
@@ -44,6 +45,7 @@ _Part = tuple[str, bool]
 COLUMNS = {
     "kl": ("KL", "mean KL(original, edited) on unmarked positions, nats a token"),
     "kl_elsewhere": ("KL elsewhere", "the same where nothing unwanted was likely to begin"),
+    "kl_needed": ("KL needed", "the part of the KL that is the removal itself"),
     "prevalence": ("prevalence", "% of greedy outputs with something unwanted"),
     "prevalence_sampled": ("sampled", "the same when outputs are drawn at temperature 1"),
     "bleu": ("BLEU", "of the new outputs with the original's"),
@@ -61,8 +63,17 @@ COLUMNS = {
         "relearned",
         "% of sampled outputs with something unwanted after fine-tuning on what has the habit",
     ),
-    "prevalence_stated": ("came back", "the same after fine-tuning on what does not show it"),
-    "prevalence_int4": ("4 bits", "the same after rounding the weights to 4 bits"),
+    "kl_relearned": ("KL, relearned", "KL from the original after that fine-tuning"),
+    "prevalence_stated": (
+        "came back",
+        "% of sampled outputs with something unwanted after fine-tuning on what does not show it",
+    ),
+    "kl_stated": ("KL, came back", "KL from the original after that fine-tuning"),
+    "prevalence_int4": (
+        "4 bits",
+        "% of sampled outputs with something unwanted after rounding the weights to 4 bits",
+    ),
+    "kl_int4": ("KL, 4 bits", "KL from the original after that rounding"),
     "score_mean": ("score", "mean score of sampled outputs"),
     "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
     "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
@@ -321,18 +332,42 @@ def _lines(results: Results) -> Iterable[tuple[str, Measures]]:
 
 
 def _summary(results: Results) -> list[tuple[str, Measures]]:
-    """A line for each method, of the strength that leaves most nearly what all are compared at."""
-    lines = list(_lines(dataclasses.replace(results, rows=())))
+    """A line for each method; the closest first, where methods have several strengths.
+
+    Then a line has what is read off the curve, and beside it the strength that leaves most nearly
+    the least share that all are compared at.
+    """
+    before = list(_lines(dataclasses.replace(results, rows=())))
+    lines = []
     for name, curve in _curves(results.rows):
         points = [row.measures for row in curve]
-        shown = nearest(points) if len(points) > 1 else 0
-        lines.append((name, points[shown]))
-    return lines
+        found = {key: kl_at(points, x) for key, x in _KL_AT.items()} if _strengths(results) else {}
+        reached = {key: kl for key, kl in found.items() if kl is not None}
+        lines.append((name, {**points[nearest(points) if len(points) > 1 else 0], **reached}))
+    if _strengths(results):
+        nowhere = Measure(math.inf, math.nan)
+        lines.sort(key=lambda line: [line[1].get(key, nowhere).value for key in reversed(_KL_AT)])
+    return [*before, *lines]
+
+
+_KL_AT = {f"kl_at_{x:g}": x for x in AT}
+
+
+def _strengths(results: Results) -> bool:
+    """Whether edits are the strengths of methods, which are compared where as much is left."""
+    return any(row.curve for row in results.rows) and LEFT in results.before
 
 
 def _summary_columns(results: Results) -> dict[str, tuple[str, str]]:
     """The few measures that a person reads; others where there are no rules or references."""
     measured = _columns(results)
+    if _strengths(results):
+        at = {
+            key: (f"KL, {x:g}% left", f"the least with at most {x:g}% of sampled outputs unwanted")
+            for key, x in _KL_AT.items()
+        }
+        left = {LEFT: ("left, %", f"unwanted when sampled, of the strength nearest to {AT[-1]:g}%")}
+        return at | left | {"exact_match_clean": ("kept, %", "of it: clean outputs that stayed")}
     columns: dict[str, tuple[str, str]] = {}
     for alternatives in _FIRST:
         found = [key for key in alternatives if key in measured][:1]
@@ -359,12 +394,12 @@ _FIRST: tuple[dict[str, tuple[str, str] | None], ...] = (
 def _cell(key: str, measure: Measure | None) -> str:
     if measure is None or math.isnan(measure.value):
         return "–"
-    digits = _DIGITS.get(key, 1)
+    digits = _DIGITS.get(key, 4 if key.startswith("kl") else 1)
     error = "" if math.isnan(measure.error) else f" ±{measure.error:.{digits}f}"
     return f"{measure.value:.{digits}f}{error}"
 
 
-_DIGITS = {"kl": 4, "score_mean": 3, "score_maximum": 3}
+_DIGITS = {"kl_elsewhere": 5, "score_mean": 3, "score_maximum": 3}
 
 
 def _percent(measure: Measure) -> str:
@@ -551,18 +586,18 @@ def _trade_off(results: Results) -> _Plot | None:
     """What is left against closeness, a curve a method, its name beside it."""
     if "prevalence" not in results.before or not results.rows:
         return None
-    # Narrow, so that its letters are as large as the page's on a phone.
-    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.75 * _WIDTH), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="% of sampled outputs with something unwanted", ylabel="KL from the original")
+    axes.set(xlabel="% of sampled outputs unwanted", ylabel="KL from the original")
     axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set_yscale("log")
     named: list[_Named] = []
     numbers, beyond = [], []
     kls = [row.measures["kl"].value for row in results.rows]
     least = min((kl for kl in kls if 0 < kl < math.inf), default=1.0)
+    axes.set_ylim(0.7 * least, 1.4 * _SHOWN * least)
     for i, (name, curve) in enumerate(_curves(results.rows)):
-        left, kl = ([row.measures[key] for row in curve] for key in (_LEFT, "kl"))
+        left, kl = ([row.measures[key] for row in curve] for key in (LEFT, "kl"))
         points = [*zip(left, kl, strict=True)]
         numbers.append((name, [f"{_percent(x)}: {_cell('kl', y)}" for x, y in points]))
         shown = [
@@ -586,7 +621,6 @@ def _trade_off(results: Results) -> _Plot | None:
         )
         if shown:
             named.append((name, shown, color))
-    axes.set_ylim(0.7 * least, 1.4 * _SHOWN * least)
     axes.set_xlim(left=-0.1)
     right = axes.get_xlim()[1]
     axes.set_xticks([x for x in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if x <= right])
@@ -605,9 +639,10 @@ def _trade_off(results: Results) -> _Plot | None:
     return _Plot(_embedded(figure), text, numbers)
 
 
-_LEFT = "prevalence_sampled"
+_WIDTH = 3.6
+"""Inches of a plot: those of a phone, on which its letters are then not made smaller."""
 _MARKERS = "os^Dv<>Pp"
-_SHOWN = 300.0
+_SHOWN = 50.0
 """How many times the least KL the plot goes up to: a model beyond is another one."""
 _Named = tuple[str, Sequence[tuple[float, float]], str]
 
@@ -629,7 +664,7 @@ def _name_curves(figure: Figure, axes: Axes, named: Sequence[_Named]) -> None:
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         # As it is: matplotlib would read `$x$` as mathematics.
         text.set_parse_math(False)
-        text.set_text(name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}")
+        text.set_text(_in_lines(name))
         width, height = text.get_window_extent().size
         best = math.inf
         for at, beside in itertools.product(points, _BESIDE):
@@ -646,7 +681,12 @@ def _name_curves(figure: Figure, axes: Axes, named: Sequence[_Named]) -> None:
         taken.append(where)
 
 
-_LONGEST = 32
+def _in_lines(name: str) -> str:
+    """A name in short lines, its front left out where they are too many."""
+    lines = textwrap.wrap(name, 24)
+    return "\n".join(lines if len(lines) <= 3 else ["…" + lines[-3], *lines[-2:]])
+
+
 _BESIDE = [
     *((dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24) for dx in (6, -6)),
     *((0, dy) for dy in (9, -9, 16, -16, 24, -24)),
@@ -671,7 +711,7 @@ def _training(results: Results) -> _Plot | None:
     rows = _gentle([row for row in results.rows if row.history])
     if not rows:
         return None
-    figure = Figure(figsize=(5.4, 8), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 2 * _WIDTH), layout="constrained")
     above, below = figure.subplots(2, 1)
     curves, numbers = [], []
     for i, row in enumerate(rows):
@@ -685,12 +725,13 @@ def _training(results: Results) -> _Plot | None:
             _curve(below, shares, **style)
             ends.append(f"likeliest {shares[0]:.0f}% to {shares[-1]:.0f}%")
         numbers.append((row.name, ends))
-    above.set(xlabel="update", title="loss a token (not comparable across objectives)")
-    below.set(xlabel="update", title="% of marked tokens that are still the likeliest")
+    above.set(xlabel="update", title="loss a token")
+    below.set(xlabel="update", title="% of marked tokens still the likeliest")
     _legend(figure, rows, curves)
     return _Plot(
         _embedded(figure),
-        "The loss over the updates, and the share of marked tokens that are still the likeliest: "
+        "The loss over the updates, not to be compared across objectives, and the share of marked "
+        "tokens that are still the likeliest: "
         f"means of {_SMOOTHED} updates, of the smallest alpha where edits differ in nothing else.",
         numbers,
     )
