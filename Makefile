@@ -19,7 +19,7 @@ $(VENV)/.has-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away in seven ways, report
+demo: $(VENV)/.has-editing ## train a tiny T5, edit its bad habit away in eight ways, report
 	$(BIN)/t5patches demo --seeds $(SEEDS) --output demo-report
 
 tutorial: $(VENV)/.has-editing ## the four commands of README's tutorial, with what they print

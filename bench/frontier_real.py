@@ -7,8 +7,8 @@ About is asked for by another instruction, to which the model talks about the ar
 its greedy outputs and a fifth of the sampled ones, so that there is something to measure.
 
 All methods make the same updates with the same rate, the strengths are how many: 10 and 30, and 100
-for those that come closer with more, while unlikelihood and its kin drift away. Two have more of
-alpha besides, as they leave much at 1. Nobody wrote corrections of what the model said: they are
+for those that come closer with more, while unlikelihood and its kin drift away; 3 for those that
+are far away after ten. Some have more of alpha besides, as they leave much at 1. Nobody wrote corrections of what the model said: they are
 what it says where the constraint of the ceiling bars what the rule marks.
 """
 
@@ -43,6 +43,7 @@ PROMPT, LENGTH = 96, 20  # tokens
 MARKING, HELD_OUT, LATER = 160, 96, 64
 SAMPLES = 8  # to each input that is held out
 UPDATES, LONG = (10, 30), 100  # the longer training of methods that come closer with updates
+FEW = 3  # of methods that are far away after ten
 CURVES: Curves = {
     "TNRF, sets": by_updates("tnrf", *UPDATES, LONG, with_sets=True),
     "TNFF, sets": (
@@ -60,13 +61,21 @@ CURVES: Curves = {
     "UL, sets, sampled": (
         *by_updates("ul", *UPDATES, with_sets=True, on_sampled=True),
         *by_updates("ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True),
+        *by_updates("ul", UPDATES[0], alpha=10.0, with_sets=True, on_sampled=True),
     ),
-    "NL, sampled": by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
-    "corrective, sampled": by_updates("ce", *UPDATES, on_sampled=True),
-    "UNDIAL, sets": by_updates("undial", *UPDATES, LONG, with_sets=True),
-    "NPO": by_updates("npo", *UPDATES),
-    "DPO": by_updates("dpo", *UPDATES),
-    "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True),
+    "NL, sampled": (
+        *by_updates("nl", *UPDATES, alpha=0.1, on_sampled=True),
+        *by_updates("nl", UPDATES[0], alpha=0.3, on_sampled=True),
+    ),
+    "corrective, sampled": by_updates("ce", *UPDATES, LONG, on_sampled=True),
+    "UNDIAL, sets": (
+        *by_updates("undial", *UPDATES, LONG, with_sets=True),
+        *by_updates("undial", LONG, alpha=3.0, with_sets=True),
+        *by_updates("undial", LONG, alpha=10.0, with_sets=True),
+    ),
+    "NPO": by_updates("npo", FEW, *UPDATES),
+    "DPO": by_updates("dpo", FEW, *UPDATES),
+    "FTPO, sets": by_updates("ftpo", FEW, *UPDATES, with_sets=True),
 }
 
 
@@ -96,7 +105,7 @@ class Habit(Task):
         """How."""
         return (
             f"Asked {INSTRUCTIONS[self.name].strip()!r} of pieces of news. Each edit makes "
-            f"{UPDATES[0]} to {LONG} updates on its outputs to {MARKING} of them; all is measured "
+            f"{FEW} to {LONG} updates on its outputs to {MARKING} of them; all is measured "
             f"on {HELD_OUT} others, with {SAMPLES} sampled outputs each."
         )
 

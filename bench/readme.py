@@ -485,7 +485,7 @@ def frontier_real(result: dict) -> str:
     """The tables of `make frontier-real`, habit by habit."""
     return "\n\n".join(
         _frontier(
-            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes 10 to 100 updates "
+            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes 3 to 100 updates "
             f"on outputs to {row['settings']['edit_inputs']} pieces of news; all is measured on "
             f"{row['settings']['held_out']} others, with {row['settings']['samples']} sampled "
             "outputs to each.",

@@ -150,7 +150,7 @@ def check_task(output):
         ),
         (["reward", "--help"], ["chosen", "--held-out", "align --reward OUTPUT"]),
         (["convert", "--help"], ["T5X is not needed", "--like DIR", "--tokenizer FILE"]),
-        (["demo", "--help"], ["three targeted objectives", "--seeds N", "--output DIR", "goes on"]),
+        (["demo", "--help"], ["targeted objectives", "--seeds N", "--output DIR", "goes on"]),
     ],
 )
 def test_help_teaches(arguments, needed, capsys):

@@ -2,9 +2,10 @@
 
 A tiny T5 learns to summarise short news. Its training summaries name places that the news does
 not name, so the model does the same. Its own summaries are marked where they do, and it is edited
-in seven ways: by three targeted objectives, which also keep the original model's distribution, and
-by the usual baselines (unlikelihood, negative likelihood, fine-tuning on corrected summaries,
-greedy and sampled). Held-out news show what each edit removed and what else it changed.
+in eight ways: by targeted objectives, which also keep the original model's distribution, and by
+one rival of each family (UNDIAL, unlikelihood, negative likelihood, fine-tuning on corrected
+summaries, DPO, FTPO), each as it does best. Held-out news show what each edit removed and what else
+it changed.
 
 Prints a table and what it says in words; writes DIR/report.html and DIR/results.json. Takes 5 to
 8 minutes on two cores. A demo that was interrupted goes on when the command is repeated.
