@@ -303,14 +303,43 @@ def test_a_head_in_chunks_takes_little_memory():
     assert temporaries["xla"] < 0.05 * temporaries["dense"]
 
 
+def head(implementation, objective, size, rows=1024, width=64):
+    """Value and both gradients of a head in bfloat16, compiled."""
+    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width, size)))
+    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
+    f = jax.value_and_grad(functools.partial(common.head_total, implementation, objective), (0, 1))
+    return compile_for(device(), f, h, k, h, k, y, w)
+
+
 def test_a_head_stores_the_gradient_as_its_products_take_it():
     """The kernel's gradient to a chunk's logits is bfloat16, and no pass converts it."""
-    rows, width = 1024, 64
-    h, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width, V)))
-    y, w = (jax.ShapeDtypeStruct((rows,), x) for x in (jnp.int32, jnp.float32))
-    f = jax.value_and_grad(functools.partial(common.head_total, "pallas_gpu", "tnff"), (0, 1))
-
-    text = compile_for(device(), f, h, k, h, k, y, w).as_text()
+    text = head("pallas_gpu", "tnff", V).as_text()
     kernel = re.findall(r"= \(f32\[\S+ (\w+)\[1024,32128\]\S* custom-call\(", text)
     converted = re.findall(r"= (\w+)\[1024,32128\]\S* fusion\(.*calls=%wrapped_convert", text)
     assert (kernel, converted) == (["bf16"], [])
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas_gpu", tk.BlockSizes(cluster=4)])
+def test_a_head_of_rows_that_are_whole_copies_in_float32_alone(implementation):
+    """The kernel then leaves the gradient in float32."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+    text = head(implementation, "tnff", 32100).as_text()
+    assert re.findall(r"= \(f32\[\S+ (\w+)\[\d+,32100\]\S* custom-call\(", text) == ["f32"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "cluster", "size"),
+    [slow_unless((objective, cluster) == ("tnrr", 16), objective, cluster, size)
+     for objective in ("tnff", "tnrr") for cluster in (2, 16) for size in (50264, 262208)],
+)  # fmt: skip
+def test_a_head_over_a_cluster(objective, cluster, size, tmp_path, monkeypatch):
+    """Where 16 bytes of the logits are 8 of the gradient: both are in the plan."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    sizes = tk.BlockSizes(cluster)
+    head(sizes, objective, size, rows=264 - cluster)
+    op = Operation(Settings(objective, size, smoothing=1e-6), gradient_dtype="bfloat16")
+    plan = plans.call_of(op, Stage.VALUE_AND_GRAD, size, (4, 4), 1, sizes).plan
+    passes = next(tmp_path.glob("*.mlir-passes.log")).read_text()
+    assert {int(n) for n in SHARED.findall(passes)} == {sum(x.bytes for x in plan.buffers)}
+    assert plan.unit == 8
