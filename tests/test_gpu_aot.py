@@ -178,12 +178,18 @@ def test_instructions_of_an_entry(name, most, special, instructions):
     assert len(special_functions(lines)) <= special * entries
 
 
-@pytest.mark.slow
-def test_instructions_of_an_entry_whose_logarithm_is_kept(instructions):
-    lines = [line for step in instructions("tnrr", tk.BlockSizes(), V) for line in step]
-    entries = 16
-    assert len(lines) <= 40 * entries
-    assert len(special_functions(lines)) <= 5 * entries
+@pytest.mark.parametrize(
+    ("size", "entries", "most", "special"),
+    [(V, 16, 40, 5), slow_unless(False, 128256, 16, 40, 5), slow_unless(False, 250112, 14, 46, 7)],
+)
+def test_instructions_of_an_entry_of_a_cluster(size, entries, most, special, instructions):
+    """The logarithm is kept where there is room for it."""
+    op = Operation(Settings("tnrr", size, smoothing=1e-6))
+    call = plans.call_of(op, Stage.VALUE_AND_GRAD, size, (2, 2), 1, tk.BlockSizes())
+    assert (call.plan.chunk, call.keeps(pushed=True)) == (entries * plans.THREADS, special == 5)
+    lines = [line for step in instructions("tnrr", tk.BlockSizes(), size) for line in step]
+    assert len(lines) <= most * entries
+    assert len(special_functions(lines)) <= special * entries
 
 
 @pytest.mark.parametrize("name", [slow_unless(True, "tnrf"), slow_unless(False, "tnrll")])
