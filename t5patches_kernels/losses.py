@@ -32,7 +32,8 @@ Arguments that they share:
   of a `PolicyLoss` also ``ratio``, ``kl`` and ``entropy``), and all else is as it was. On hidden
   states those that count are brought together, and chunks of others are left out. On logits an
   ignored token costs the zeros of its gradient: on CPUs and in the GPU kernel row by row, on TPUs
-  where a block of 8 (bfloat16: 16) rows has no other. XLA's form on GPUs skips no logits.
+  where a block of 8 rows (bfloat16: 16) has no other, and from 256 tokens (512) on one of 16 (32)
+  where so many fit. XLA's form on GPUs skips no logits.
 * ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.
 """
 

@@ -92,10 +92,11 @@ def test_all_blocks_have_room(cluster, itemsizes):
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
-def test_each_entry_is_summed_once(cluster):
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_each_entry_is_summed_once(itemsize, cluster):
     """By the rule of the kernel: a chunk has what no chunk before it has had."""
     for columns in np.random.default_rng(cluster).integers(8 * cluster, 4096, size=30) * 16:
-        cut = plans.plan(int(columns), (2, 2), tk.BlockSizes(cluster))
+        cut = plans.plan(int(columns), (itemsize,) * 2, tk.BlockSizes(cluster), gradient=2)
         units, seen = cut.columns // cut.unit, np.zeros(cut.columns, int)
         for k in range(cluster):
             first, end = (n * units // cluster * cut.unit for n in (k, k + 1))
@@ -104,6 +105,7 @@ def test_each_entry_is_summed_once(cluster):
                 own = first + chunk * cut.chunk
                 start = min(own, end - cut.chunk)
                 assert start >= first
+                assert start * 2 % plans.COPY_BYTES == 0  # of the gradient, as of the logits
                 assert start == own or chunk == cut.chunks - 1
                 seen[max(own, start) : start + cut.chunk] += 1
         assert (seen == 1).all()

@@ -15,6 +15,7 @@ from tpu_topology import needs_compiler, topology
 import t5patches_kernels as tk
 from bench.collectives import moved
 from t5patches_kernels import t5x_losses
+from t5patches_kernels.backends import chunked_linear
 
 P = jax.P
 AXES = {
@@ -332,9 +333,12 @@ def test_beside_a_shard_map_of_the_callers():
     close(got, whole(jax.value_and_grad(lambda *a: (local(*a) * CT).sum()), Z, R, Y, W))
 
 
-@pytest.mark.parametrize("vocabulary", [4096, 4099])
-@pytest.mark.parametrize("name", ["tnff", "tnrf", "ul"])
-def test_what_moves_is_a_handful_of_numbers_a_token(name, vocabulary):
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "skip_ignored"),
+    [*((name, size, False) for name in ("tnff", "tnrf", "ul") for size in (4096, 4099)),
+     ("tnrf", 4096, True), ("ul", 4099, True)],
+)  # fmt: skip
+def test_what_moves_is_a_handful_of_numbers_a_token(name, vocabulary, skip_ignored):
     mesh, batch, length = mesh_of((2, 4)), 8, 16
     split = "model" if vocabulary % 4 == 0 else None
     logits = jax.ShapeDtypeStruct(
@@ -347,7 +351,7 @@ def test_what_moves_is_a_handful_of_numbers_a_token(name, vocabulary):
     )
 
     def f(z, r, y, w):
-        return LOSSES[name](z, r, y, w).loss.sum()
+        return LOSSES[name](z, r, y, w, skip_ignored=skip_ignored).loss.sum()
 
     spec = jax.NamedSharding(mesh, P("data", None, "model") if split else P("data", "model"))
     with jax.set_mesh(mesh):
@@ -372,13 +376,18 @@ def test_the_control_sees_a_vocabulary_move():
         assert max(c.largest for c in moved(f.lower(z).compile().as_text())) > 8 * 16
 
 
-def test_the_kernel_moves_only_where_it_must():
-    """Split over the vocabulary and replicated over data, only its gradient is summed over data."""
-    mesh = mesh_of((2, 4))
+@pytest.mark.parametrize("skip_ignored", [False, True])
+def test_the_kernel_moves_only_where_it_must(skip_ignored):
+    """Split over the vocabulary and replicated over data, only its gradient is summed over data.
+
+    No hidden states and no logits are gathered, also where ignored tokens are left out: each device
+    brings together its own, which are several chunks then.
+    """
+    mesh, length = mesh_of((2, 4)), 128
     place = {
         "h": P("data"), "k": P(None, "model"), "y": P("data"), "w": P("data"),
     }  # fmt: skip
-    shapes = {"h": (B, 6, D), "k": (D, 4096), "y": (B, 6), "w": (B, 6)}
+    shapes = {"h": (B, length, D), "k": (D, 4096), "y": (B, length), "w": (B, length)}
     h, k, y, w = (
         jax.ShapeDtypeStruct(
             shapes[n], jnp.int32 if n == "y" else jnp.float32,
@@ -388,15 +397,18 @@ def test_the_kernel_moves_only_where_it_must():
     )  # fmt: skip
 
     def f(h, k, rh, rk, y, w):
-        return LINEAR["tnrf"](h, k, rh, rk, y, w).loss.sum()
+        return LINEAR["tnrf"](h, k, rh, rk, y, w, skip_ignored=skip_ignored).loss.sum()
 
     out = (None, tuple(jax.NamedSharding(mesh, place[n]) for n in "hk"))
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(f, argnums=(0, 1)), out_shardings=out)
         found = moved(step.lower(h, k, h, k, y, w).compile().as_text())
+    rows = B // 2 * length
+    size = (rows, 4096 // 4, chunked_linear.CHUNK_BYTES["cpu"])
+    assert (chunked_linear.chunk_rows(*size, skip_ignored=skip_ignored) < rows) == skip_ignored
     assert {c.kind for c in found} == {"all-reduce"}
-    # dW [D, V / 4] over data, as for any head; dh [B / 2, 6, D] over model, as for any split head.
-    assert [c.largest for c in found if c.largest > B * 6 * D] == [D * 4096 // 4]
+    # dW [D, V / 4] over data, as for any head; dh [B / 2, L, D] over model, as for any split head.
+    assert [c.largest for c in found if c.largest > B * length * D] == [D * 4096 // 4]
 
 
 @needs_compiler

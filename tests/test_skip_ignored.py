@@ -161,6 +161,20 @@ def test_a_tpu_fetches_nothing_for_a_block_of_ignored_rows():
     np.testing.assert_array_equal(inputs.sources_of(call, tokens, 7), [1, 1, 1, 3, 3, 3, 3])
 
 
+def test_the_rows_of_a_tpu_block_are_those_that_users_are_told():
+    """Ignored tokens save what fills a block."""
+    said = re.search(
+        r"a block of (\d+) rows \(bfloat16: (\d+)\) .* from (\d+) tokens \((\d+)\) on one of "
+        r"(\d+) \((\d+)\)",
+        " ".join(tk.losses.__doc__.split()),
+    )
+    numbers = [int(n) for n in said.groups()]  # of each pair the second is of bfloat16
+    op = Operation(Settings("tnff", V), skip_ignored=True)
+    for itemsize, (few, tokens, many) in ((4, numbers[::2]), (2, numbers[1::2])):
+        size = (op, Stage.VALUE_AND_GRAD, V, (itemsize,) * 2, False, plans.LEAST.vmem)
+        assert [plans.plan(*size, tokens=n).rows for n in (tokens - 1, tokens)] == [few, many]
+
+
 def _shapes(rows, columns):
     z = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
     return z, z, jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), "float32")

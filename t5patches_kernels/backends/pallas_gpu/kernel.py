@@ -603,7 +603,7 @@ def _run(call: Call, interpret: Options | None, operands: Operands, tokens: Toke
     }
     scratch |= {f"{name}_arrived": plgpu.Barrier(num_barriers=slots) for name in logits}
     if call.stage is Stage.VALUE_AND_GRAD:
-        dtype = jnp.dtype(call.op.gradient_dtype or z.dtype)
+        dtype = jnp.dtype(plans.gradient_dtype(call.op, plan.columns) or z.dtype)
         returned["dz"] = (z.shape, dtype)
         scratch["out"] = plgpu.SMEM((OUT_SLOTS, plan.chunk), dtype)
     if plan.keeps and plan.keeps_in not in scratch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from t5patches_kernels.core import objectives, statistics
 from t5patches_kernels.core.operation import Operation, Stage
 
@@ -81,6 +83,16 @@ def why_not(columns: int, itemsizes: tuple[int, ...], sizes: BlockSizes = ONE_BL
     return None
 
 
+def gradient_dtype(op: Operation, columns: int) -> str | None:
+    """The dtype that the gradient is written in; None: that of the logits.
+
+    It is the one asked for, if rows of it can be copied: half as wide as the logits, they may be no
+    multiple of a copy (32100 columns in bfloat16).
+    """
+    asked = op.gradient_dtype
+    return asked if asked and columns * jnp.dtype(asked).itemsize % COPY_BYTES == 0 else None
+
+
 def _ceil_div(x: int, parts: int) -> int:
     return -(-x // parts)
 
@@ -98,6 +110,7 @@ class Plan:
 
     columns: int
     itemsizes: tuple[int, ...]  # of the logits that are read, the model's first
+    gradient: int  # itemsize of the gradient
     cluster: int  # blocks
     lanes: int  # entries of a piece
     pieces: int  # of a chunk
@@ -112,7 +125,7 @@ class Plan:
     @property
     def unit(self) -> int:
         """Entries by whose multiples segments begin: those of the smallest copy."""
-        return COPY_BYTES // min(self.itemsizes)
+        return COPY_BYTES // min(*self.itemsizes, self.gradient)
 
     @property
     def segments(self) -> tuple[int, int]:
@@ -147,7 +160,7 @@ class Plan:
         arrays = {f"{name}_ring": self.slots * chunk * size for name, size in of_logits.items()}
         if self.keeps:
             arrays[self.keeps_in] = self.slots * chunk * 4
-        arrays["out"] = OUT_SLOTS * chunk * self.itemsizes[0]
+        arrays["out"] = OUT_SLOTS * chunk * self.gradient
         if self.cluster > 1:
             arrays["sums"] = MERGES * THREADS * 4
         arrays["reductions"] = REDUCTIONS
@@ -166,6 +179,7 @@ def plan(
     itemsizes: tuple[int, ...],
     sizes: BlockSizes = ONE_BLOCK,
     logarithms: bool = False,
+    gradient: int | None = None,
 ) -> Plan:
     """Chunks as large as registers allow, and as many slots as shared memory does.
 
@@ -177,20 +191,22 @@ def plan(
 
     Args:
       columns: entries of a row.
-      itemsizes: of the logits that are read; the first are the model's, and the gradient's are no
-        larger.
+      itemsizes: of the logits that are read; the first are the model's.
       sizes: the cluster's.
       logarithms: whether the gradient needs those that the sums took.
+      gradient: its itemsize; None: that of the model's logits.
     """
+    gradient = gradient or itemsizes[0]
     if sizes.cluster is None:
         every = [BlockSizes(cluster) for cluster in _CLUSTERS]
         able = [x for x in every if not why_not(columns, itemsizes, x)]
-        plans = [plan(columns, itemsizes, x, logarithms) for x in able]
+        plans = [plan(columns, itemsizes, x, logarithms, gradient) for x in able]
         return max(plans, key=lambda x: (x.held, min(x.blocks, 2), x.keeps, -x.cluster))
+    one = Plan(columns, itemsizes, gradient, sizes.cluster, THREADS, pieces=1, slots=1)
     if sizes.cluster == 1:
-        return _cut(columns, itemsizes, 1, 2 if sum(itemsizes) <= 4 else 1, _PIECES)
+        return _cut(one, 2 if sum(itemsizes) <= 4 else 1, _PIECES)
     cuts = [
-        _cut(columns, itemsizes, sizes.cluster, blocks, pieces, keeps)
+        _cut(one, blocks, pieces, keeps)
         for blocks in range(1, _MOST_BLOCKS + 1)
         for pieces in range(_PIECES, _PIECES // 2 - 1, -1)
         for keeps in ((False, True) if logarithms else (False,))
@@ -200,22 +216,21 @@ def plan(
     return max(cuts, key=order)
 
 
-def _cut(
-    columns: int,
-    itemsizes: tuple[int, ...],
-    cluster: int,
-    blocks: int,
-    pieces: int,
-    keeps: bool = False,
-) -> Plan:
-    """The plan by how many blocks share an SM and how many pieces a chunk has, at most."""
-    one = Plan(columns, itemsizes, cluster, THREADS, 1, 1)
+def _cut(one: Plan, blocks: int, pieces: int, keeps: bool = False) -> Plan:
+    """The plan of such rows, by how many blocks share an SM and the pieces of a chunk, at most.
+
+    Args:
+      one: the plan with chunks of one piece, and one slot.
+      blocks: that share an SM.
+      pieces: of a chunk.
+      keeps: as of the plan.
+    """
     least = one.segments[0]
     lanes = _WIDE if least >= _WIDE else THREADS
     one = dataclasses.replace(one, lanes=lanes, pieces=min(pieces, least // lanes))
-    room = _SHARED_BYTES // blocks - _OWN_BYTES - (_ALIGNED if cluster > 1 else 0)
-    each = sum(itemsizes) + (4 if keeps and one.keeps_in == "log_s" else 0)
-    slots = (room // one.chunk - OUT_SLOTS * itemsizes[0]) // each
+    room = _SHARED_BYTES // blocks - _OWN_BYTES - (_ALIGNED if one.cluster > 1 else 0)
+    each = sum(one.itemsizes) + (4 if keeps and one.keeps_in == "log_s" else 0)
+    slots = (room // one.chunk - OUT_SLOTS * one.gradient) // each
     slots = min(one.chunks, _MOST_SLOTS, max(2, slots))
     return dataclasses.replace(one, slots=slots, keeps=keeps)
 
@@ -298,4 +313,6 @@ def call_of(
 ) -> Call:
     """The call of a kernel, with the plan that it has."""
     logarithms = any(takes_logarithms(op, stage, pushed) for pushed in (False, True))
-    return Call(op, stage, plan(columns, itemsizes, sizes, logarithms), edits)
+    dtype = gradient_dtype(op, columns)
+    gradient = jnp.dtype(dtype).itemsize if dtype else None
+    return Call(op, stage, plan(columns, itemsizes, sizes, logarithms, gradient), edits)
