@@ -745,10 +745,10 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
     with training_progress(console) as progress:
         if checked.unsaid:
             checked = _said(job, checked, original, work, progress)
-        teacher = _cached(job, checked, original, progress)
         # Other processes' devices cannot be read here.
-        if teacher is None and not checked.step.head_only and jax.process_count() == 1:
+        if not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
+        teacher = _cached(job, checked, original, progress)
         trained = train(
             checked.model,
             params,
