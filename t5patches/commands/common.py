@@ -77,6 +77,19 @@ def add_chat_option(container: Any) -> None:
     )
 
 
+def add_rules_option(container: Any) -> None:
+    """Adds the rules, for `read_rules` of `t5patches.editing.rules`.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="what is unwanted: words, one a line of a .txt file, or rules (TOML)",
+    )
+
+
 def add_run_options(container: Any, more: str = "") -> None:
     """Adds the folder that a long run makes, and how to go on with it.
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model that adapters lie beside (default: --before)",
     )
     add_input_arguments(parser)
-    parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
+    common.add_rules_option(parser)
     parser.add_argument(
         "--references", action="store_true", help="compare with the references of the inputs"
     )
