@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
     )
     add_input_arguments(parser)
+    common.add_dtype_option(parser)
     common.add_rules_option(parser)
     parser.add_argument(
         "--output",
@@ -253,7 +254,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--base is for adapters and {whole} is a whole model: leave it out")
     check_chat(options.model, options.chat, options.base)
     inputs = [source.inputs for source in read_sources(options, whole)]
-    model = load_model(options.model, options.base, chat=options.chat)
+    model = load_model(options.model, options.base, chat=options.chat, dtype=options.dtype)
     with training_progress(common.progress_console(options)) as progress:
         if rules is None:
             phrases = discover(

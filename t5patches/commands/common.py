@@ -127,6 +127,21 @@ def add_checkpoint_option(container: Any, default: int, what: str) -> None:
     )
 
 
+def add_dtype_option(container: Any) -> None:
+    """Adds what a network computes in.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--dtype",
+        metavar="NAME",
+        default="float32",
+        help="float32 or bfloat16, of activations and of what decoding keeps of the text before; "
+        "what is trained and sums are float32 (default: float32)",
+    )
+
+
 def add_machine_options(container: Any) -> None:
     """Adds how training computes.
 
@@ -138,13 +153,7 @@ def add_machine_options(container: Any) -> None:
         metavar="NAME",
         help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
     )
-    container.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="float32",
-        help="float32 or bfloat16, of activations; what is trained and sums are float32 (default: "
-        "float32)",
-    )
+    add_dtype_option(container)
     container.add_argument(
         "--remat",
         action="store_true",

@@ -50,7 +50,6 @@ from t5patches.editing.outputs import (
     save_result,
 )
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
-from t5patches.editing.programs import dtype_named
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -77,6 +76,7 @@ from t5patches.model.protocol import (
     LanguageModel,
     architecture,
     differing,
+    dtype_named,
     require_positions,
 )
 from t5patches.model.teacher_cache import TeacherCache
