@@ -139,7 +139,7 @@ def test_outputs_are_kept_for_other_rules_and_their_marks_are_not(given, tmp_pat
     assert list(tmp_path.iterdir()) == [edits, tmp_path / "whole.jsonl"]
 
 
-def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
+def test_another_run_does_not_go_on_there(folder, given, tmp_path, monkeypatch):
     model, inputs, rules = given
     output = tmp_path / "edits.jsonl"
     with monkeypatch.context() as patch:
@@ -149,6 +149,7 @@ def test_another_run_does_not_go_on_there(given, tmp_path, monkeypatch):
     for other, difference in [
         ((model, inputs[1:], rules), "inputs"),
         ((model._replace(params={"x": np.ones(2)}), inputs, rules), "model"),
+        ((load_model(folder / "model", dtype="bfloat16"), inputs, rules), "dtype"),
     ]:
         with pytest.raises(ValueError, match=f"holds another run, which differs in {difference}"):
             collect(*other, output, SETTINGS)

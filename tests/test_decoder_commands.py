@@ -3,11 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizer_samples
+from editing_samples import model_folder
 
 from t5patches import cli
+from t5patches.editing import annotate as annotate_module
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.decoder.network import SLIDING
 from t5patches.model.folder import load_model
@@ -80,6 +83,47 @@ def test_the_loop(place, capsys):
     compared = ("--before", model, "--after", place / "edited")
     assert run("evaluate", *compared, *inputs, *rules, *made, "--report", place / "r", *quiet) == 0
     assert "kl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["t5", "decoder"])
+def test_what_a_model_says_is_made_in_bfloat16_where_it_is_asked_for(
+    family, place, tmp_path, monkeypatch, capsys
+):
+    model = place / "model"
+    if family == "t5":
+        model = tmp_path / "t5"
+        model_folder(model)
+    given = ("--inputs", place / "inputs.txt", "--rules", place / "rules.toml", "--max-length", 6)
+    given += ("--dtype", "bfloat16", "--quiet", "--json")
+    honest, computed_in = annotate_module.generate, []
+
+    def generate(network, *arguments, **options):
+        computed_in.append(network.config.dtype)
+        return honest(network, *arguments, **options)
+
+    monkeypatch.setattr(annotate_module, "generate", generate)
+    sampled = ("--samples", 3, "--temperature", 1, "--expand", 4)
+    edits = ("--output", tmp_path / "edits.jsonl")
+    assert run("annotate", "--model", model, *given, *sampled, *edits) == 0
+    assert json.loads(capsys.readouterr().out)["negatives"] > 0
+    assert run("evaluate", "--before", model, "--after", model, *given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["dtype"] == "bfloat16"
+    assert found["rows"][0]["measures"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert len(computed_in) >= 4
+    assert {*computed_in} == {jnp.bfloat16}
+    # The cache is half as large for that.
+    network, params, _ = load_model(model, dtype="bfloat16")
+    prompts, begun = jnp.full((2, 3), 5), jnp.zeros((2, 0), jnp.int32)
+    cache = jax.eval_shape(
+        lambda x: network.prefill(x, prompts, begun, 0, streams=2, max_length=6), params
+    )
+    floats = [x.dtype for x in jax.tree.leaves(cache) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {*floats} == {jnp.dtype(jnp.bfloat16)}
+    call = ("annotate", "--model", model, *given, "--output", tmp_path / "none.jsonl")
+    assert run(*call, "--dtype", "float16") == 2
+    assert "one of ('float32', 'bfloat16') is needed" in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_what_is_longer_than_the_positions_is_told(place, capsys):

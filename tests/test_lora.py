@@ -16,6 +16,7 @@ from harness import slow_unless
 from safetensors.numpy import load_file, save_file
 
 from t5patches import cli
+from t5patches.editing import edit as edit_module
 from t5patches.editing import train as train_module
 from t5patches.editing.data import to_arrays, write_examples
 from t5patches.editing.edit import Job, read_rounds
@@ -521,6 +522,24 @@ def test_the_plan_is_printed_and_nothing_is_written(place, capsys):
     assert plan["original"] == 0
     assert plan["saved"] > 2 * plan["parameters"]
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_model_with_a_cached_original_is_held_once(place, capsys, monkeypatch):
+    """What was read is where the update reads it, and nothing of it stays where it was read."""
+    cached = ("--lora", 2, "--cache-teacher", place / "cache")
+    assert run(place, *cached, "--plan", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["original"] == 0
+    honest, given = edit_module.train, []
+
+    def trained(model, params, *arguments, original, **more):
+        given.append((params, original))
+        return honest(model, params, *arguments, original=original, **more)
+
+    monkeypatch.setattr(edit_module, "train", trained)
+    assert run(place, *cached) == 0
+    ((params, original),) = given
+    assert original is params
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
 
 
 WHOLE = {

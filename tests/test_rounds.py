@@ -344,6 +344,8 @@ def test_a_killed_comparison_goes_on_where_it_was(run, tmp_path, monkeypatch, ca
     assert not (tmp_path / "r.html").exists()
     assert run("--after", "round-2", *everything[2:], *report) == 2
     assert "holds another run, which differs in model" in capsys.readouterr().err
+    assert run(*everything, *report, "--dtype", "bfloat16") == 2
+    assert "differs in dtype (float32 there, bfloat16 asked for)" in capsys.readouterr().err
     assert run(*everything, *report) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == whole["rows"]
     # Two models, each of which has said nothing twice.

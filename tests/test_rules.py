@@ -42,6 +42,42 @@ def test_words_are_whole_and_case_is_ignored_unless_it_matters(rules, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["words.txt", "WORDS.TXT"])
+def test_a_list_of_words_is_a_rule(name, rules, tmp_path):
+    """As `words_file` reads it: whole words, case ignored, with or without a byte-order mark."""
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbfdamn\r\n\r\nblast it\r\n# 1 = x\n")
+    alone = read_rules(path)
+    beside = rules(f'[[rule]]\nwords_file = "{name}"')
+    for output in ("Damn! Blast  it all", "damned", "nothing", "# 1 = x"):
+        assert found(alone, output) == found(beside, output)
+    assert found(alone, "Damn! Blast  it all") == ["Damn", "Blast  it"]
+    (counted,) = alone.counts([example("a", "damn it", "damn")])
+    assert counted == name
+    before = alone.fingerprint
+    path.write_text("damn\n")
+    assert len(before) == 64
+    assert read_rules(path).fingerprint != before
+
+
+def test_what_is_no_list_of_words_is_told(tmp_path):
+    path = tmp_path / "words.txt"
+    for content, message in (
+        (b"\n \n", r"words.txt has no words: write one a line"),
+        (b"damn\n\xff\n", r"words.txt:.*\n.*line 2: .*UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_rules(path)
+    # Rules by any name, and lists by none.
+    path.write_text('[[rule]]\nwords = ["damn"]\n')
+    assert found(read_rules(path), "damn") == ["damn"]
+    path = path.rename(tmp_path / "words")
+    path.write_text("damn\nblast\n")
+    with pytest.raises(ValueError, match=r"is not TOML: .*a list of words.* ends in \.txt"):
+        read_rules(path)
+
+
 def test_patterns_take_groups_case_and_word_boundaries(rules):
     ages = rules("[[rule]]\npattern = 'aged (\\d+)'\ngroup = 1")
     assert found(ages, "aged 52, Aged 53") == ["52"]

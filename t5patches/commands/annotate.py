@@ -1,6 +1,7 @@
 r"""Let a model speak, mark what it must not say, and write the file that `edit` takes.
 
-The model answers each of the inputs. Rules mark what is unwanted in its outputs:
+The model answers each of the inputs. Rules mark what is unwanted in its outputs: the words of a
+list, one a line of a .txt file, or what a TOML file says:
 
   [[rule]]                       # rules.toml; any number of rules
   name = "places"                # (with any rule) what the counts call it
@@ -77,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
     )
     add_input_arguments(parser)
-    parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
+    common.add_dtype_option(parser)
+    common.add_rules_option(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -252,7 +254,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--base is for adapters and {whole} is a whole model: leave it out")
     check_chat(options.model, options.chat, options.base)
     inputs = [source.inputs for source in read_sources(options, whole)]
-    model = load_model(options.model, options.base, chat=options.chat)
+    model = load_model(options.model, options.base, chat=options.chat, dtype=options.dtype)
     with training_progress(common.progress_console(options)) as progress:
         if rules is None:
             phrases = discover(

@@ -77,6 +77,19 @@ def add_chat_option(container: Any) -> None:
     )
 
 
+def add_rules_option(container: Any) -> None:
+    """Adds the rules, for `read_rules` of `t5patches.editing.rules`.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="what is unwanted: words, one a line of a .txt file, or rules (TOML)",
+    )
+
+
 def add_run_options(container: Any, more: str = "") -> None:
     """Adds the folder that a long run makes, and how to go on with it.
 
@@ -114,6 +127,21 @@ def add_checkpoint_option(container: Any, default: int, what: str) -> None:
     )
 
 
+def add_dtype_option(container: Any) -> None:
+    """Adds what a network computes in.
+
+    Args:
+        container: a parser, or a group of one.
+    """
+    container.add_argument(
+        "--dtype",
+        metavar="NAME",
+        default="float32",
+        help="float32 or bfloat16, of activations and of what decoding keeps of the text before; "
+        "what is trained and sums are float32 (default: float32)",
+    )
+
+
 def add_machine_options(container: Any) -> None:
     """Adds how training computes.
 
@@ -125,13 +153,7 @@ def add_machine_options(container: Any) -> None:
         metavar="NAME",
         help="of the losses: xla, pallas_tpu, pallas_gpu, reference (default: the best here)",
     )
-    container.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="float32",
-        help="float32 or bfloat16, of activations; what is trained and sums are float32 (default: "
-        "float32)",
-    )
+    add_dtype_option(container)
     container.add_argument(
         "--remat",
         action="store_true",

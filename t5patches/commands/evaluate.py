@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model that adapters lie beside (default: --before)",
     )
     add_input_arguments(parser)
-    parser.add_argument("--rules", metavar="FILE", help="what is unwanted (TOML)")
+    common.add_dtype_option(parser)
+    common.add_rules_option(parser)
     parser.add_argument(
         "--references", action="store_true", help="compare with the references of the inputs"
     )
@@ -138,6 +139,7 @@ def run(options: argparse.Namespace) -> int:
         work,
         options.base,
         chat=options.chat,
+        dtype=options.dtype,
     )
     if work:
         write_html(options.report, results)

@@ -41,7 +41,7 @@ from t5patches.editing.policy import (
     compiled_update,
     largest_rows,
 )
-from t5patches.editing.programs import MAY_DIFFER, dtype_named, on_first_device, rows_of
+from t5patches.editing.programs import MAY_DIFFER, on_first_device, rows_of
 from t5patches.editing.reward import load_scorer, reward_fingerprint
 from t5patches.editing.scores import Scorer
 from t5patches.editing.train import training_progress
@@ -49,7 +49,7 @@ from t5patches.model import generate, memory
 from t5patches.model.batches import by_length
 from t5patches.model.huggingface import load_checkpoint
 from t5patches.model.lora import weights_fingerprint
-from t5patches.model.protocol import LanguageModel, require_positions
+from t5patches.model.protocol import LanguageModel, dtype_named, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint

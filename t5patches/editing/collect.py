@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.progress import Progress
 
 from t5patches.editing.annotate import (
@@ -225,7 +226,7 @@ def marked_tokens(examples: Sequence[Example]) -> int:
 
 
 def asked(model: LoadedModel, inputs: Sequence[Inputs]) -> dict[str, str]:
-    """Which model is given which inputs, for `t5patches.runs.claims.claim`.
+    """Which model is given which inputs, and computes in what, for `t5patches.runs.claims.claim`.
 
     Args:
         model: the model.
@@ -233,11 +234,12 @@ def asked(model: LoadedModel, inputs: Sequence[Inputs]) -> dict[str, str]:
             or chat template is another run.
 
     Returns:
-        A fingerprint of each.
+        A fingerprint of each, and the name of the type.
     """
     given = [(text, model.tokenizer.encode_prompt(text)) for text in inputs]
     return {
         "model": fingerprint(model.params),
+        "dtype": jnp.dtype(model.model.config.dtype).name,
         "inputs": json_fingerprint(given),
     }
 

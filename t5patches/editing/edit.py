@@ -50,7 +50,6 @@ from t5patches.editing.outputs import (
     save_result,
 )
 from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
-from t5patches.editing.programs import dtype_named
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -77,6 +76,7 @@ from t5patches.model.protocol import (
     LanguageModel,
     architecture,
     differing,
+    dtype_named,
     require_positions,
 )
 from t5patches.model.teacher_cache import TeacherCache
@@ -745,10 +745,10 @@ def _trained(job: Job, checked: Checked, work: Path, console: Console) -> tuple[
     with training_progress(console) as progress:
         if checked.unsaid:
             checked = _said(job, checked, original, work, progress)
-        teacher = _cached(job, checked, original, progress)
         # Other processes' devices cannot be read here.
-        if teacher is None and not checked.step.head_only and jax.process_count() == 1:
+        if not checked.step.head_only and jax.process_count() == 1:
             params, original = _placed(checked, params, original)
+        teacher = _cached(job, checked, original, progress)
         trained = train(
             checked.model,
             params,

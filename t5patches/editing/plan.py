@@ -99,7 +99,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
         # The gradients are as large as what is trained.
         saved = memory.held((full.state, full.state.params, full.frozen))
         saved -= memory.held((step.state, step.state.params, step.frozen))
-    if on_cpu and (settings.lora is None or step.cached or step.head_only):
+    if on_cpu and (settings.lora is None or step.head_only or jax.process_count() > 1):
         # What was read stays on the host, however little of it the step needs, and in float32.
         read = base + trained
         original = max(original, read) if settings.param_dtype == "float32" else original + read

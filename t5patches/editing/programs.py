@@ -24,25 +24,6 @@ MAY_DIFFER: Mapping[str, Callable[[Any, Any], bool]] = dict.fromkeys(
 WEIGHT, BELOW = "weight", "below"
 """What is trained with a scalar head: the weight [D] of the head, and the adapter, or the model."""
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def dtype_named(name: str) -> Any:
-    """The type of activations by its name.
-
-    Args:
-        name: of `DTYPES`.
-
-    Returns:
-        The type.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}: one of {tuple(DTYPES)} is needed")
-    return DTYPES[name]
-
 
 def require_ranges(settings: Any, least: Mapping[str, float], above_0: Sequence[str]) -> None:
     """Refuses settings that cannot be trained with.

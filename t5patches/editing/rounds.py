@@ -44,6 +44,7 @@ def compare(
     base: str | os.PathLike[str] | None = None,
     *,
     chat: str = "auto",
+    dtype: str = "float32",
 ) -> Results:
     """Measures an original model and edits of it.
 
@@ -57,6 +58,7 @@ def compare(
             repeated; it is the caller's to remove. None keeps nothing.
         base: the folder that adapters lie beside; None is `before`.
         chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
+        dtype: of activations and of the cache, "float32" or "bfloat16".
 
     Returns:
         The original's own measures and a row for each of the edits, for the report.
@@ -71,7 +73,8 @@ def compare(
     inspected = _inspected(before, base, chat)
     for folder in after:
         _check_alike(folder, _inspected(folder, base or before, chat), inspected, inputs)
-    original, meter = load_model(before, base, chat=chat), measuring.meter
+    how: Any = {"chat": chat, "dtype": dtype}
+    original, meter = load_model(before, base, **how), measuring.meter
     require_room_to_measure(
         original.model,
         inputs,
@@ -95,7 +98,7 @@ def compare(
         original = original._replace(params=read.head)
         rows = []
         for number, folder in enumerate(after, start=1):
-            edited = load_model(folder, base or before, chat=chat)
+            edited = load_model(folder, base or before, **how)
             keep = _keep(work, f"after-{number}", edited, inputs, measuring)
             edited = _on_device(edited)
             found = evaluate(*edited[:2], read, edited.tokenizer, keep=keep, **more)
@@ -115,6 +118,7 @@ def compare(
             "seed": measuring.seed,
             "samples": measuring.samples,
             "chat": original.tokenizer.chat,
+            "dtype": dtype,
             "meter": meter and {"samples": meter.samples, "threshold": meter.threshold},
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,

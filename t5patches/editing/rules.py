@@ -1,4 +1,6 @@
-r"""Rules from a TOML file: what a model must not say, with no code to write.
+r"""Rules from a file: what a model must not say, with no code to write.
+
+A list of words, one a line in a .txt file, is a rule by itself. All else is said in TOML.
 
 Each `[[rule]]` finds characters of an output in one of five ways:
 
@@ -144,8 +146,8 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     """Reads a file of rules; the form is described at the top of `t5patches.editing.rules`.
 
     Args:
-        path: a TOML file. Files that it names are looked for beside it, and so are the modules
-            that it calls.
+        path: a TOML file, or a .txt file of words, one a line. Files that it names are looked for
+            beside it, and so are the modules that it calls.
 
     Returns:
         The rules as one.
@@ -156,11 +158,17 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     """
     path = Path(path)
     content = path.read_bytes()
+    # Before lists of words were taken, rules might have any name.
+    if path.suffix.lower() == ".txt" and b"[[rule]]" not in content:
+        return Rules({path.name: _listed(path)}, hashlib.sha256(content).hexdigest())
     try:
         text = content.decode("utf-8-sig")
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # tomllib's own, and of a number too long
-        raise ValueError(f"{path} is not TOML: {error}") from error
+        raise ValueError(
+            f"{path} is not TOML: {error}. Rules stand under lines [[rule]]; a list of words, one "
+            "a line, is taken from a file whose name ends in .txt"
+        ) from error
     tables: Any = found.get("rule")
     if found.keys() != {"rule"} or not _are_tables(tables):
         raise ValueError(
@@ -296,11 +304,17 @@ def _rule(finder: str, table: Mapping[str, Any], folder: Path) -> Rule:
 
 
 def _words(table: Mapping[str, Any], folder: Path) -> Rule:
-    words = table.get("words")
-    if words is None:
-        require_regular(folder / table["words_file"])  # a device may be endless
-        words = read_lines(folder / table["words_file"], str, "words: write one a line")
-    return word_list(words, ignore_case=table.get("ignore_case", True))
+    ignore_case = table.get("ignore_case", True)
+    if "words_file" in table:
+        return _listed(folder / table["words_file"], ignore_case=ignore_case)
+    return word_list(table["words"], ignore_case=ignore_case)
+
+
+def _listed(file: Path, *, ignore_case: bool = True) -> Rule:
+    """The words of a file, one a line."""
+    require_regular(file)  # a device may be endless
+    words = read_lines(file, str, "words: write one a line")
+    return word_list(words, ignore_case=ignore_case)
 
 
 def _pattern(table: Mapping[str, Any], folder: Path) -> Rule:

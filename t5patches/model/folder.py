@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
 from t5patches.model.lora import is_adapter, load_adapter, merged, whole_model
-from t5patches.model.protocol import LanguageModel, ModelConfig, Params
+from t5patches.model.protocol import LanguageModel, ModelConfig, Params, dtype_named
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 
@@ -33,6 +33,7 @@ def load_model(
     base: str | os.PathLike[str] | None = None,
     *,
     chat: str = "auto",
+    dtype: str = "float32",
 ) -> LoadedModel:
     """Reads a model folder with its tokenizer.
 
@@ -41,14 +42,17 @@ def load_model(
             adapter, see `t5patches.model.lora`.
         base: the model folder that an adapter lies beside; a whole model needs none.
         chat: "on", "off" or "auto", see `t5patches.model.tokenizer_files.load_tokenizer`.
+        dtype: of activations and of the cache, "float32" or "bfloat16".
 
     Returns:
         The model, an adapter added to its kernels.
 
     Raises:
         ValueError: naming everything that is wrong with the weights or the tokenizer, or saying
-            that they are not of one model; an adapter has no base or another one.
+            that they are not of one model; an adapter has no base or another one; there is no
+            such type.
     """
+    of_activations = dtype_named(dtype)
     whole = whole_model(folder, base)
     tokenizer = load_tokenizer(whole, chat=chat)
     model, params = load_checkpoint(whole)
@@ -56,7 +60,7 @@ def load_model(
     if is_adapter(folder):
         adapter = load_adapter(folder, whole)
         params = merged(params, adapter.params, adapter.lora)
-    return LoadedModel(model, params, tokenizer)
+    return LoadedModel(model.replace(dtype=of_activations), params, tokenizer)
 
 
 def inspect_model(

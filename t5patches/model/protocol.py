@@ -21,6 +21,8 @@ Array = jax.Array
 Params = Mapping[str, Any]
 Cache = Any
 """A tree of arrays: what a model keeps of the prompts and of the tokens decoded so far."""
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""What activations and caches may be, by name."""
 
 
 class OutputHead(NamedTuple):
@@ -127,6 +129,23 @@ class ModelConfig(Protocol):
     @property
     def max_positions(self) -> int | None:
         """See the class."""
+
+
+def dtype_named(name: str) -> Any:
+    """The type of activations by its name.
+
+    Args:
+      name: of `DTYPES`.
+
+    Returns:
+      The type.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}: one of {tuple(DTYPES)} is needed")
+    return DTYPES[name]
 
 
 def differing(config: ModelConfig, other: ModelConfig) -> list[str]:
