@@ -130,6 +130,7 @@ MEASURES = (
     "reference_exact",
     "bleu",
     "malformed",
+    "seconds",
 )
 
 

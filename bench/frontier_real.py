@@ -8,8 +8,9 @@ its greedy outputs and a fifth of the sampled ones, so that there is something t
 
 All methods make the same updates with the same rate, the strengths are how many: 10 and 30, and 100
 for those that come closer with more, while unlikelihood and its kin drift away; 3 for those that
-are far away after ten. Some have more of alpha besides, as they leave much at 1. Nobody wrote corrections of what the model said: they are
-what it says where the constraint of the ceiling bars what the rule marks.
+are far away after ten. Some have more of alpha besides, as they leave much at 1. Nobody wrote
+corrections of what the model said: they are what it says where the constraint of the ceiling bars
+what the rule marks.
 """
 
 from __future__ import annotations

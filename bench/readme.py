@@ -547,7 +547,8 @@ def _frontier(
     closest = {"prevalence_sampled": ("sampled, %", 1), "kl": ("KL", 4),
              "kl_needed": ("of it needed", 4), "kl_elsewhere": ("KL elsewhere", 5),
              "exact_match_clean": ("clean kept, %", 1), "reference_exact": ("good, %", 1),
-             "bleu": ("BLEU", 1), "malformed": ("malformed, %", 1)}  # fmt: skip
+             "bleu": ("BLEU", 1), "malformed": ("malformed, %", 1),
+             "seconds": ("s", 0)}  # fmt: skip
     after = {"distinct_1": ("words, %", 2), "distinct_2": ("pairs, %", 2),
              "repetition": ("repeated, %", 2), "prevalence_relearned": ("relearned, %", 1),
              "prevalence_stated": ("came back, %", 1), "prevalence_int4": ("4 bits, %", 1),
@@ -570,6 +571,8 @@ def _frontier(
         "definition, as its weights are the original's. Needed: the part of the KL that is the "
         "removal itself, where the original might have said something unwanted and did not (KL "
         "between whether the one and the other begin such a thing)."
+        + " s: seconds of training."
+        * any("seconds" in row["further"] for row in rows)
     )
     then = paragraph(
         "The same points: different words and pairs of words in the sampled outputs, pairs that "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 
 import jax
@@ -48,6 +49,22 @@ def test_all_of_it_on_a_tiny_model(habit, monkeypatch):
     assert [row.curve for row in results.rows] == ["ours", "ours", "theirs", "theirs"]
     json.dumps(frontier.told(results, CURVES, near), allow_nan=False)
     assert "prevalence_stated" in results.before
+
+
+def test_the_time_of_an_edit_is_told_but_of_one_that_was_begun_before(habit):
+    whole, begun = habit.edits[:2]
+    (habit.directory / begun.folder).mkdir()
+    with jax.numpy_dtype_promotion("standard"):
+        for edit in (whole, begun):
+            habit.edited(edit)
+    seconds = {
+        edit: habit.once(f"{edit.folder}-seconds", dict)["seconds"] for edit in habit.edits[:2]
+    }
+    assert seconds[whole].value > 0
+    assert math.isnan(seconds[begun].value)
+    with jax.numpy_dtype_promotion("standard"):
+        assert habit.edited(whole).history
+    assert habit.once(f"{whole.folder}-seconds", dict)["seconds"] == seconds[whole]
 
 
 def test_what_is_learnt_from_and_what_is_measured(habit):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -341,16 +343,24 @@ class Experiment(abc.ABC):
         settings: TrainSettings,
         order: np.ndarray | None = None,
     ) -> Trained:
-        """Trains, unless an earlier, killed experiment did it already."""
-        return train(
-            model,
-            params,
-            arrays,
-            settings,
-            self.directory / name,
-            order=order,
-            progress=self.progress,
-        )
+        """Trains, unless an earlier, killed experiment did it already, and keeps its seconds.
+
+        Nobody knows them of one that such an experiment had begun.
+        """
+        folder, made = self.directory / name, list[Trained]()
+
+        def make() -> Trained:
+            return train(
+                model, params, arrays, settings, folder, order=order, progress=self.progress
+            )
+
+        def timed() -> dict[str, Measure]:
+            fresh, began = not folder.exists(), time.monotonic()
+            made.append(make())
+            return {"seconds": Measure(time.monotonic() - began if fresh else math.nan, math.nan)}
+
+        self.once(f"{name}-seconds", timed)
+        return made[0] if made else make()
 
     def row(self, edit: Edit) -> Row:
         """An edit, measured."""
@@ -363,6 +373,7 @@ class Experiment(abc.ABC):
             return {**found.measures, **self.besides(trained.params)}
 
         measures = self.once(f"{edit.folder}-measures", measure)
+        measures |= self.once(f"{edit.folder}-seconds", dict)
         # Read where `evaluate` kept it.
         outputs = say(model, trained.params, self.held_out, *asked, keep=keep).greedy
         notes = ["on sampled outputs"] * edit.on_sampled + ["everywhere"] * edit.everywhere
@@ -427,7 +438,7 @@ def merged(experiment: Experiment, found: Sequence[Measured]) -> Results:
     seeds = len(found)
     inputs = {example.inputs for example in first.outputs}
     over = f"{len(inputs)} held-out inputs" if seeds == 1 else f"{seeds} seeds"
-    # No time: one that was killed and went on would tell that of its last run.
+    # No time of all of it: one that was killed and went on would tell that of its last run.
     settings = {**experiment.settings, "seeds": seeds}
     settings["jax"] = jax.__version__
     settings["device"] = jax.devices()[0].device_kind

@@ -74,6 +74,7 @@ COLUMNS = {
         "% of sampled outputs with something unwanted after rounding the weights to 4 bits",
     ),
     "kl_int4": ("KL, 4 bits", "KL from the original after that rounding"),
+    "seconds": ("s", "seconds of training"),
     "score_mean": ("score", "mean score of sampled outputs"),
     "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
     "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
@@ -399,7 +400,7 @@ def _cell(key: str, measure: Measure | None) -> str:
     return f"{measure.value:.{digits}f}{error}"
 
 
-_DIGITS = {"kl_elsewhere": 5, "score_mean": 3, "score_maximum": 3}
+_DIGITS = {"kl_elsewhere": 5, "seconds": 0, "score_mean": 3, "score_maximum": 3}
 
 
 def _percent(measure: Measure) -> str:
