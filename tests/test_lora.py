@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import warnings
 
 import decoder_folders
 import jax
@@ -23,7 +24,7 @@ from t5patches.editing.edit import Job, read_rounds
 from t5patches.editing.evaluate import kept_divergence, read_original
 from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
-from t5patches.model.folder import load_model
+from t5patches.model.folder import inspect_model, load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint
 from t5patches.model.lora import (
@@ -690,6 +691,28 @@ def test_an_adapter_that_could_not_be_read_is_not_written(made, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["base", "other"])
+def test_an_adapter_that_does_not_say_of_which_model_is_told_once(name, made, tmp_path):
+    """As PEFT writes it: it fits any model of the same sizes."""
+    adapter = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    weights(lambda tensors: None)(adapter, load_file(adapter / "adapter_model.safetensors"))
+    base = made / "base"
+    if name == "other":
+        base = model_folder(tmp_path / "other", seed=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        inspect_model(adapter, base)
+        load_model(adapter, base)
+    (told,) = told
+    ending = "and its weights may be others" if name == "base" else "sure that this is the same"
+    assert re.search(
+        f"adapter has no fingerprint .* an adapter of {base}; its adapter_config.json names "
+        f"'{made / 'base'}'.*{ending}",
+        str(told.message),
+    )
+    load_model(made / "adapter", made / "base")  # one that says it is not told of
+
+
 @pytest.mark.parametrize("case", WRONG_FOLDERS)
 def test_a_spoilt_adapter_is_refused(case, made, tmp_path):
     spoil, message = WRONG_FOLDERS[case]
@@ -719,4 +742,6 @@ def test_what_is_written_is_read(made):
     # How it began says nothing of what it is, as long as the base stays as it is.
     for begun in (True, "gaussian", "eva"):
         config(init_lora_weights=begun)(folder, {})
-        close(load_adapter(folder, made / "base").params, found.params, rtol=0)
+        with pytest.warns(UserWarning, match="foreign has no fingerprint"):
+            again = load_adapter(folder, made / "base")
+        close(again.params, found.params, rtol=0)
