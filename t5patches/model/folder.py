@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
@@ -96,7 +97,8 @@ def check_tokenizer(
     """Refuses a tokenizer that is not the model's.
 
     A model may have more rows in its embedding than the tokenizer has ids, as T5 has 32128 for
-    32100. No text leads to the rows beyond; they stay part of the softmax, as in training.
+    32100. No text leads to the rows beyond; they stay part of the softmax, as in training. Where
+    they are more than a tenth, which published models hardly have, a warning asks whose it is.
 
     Args:
         tokenizer: to judge.
@@ -117,6 +119,17 @@ def check_tokenizer(
             f"{_listed(tokenizer.end_ids)}; the model's are {config.pad_id} and "
             f"{_listed(config.end_ids)}: the tokenizer is of another model"
         )
+    if tokenizer.vocab_size < _LEAST_SHARE * config.vocab_size:
+        # At this place, so that it is told once however often the folder is read.
+        warnings.warn(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
+            f"{config.vocab_size} rows, far more than it needs: make sure that the tokenizer is "
+            "this model's",
+            stacklevel=1,
+        )
+
+
+_LEAST_SHARE = 0.9  # of its rows that a model's own tokenizer has ids for; published ones 0.97
 
 
 def _listed(ids: tuple[int, ...]) -> str:
