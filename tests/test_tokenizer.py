@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from t5patches.editing.data import token_mask
 from t5patches.model.decoder.model import small_decoder
-from t5patches.model.folder import check_tokenizer
+from t5patches.model.folder import check_tokenizer, warn_of_few_ids
 from t5patches.model.huggingface import read_config, save_checkpoint
 from t5patches.model.tokenizer import Message, SentencePieceTokenizer, SpecialIds
 from t5patches.model.tokenizer_files import load_tokenizer
@@ -320,7 +320,7 @@ def test_far_fewer_ids_than_rows_are_told_once(rows, folder):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         for _ in range(2):
-            check_tokenizer(found, config, folder)
+            warn_of_few_ids(found, config, folder)
     said = [str(warning.message) for warning in told]
     more = f"{folder}: the tokenizer has 330 ids and the model's embedding {rows} rows, far more "
     so = "than it needs: make sure that the tokenizer is this model's"

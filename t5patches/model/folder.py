@@ -58,6 +58,7 @@ def load_model(
     tokenizer = load_tokenizer(whole, chat=chat)
     model, params = load_checkpoint(whole)
     check_tokenizer(tokenizer, model.config, whole)
+    warn_of_few_ids(tokenizer, model.config, whole)
     if is_adapter(folder):
         adapter = load_adapter(folder, whole)
         params = merged(params, adapter.params, adapter.lora)
@@ -86,6 +87,7 @@ def inspect_model(
     whole = whole_model(folder, base)
     model, tokenizer = inspect_checkpoint(whole), load_tokenizer(whole, chat=chat)
     check_tokenizer(tokenizer, model.config, whole)
+    warn_of_few_ids(tokenizer, model.config, whole)
     if is_adapter(folder):
         load_adapter(folder, whole)
     return model, tokenizer
@@ -97,8 +99,7 @@ def check_tokenizer(
     """Refuses a tokenizer that is not the model's.
 
     A model may have more rows in its embedding than the tokenizer has ids, as T5 has 32128 for
-    32100. No text leads to the rows beyond; they stay part of the softmax, as in training. Where
-    they are more than a tenth, which published models hardly have, a warning asks whose it is.
+    32100. No text leads to the rows beyond; they stay part of the softmax, as in training.
 
     Args:
         tokenizer: to judge.
@@ -119,6 +120,21 @@ def check_tokenizer(
             f"{_listed(tokenizer.end_ids)}; the model's are {config.pad_id} and "
             f"{_listed(config.end_ids)}: the tokenizer is of another model"
         )
+
+
+_LEAST_SHARE = 0.9  # of the rows; T5's, Pythia's and Qwen's tokenizers have ids for 0.998 of them
+
+
+def warn_of_few_ids(
+    tokenizer: Tokenizer, config: ModelConfig, folder: str | os.PathLike[str]
+) -> None:
+    """Tells of a tokenizer that fits, and yet has ids for few of the model's rows.
+
+    Args:
+        tokenizer: that `check_tokenizer` took.
+        config: of the model.
+        folder: named in the warning.
+    """
     if tokenizer.vocab_size < _LEAST_SHARE * config.vocab_size:
         # At this place, so that it is told once however often the folder is read.
         warnings.warn(
@@ -127,9 +143,6 @@ def check_tokenizer(
             "this model's",
             stacklevel=1,
         )
-
-
-_LEAST_SHARE = 0.9  # of its rows that a model's own tokenizer has ids for; published ones 0.97
 
 
 def _listed(ids: tuple[int, ...]) -> str:
