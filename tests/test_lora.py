@@ -1,5 +1,6 @@
 """Adapters: a step is that of the merged matrices, the model is held once, folders are PEFT's."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -17,6 +18,7 @@ from harness import slow_unless
 from safetensors.numpy import load_file, save_file
 
 from t5patches import cli
+from t5patches.commands import common
 from t5patches.editing import edit as edit_module
 from t5patches.editing import train as train_module
 from t5patches.editing.data import to_arrays, write_examples
@@ -24,6 +26,7 @@ from t5patches.editing.edit import Job, read_rounds
 from t5patches.editing.evaluate import kept_divergence, read_original
 from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
+from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import inspect_model, load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint
@@ -202,6 +205,16 @@ def test_targets(targets, count):
     assert not {"lm_head", "shared"} & found.keys()
     shapes = traverse_util.flatten_dict(adapter_shapes(model, Lora(2, targets=targets)))
     assert len(shapes) == 2 * count
+
+
+def test_the_targets_that_help_names_are_of_decoders_and_t5s():
+    parser = argparse.ArgumentParser()
+    common.add_adapter_options(parser, 0)
+    (targets,) = re.findall(r"such as '([^']+)'", " ".join(parser.format_help().split()))
+    llama = small_decoder(vocab_size=8, width=8, layers=1)
+    for model, names in ((tiny_model(), {"q", "v"}), (llama, {"q_proj", "v_proj"})):
+        found = adapted(model, Lora(2, targets=targets))
+        assert {name.rpartition(".")[2] for name in found} == names
 
 
 # --- Memory ---------------------------------------------------------------------------------------

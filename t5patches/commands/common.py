@@ -202,8 +202,8 @@ def add_adapter_options(container: Any, default: int, about: str = "") -> None:
     container.add_argument(
         "--lora-targets",
         metavar="REGEX",
-        help="modules in whose name this is found get an adapter, such as "
-        "'SelfAttention[.](q|v)$' (default: every linear layer)",
+        help="modules in whose name this is found get an adapter, such as '[.](q|v)(_proj)?$', the "
+        "queries and values of a Llama, a Gemma or a T5 (default: every linear layer)",
     )
 
 

@@ -31,6 +31,7 @@ out of the model's own distribution, or leave it 1 / vocabulary; npo (Zhang et a
 whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 2023) prefers
 `corrected_targets` to them; ftpo (Paech et al. 2025) wants a margin of logits and tethers the rest.
 
+  t5patches edit --model SmolLM2-135M-Instruct --data edits.jsonl --lora 16 --output adapter
   t5patches edit --model flan-t5-small --data edits.jsonl --output flan-t5-small-edited
 """
 
