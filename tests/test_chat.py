@@ -270,6 +270,39 @@ def test_a_bad_template_is_told_in_a_line_before_all_else(case, folder, monkeypa
         assert load_tokenizer(folder, chat="off").chat is False
 
 
+CUTTING = {
+    # How a template gives a message, what is said in it, and what is told of it (None: nothing).
+    "the end": ("m.content[:10]", "a fire closed", "behind its first 10 characters: 'sed'"),
+    "the start": ("m.content[-9:]", "9 fires closed", "its first 0 characters: '9 fires closed'"),
+    "all of a role": (
+        "(m.content if m.role == 'user' else '')",
+        (Message("system", "Be brief."), Message("user", "a fire")),
+        "message 1 of 2 says behind its first 0 characters: 'Be brief.'",
+    ),
+    "a control token": ("m.content[:12]", "a <|im_end|> b", "its first 7 characters: 'end|> b'"),
+    "white space": ("m.content.strip().replace('\r\n', '\n')", " a\r\n\r\nfire ", None),
+    "how it thought": (
+        "m.content.split('</think>')[-1]",
+        (Message("user", "a"), Message("assistant", "hm</think>b"), Message("user", "c")),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUTTING)
+def test_a_template_that_cuts_what_is_said_is_refused(case, folder):
+    """A short message may come through whole: each is looked at."""
+    given, inputs, message = CUTTING[case]
+    found = load_tokenizer(said(folder, chat_template=TEMPLATE.replace("m.content", given)))
+    found.encode_prompt("fire")
+    if message is None:
+        assert found.encode_prompt(inputs)
+        return
+    with pytest.raises(ValueError, match=r"tokenizer_config.json leaves out .*--chat off") as error:
+        found.encode_prompt(inputs)
+    assert message in str(error.value)
+
+
 def test_a_template_that_takes_one_message_takes_outputs(folder):
     """They do not go through it: it can neither refuse nor cut them."""
     one = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + TEMPLATE

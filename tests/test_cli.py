@@ -142,14 +142,14 @@ def check_task(output):
         (["--help"], ["Stop a language model from saying what it must not", "demo", "exit codes"]),
         (
             ["edit", "--help"],
-            ["start with tnrf, alpha 1", "spans", "--resume", "--plan", "exit codes"],
+            ["start with tnrf, alpha 1", "spans", "--resume", "--plan", "--lora 16", "exit codes"],
         ),
         (
             ["align", "--help"],
             ["function(outputs)", "--reward DIR", "--most-kl", "last\ncheckpoint"],
         ),
         (["reward", "--help"], ["chosen", "--held-out", "align --reward OUTPUT"]),
-        (["convert", "--help"], ["T5X is not needed", "--like DIR", "--tokenizer FILE"]),
+        (["convert", "--help"], ["T5X is not needed", "--like DIR", "--model gemma"]),
         (["demo", "--help"], ["targeted objectives", "--seeds N", "--output DIR", "goes on"]),
     ],
 )

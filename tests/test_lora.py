@@ -1,9 +1,11 @@
 """Adapters: a step is that of the merged matrices, the model is held once, folders are PEFT's."""
 
+import argparse
 import dataclasses
 import json
 import re
 import shutil
+import warnings
 
 import decoder_folders
 import jax
@@ -16,6 +18,7 @@ from harness import slow_unless
 from safetensors.numpy import load_file, save_file
 
 from t5patches import cli
+from t5patches.commands import common
 from t5patches.editing import edit as edit_module
 from t5patches.editing import train as train_module
 from t5patches.editing.data import to_arrays, write_examples
@@ -23,7 +26,8 @@ from t5patches.editing.edit import Job, read_rounds
 from t5patches.editing.evaluate import kept_divergence, read_original
 from t5patches.editing.plan import plan_memory
 from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
-from t5patches.model.folder import load_model
+from t5patches.model.decoder.model import small_decoder
+from t5patches.model.folder import inspect_model, load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint
 from t5patches.model.lora import (
@@ -201,6 +205,16 @@ def test_targets(targets, count):
     assert not {"lm_head", "shared"} & found.keys()
     shapes = traverse_util.flatten_dict(adapter_shapes(model, Lora(2, targets=targets)))
     assert len(shapes) == 2 * count
+
+
+def test_the_targets_that_help_names_are_of_decoders_and_t5s():
+    parser = argparse.ArgumentParser()
+    common.add_adapter_options(parser, 0)
+    (targets,) = re.findall(r"such as '([^']+)'", " ".join(parser.format_help().split()))
+    llama = small_decoder(vocab_size=8, width=8, layers=1)
+    for model, names in ((tiny_model(), {"q", "v"}), (llama, {"q_proj", "v_proj"})):
+        found = adapted(model, Lora(2, targets=targets))
+        assert {name.rpartition(".")[2] for name in found} == names
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -690,6 +704,28 @@ def test_an_adapter_that_could_not_be_read_is_not_written(made, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["base", "other"])
+def test_an_adapter_that_does_not_say_of_which_model_is_told_once(name, made, tmp_path):
+    """As PEFT writes it: it fits any model of the same sizes."""
+    adapter = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    weights(lambda tensors: None)(adapter, load_file(adapter / "adapter_model.safetensors"))
+    base = made / "base"
+    if name == "other":
+        base = model_folder(tmp_path / "other", seed=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        inspect_model(adapter, base)
+        load_model(adapter, base)
+    (told,) = told
+    ending = "and its weights may be others" if name == "base" else "sure that this is the same"
+    assert re.search(
+        f"adapter has no fingerprint .* an adapter of {base}; its adapter_config.json names "
+        f"'{made / 'base'}'.*{ending}",
+        str(told.message),
+    )
+    load_model(made / "adapter", made / "base")  # one that says it is not told of
+
+
 @pytest.mark.parametrize("case", WRONG_FOLDERS)
 def test_a_spoilt_adapter_is_refused(case, made, tmp_path):
     spoil, message = WRONG_FOLDERS[case]
@@ -719,4 +755,6 @@ def test_what_is_written_is_read(made):
     # How it began says nothing of what it is, as long as the base stays as it is.
     for begun in (True, "gaussian", "eva"):
         config(init_lora_weights=begun)(folder, {})
-        close(load_adapter(folder, made / "base").params, found.params, rtol=0)
+        with pytest.warns(UserWarning, match="foreign has no fingerprint"):
+            again = load_adapter(folder, made / "base")
+        close(again.params, found.params, rtol=0)

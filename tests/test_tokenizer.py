@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 import unicodedata
+import warnings
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from t5patches.editing.data import token_mask
 from t5patches.model.decoder.model import small_decoder
-from t5patches.model.folder import check_tokenizer
+from t5patches.model.folder import check_tokenizer, warn_of_few_ids
 from t5patches.model.huggingface import read_config, save_checkpoint
 from t5patches.model.tokenizer import Message, SentencePieceTokenizer, SpecialIds
 from t5patches.model.tokenizer_files import load_tokenizer
@@ -302,10 +303,28 @@ def test_special_tokens_beyond_the_embedding_are_no_ids_of_a_text(folder):
     original = Tokenizer.from_str(tokenizer_json("byte-level").decode())
     original.add_special_tokens([f"<image {i}>" for i in range(100)])
     (folder / "tokenizer.json").write_text(original.to_str())
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, config=config | {"vocab_size": 360})
     found = load_tokenizer(folder)
     check_tokenizer(found, read_config(folder).config, folder)
     assert found.vocab_size == 330
     assert found.decode([329, 399, 421]).text == found.decode([329]).text
+
+
+@pytest.mark.parametrize("rows", [366, 367, 32000])
+def test_far_fewer_ids_than_rows_are_told_once(rows, folder):
+    """A tokenizer of another model may have this one's special ids."""
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, config=config | {"vocab_size": rows})
+    found, config = load_tokenizer(folder), read_config(folder).config
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            warn_of_few_ids(found, config, folder)
+    said = [str(warning.message) for warning in told]
+    more = f"{folder}: the tokenizer has 330 ids and the model's embedding {rows} rows, far more "
+    so = "than it needs: make sure that the tokenizer is this model's"
+    assert said == [more + so] * (rows > 366)
 
 
 # A `tokenizer.model`

@@ -42,7 +42,8 @@ from t5patches.runs.files import unfinished
 
 LESS_MEMORY = (
     "remove OUTPUT.unfinished and try a smaller --update-size or --batch-size, or "
-    "--truncate-inputs, --skip-longer, --remat, --dtype bfloat16, or a smaller --max-length"
+    "--truncate-inputs, --skip-longer, --remat, a smaller --max-length, or on TPUs and GPUs "
+    "--dtype bfloat16"
 )
 AGAIN = "repeat the command with --resume to go on"
 

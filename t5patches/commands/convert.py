@@ -1,8 +1,8 @@
-"""Turn a Hugging Face T5 folder into a T5X checkpoint, or a T5X checkpoint or GGUF into a folder.
+"""Turn a GGUF file or a T5X checkpoint into a model folder, or a T5's folder into T5X's.
 
 Which of them it is, --model says: a file with the ending .gguf, of Llama's or Gemma 3's kind,
 becomes a Hugging Face folder with its tokenizer, whose README.md says how the weights were
-quantised (needs the package gguf); a folder with a config.json becomes a T5X model directory
+quantised (needs the package gguf); a T5's folder with a config.json becomes a T5X model directory
 with checkpoint_STEP in it (Orbax's format, which T5X reads; with a fresh Adafactor, so that it can
 be trained on); a T5X checkpoint, or a model directory, of which the latest step is taken, becomes
 a Hugging Face folder. Checkpoints in T5X's first format (msgpack and zarr, as T5's were published)
@@ -14,6 +14,7 @@ float32, --tokenizer gives the sentencepiece model, and sizes are read off the p
 the config.json that this command leaves in t5patches/ beside the checkpoints that it writes. Gates
 (of T5 1.1, Flan-T5, mT5) need that or --like: parameters do not show of which kind they are.
 
+  t5patches convert --model gemma-3-1b-it-Q8_0.gguf --output gemma-3-1b-it
   t5patches convert --model t5x/base/checkpoint_1000000 --like t5-v1_1-base --output base
   t5patches convert --model base-edited --output t5x/base-edited --step 1000000
 """

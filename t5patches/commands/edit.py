@@ -31,6 +31,7 @@ out of the model's own distribution, or leave it 1 / vocabulary; npo (Zhang et a
 whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 2023) prefers
 `corrected_targets` to them; ftpo (Paech et al. 2025) wants a margin of logits and tethers the rest.
 
+  t5patches edit --model SmolLM2-135M-Instruct --data edits.jsonl --lora 16 --output adapter
   t5patches edit --model flan-t5-small --data edits.jsonl --output flan-t5-small-edited
 """
 
@@ -44,7 +45,7 @@ from t5patches.runs.files import unfinished
 
 LESS_MEMORY = (
     "remove OUTPUT.unfinished and try a smaller --batch-size, or --truncate-inputs, --skip-longer, "
-    "--remat, --lora 8, --dtype bfloat16, --param-dtype bfloat16"
+    "--remat, --lora 8, or on TPUs and GPUs --dtype bfloat16, --param-dtype bfloat16"
 )
 AGAIN = "repeat the command with --resume to go on"
 
@@ -253,7 +254,8 @@ def _add_machine(group: Any) -> None:
         metavar="NAME",
         default="float32",
         help="float32 or bfloat16, of parameters that are not trained: the original's, and with "
-        "--lora the model's (default: float32)",
+        "--lora the model's. bfloat16 halves them on TPUs and GPUs; on a CPU, which makes float32 "
+        "copies, it takes more, but beside an adapter with --dtype bfloat16 (default: float32)",
     )
     group.add_argument(
         "--cache-teacher",

@@ -32,7 +32,7 @@ from t5patches.editing.outputs import (
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, require_room
+from t5patches.editing.plan import MemoryPlan, bfloat16_is_smaller, require_room
 from t5patches.editing.policy import (
     How,
     PolicySettings,
@@ -291,7 +291,8 @@ def _planned(
         memory.beside((state, base), compiled_update(model, how, learnt, text)),
     )
     what = f"updates of {settings.update_size} outputs, to inputs of {longest} tokens,"
-    less = ("--max-length", "--truncate-inputs", "--skip-longer", "--remat", "--dtype bfloat16")
+    less = ["--max-length", "--truncate-inputs", "--skip-longer", "--remat"]
+    less += ["--dtype bfloat16"] * bfloat16_is_smaller()
     require_room(
         what,
         working,

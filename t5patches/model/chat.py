@@ -9,6 +9,7 @@ so that no template cuts or trims them.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import contextvars
 import datetime
@@ -267,10 +268,12 @@ class ChatTokenizer:
             The ids of the rendered template.
 
         Raises:
-            ValueError: the template refuses it, or a message would come to be a control token.
+            ValueError: the template refuses it, leaves a part of it out, or a message would come
+                to be a control token.
         """
         messages = messages_of(inputs)
-        ids = self._encode(messages)
+        text, mark = self._render(messages)
+        ids = self._tokenizer.encode_template(text, mark)
         roles = tuple(message.role for message in messages)
         if roles not in self._expected:
             harmless = [message._replace(content=_HARMLESS) for message in messages]
@@ -281,9 +284,33 @@ class ChatTokenizer:
                 f"token, by the chat template in {self._template.source.path} or the tokenizer "
                 "beside it: say it otherwise, or leave the template out (--chat off)"
             )
+        self._require_whole(messages, text.replace(mark, ""))
         return ids
 
+    def _require_whole(self, messages: Sequence[Message], text: str) -> None:
+        """Refuses a template that cuts what is said to the model; white space is its own affair.
+
+        What the model has said before may be cut: templates leave out how it thought.
+        """
+        there = "".join(text.split())
+        for number, message in enumerate(messages, start=1):
+            places = [i for i, c in enumerate(message.content) if not c.isspace()]
+            said = "".join(message.content[i] for i in places)
+            if message.role == "assistant" or said in there:
+                continue
+            least = bisect.bisect(range(len(said)), False, key=lambda n: said[: n + 1] not in there)
+            cut = message.content[places[least] :]
+            raise ValueError(
+                f"the chat template in {self._template.source.path} leaves out or changes what "
+                f"message {number} of {len(messages)} says behind its first {places[least]} "
+                f"characters: {cut[:80]!r}. Correct it, or leave it out (--chat off)"
+            )
+
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self._tokenizer.encode_template(*self._render(messages))
+
+    def _render(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The text of a conversation, and what keeps its messages from being control tokens."""
         said = "".join(message.content for message in messages)
         mark = ""
         if self.controls:
@@ -297,7 +324,7 @@ class ChatTokenizer:
                     m._replace(content=pattern.sub(lambda f: mark.join((*f[0], "")), m.content))
                     for m in messages
                 )
-        return self._tokenizer.encode_template(self._template.render(messages), mark)
+        return self._template.render(messages), mark
 
     def _controls_of(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._control_ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
@@ -57,6 +58,7 @@ def load_model(
     tokenizer = load_tokenizer(whole, chat=chat)
     model, params = load_checkpoint(whole)
     check_tokenizer(tokenizer, model.config, whole)
+    warn_of_few_ids(tokenizer, model.config, whole)
     if is_adapter(folder):
         adapter = load_adapter(folder, whole)
         params = merged(params, adapter.params, adapter.lora)
@@ -85,6 +87,7 @@ def inspect_model(
     whole = whole_model(folder, base)
     model, tokenizer = inspect_checkpoint(whole), load_tokenizer(whole, chat=chat)
     check_tokenizer(tokenizer, model.config, whole)
+    warn_of_few_ids(tokenizer, model.config, whole)
     if is_adapter(folder):
         load_adapter(folder, whole)
     return model, tokenizer
@@ -116,6 +119,29 @@ def check_tokenizer(
             f"{folder}: the tokenizer has pad id {tokenizer.pad_id} and end id "
             f"{_listed(tokenizer.end_ids)}; the model's are {config.pad_id} and "
             f"{_listed(config.end_ids)}: the tokenizer is of another model"
+        )
+
+
+_LEAST_SHARE = 0.9  # of the rows; T5's, Pythia's and Qwen's tokenizers have ids for 0.998 of them
+
+
+def warn_of_few_ids(
+    tokenizer: Tokenizer, config: ModelConfig, folder: str | os.PathLike[str]
+) -> None:
+    """Tells of a tokenizer that fits, and yet has ids for few of the model's rows.
+
+    Args:
+        tokenizer: that `check_tokenizer` took.
+        config: of the model.
+        folder: named in the warning.
+    """
+    if tokenizer.vocab_size < _LEAST_SHARE * config.vocab_size:
+        # At this place, so that it is told once however often the folder is read.
+        warnings.warn(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model's embedding "
+            f"{config.vocab_size} rows, far more than it needs: make sure that the tokenizer is "
+            "this model's",
+            stacklevel=1,
         )
 
 

@@ -11,7 +11,8 @@ go into Flax's modules as these are called, does not have; nor is the decoder su
 
 On disk an adapter is a folder of the PEFT library: `adapter_config.json` and
 `adapter_model.safetensors`, with the names of the modules of the base model's own folder. It says
-of which base it is, and is refused beside any other.
+of which base it is, and is refused beside any other; of one that PEFT wrote, which does not say, a
+warning tells.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685.
 """
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -432,6 +434,8 @@ def _in_order(content: bytes) -> bytes:
 def load_adapter(folder: PathLike, base: PathLike) -> Adapter:
     """Reads a folder of the PEFT library; the base's weights are not read.
 
+    A warning tells where the adapter does not say of which base it is.
+
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         base: the folder of the model that it is an adapter of.
@@ -445,7 +449,7 @@ def load_adapter(folder: PathLike, base: PathLike) -> Adapter:
             is of another base.
     """
     folder = Path(folder)
-    lora, wrong = _read_config(folder / CONFIG)
+    lora, named, wrong = _read_config(folder / CONFIG)
     model = inspect_checkpoint(base)
     values, metadata = _read_weights(folder / WEIGHTS)
     trained_beside = metadata.get(_BASE)
@@ -474,7 +478,21 @@ def load_adapter(folder: PathLike, base: PathLike) -> Adapter:
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{folder} cannot be read: {'; '.join(wrong[:20])}{more}.")
+    if trained_beside is None:
+        _warn_of_any_base(folder, base, named)
     return Adapter(lora, traverse_util.unflatten_dict(flat))
+
+
+def _warn_of_any_base(folder: Path, base: PathLike, named: Any) -> None:
+    """An adapter of PEFT's own fits every model of the same sizes, and has but a name of its."""
+    alike = isinstance(named, str) and Path(named).name == Path(base).resolve().name
+    so = "and its weights may be others" if alike else "make sure that this is the same model"
+    # At this place, so that it is told once however often the folder is read.
+    warnings.warn(
+        f"{folder} has no fingerprint of the model that it was trained beside (PEFT writes none) "
+        f"and is taken as an adapter of {base}; its {CONFIG} names {named!r:.200}: {so}",
+        stacklevel=1,
+    )
 
 
 def weights_fingerprint(folder: PathLike) -> str:
@@ -530,8 +548,8 @@ _NEEDED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _read_config(path: Path) -> tuple[Lora, list[str]]:
-    """The rank and scale, and what else the file says that cannot be done."""
+def _read_config(path: Path) -> tuple[Lora, Any, list[str]]:
+    """The rank and scale, how the base is called, and what of the file cannot be done."""
     try:
         require_own_file(path)
         found = json.loads(read_regular(path))
@@ -543,7 +561,7 @@ def _read_config(path: Path) -> tuple[Lora, list[str]]:
         rank, alpha = found["r"], found.get("lora_alpha", 8)  # PEFT's default
         if type(rank) is not int or type(alpha) not in (int, float):
             raise ValueError(f"r is {rank!r} and lora_alpha {alpha!r}: numbers are needed")
-        return Lora(rank, float(alpha)), wrong
+        return Lora(rank, float(alpha)), found.get("base_model_name_or_path"), wrong
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 

@@ -5,8 +5,8 @@ A layer adds attention and a feed-forward block to the residual stream:
     x = x + attention(norm(x));  x = x + mlp(norm(x))      sequential
     x = x + attention(norm(x)) + mlp(norm(x))              parallel
 
-with norms before a block, after it, or both. `layer` is that text, and it asks its caller what the
-queries find: `run` lets them look at a whole sequence, `step` at a cache.
+with norms before a block, or before and after it. `layer` is that text, and it asks its caller
+what the queries find: `run` lets them look at a whole sequence, `step` at a cache.
 
 The parameters come from one table, `parameters`. Matrices are `[inputs, outputs]`; those of
 attention are of heads one after the other, in groups that share a key and a value.
@@ -97,7 +97,7 @@ class DecoderConfig:
       norm_eps: added to the mean square.
       norm_offset: added to the scale: 1 where a scale is stored as its difference from 1.
       norm_bias: whether norms have biases.
-      norms: "before" a block, "after" it, or "both".
+      norms: "before" a block, or "both" before and after it.
       parallel: whether both blocks of a layer read the same residual stream.
       shared_norm: whether they then share the norm before them.
       qk_norm: whether each head's query and key are normalised, before they turn.
@@ -234,11 +234,10 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
         table(config.max_positions, "positions", "position_embedder")
     for i in range(config.num_layers):
         at = f"layers_{i}"
-        if config.norms != "after":
-            norm(width, "embed", at, "pre_attention_norm")
-            if not config.shared_norm:
-                norm(width, "embed", at, "pre_mlp_norm")
-        if config.norms != "before":
+        norm(width, "embed", at, "pre_attention_norm")
+        if not config.shared_norm:
+            norm(width, "embed", at, "pre_mlp_norm")
+        if config.norms == "both":
             norm(width, "embed", at, "post_attention_norm")
             norm(width, "embed", at, "post_mlp_norm")
         if config.qkv == "split":
@@ -415,10 +414,10 @@ def layer(
     """
 
     def before(name: str, params: Params, x: Array) -> Array:
-        return x if config.norms == "after" else normalize(config, params[f"pre_{name}_norm"], x)
+        return normalize(config, params[f"pre_{name}_norm"], x)
 
     def after(name: str, x: Array) -> Array:
-        if config.norms != "before":
+        if config.norms == "both":
             x = normalize(config, params[f"post_{name}_norm"], x)
         return drop(x)
 
