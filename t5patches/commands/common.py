@@ -137,9 +137,9 @@ def add_dtype_option(container: Any) -> None:
         "--dtype",
         metavar="NAME",
         default="float32",
-        help="float32 or bfloat16, of activations and of what decoding keeps of the text before; "
-        "what is trained and sums are float32. bfloat16 saves memory on TPUs and GPUs; a CPU makes "
-        "float32 copies (default: float32)",
+        help="float32 or bfloat16, of activations and of what decoding keeps of the text before, "
+        "which bfloat16 halves on TPUs and GPUs (a CPU makes float32 copies); what is trained and "
+        "sums are float32 (default: float32)",
     )
 
 
