@@ -22,7 +22,7 @@ COMMANDS = (
     "    --rules tutorial/rules.toml --expand 32 --output tutorial/edits.jsonl",
     "t5patches edit --model tutorial/model --data tutorial/edits.jsonl --output tutorial/edited",
     "t5patches evaluate --before tutorial/model --after tutorial/edited \\\n"
-    "    --inputs tutorial/held-out.jsonl --rules tutorial/rules.toml --references \\\n"
+    "    --inputs tutorial/held-out.jsonl --rules tutorial/rules.toml \\\n"
     "    --report tutorial/report.html",
 )
 _ANNOTATE = "t5patches annotate --rules tutorial/rules.toml --inputs tutorial/inputs.txt \\\n"

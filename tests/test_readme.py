@@ -6,11 +6,14 @@ import inspect
 import pathlib
 import re
 import shlex
+import shutil
+import string
 import subprocess
 
 import editing_samples
 import jax
 import pytest
+from test_decoder_commands import place, run  # noqa: F401
 
 import t5patches_kernels
 from bench import readme, tutorial
@@ -30,6 +33,27 @@ def test_it_takes_ten_minutes():
 def test_python_examples(code):
     with jax.numpy_dtype_promotion("standard"):
         exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_first_screen_edits_a_model(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """With a tiny model in place of Gemma, what it says as the words, and fewer tokens."""
+    (block,) = re.findall(r"## Stop a model.*?```sh\n(.*?)```", README, re.DOTALL)
+    install, *lines = re.findall(r"^(?:pip|t5patches) (?:.*\\\n)*.*", block, re.MULTILINE)
+    assert install.startswith("pip install '.[editing]'")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "model", tmp_path / "gemma")
+    shutil.copy(place / "inputs.txt", tmp_path / "prompts.txt")
+    shutil.copy(place / "inputs.txt", tmp_path / "others.txt")
+    (tmp_path / "words.txt").write_text("".join(f"{x}\n" for x in string.ascii_lowercase))
+    less = ("--max-length", 6)
+    more = {"annotate": less, "edit": ("--steps", 2, "--devices", 1), "evaluate": less}
+    assert [name for name, *_ in map(tutorial.words, lines)] == [*more]
+    for line in lines:
+        name, *_ = words = tutorial.words(line)
+        assert run(*words, *more[name]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\d+ of 16 outputs have something unwanted", shown)
+    assert "Edits of gemma" in shown
 
 
 def test_the_functions_behind_the_commands(tmp_path, monkeypatch, capsys):
