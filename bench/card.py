@@ -7,7 +7,7 @@ r"""A borrowed card in minutes: first whether the kernels are right on it, then 
 In this order, as what fails first says most:
 
 1. how far loss and gradient of 8 tokens are from float64, beside how far the dense formula in
-   float32 is. On a GPU by the very plans that are timed later, those of one block a row and of
+   float32 is. On a GPU by the very plans that are timed later, of one block a row, the head, and
    every cluster, in a process for each number of blocks (`bench.checks`): none has run on a card
    as it stands, and where one hangs the rows say so, what would run it again is left out, and all
    else goes on. On a TPU for every objective, in low blocks and in tall ones;
@@ -53,7 +53,7 @@ TOKENS = {"gpu": 8192, "tpu": 2048}
 VOCABULARIES = {"gpu": [32128, 128256, 250112], "tpu": [32128, 250112]}
 CHUNKS_MIB = {"gpu": [512, 1024, 2048], "tpu": [237]}
 CLUSTERS = (2, 4, 8, 16)
-FEW = 8  # tokens of a check
+FEW, WIDTH = 8, 64  # tokens of a check, and of what width hidden states are
 ON_TPU = ((8, 264), (530, 264), (8, 32128))  # tokens and vocabularies of a TPU's checks
 # What is checked of clusters beside the plans that are timed, by vocabularies and blocks: every
 # number of blocks, and what is left of rows in float32 where a card starts no more than 8 together.
@@ -74,8 +74,8 @@ Step = tuple[Row, Callable[[], Row]]  # what a row is of, and what measures it
 def checked(options: argparse.Namespace) -> dict[int, list[Program]]:
     """What a GPU is held to float64 with, by the blocks that share a row; each program once.
 
-    Of one block a row all objectives at the smallest vocabulary, and those that are timed first at
-    the others.
+    Of one block a row all objectives at the smallest vocabulary, those that are timed first at the
+    others, and heads.
     """
     found: dict[int, list[Program]] = {n: [] for n in (1, *options.clusters)}
     smallest, largest = min(options.vocabularies), max(options.vocabularies)
@@ -89,6 +89,9 @@ def checked(options: argparse.Namespace) -> dict[int, list[Program]]:
         best = Program(name, dtype, FEW, size, "cluster")
         if options.clusters and name in DISTINCT and best.blocks in found:
             found[best.blocks].append(best._replace(what=best.blocks))
+    for size in sorted({largest, *(shape["vocabulary"] for shape in liger.SHAPES.values())}):
+        if size <= largest:
+            found[1].append(Program("tnff", "bfloat16", FEW, size, 1, width=WIDTH))
     return {blocks: list(dict.fromkeys(programs)) for blocks, programs in found.items() if programs}
 
 

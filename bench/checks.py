@@ -41,21 +41,21 @@ Row = dict[str, Any]
 
 
 class Program(NamedTuple):
-    """Value and gradient of logits."""
+    """Value and gradient of logits, or of hidden states in bfloat16."""
 
     objective: str
     dtype: str
     tokens: int
     vocabulary: int
     what: str | int  # an implementation by name; "cluster", by its best plan; or blocks a row
+    width: int = 0  # of the hidden states; 0: of logits
 
     @property
     def of(self) -> Row:
         """What a row says of it beside its implementation."""
-        return {"tokens": self.tokens, "vocabulary": self.vocabulary} | {
-            "dtype": self.dtype,
-            "objective": self.objective,
-        }
+        row: Row = {"tokens": self.tokens, "vocabulary": self.vocabulary, "dtype": self.dtype}
+        row |= {"width": self.width} if self.width else {}
+        return row | {"objective": self.objective}
 
     @property
     def implementation(self) -> Any:
@@ -70,8 +70,11 @@ class Program(NamedTuple):
         sizes = plans.ONE_BLOCK if self.what == "pallas_gpu" else self.implementation
         if not isinstance(sizes, BlockSizes):
             return None
-        itemsizes = (jnp.dtype(self.dtype).itemsize,) * (1 + (self.objective in common.OBJECTIVES))
-        op = Operation(Settings(self.objective, self.vocabulary, smoothing=1e-6))
+        # The head's logits are float32, and their gradient is what its products take.
+        itemsize = 4 if self.width else jnp.dtype(self.dtype).itemsize
+        itemsizes = (itemsize,) * (1 + (self.objective in common.OBJECTIVES))
+        settings = Settings(self.objective, self.vocabulary, smoothing=1e-6)
+        op = Operation(settings, gradient_dtype=self.dtype)
         size = (self.vocabulary, itemsizes, 1, sizes)
         return plans.call_of(op, Stage.VALUE_AND_GRAD, *size).plan
 
@@ -82,13 +85,19 @@ class Program(NamedTuple):
 
     def jitted(self) -> Any:
         """It, to be called or compiled."""
-        total = functools.partial(common.total, self.implementation, self.objective)
-        return jax.jit(jax.value_and_grad(total))
+        of = common.head_total if self.width else common.total
+        total = functools.partial(of, self.implementation, self.objective)
+        return jax.jit(jax.value_and_grad(total, (0, 1) if self.width else 0))
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        """What it takes: arrays of two models, targets and weights."""
+        if self.width:
+            return common.head_inputs(self.tokens, self.vocabulary, self.width)
+        return gpu.operands(self.tokens, self.vocabulary, self.dtype)
 
     def compiled(self) -> Any:
-        """It, compiled for its operands (`bench.gpu.operands`)."""
-        size = (self.tokens, self.vocabulary, self.dtype)
-        return self.jitted().lower(*jax.eval_shape(lambda: gpu.operands(*size))).compile()
+        """It, compiled for its operands."""
+        return self.jitted().lower(*jax.eval_shape(self.operands)).compile()
 
 
 # --- Right ----------------------------------------------------------------------------------------
@@ -99,31 +108,36 @@ class Ready(NamedTuple):
 
     program: Any
     operands: tuple[jax.Array, ...]
-    exact: tuple[np.ndarray, ...]  # loss and gradient by the dense formula in float64
-    dense: tuple[np.ndarray, ...]  # in float32
+    exact: list[np.ndarray]  # loss and gradients by the dense formula in float64
+    dense: list[np.ndarray]  # in float32
 
 
 def ready(of: Program) -> Ready:
     """Compiles a program and works out what is right."""
-    z, r, y, w = gpu.operands(of.tokens, of.vocabulary, of.dtype)
-    args = (z, r, y.at[0].set(0).at[1].set(of.vocabulary - 1), w)
-    z, r, y, w = jax.device_get(args)
+    *arrays, y, w = of.operands()
+    args = (*arrays, y.at[0].set(0).at[1].set(of.vocabulary - 1), w)
+    *arrays, y, w = jax.device_get(args)
 
-    def by_dense(precision: Any) -> tuple[np.ndarray, ...]:
+    def by_dense(precision: Any) -> list[np.ndarray]:
         with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(precision == np.float64):
-            rows = (z.astype(precision), r.astype(precision), y, w.astype(precision))
-            return jax.device_get(of._replace(what="reference").jitted()(*rows))
+            rows = (*(x.astype(precision) for x in arrays), y, w.astype(precision))
+            found = of._replace(what="reference").jitted()(*rows)
+            return jax.tree.leaves(jax.device_get(found))
 
     return Ready(of.compiled(), args, by_dense(np.float64), by_dense(np.float32))
 
 
 def error(of: Program, known: Ready) -> Row:
-    """How far a program's loss and gradient are from float64, and how far they may be."""
-    ours = jax.device_get(known.program(*known.operands))
-    roundings = {"loss": 1e-5, "gradient": {"float32": 1e-5, "bfloat16": 2.0**-8}[of.dtype]}
+    """How far a program's loss and gradients are from float64, and how far they may be."""
+    ours = jax.tree.leaves(jax.device_get(known.program(*known.operands)))
+    rounding = {"float32": 1e-5, "bfloat16": 2.0**-8}[of.dtype]
+    if of.width:  # both the gradient to the logits and what is made of it are rounded
+        parts = {"loss": 1e-5, "hidden_gradient": 2 * rounding, "kernel_gradient": 2 * rounding}
+    else:
+        parts = {"loss": 1e-5, "gradient": rounding}
     row: Row = {"right": True}
-    parts = zip(roundings.items(), known.exact, known.dense, ours, strict=True)
-    for (name, rounding), x, base, got in parts:
+    every = zip(parts.items(), known.exact, known.dense, ours, strict=True)
+    for (name, rounding), x, base, got in every:
         far, base_far = (np.abs(np.asarray(of, np.float64) - x).max() for of in (got, base))
         allowed = base_far + rounding * np.abs(x).max()
         row |= {f"{name}_error": float(far), f"{name}_allowed": float(allowed)}
@@ -193,11 +207,12 @@ class _Process:
             self.fault = "hang"
             self.end()
             raise TimeoutError(f"hangs: no result for {SECONDS} s") from None
-        if row is None:  # it has ended
+        if row is None:  # it has ended, which later rows are to be told too
+            self.rows.put(None)
             if self.child.wait() < 0:
                 self.fault = "crash"
             raise RuntimeError(f"the process of this check has ended: {self.said[-150:]}")
-        if row.get("error", "").startswith("JaxRuntimeError"):
+        if row.get("error", "").startswith("JaxRuntimeError: INTERNAL"):  # not of memory
             self.fault = "fail on the card"
         return row
 

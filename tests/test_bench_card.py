@@ -13,15 +13,20 @@ from bench.checks import Apart, Program
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", reason="needs absl-py")
 
 
-def test_a_kernel_that_is_wrong_is_told(monkeypatch):
-    of = Program("tnff", "float32", 8, 264, card.KERNEL)
+@pytest.mark.parametrize(
+    "of",
+    [Program("tnff", "float32", 8, 264, card.KERNEL),
+     Program("tnff", "bfloat16", 8, 264, card.KERNEL, width=16)],
+)  # fmt: skip
+def test_a_kernel_that_is_wrong_is_told(of, monkeypatch):
     assert checks.error(of, checks.ready(of))["right"]
-    honest = common.total
+    name = "head_total" if of.width else "total"
+    honest = getattr(common, name)
 
     def total(what, *rest):
         return honest(what, *rest) * (1.001 if what == card.KERNEL else 1.0)
 
-    monkeypatch.setattr(common, "total", total)
+    monkeypatch.setattr(common, name, total)
     assert not checks.error(of, checks.ready(of))["right"]
 
 
@@ -33,6 +38,11 @@ def test_each_plan_that_is_timed_is_held_to_float64_before():
     before = [program for of in card.checked(options).values() for program in of]
     timed = card.Timed(options, Apart({}))
     planned = {program.plan for program in (*timed.programs, *timed.again)} - {None}
+    heads = (of for of, _ in card.heads(options, Apart({})))
+    planned |= {
+        Program(of["objective"], of["dtype"], 8, of["vocabulary"], of["what"], of["width"]).plan
+        for of in heads
+    }
     assert planned <= {program.plan for program in before}
     alone = {(of.objective, of.dtype) for of in before if (of.vocabulary, of.what) == (32128, 1)}
     assert len(alone) == 5 * 2
@@ -47,7 +57,7 @@ def test_what_a_run_that_is_cut_short_has(monkeypatch):
     monkeypatch.setattr(Program, "compiled", lambda _: None)
     rows = [of for of, _ in card.steps(card.options_of([]))]
     assert {row["objective"] for row in rows if "objective" in row} == {*common.OBJECTIVES}
-    heads = [k for k, row in enumerate(rows) if "width" in row]
+    heads = [k for k, row in enumerate(rows) if "chunk_mib" in row]
     timed = [k for k, row in enumerate(rows) if row["what"] in (card.KERNEL, "cluster", "xla")]
     timed = [k for k in timed if k not in heads and "counters" not in rows[k]]
     before, after = ([k for k in timed if (k > heads[0]) == late] for late in (False, True))
@@ -96,9 +106,9 @@ STRANGE = """
 import json, os, signal, sys, time
 programs = json.loads(sys.argv[1])
 print('{"right": true}', flush=True)
-if programs[0][-1] == 16:
+if programs[0][4] == 16:
     time.sleep(600)
-if programs[0][-1] == 8:
+if programs[0][4] == 8:
     os.kill(os.getpid(), signal.SIGSEGV)
 print('{"right": true}' * (len(programs) - 1), "the last words", sep="\\n", flush=True)
 """
@@ -158,7 +168,7 @@ def whole(monkeypatch, tmp_path):
 
 
 ORDER = [
-    ("tnff", "error", 1),
+    *[("tnff", "error", 1)] * 2,  # logits, and a head
     ("tnrf", "error", 2),
     ("tnff", "repeats", None),
     ("tnff", "repeats", "best"),
@@ -200,7 +210,7 @@ def test_after_what_hangs_the_rest_is_run(whole, strange, monkeypatch):
     hung = [row for row in rows if "hangs: no result" in row.get("error", "")]
     assert [(row["what"], row["cluster"]) for row in hung] == [("error", 1)]
     left_out = [row for row in rows if "not run: rows over 1 blocks hang" in row.get("error", "")]
-    assert {row["what"] for row in left_out} == {"repeats", card.KERNEL, "cluster"}
+    assert {row["what"] for row in left_out} == {"error", "repeats", card.KERNEL, "cluster"}
     assert all(row["ms"] for row in rows if row["what"] == "xla")
 
 
@@ -217,8 +227,8 @@ def test_the_whole_script(whole):
     rows = whole()
     assert order(rows) == ORDER
     assert [row for row in rows if "error" in row] == rows[-2:]  # the counters'
-    assert all(row["right"] for row in rows[:4])
-    assert all(row["ms"] > 0 for row in rows[5:-2])
+    assert all(row["right"] for row in rows[:5])
+    assert all(row["ms"] > 0 for row in rows[6:-2])
 
 
 # --- The card's counters --------------------------------------------------------------------------
