@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 2
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial frontier frontier-real real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-rewards bench-teacher bench-tpu bench-tpu-static bench-card bench-gpu bench-gpu-static bench-t5x bench-pods clean
+.PHONY: help demo tutorial frontier frontier-real real test test-slow fuzz test-t5x test-hf test-tunix lint bench bench-edit bench-decoder bench-rewards bench-teacher bench-tpu bench-tpu-static bench-gpu bench-gpu-table bench-gpu-static bench-t5x bench-pods clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 26
@@ -123,11 +123,11 @@ bench-gpu-static: $(VENV)/.has-test ## the GPU compiler's own figures, on any ma
 # JAX for a card and torch are as large as a card's own machine has them: these take what is there.
 CARD_PYTHON ?= $(PYTHON)
 
-bench-card: ## six minutes on a GPU: are the kernels right there, how fast; CARD_PYTHON= one with JAX for it, torch and Liger
+bench-gpu: ## six minutes on a GPU: are the kernels right there, how fast; CARD_PYTHON= one with JAX for it, torch and Liger
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.card
-	JAX_PLATFORMS=cpu $(CARD_PYTHON) -m bench.liger
+	JAX_PLATFORMS=cpu timeout -k 5 60 $(CARD_PYTHON) -m bench.liger
 
-bench-gpu: ## speed on a GPU; CARD_PYTHON= a Python with JAX for it and torch
+bench-gpu-table: ## a quarter of an hour on a GPU: the tables of an H100 again; CARD_PYTHON= a Python with JAX for it and torch
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.gpu --out bench/results/gpu.json
 	XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 $(CARD_PYTHON) -m bench.gpu --linear --out bench/results/gpu-linear.json
 	JAX_PLATFORMS=cpu $(CARD_PYTHON) -m bench.gpu --what torch --tokens 2048 8192 \

@@ -1,5 +1,7 @@
 r"""The table of the GPU: value and gradient of a loss, ours beside what one would use instead.
 
+`make bench-gpu-table`, with a card at hand for a quarter of an hour; in less, `bench.card`.
+
     python -m bench.gpu --out bench/results/gpu.json             # the whole table
     python -m bench.gpu --tokens 2048 --vocabularies 32128        # a part of it
     python -m bench.gpu --linear --out bench/results/gpu-linear.json

@@ -4,9 +4,10 @@ r"""Liger's fused linear divergences, at its own benchmark's shapes and ours bes
     JAX_PLATFORMS=cpu python -m bench.liger
 
 Hidden states to loss and both gradients, in bfloat16. Torch and JAX do not share a card's memory,
-so that Liger has a process of its own; `make bench-card` runs it right after `bench.card`, whose
-rows of the same shapes are ours. Times are taken as there (`bench.gpu.time_of`). A row is stored in
-`results/gpu-liger.json` once it is there; without torch, a card or Liger it says so.
+so that Liger has a process of its own; `make bench-gpu` runs it right after `bench.card`, whose
+rows of the same shapes are ours, for a minute at most. Times are taken as there
+(`bench.gpu.time_of`). A row is stored in `results/gpu-liger.json` once it is there; without torch,
+a card or Liger it says so.
 
 Of Liger's generalised Jensen-Shannon divergence beta 0 is the forward divergence, that of our
 ``tnff`` where no token is pushed down; 0.5 is its default and what its benchmark times.

@@ -324,7 +324,7 @@ def _gpu_times(of: tuple, at: dict[str, dict]) -> list[str]:
 
 
 def gpu(result: dict) -> str:
-    """README's table of `make bench-gpu`: times."""
+    """README's table of `make bench-gpu-table`: times."""
     of_t5 = [common.VOCABULARIES[name] for name in ("T5", "mT5")]
     timed = _timed_on_gpu(result, 8192)
     rows = [_gpu_times(of, at) for of, at in timed.items() if of[2] in of_t5]
@@ -332,9 +332,9 @@ def gpu(result: dict) -> str:
     head = {(r["objective"], r["what"]): r for r in linear["rows"]}
     dense, ours = (head["tnff", what] for what in ("dense", "pallas_gpu"))
     return _measured(
-        "`make bench-gpu`: 8192 tokens, device time, median; T5Patches' formula in JAX (dense) and "
-        "by `torch.compile`, streaming XLA and an earlier kernel. From hidden states at "
-        f"V = {dense['vocabulary']} (`tnff`, bfloat16): {ours['ms']:.0f} ms and "
+        "`make bench-gpu-table`: 8192 tokens, device time, median; T5Patches' formula in JAX "
+        "(dense) and by `torch.compile`, streaming XLA and an earlier kernel. From hidden states "
+        f"at V = {dense['vocabulary']} (`tnff`, bfloat16): {ours['ms']:.0f} ms and "
         f"{ours['temporary_bytes'] / 2**30:.1f} GiB, dense {dense['ms']:.0f} ms and "
         f"{dense['temporary_bytes'] / 2**30:.1f} GiB. Empty: not timed.",
         result["about"],
@@ -366,13 +366,14 @@ def _gpu_table(caption: str, result: dict, tokens: int) -> str:
 
 
 def gpu_all(result: dict) -> str:
-    """The whole table of `make bench-gpu`."""
+    """The whole table of `make bench-gpu-table`."""
     speed = result["about"]["copy_gb_per_second"]
     return _gpu_table(
-        "`make bench-gpu`: value and gradient of T = 8192 tokens, device time, median; T5Patches' "
-        "formula in JAX and by `torch.compile`, streaming XLA and the kernel. Of a copy's speed: "
-        "two arrays read and one written, in the kernel's time, over a device-to-device copy in "
-        f"the same process ({speed:.0f} GB/s). MiB: held beyond inputs and outputs.",
+        "`make bench-gpu-table`: value and gradient of T = 8192 tokens, device time, median; "
+        "T5Patches' formula in JAX and by `torch.compile`, streaming XLA and the kernel. Of a "
+        "copy's speed: two arrays read and one written, in the kernel's time, over a "
+        f"device-to-device copy in the same process ({speed:.0f} GB/s). "
+        "MiB: held beyond inputs and outputs.",
         result,
         8192,
     )
@@ -380,11 +381,11 @@ def gpu_all(result: dict) -> str:
 
 def gpu_fewer_tokens(result: dict) -> str:
     """More of it."""
-    return _gpu_table("`make bench-gpu`, the same for T = 2048.", result, 2048)
+    return _gpu_table("`make bench-gpu-table`, the same for T = 2048.", result, 2048)
 
 
 def gpu_linear(result: dict) -> str:
-    """The head's part of `make bench-gpu`."""
+    """The head's part of `make bench-gpu-table`."""
     rows = [
         [
             f"`{row['objective']}` {row['what']}",
@@ -395,7 +396,7 @@ def gpu_linear(result: dict) -> str:
     ]
     of = result["rows"][0]
     return _measured(
-        f"`make bench-gpu`, hidden states to loss and both gradients, T = {of['tokens']}, "
+        f"`make bench-gpu-table`, hidden states to loss and both gradients, T = {of['tokens']}, "
         f"D = {of['width']}, V = {of['vocabulary']}, bfloat16: logits whole (dense), or made in "
         "chunks of 512 MiB and given to streaming XLA or the kernel. Milliseconds, median "
         "(least-most); MiB beyond inputs and outputs.",

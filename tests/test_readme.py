@@ -9,6 +9,7 @@ import shlex
 import shutil
 import string
 import subprocess
+import tomllib
 
 import editing_samples
 import jax
@@ -16,7 +17,7 @@ import pytest
 from test_decoder_commands import place, run  # noqa: F401
 
 import t5patches_kernels
-from bench import readme, tutorial
+from bench import card, readme, tutorial
 from t5patches import cli, commands, editing
 from t5patches_kernels.core.objectives import TARGETED_NEGATIVE
 
@@ -76,6 +77,17 @@ def test_make_targets_exist(document):
     assert named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_a_tpu_is_measured_by_one_command():
+    """It installs a JAX and a TPU compiler that know each other."""
+    command = 'pip install -e ".[bench-tpu]" && python -m bench.card'
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "bench-tpu" in extras
+    for text in (README, readme.DOCUMENTS[1].read_text(), card.__doc__):
+        assert re.findall(r"pip install [^`]*?python -m bench.card", text) == [command]
 
 
 def test_commands_and_flags_exist(capsys):
