@@ -142,6 +142,7 @@ def test_samples_are_drawn_by_the_seed(run, capsys):
     assert found[0] != found[1]
 
 
+@pytest.mark.filterwarnings("ignore:.* far more than it needs")
 def test_what_cannot_be_compared_is_refused(run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("t5patches.editing.rounds.load_model", too_late)
     model_folder(tmp_path / "wide", mlp_dim=8)
