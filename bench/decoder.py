@@ -93,14 +93,14 @@ PARTS = ("original", "network", "head and loss", "optimizer")
 LIBRARIES, HELD = ("ours", "torch"), ("held", "working")
 
 
-def batch() -> dict[str, np.ndarray]:
+def batch(rows: int | None = None) -> dict[str, np.ndarray]:
     """Random examples, one token in sixteen pushed down."""
-    rng = np.random.default_rng(0)
-    weights = np.where(np.arange(ROWS * OUTPUT) % 16 == 0, -1.0, 1.0).reshape(ROWS, OUTPUT)
+    rng, rows = np.random.default_rng(0), rows or ROWS
+    weights = np.where(np.arange(rows * OUTPUT) % 16 == 0, -1.0, 1.0).reshape(rows, OUTPUT)
     most = SHAPES["SmolLM2-135M"]["vocab_size"]
     return {
-        "inputs": rng.integers(3, most, (ROWS, PROMPT)).astype(np.int32),
-        "outputs": rng.integers(3, most, (ROWS, OUTPUT)).astype(np.int32),
+        "inputs": rng.integers(3, most, (rows, PROMPT)).astype(np.int32),
+        "outputs": rng.integers(3, most, (rows, OUTPUT)).astype(np.int32),
         "weights": weights.astype(np.float32),
     }
 
@@ -227,25 +227,38 @@ def our_parts(
 @contextlib.contextmanager
 def torch_update(folder: str, trained: str, layers: str, original: str) -> Iterator[Work]:
     """The same in torch."""
-    import peft
     import torch
     import transformers
 
-    from bench import torch_dense
-
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    frozen = None
     if layers == "run again":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # which it wants; nothing drops
+    yield dense_in_torch(model, trained, batch(), original)
+
+
+def dense_in_torch(
+    model: Any,
+    trained: str,
+    examples: dict[str, np.ndarray],
+    original: str = "live",
+    frozen_dtype: Any = None,
+) -> Work:
+    """An update of transformers' network, with its parameters or peft's adapter, on its device."""
+    import peft
+    import torch
+
+    from bench import torch_dense
+
+    frozen = None
     if trained == "LoRA":
         lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-        adapted = peft.get_peft_model(model, lora)
+        adapted = peft.get_peft_model(model.to(frozen_dtype or model.dtype), lora)
         without = adapted.disable_adapter
     else:
-        frozen = copy.deepcopy(model).requires_grad_(False)
+        frozen = copy.deepcopy(model).requires_grad_(False).to(frozen_dtype or model.dtype)
         without = contextlib.nullcontext
-    arrays = {name: torch.from_numpy(x) for name, x in batch().items()}
+    arrays = {name: torch.from_numpy(x).to(model.device) for name, x in examples.items()}
     targets, weights = arrays["outputs"].long().flatten(), arrays["weights"].flatten()
     read = torch.cat([arrays["inputs"], arrays["outputs"][:, :-1]], dim=1).long()
     learned = [x for x in model.parameters() if x.requires_grad]
@@ -291,7 +304,7 @@ def torch_update(folder: str, trained: str, layers: str, original: str) -> Itera
         kept += [] if frozen is None else frozen.parameters()
         return sum(x.nbytes for x in {x.data_ptr(): x for x in kept}.values())
 
-    yield Work(call, held, lambda rounds: rows[-rounds:])
+    return Work(call, held, lambda rounds: rows[-rounds:])
 
 
 @contextlib.contextmanager

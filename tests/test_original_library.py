@@ -23,7 +23,7 @@ import tokenizer_samples
 from test_checkpoint import moved
 from tokenizers import pre_tokenizers
 
-from bench import decoder, real
+from bench import decoder, decoder_card, real
 from t5patches import cli
 from t5patches.editing.edit import Job, edit
 from t5patches.editing.train import TrainSettings
@@ -375,6 +375,21 @@ def test_the_benchmarks_updates_begin_with_the_same_loss(variant, tmp_path, monk
     np.testing.assert_allclose(ours["first"], theirs["first"], rtol=1e-4)
     for one in (ours, theirs):
         assert [set(x) for x in one["parts"]] == [{*decoder.PARTS}] * ("live" in variant)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("shape", decoder_card.SHAPES)
+def test_a_cards_updates_in_torch(shape, monkeypatch):
+    """With no card they say nothing of memory."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    small = decoder_card.SHAPES[shape] | sizes
+    small |= {"layer_types": ["full_attention"]} if "layer_types" in small else {}
+    monkeypatch.setitem(decoder_card.SHAPES, shape, small)
+    monkeypatch.setitem(decoder.SHAPES, "SmolLM2-135M", small)  # of which the examples are
+    rows = list(decoder_card.by_torch(shape, (1, 2), device="cpu"))
+    assert [row["batch"] for row in rows] == [1, 2, 1, 2]
+    assert all(row["ms"] > 0 for row in rows), rows
 
 
 @pytest.mark.skipif(not PRETRAINED, reason="needs models: make test-hf PRETRAINED=DIR fetches them")
