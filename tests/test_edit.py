@@ -692,7 +692,6 @@ def test_an_input_is_held_out_whatever_prompts_it_has(tmp_path):
     assert "outputs to 4 inputs, of 60 to 40" in note
 
 
-@pytest.mark.slow
 def test_an_edit_stops_by_what_it_holds_out(place, capsys):
     place = place()
     lines = [line | {"inputs": f"{line['inputs']} {word}"} for line in LINES for word in TEXTS]
