@@ -768,20 +768,25 @@ def edit_small(result: dict) -> str:
     )
 
 
+def _decoder_update(row: dict, adapter: str = "adapter") -> str:
+    """What an update of `make bench-decoder` is of, in words."""
+    trained, layers, *original = row["variant"]
+    of = {"all": "all parameters", "LoRA": adapter}[trained]
+    return ", ".join((of, f"layers {layers}", *(f"original {x}" for x in original)))
+
+
 def decoder(result: dict) -> str:
     """The measured part of `make bench-decoder`."""
     rows: dict[str, list[str]] = {}
     for row in result["rows"]:
-        if row["what"] == "memory":
+        if row["what"] not in ("update", "speak"):
             continue
         name = "8 outputs of 32 tokens"
         if row["what"] == "update":
-            trained, layers = row["variant"]
-            of = {"all": "all parameters", "LoRA": f"an adapter of rank {result['rank']}"}
-            name = f"{of[trained]}, layers {layers}"
+            name = _decoder_update(row, f"an adapter of rank {result['rank']}")
         rows.setdefault(name, [name]).extend((f"{row['seconds']:.1f}", f"{row['working GiB']:.2f}"))
     before, after = result["load"]
-    return _measured(
+    updates = _measured(
         "`make bench-decoder`: SmolLM2-135M's shape, random weights, float32. An update of TNFF "
         f"with Adam, {result['batch']} examples of {result['prompt']} and {result['output']} "
         "tokens, beside the same in torch, transformers and peft on whole logits of the outputs, "
@@ -793,6 +798,30 @@ def decoder(result: dict) -> str:
         ["", "ours, s", "ours, GiB", "torch, s", "torch, GiB"],
         list(rows.values()),
     )
+    return updates + _decoder_parts(result)
+
+
+def _decoder_parts(result: dict) -> str:
+    """Where those updates' seconds go, where that was measured."""
+    from bench.decoder import PARTS
+
+    columns = (*PARTS, "sum", "update")
+    rows = [
+        [f"{row['library']}: {_decoder_update(row)}", *(f"{row[x]:.2f}" for x in columns)]
+        for row in result["rows"]
+        if row["what"] == "parts"
+    ]
+    if not rows:
+        return ""
+    return "\n\n" + _measured(
+        "Seconds of the parts of these updates, medians of 3. Network: of the model being trained, "
+        "forward and backward; head and loss: with their gradients. Torch's update is timed as it "
+        "goes; ours is one program, and each part one of its own, so that their sum need not be "
+        "the update's. For a cached original both are given its hidden states, torch in memory.",
+        result["setting"],
+        ["", *columns],
+        rows,
+    )
 
 
 def decoder_memory(result: dict) -> str:
@@ -801,10 +830,8 @@ def decoder_memory(result: dict) -> str:
     for row in result["rows"]:
         if row["what"] != "memory":
             continue
-        trained, layers, original = row["variant"]
-        of = {"all": "all parameters", "LoRA": "adapter"}[trained]
         key = row["shape"], *row["variant"]
-        name = f"{row['shape']}: {of}, layers {layers}, original {original}"
+        name = f"{row['shape']}: {_decoder_update(row)}"
         rows.setdefault(key, [name]).extend(f"{row[k]:.2f}" for k in ("working", "total"))
     return _measured(
         "`make bench-decoder`: what such an update holds by XLA's figures for this CPU, nothing "

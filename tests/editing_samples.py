@@ -9,6 +9,7 @@ import sentencepiece
 from safetensors.numpy import load_file
 
 from t5patches.editing.data import Example, make_example, with_end
+from t5patches.model.decoder.model import small_decoder
 from t5patches.model.huggingface import save_checkpoint
 from t5patches.model.t5.model import T5
 from t5patches.model.t5.network import T5Config
@@ -80,6 +81,18 @@ def model_folder(path, seed: int = 0, **changes):
     files = {"spiece.model": tokenizer()._processor.serialized_model_proto()}
     save_checkpoint(path, tiny_model(**changes), tiny_params(seed, **changes), files=files)
     return path
+
+
+def decoder_folder(path, seed: int = 0):
+    """The same of a decoder-only model, which has the same ids."""
+    model = small_decoder(vocab_size=tokenizer().vocab_size, width=16, layers=1)
+    files = {"tokenizer.model": tokenizer()._processor.serialized_model_proto()}
+    save_checkpoint(path, model, jax.jit(model.init)(jax.random.key(seed)), files=files)
+    return path
+
+
+# Folders of small models, by kind.
+FOLDERS = {"T5": model_folder, "decoder": decoder_folder}
 
 
 def assert_same_folder(out: Path, original: Path) -> None:

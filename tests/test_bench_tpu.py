@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from bench import card, common, gpu, tpu
+from bench import card, common, decoder_card, gpu, tpu
 
 MS = 10**9  # picoseconds
 
@@ -73,11 +73,14 @@ def test_a_benchmark_on_what_is_here():
 
 
 @pytest.mark.parametrize(
-    ("main", "wanted"), [(tpu.main, "TPU"), (gpu.main, "GPU"), (card.main, "GPU or TPU")]
-)
+    ("main", "wanted"), [
+        (tpu.main, "TPU"), (gpu.main, "GPU"), (card.main, "GPU or TPU"), (decoder_card.main, "GPU")
+    ],
+)  # fmt: skip
 def test_nothing_is_stored_of_another_device(main, wanted, monkeypatch, tmp_path):
     stored = tmp_path / "figures.json"
     monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # what one of them changes
     monkeypatch.setattr(sys, "argv", ["bench"] + ["--out", str(stored)] * (main is gpu.main))
     with pytest.raises(
         SystemExit, match=rf"No {wanted} here \(JAX runs on cpu\): nothing is timed"

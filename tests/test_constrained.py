@@ -97,7 +97,6 @@ def test_the_last_id_may_be_said_where_padding_is_no_token():
     assert found.output_ids[0] == size - 1
 
 
-@pytest.mark.slow
 def test_the_constraint_is_measured_as_an_edit_is():
     model, params = tiny_model(), tiny_params()
     before = speak(model, params, INPUTS, RULE, tokenizer(), max_length=LENGTH)

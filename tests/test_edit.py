@@ -22,6 +22,7 @@ from t5patches.editing import train as train_module
 from t5patches.editing.data import Source
 from t5patches.editing.edit import Job, check, check_chat, read_rounds
 from t5patches.editing.train import TrainSettings
+from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model
 from t5patches.model.generate import generate
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
@@ -41,27 +42,31 @@ LINES = [
 SMALL = ("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--devices", "1")
 
 
-# Compiles in a third of the time of those under `data/`.
-TINY = editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4)
+# Compile in a third of the time of those under `data/`. With the name of their vocabulary's file.
+TINY = {
+    "T5": (editing_samples.tiny_model(vocab_size=64, emb_dim=8, head_dim=4), "spiece.model"),
+    "decoder": (small_decoder(vocab_size=64, width=8, layers=1), "tokenizer.model"),
+}
+BOTH = pytest.mark.parametrize("kind", TINY)
 
 
 @functools.cache
-def tiny_params():
-    return TINY.init(jax.random.key(0))
+def tiny_params(kind):
+    return TINY[kind][0].init(jax.random.key(0))
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A place with a model folder of each kind and a data file."""
+    """A place with a model folder, by name one of `data/`, and a data file."""
 
-    def make(name="tiny"):
-        model = tmp_path / name
+    def make(name="tiny", kind="T5"):
+        model, (network, vocabulary) = tmp_path / name, TINY[kind]
         if name == "tiny":
-            save_checkpoint(model, TINY, tiny_params())
+            save_checkpoint(model, network, tiny_params(kind))
         else:
             shutil.copytree(t5_folders.DATA / name, model)
             (model / "expected.npz").unlink()
-        (model / "spiece.model").write_bytes(train_sentencepiece(TEXTS * 20, 30))
+        (model / vocabulary).write_bytes(train_sentencepiece(TEXTS * 20, 30))
         data = tmp_path / "edits.jsonl"
         data.write_text("".join(json.dumps(line) + "\n" for line in LINES))
         return tmp_path
@@ -119,8 +124,9 @@ def test_a_folder_like_the_first_is_made(place, name, capsys):
     load_model(after)
 
 
-def test_a_second_round_keeps_the_first_models_distribution(place, capsys):
-    place = place()
+@BOTH
+def test_a_second_round_keeps_the_first_models_distribution(kind, place, capsys):
+    place = place(kind=kind)
     assert run(place) == 0
     assert "loss" in capsys.readouterr().out
     original = ("--original", place / "tiny")
@@ -139,8 +145,9 @@ def test_a_second_round_keeps_the_first_models_distribution(place, capsys):
     assert "Kept close to: tiny." in (place / "again" / "README.md").read_text()
 
 
-def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(place, monkeypatch, capsys):
-    place = place()
+@BOTH
+def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(kind, place, monkeypatch, capsys):
+    place = place(kind=kind)
     assert run(place, output="unbroken") == 0
 
     def kill(module, name, when=1):
@@ -399,8 +406,9 @@ def test_what_an_adapter_links_to_is_not_read(name, place):
         check_chat(place / "adapter", "auto", place / "tiny")
 
 
-def test_memory_is_planned_before_weights_are_read(place, monkeypatch, capsys):
-    place = place()
+@BOTH
+def test_memory_is_planned_before_weights_are_read(kind, place, monkeypatch, capsys):
+    place = place(kind=kind)
     monkeypatch.setattr(edit_module, "load_checkpoint", None)
     assert run(place, "--plan", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
@@ -427,6 +435,20 @@ def test_memory_is_planned_before_weights_are_read(place, monkeypatch, capsys):
         monkeypatch.setattr("t5patches.editing.plan.bfloat16_is_smaller", lambda: True)
     monkeypatch.setattr("t5patches.editing.plan._host_memory", lambda: None)
     assert run(place, "--plan") == 0
+
+
+@pytest.mark.parametrize("kind", [slow_unless(x != "T5", x) for x in TINY])  # test_hosts has a T5
+def test_a_model_that_devices_split_is_edited_the_same(kind, place):
+    place = place(kind=kind)
+    split = ("--devices", "4", "--model-parallel", "2")
+    assert run(place) == run(place, *split, output="split") == 0
+    (one,), (two,) = (read_rounds(place / name) for name in ("edited", "split"))
+    assert two["devices"] == "4 x cpu"
+    np.testing.assert_allclose(two["history"]["loss"], one["history"]["loss"], rtol=1e-5)
+    for name, x in tensors(place / "edited").items():
+        np.testing.assert_allclose(
+            tensors(place / "split")[name], x, rtol=1e-3, atol=1e-5, err_msg=name
+        )
 
 
 def test_a_full_disk_is_told_and_costs_nothing_that_was_reached(place, monkeypatch, capsys):
@@ -531,13 +553,13 @@ def test_outputs_to_keep_are_the_originals_own(place, monkeypatch):
     np.testing.assert_array_equal(order, again[1])
     assert not (arrays["weights"][len(LINES) :] < 0).any()
     # What is made is what the original says, and what was given stands.
-    (_, params), tokenizer = load_checkpoint(place / "tiny"), load_model(place / "tiny").tokenizer
+    network, params, tokenizer = load_model(place / "tiny")
     made = generate(
-        TINY, params, arrays["inputs"][[4, 7]], max_length=checked_most(place), temperature=1.0,
+        network, params, arrays["inputs"][[4, 7]], max_length=checked_most(place), temperature=1.0,
         rng=jax.random.key(3), batch_size=2,
     )  # fmt: skip
     np.testing.assert_array_equal(arrays["outputs"][[4, 7], : made.shape[1]], made)
-    counted = [(row != TINY.config.pad_id).sum() for row in made]
+    counted = [(row != network.config.pad_id).sum() for row in made]
     assert list((arrays["weights"][[4, 7]] > 0).sum(-1)) == counted
     ids = (*tokenizer.encode("on a mat a dog").ids, tokenizer.eos_id)
     assert tuple(arrays["outputs"][5][: len(ids)]) == ids
@@ -678,7 +700,6 @@ def test_an_input_is_held_out_whatever_prompts_it_has(tmp_path):
     assert "outputs to 4 inputs, of 60 to 40" in note
 
 
-@pytest.mark.slow
 def test_an_edit_stops_by_what_it_holds_out(place, capsys):
     place = place()
     lines = [line | {"inputs": f"{line['inputs']} {word}"} for line in LINES for word in TEXTS]

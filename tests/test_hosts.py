@@ -35,10 +35,15 @@ sys.exit(cli.main(sys.argv[1:]))
 FOUR_EACH = {"XLA_FLAGS": re.sub(r"(count=)\d+", r"\g<1>4", os.environ["XLA_FLAGS"])}
 
 
+# Of an edit of each kind of model.
+EDITS = {"T5": ("model.safetensors", ()), "decoder": ("adapter_model.safetensors", ("--lora", "2"))}
+
+
 @pytest.fixture
-def command(tmp_path):
+def command(tmp_path, request):
     """Arguments of an edit of a tiny model."""
-    editing_samples.model_folder(tmp_path / "tiny")
+    kind = getattr(request, "param", "T5")
+    editing_samples.FOLDERS[kind](tmp_path / "tiny")
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
 
     def make(output, *more):
@@ -56,14 +61,19 @@ def by_two(arguments):
     return two_processes.together(of, FOUR_EACH)
 
 
-def test_two_hosts_make_the_model_that_one_makes(command, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "kind"), [(kind, kind) for kind in EDITS], indirect=["command"]
+)
+def test_two_hosts_make_the_model_that_one_makes(command, kind, tmp_path):
+    file, trained = EDITS[kind]
     with jax.numpy_dtype_promotion("standard"):
-        assert cli.main(command("one", "--steps", "4")) == 0
-    first, second = by_two(command("two", "--steps", "4"))  # the second comes late to all it reads
+        assert cli.main(command("one", "--steps", "4", *trained)) == 0
+    # The second comes late to all it reads.
+    first, second = by_two(command("two", "--steps", "4", *trained))
     assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
     assert "4 updates" in first.stdout
     assert "updates" not in second.stdout  # but Gloo says that it has connected
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, x in one.items():
         np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-6, err_msg=name)

