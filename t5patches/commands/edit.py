@@ -20,10 +20,11 @@ original. The output is then a folder of the PEFT library, to lie beside the mod
 `annotate` take it with --base), or with --merge a whole folder.
 
 Objectives: tnff, tnrr and tnrf keep the original model's distribution for all but the marked
-tokens (start with tnrf, alpha 1; tnff stays closer and leaves more); tnfll and tnrll keep only its
-outputs; ul, nl and ce are the usual baselines (unlikelihood, negative likelihood, fine-tuning on
-`corrected_targets`). Where something is to be said instead that the model never says of itself, as
-in a counter-narrative, a correction may say it: ce learns to answer so, marks take words away.
+tokens (start with tnrf, alpha 1; tnff stays closer and leaves more, with alpha 3 to 10 less);
+tnfll and tnrll keep only its outputs; ul, nl and ce are the usual baselines (unlikelihood, negative
+likelihood, fine-tuning on `corrected_targets`). Where something is to be said instead that the
+model never says of itself, as in a counter-narrative, a correction may say it: ce learns to answer
+so, marks take words away.
 
 Other methods, to compare: undial (Dong et al. 2024) takes beta off the logit of a marked token in
 the original's distribution; ceu (Yang 2025) and unilogit (Vasilev et al. 2025) take a marked token
