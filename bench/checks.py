@@ -34,7 +34,8 @@ from t5patches_kernels.core.objectives import Settings
 from t5patches_kernels.core.operation import Operation, Stage
 
 THREADS = 8  # that compile
-SECONDS = 75  # without a row after which a process hangs; before the first it compiles
+# Without a word after which a process hangs, by what it does: a card runs a check in milliseconds.
+SECONDS = {"compiles": 150, "runs": 30}
 COMMAND = (sys.executable, "-m", "bench.checks")
 
 Row = dict[str, Any]
@@ -145,13 +146,21 @@ def error(of: Program, known: Ready) -> Row:
     return row
 
 
-def errors(programs: Sequence[Program]) -> Iterator[Callable[[], Row]]:
-    """What checks each of some programs, while the next are made ready."""
+def errors(
+    programs: Sequence[Program], runs: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], Row]]:
+    """What checks each of some programs, while the next are made ready; it says when one runs."""
+
+    def check(of: Program, known: concurrent.futures.Future[Ready]) -> Row:
+        found = known.result()
+        runs()
+        return error(of, found)
+
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         pending = [pool.submit(ready, of) for of in programs]
         try:
             for of, known in zip(programs, pending, strict=True):
-                yield lambda of=of, known=known: error(of, known.result())
+                yield functools.partial(check, of, known)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -184,7 +193,7 @@ class _Process:
             text=True,
         )
         self.rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self.heard, self.said = time.monotonic(), ""
+        self.heard, self.does, self.said = time.monotonic(), "compiles", ""
         self.fault: str | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -192,8 +201,10 @@ class _Process:
         assert self.child.stdout is not None
         with self.child.stdout as lines:
             for line in lines:
-                if line.startswith("{"):
-                    self.heard = time.monotonic()
+                if line == "runs\n":
+                    self.heard, self.does = time.monotonic(), "runs"
+                elif line.startswith("{"):
+                    self.heard, self.does = time.monotonic(), "compiles"
                     self.rows.put(json.loads(line))
                 else:
                     self.said = line.strip() or self.said
@@ -201,12 +212,14 @@ class _Process:
 
     def row(self) -> Row:
         """The next one."""
-        try:
-            row = self.rows.get(timeout=max(0.0, self.heard + SECONDS - time.monotonic()))
-        except queue.Empty:
-            self.fault = "hang"
-            self.end()
-            raise TimeoutError(f"hangs: no result for {SECONDS} s") from None
+        while self.rows.empty():
+            limit = SECONDS[self.does]
+            if time.monotonic() > self.heard + limit:
+                self.fault = "hang"
+                self.end()
+                raise TimeoutError(f"hangs: {self.does} for {limit} s")
+            time.sleep(0.05)
+        row = self.rows.get()
         if row is None:  # it has ended, which later rows are to be told too
             self.rows.put(None)
             if self.child.wait() < 0:
@@ -262,7 +275,7 @@ class Apart:
 def main() -> None:
     """Checks the programs that it is given, in order."""
     programs = [Program(*x) for x in json.loads(sys.argv[1])]
-    for check in errors(programs):
+    for check in errors(programs, lambda: print("runs", flush=True)):
         print(json.dumps(gpu.guarded(check)), flush=True)
 
 
