@@ -193,7 +193,7 @@ class Habit(Task):
 
 def main() -> None:
     """Edits, measures, prints and stores."""
-    parser = options_of(__doc__.partition("\n")[0])
+    parser = options_of(__doc__.partition("\n")[0], reports="frontier-real-report")
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
     options = parser.parse_args()
     with prepared(options.keep) as (place, found, folder):
@@ -209,7 +209,8 @@ def main() -> None:
             with training_progress() as progress:
                 habit = Habit(directory, progress, 0, name, folder, rules, inputs)
                 results, near = measured([habit], CURVES)
-            write_html(place / f"{name}-frontier.html", results)
+            options.reports.mkdir(parents=True, exist_ok=True)
+            write_html(options.reports / f"{name}.html", results)
             show(results, Console())
             row = {"habit": name} | told(results, CURVES, near)
             path = common.add("frontier-real", [row], operator.itemgetter("habit"))

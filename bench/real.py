@@ -219,14 +219,22 @@ def prepared(keep: str | None) -> Iterator[tuple[pathlib.Path, dict[str, pathlib
         yield place, found, model
 
 
-def options_of(what: str) -> argparse.ArgumentParser:
-    """A parser of what such a script may be asked."""
+def options_of(what: str, *, reports: str | None = None) -> argparse.ArgumentParser:
+    """A parser of what such a script may be asked, and where its reports go if it makes any."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument(
         "--keep",
         metavar="DIR",
         help="work here, and go on with what is there; default: where all is removed",
     )
+    if reports:
+        parser.add_argument(
+            "--reports",
+            metavar="DIR",
+            type=pathlib.Path,
+            default=reports,
+            help="where the reports go (default: %(default)s)",
+        )
     return parser
 
 
@@ -321,7 +329,7 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = options_of(__doc__.partition("\n")[0])
+    parser = options_of(__doc__.partition("\n")[0], reports="real-report")
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
     parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
     options = parser.parse_args()
@@ -336,6 +344,8 @@ def main() -> None:
             inputs = [INSTRUCTIONS[habit] + text for text in begun]
             inputs = [x for x in inputs if len(tokenizer.encode_prompt(x)) <= PROMPT]
             rows += edit_habit(habit, options.edits, place, model, inputs, texts)
+            options.reports.mkdir(parents=True, exist_ok=True)
+            shutil.copy(place / f"{habit}.html", options.reports)
         show(rows)
         about = {"measured": MEASURING, "steps": STEPS, "negatives": NEGATIVES}
         key = operator.itemgetter("habit", "edit")
