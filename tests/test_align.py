@@ -793,6 +793,9 @@ def test_a_plan_says_what_will_be_made(place, monkeypatch, capsys):
     assert "4 updates of 16 outputs" in said
     assert "memory on each of 1 x" in said
     assert not (place / "out.unfinished").exists()
+    (place / "out").mkdir()
+    assert command("--plan") == 2
+    assert "out exists: nothing is overwritten" in capsys.readouterr().err
 
 
 def test_the_plan_is_of_the_programs_that_run(place, caplog):

@@ -383,14 +383,17 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, tmp_path, monkeypa
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "has no preferences" in refused("--preferences", tmp_path / "empty.jsonl")
     both = write(tmp_path / "both.jsonl", [*cats(60), *cats(1), line("a", "a", "sat")])
-    assert command("--plan", "--preferences", both, "--json") == 0
+    assert command("--plan", "--preferences", both, "--json", output="none") == 0
     capsys.readouterr()
-    assert command("--plan", "--preferences", both) == 0
+    assert command("--plan", "--preferences", both, output="none") == 0
     said = capsys.readouterr().out
     assert "1 pairs repeat another one, and count each time" in said
     assert "pairs to train on, " in said
     assert "memory on each of 1 x" in said
     # What training starts from is held beside what is trained, where that is all of it.
-    assert command("--plan", "--lora", "0", "--json") == 0
+    assert command("--plan", "--lora", "0", "--json", output="none") == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["parameters"] == 2 * size(tiny_params()) + 4 * 8
+    (place / "none").mkdir()
+    assert "none exists: nothing is overwritten" in refused("--plan")
+    (place / "none").rmdir()

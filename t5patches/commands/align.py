@@ -215,7 +215,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from t5patches.editing.align import Job, align_folder, check
+    from t5patches.editing.align import Job, align_folder, plan
     from t5patches.editing.policy import PolicySettings, Stopped
     from t5patches.model.lora import require_whole
 
@@ -234,7 +234,7 @@ def run(options: argparse.Namespace) -> int:
     given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
     job = Job(**{f: given[f] for f in Job.__dataclass_fields__ if f in given})
     if options.plan:
-        common.print_plan(options, check(job))
+        common.print_plan(options, plan(job, resume=options.resume))
         return 0
     try:
         console = common.progress_console(options)

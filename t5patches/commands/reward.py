@@ -88,14 +88,14 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
     """
     from t5patches.editing.reward import RewardSettings
-    from t5patches.editing.reward_folder import Job, accuracy_text, check, reward_folder
+    from t5patches.editing.reward_folder import Job, accuracy_text, plan, reward_folder
 
     given = {**vars(options), "lora": common.lora(options)}
     settings = {f: given[f] for f in RewardSettings.__dataclass_fields__}
     given |= {"settings": RewardSettings(**settings)}
     job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
     if options.plan:
-        common.print_plan(options, check(job))
+        common.print_plan(options, plan(job, resume=options.resume))
         return 0
     record = reward_folder(job, resume=options.resume, console=common.progress_console(options))
     loss = record["history"]["loss"]

@@ -146,8 +146,7 @@ def align_folder(
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output = Output(job.output, record_in(ALIGN_RECORD), "alignment")
-    read = _read(job)
+    output, read = _output(job), _read(job)
     described = _described(job, read)
     record = output.finished(described, resume=resume)
     if record is not None:
@@ -191,11 +190,12 @@ def align_folder(
     return output.make(described, room, write, MAY_DIFFER)
 
 
-def check(job: Job) -> Checked:
-    """Checks a job and plans its memory; no weights are read.
+def plan(job: Job, *, resume: bool = False) -> Checked:
+    """Says what `align_folder` would do, and refuses what it would refuse before weights are read.
 
     Args:
         job: what is to be done.
+        resume: see `align_folder`.
 
     Returns:
         What was read and planned.
@@ -203,7 +203,13 @@ def check(job: Job) -> Checked:
     Raises:
         ValueError: naming what is wrong.
     """
-    return _checked(job, _read(job))
+    read = _read(job)
+    _output(job).finished(_described(job, read), resume=resume)
+    return _checked(job, read)
+
+
+def _output(job: Job) -> Output:
+    return Output(job.output, record_in(ALIGN_RECORD), "alignment")
 
 
 def _read(job: Job) -> _Read:

@@ -117,7 +117,7 @@ def reward_folder(
         OSError: the disk is full; what was reached is kept.
     """
     console = console or Console(quiet=True)
-    output = Output(job.output, record_in(RECORD), "reward model")
+    output = _output(job)
     model, tokenizer = model_to_train(job.model, job.chat)
     described = _described(job, tokenizer)
     record = output.finished(described, resume=resume)
@@ -166,11 +166,12 @@ def reward_folder(
     return output.make(described, room_for(job.model, state, whole=True), write, MAY_DIFFER)
 
 
-def check(job: Job) -> Checked:
-    """Checks a job and plans its memory; no weights are read.
+def plan(job: Job, *, resume: bool = False) -> Checked:
+    """Says what `reward_folder` would do, and refuses what it would refuse before weights are read.
 
     Args:
         job: what is to be done.
+        resume: see `reward_folder`.
 
     Returns:
         What was read and planned.
@@ -178,7 +179,13 @@ def check(job: Job) -> Checked:
     Raises:
         ValueError: naming what is wrong.
     """
-    return _checked(job, *model_to_train(job.model, job.chat))
+    model, tokenizer = model_to_train(job.model, job.chat)
+    _output(job).finished(_described(job, tokenizer), resume=resume)
+    return _checked(job, model, tokenizer)
+
+
+def _output(job: Job) -> Output:
+    return Output(job.output, record_in(RECORD), "reward model")
 
 
 def _checked(job: Job, model: LanguageModel, tokenizer: Tokenizer) -> Checked:
