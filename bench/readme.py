@@ -126,9 +126,9 @@ def tpu(result: dict) -> str:
         "XLA: the fewest of both chips, in bfloat16 of v6e alone. Compute / copies: time of the "
         "scheduled instructions of rows of which one is pushed down, over that of the copies, at "
         "published or assumed rates, without stalls; below 1 the kernel waits for memory. From "
-        f"hidden states at V = {head['V']} on a v4 (`tnff`, {head['T']} tokens), our chunks need "
+        f"hidden states (v4, V = {head['V']}, {head['T']} tokens): "
         f"{head['chunked_copies_ms']:.0f} ms of copies and "
-        f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, whole dense logits "
+        f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, dense "
         f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB.",
         result["setting"],
         header,
@@ -410,8 +410,8 @@ def real(result: dict) -> str:
     """README's table of `make real`, and texts."""
     shown = {"kl": 4, "prevalence": 1, "prevalence_sampled": 1, "exact_match_clean": 1}
     habits = {
-        "about": "it talks *about* the article",
-        "names": "it says *names* that are not in it",
+        "about": "talks *about* the article",
+        "names": "says *names* that are not in it",
     }
     parts = ("annotate", "edit", "evaluate")
     rows = []
@@ -425,16 +425,16 @@ def real(result: dict) -> str:
     minutes = sum(row.get(f"{part}_s", 0.0) for row in result["rows"] for part in parts) / 60
     peak = max(row.get(f"{part}_gib", 0.0) for row in result["rows"] for part in parts)
     first = next(row["edit"] for row in result["rows"] if row["edit"])
-    found = "; ".join(
+    found = " and ".join(
         habits[name] for name in dict.fromkeys(row["habit"] for row in result["rows"])
     )
     table = _measured(
-        f"`make real`: SmolLM2-135M-Instruct sums up news in a sentence, and {found}. Each edit is "
-        f"{result['steps']} updates on its own marked outputs; the rest of the table is of "
-        f"{result['measured']} other articles: KL from the original at unmarked tokens, unwanted "
-        "outputs (greedy, sampled; ± 3 to 6), clean outputs that stayed word for word, perplexity "
-        f"of other news. So few updates remove the first habit and not the second. {minutes:.0f} "
-        f"minutes in all, {peak:.1f} GiB.",
+        f"`make real`: asked for a sentence about news, SmolLM2-135M-Instruct {found}. After "
+        f"{result['steps']} updates on its own marked outputs (UL: {result['steps'] // 4}), by "
+        f"{result['measured']} other articles: KL at unmarked tokens, unwanted outputs (greedy "
+        "± 6, sampled ± 3), clean ones that stayed word for word, perplexity of other news. "
+        "Names stay: too few greedy outputs have any to learn from. "
+        f"{minutes:.0f} minutes in all, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
         rows,
@@ -447,7 +447,7 @@ def real(result: dict) -> str:
 def demo(result: dict) -> str:
     """The whole table of `make demo`."""
     shown = {"kl": "KL", "prevalence": "unwanted, %", "prevalence_sampled": "sampled, %",
-             "bleu": "BLEU", "rouge_l": "ROUGE-L", "exact_match": "exact, %",
+             "exact_match_clean": "clean kept, %", "reference_exact": "good, %", "bleu": "BLEU",
              "malformed": "malformed, %"}  # fmt: skip
 
     def cell(measures: dict, name: str) -> str:
@@ -461,8 +461,9 @@ def demo(result: dict) -> str:
     rows = [[name, *(cell(measures, m) for m in shown)] for name, measures in named]
     return _measured(
         "`make demo`: a tiny T5 that names places its source does not name, edited on its own "
-        "marked outputs; KL from the original on unmarked positions; BLEU, ROUGE-L and exact "
-        f"match of new with original outputs; standard errors {result['errors']}.",
+        "marked outputs; KL from the original on unmarked positions; clean kept: outputs that had "
+        "nothing unwanted and stayed word for word; good: a summary without inventions; BLEU with "
+        f"the original's outputs; standard errors {result['errors']}.",
         result["setting"],
         ["", *shown.values()],
         rows,
