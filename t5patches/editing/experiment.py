@@ -347,20 +347,14 @@ class Experiment(abc.ABC):
 
         Nobody knows them of one that such an experiment had begun.
         """
-        folder, made = self.directory / name, list[Trained]()
-
-        def make() -> Trained:
-            return train(
-                model, params, arrays, settings, folder, order=order, progress=self.progress
-            )
-
-        def timed() -> dict[str, Measure]:
-            fresh, began = not folder.exists(), time.monotonic()
-            made.append(make())
-            return {"seconds": Measure(time.monotonic() - began if fresh else math.nan, math.nan)}
-
-        self.once(f"{name}-seconds", timed)
-        return made[0] if made else make()
+        folder = self.directory / name
+        fresh, began = not folder.exists(), time.monotonic()
+        trained = train(
+            model, params, arrays, settings, folder, order=order, progress=self.progress
+        )
+        seconds = time.monotonic() - began if fresh else math.nan
+        self.once(f"{name}-seconds", lambda: {"seconds": Measure(seconds, math.nan)})
+        return trained
 
     def row(self, edit: Edit) -> Row:
         """An edit, measured."""

@@ -339,15 +339,15 @@ def _summary(results: Results) -> list[tuple[str, Measures]]:
     the least share that all are compared at.
     """
     before = list(_lines(dataclasses.replace(results, rows=())))
+    at = _KL_AT if _strengths(results) else {}
     lines = []
     for name, curve in _curves(results.rows):
         points = [row.measures for row in curve]
-        found = {key: kl_at(points, x) for key, x in _KL_AT.items()} if _strengths(results) else {}
+        found = {key: kl_at(points, x) for key, x in at.items()}
         reached = {key: kl for key, kl in found.items() if kl is not None}
         lines.append((name, {**points[nearest(points) if len(points) > 1 else 0], **reached}))
-    if _strengths(results):
-        nowhere = Measure(math.inf, math.nan)
-        lines.sort(key=lambda line: [line[1].get(key, nowhere).value for key in reversed(_KL_AT)])
+    nowhere = Measure(math.inf, math.nan)
+    lines.sort(key=lambda line: [line[1].get(key, nowhere).value for key in reversed(at)])
     return [*before, *lines]
 
 
