@@ -485,9 +485,14 @@ def frontier(result: dict) -> str:
 
 def frontier_real(result: dict) -> str:
     """The tables of `make frontier-real`, habit by habit."""
+
+    def updates(row: dict) -> str:
+        numbers = [point["updates"] for of in row["rows"] for point in of["points"]]
+        return f"{min(numbers)} to {max(numbers)} updates"
+
     return "\n\n".join(
         _frontier(
-            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes 3 to 100 updates "
+            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes {updates(row)} "
             f"on outputs to {row['settings']['edit_inputs']} pieces of news; all is measured on "
             f"{row['settings']['held_out']} others, with {row['settings']['samples']} sampled "
             "outputs to each.",

@@ -9,12 +9,12 @@ BBC news articles. It has two habits:
 
 Each habit is edited away by commands that anybody could type: what the model says to some articles
 is marked, and a few updates of half marked, half clean outputs follow. Unlikelihood gets sampled
-outputs and a quarter of the updates: on greedy ones, and with more, it ends farther away
-(`bench.frontier_real`). The names stay: they come from the tail of what this small model might say,
-anywhere, and sets where one was drawn hold little of it. What is measured is of other articles; the
-perplexity is of news that nobody was asked about. Model, news and spaCy's pipeline come from the
-package index, at one version, and are compared with their hashes. None of them is kept in this
-repository.
+outputs and a quarter of the updates: on greedy ones (`bench.frontier`), and with more
+(`bench.frontier_real`), it ends farther away. The names stay: they come from the tail of what this
+small model might say, anywhere, and sets where one was drawn hold little of it. What is measured is
+of other articles; the perplexity is of news that nobody was asked about. Model, news and spaCy's
+pipeline come from the package index, at one version, and are compared with their hashes. None of
+them is kept in this repository.
 """
 
 from __future__ import annotations
@@ -281,8 +281,9 @@ def edit_habit(
             # Half of each batch: more of them would be read for the cache of the original, and
             # not drawn.
             marked[sampled] = marked_and_clean(outputs, STEPS * BATCH // 2)
-            first = {"marked": said["unwanted"], "annotate_s": seconds, "annotate_gib": held}
-            rows[0] = {**first, **rows[0]}
+            rows[0].setdefault("marked", said["unwanted"])
+            rows[0]["annotate_s"] = seconds + rows[0].get("annotate_s", 0.0)
+            rows[0]["annotate_gib"] = max(held, rows[0].get("annotate_gib", 0.0))
         folders.append(str(place / f"{habit}-{list(EDITS).index(name)}"))
         cache = ["--cache-teacher", str(place / f"{habit}-teacher")] * (not sampled)
         steps = STEPS // 4 if sampled else STEPS
