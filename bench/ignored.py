@@ -5,7 +5,7 @@
 Value and gradient of a summed loss, T = 1024, V = 32128 (hidden states: D = 512), float32, jitted,
 all forms timed in turn in one process. Without `skip_ignored` a token costs the same whatever its
 weight. Of the half that is ignored, every other token is, or 64 and 64 in turn, as prompts and
-padding are.
+padding are. The zeros alone: a program that makes the zeros of the gradients and nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _on_hidden(h, kernel, r, y, w, **options):
 
 
 def _row(losses: Callable, objective: str, arrays: tuple) -> dict:
-    of = (0, 1) if losses is _on_hidden else 0
+    of = (0, 1) if losses is _on_hidden else (0,)
     calls = {}
     for skip in (False, True):
         loss = functools.partial(losses, objective=objective, skip_ignored=skip)
@@ -50,6 +50,8 @@ def _row(losses: Callable, objective: str, arrays: tuple) -> dict:
             w = among(jnp.arange(TOKENS)).astype(jnp.float32)
             name = f"skipping, {counted}" if skip else "not skipping"
             calls[name] = functools.partial(program, *arrays, w)
+    zeros = jax.jit(lambda *model: [jnp.zeros_like(x) for x in model])
+    calls["the zeros alone"] = functools.partial(zeros, *(arrays[i] for i in of))
     times = common.timed(calls, rounds=15)
     return {
         "of": "hidden states" if losses is _on_hidden else "logits",

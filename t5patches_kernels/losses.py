@@ -31,9 +31,9 @@ Arguments that they share:
   the program runs: all that is returned of them is then 0 or False (``log_prob`` and ``correct``,
   of a `PolicyLoss` also ``ratio``, ``kl`` and ``entropy``), and all else is as it was. On hidden
   states those that count are brought together, and chunks of others are left out. On logits an
-  ignored token costs the zeros of its gradient: on CPUs and in the GPU kernel row by row, on TPUs
-  where a block of 8 rows (bfloat16: 16) has no other, and from 256 tokens (512) on one of 16 (32)
-  where so many fit. XLA's form on GPUs skips no logits.
+  ignored token costs the zeros of its gradient: on CPUs and GPUs row by row (XLA's form on GPUs
+  reads the first row in its place, which is in the cache), on TPUs where a block of 8 rows
+  (bfloat16: 16) has no other, and from 256 tokens (512) on one of 16 (32) where so many fit.
 * ``z_loss``: the coefficient c of ``c * logsumexp(logits)^2``, added to each counting token.
 """
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gpu_topology import compile_for as compile_for_gpu
 from gpu_topology import device as gpu
+from gpu_topology import passes
 from harness import GPU_FORM, gpu_form_by_name, slow_unless
 from test_transforms import LINEAR, LOSSES, H, K, close
 from tpu_topology import compile_for as compile_for_tpu
@@ -180,9 +181,9 @@ def _shapes(rows, columns):
     return z, z, jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), "float32")
 
 
-def _gradient(implementation):
+def _gradient(implementation, skip_ignored=True):
     def total(z, r, y, w):
-        out = LOSSES["tnrf"](z, r, y, w, implementation=implementation, skip_ignored=True)
+        out = LOSSES["tnrf"](z, r, y, w, implementation=implementation, skip_ignored=skip_ignored)
         return out.loss.sum()
 
     return jax.value_and_grad(total)
@@ -211,6 +212,20 @@ def test_compiles_for_gpus():
     text = compile_for_gpu(gpu(), _gradient("pallas_gpu"), *_shapes(264, 32128)).as_text()
     assert "mosaic_gpu" in text
     assert made_by(text) == "get-tuple-element"  # of the kernel, see the next
+
+
+@pytest.mark.skipif(isinstance(gpu(), str), reason=str(gpu()))
+@pytest.mark.parametrize(("card", "columns"), [("A100", 32128), ("H200", 50257)])
+def test_xlas_form_on_gpus_reads_the_rows_that_count(card, columns):
+    """Each by its number, in the loops that need it: it stores no row but those of the gradient."""
+    shapes = _shapes(512, columns)
+    whole, some = (
+        compile_for_gpu(gpu(card), _gradient("xla", skip_ignored), *shapes)
+        for skip_ignored in (False, True)
+    )
+    assert passes(whole, (512, columns)) == 6
+    assert passes(some, (512, columns)) == 1  # what is picked by its number is not counted
+    assert some.memory_analysis().temp_size_in_bytes < 0.06 * 512 * columns * 2
 
 
 def test_nothing_goes_over_a_sums_gradient_again():

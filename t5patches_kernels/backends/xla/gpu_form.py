@@ -27,8 +27,12 @@ _PART = 16384
 def _read(op: Operation, operands: Operands, tokens: Tokens) -> tuple[Array, Array | None]:
     """Both rows in float32, the reference's edits applied; all of it fuses into what reads them.
 
-    An edit is a compare per entry: patching a ``[T, V]`` array would copy it.
+    An edit is a compare per entry: patching a ``[T, V]`` array would copy it. An ignored row that
+    need not be read is the first row again, which the card's cache has.
     """
+    if op.skip_ignored:
+        row = jnp.where(tokens.weights != 0, jnp.arange(len(tokens.weights)), 0)
+        operands = jax.tree.map(lambda x: x.at[row].get(mode="promise_in_bounds"), operands)
     z = operands.model[0].astype(jnp.float32)
     of = objectives.reference_of(op.settings)
     if of is None:
