@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import two_processes
+from harness import slow_unless
 from safetensors.numpy import load_file
 
 from t5patches import cli
@@ -62,7 +63,9 @@ def by_two(arguments):
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [(kind, kind) for kind in EDITS], indirect=["command"]
+    ("command", "kind"),
+    [slow_unless(kind == "decoder", kind, kind) for kind in EDITS],
+    indirect=["command"],
 )
 def test_two_hosts_make_the_model_that_one_makes(command, kind, tmp_path):
     file, trained = EDITS[kind]

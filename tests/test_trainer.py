@@ -11,7 +11,6 @@ import two_processes
 from t5x_stack import on_both, trainer
 
 from t5patches.model.teacher_cache import write_cache
-from t5patches.runs.fingerprints import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
 
@@ -176,7 +175,7 @@ def live_and_cached(directory):
         losses = stack.steps(made, 2)
         frozen = host(made.orig_train_state.params)
     hidden_of = jax.jit(lambda batch: trained.hidden_states(frozen, batch))
-    about = {"checkpoint": fingerprint(frozen)}
+    about = trained.states_of(frozen)
     write_cache(directory, lambda: batches, hidden_of, about, width=16, dtype="float32")
     return losses
 
@@ -191,6 +190,13 @@ def test_a_teacher_cache(tmp_path):
     with (
         pytest.raises(ValueError, match="holds another run, which differs in checkpoint"),
         trainer(stack.OURS, fused(), teacher_cache=tmp_path, seed=3),
+    ):
+        pass
+    other = stack.tiny_network(relative_attention_max_distance=4)  # of the same parameters
+    other = stack.model(stack.OURS, "TNFF", other, fused_head=True)
+    with (
+        pytest.raises(ValueError, match=r"differs in relative_attention_max_distance \(128"),
+        trainer(stack.OURS, other, teacher_cache=tmp_path),
     ):
         pass
 

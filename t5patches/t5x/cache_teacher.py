@@ -32,7 +32,6 @@ from t5x import gin_utils, utils
 from t5x.partitioning import BasePartitioner
 
 from t5patches.model.teacher_cache import TeacherCache, write_cache
-from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import TARGETED_NEGATIVE
 
 Batch = dict[str, np.ndarray]
@@ -97,7 +96,7 @@ def cache_teacher(
         directory,
         lambda: _batches(model, dataset_cfg),
         lambda batch: hidden_states(params, batch),
-        {"checkpoint": fingerprint(original.on_host(params))},
+        model.states_of(original.on_host(params)),
         width=shape.shape[-1],
         dtype=dtype or str(shape.dtype),
         tell=lambda said: print(f"teacher cache in {directory}: {said}", flush=True),

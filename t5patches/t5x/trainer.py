@@ -25,7 +25,6 @@ from t5x.train_state import InferenceState, TrainState
 from t5x.trainer import LearningRateCallable, WeightMetricsComputer, apply_grads
 
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
-from t5patches.runs.fingerprints import fingerprint
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -195,7 +194,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
 
     Raises:
       ValueError: the original parameters of a resumed run are missing or are of another model, or
-        the teacher cache is unfinished or of another original.
+        the teacher cache is unfinished, or of another original or config.
     """
 
     def __init__(
@@ -239,7 +238,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         self._cache: TeacherCache | None = None
         if teacher_cache is not None:
             params = original.on_host(self.orig_train_state.params)
-            self._cache = TeacherCache(teacher_cache, {"checkpoint": fingerprint(params)})
+            self._cache = TeacherCache(teacher_cache, model.states_of(params))
 
     def train(
         self, batch_iter: Iterator[Batch], num_steps: int, start_step: int | None = None
