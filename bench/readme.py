@@ -123,10 +123,9 @@ def tpu(result: dict) -> str:
     return _measured(
         "`make bench-tpu-static`: **static figures of the TPU compiler; nothing ran on a TPU.** "
         "2048 tokens. Passes: how often an array as large as the logits is read or written; dense "
-        "XLA: the fewest of both chips, in bfloat16 of v6e alone. Compute / copies: time of the "
-        "scheduled instructions of rows of which one is pushed down, over that of the copies, at "
-        "published or assumed rates, without stalls; below 1 the kernel waits for memory. From "
-        f"hidden states (v4, V = {head['V']}, {head['T']} tokens): "
+        "XLA: the fewest of both chips, in bfloat16 of v6e alone. Compute / copies: a block's "
+        "time, one row pushed down, over that of its copies, without stalls; below 1 the kernel "
+        f"waits for memory. From hidden states (v4, V = {head['V']}, {head['T']} tokens): "
         f"{head['chunked_copies_ms']:.0f} ms of copies and "
         f"{head['accumulator_gb'] + head['beyond_gb']:.1f} GB, dense "
         f"{head['dense_copies_ms']:.0f} ms and {head['dense_gb']:.1f} GB.",
@@ -370,7 +369,7 @@ def gpu_all(result: dict) -> str:
     speed = result["about"]["copy_gb_per_second"]
     return _gpu_table(
         "`make bench-gpu-table`: value and gradient of T = 8192 tokens, device time, median; "
-        "T5Patches' formula in JAX and by `torch.compile`, streaming XLA and the kernel. Of a "
+        "T5Patches' formula in JAX and by `torch.compile`, streaming XLA and an earlier kernel. Of a "
         "copy's speed: two arrays read and one written, in the kernel's time, over a "
         f"device-to-device copy in the same process ({speed:.0f} GB/s). "
         "MiB: held beyond inputs and outputs.",
@@ -430,10 +429,11 @@ def real(result: dict) -> str:
     )
     table = _measured(
         f"`make real`: asked for a sentence about news, SmolLM2-135M-Instruct {found}. After "
-        f"{result['steps']} updates on its own marked outputs (UL: {result['steps'] // 4}), by "
-        f"{result['measured']} other articles: KL at unmarked tokens, unwanted outputs (greedy "
-        "± 6, sampled ± 3), clean ones that stayed word for word, perplexity of other news. "
-        "Names stay: too few greedy outputs have any to learn from. "
+        f"{result['steps']} updates (UL: {result['steps'] // 4}) on its own marked outputs with "
+        f"`--alpha 3 --learning-rate 1e-4 --batch-size 8`, by {result['measured']} other articles: "
+        "KL at unmarked tokens, unwanted outputs (greedy ± 6, sampled ± 3), clean ones that stayed "
+        "word for word, perplexity of other news. Few greedy outputs have names to learn from: "
+        "they stay. "
         f"{minutes:.0f} minutes in all, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
@@ -537,7 +537,8 @@ def _frontier(
     curves = _measured(
         f"{caption} "
         "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
-        "sampled outputs have something unwanted (empty: not reached). Elsewhere: the same over "
+        "sampled outputs have something unwanted (between two strengths by a line in log KL; empty: "
+        "not reached). Elsewhere: the same over "
         "the unmarked positions where the original gave less than 1% to all tokens together that "
         "begin something unwanted. Then how much was left at each strength. ± standard errors "
         f"{result['errors']}.",

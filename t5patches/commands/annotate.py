@@ -13,7 +13,8 @@ list, one a line of a .txt file, or what a TOML file says:
   group = 1                      # whole_words = true keeps it off the middle of words
 
   [[rule]]
-  names = "capitalized"          # named things; or "spacy", with a model and labels of yours
+  names = "capitalized"          # named things; or "spacy" (t5patches[names]), with
+                                 # model = "en_core_web_sm", labels = ["PERSON", "GPE"]
   absent_from_source = true      # (with any rule) only what the input does not hold
 
   [[rule]]

@@ -5,8 +5,8 @@ tokenizer) and one or several files of its outputs, one JSON object a line:
 
   {"inputs": "the fire in the museum ...", "outputs": "Fire in Paris", "spans": [[8, 13]]}
 
-`spans` are the characters to push down; `t5patches annotate` writes such files. T5Patches' own
-three fields (inputs, negative_targets, corrected_targets) are taken too. For chat models,
+`spans` are the characters to push down, and without any the whole output is kept; `t5patches
+annotate` writes such files. T5Patches' own three fields (inputs, negative_targets, corrected_targets) are taken too. For chat models,
 {"messages": [{"role": "user", "content": "..."}]} may stand for `inputs`.
 
 Everything is checked, and the memory planned, before the weights are read. Trains on all devices
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--original",
         metavar="DIR",
-        help="the frozen model to stay close to (default: --model). In a second round this may be "
+        help="the model to stay close to (default: --model). In a second round this may be "
         "the first model, with the data of all rounds: what is not marked comes back",
     )
     more = "--steps (if more, where --schedule is constant), --remat and "
@@ -101,8 +101,8 @@ def _add_training(group: Any) -> None:
         metavar="A",
         type=float,
         default=1.0,
-        help="weight of the marked tokens (default: 1). For ul and nl 0.1 to 1; more removes "
-        "hardly more and costs closeness",
+        help="weight of the marked tokens (default: 1): 1 to 10 for tnff, where more removes more; "
+        "0.1 to 1 for ul and nl, where it hardly does and costs closeness",
     )
     group.add_argument(
         "--beta",

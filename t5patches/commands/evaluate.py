@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
     scored.add_argument(
-        "--reward", metavar="DIR", help="a reward model as the scorer, see `t5patches reward`"
+        "--reward",
+        metavar="DIR",
+        help="a reward model as the scorer, see `t5patches reward`. Its high scores are good ones: "
+        "read the mean alone, as the worst score and the share of bad outputs take high for bad",
     )
     parser.add_argument(
         "--samples",
