@@ -39,7 +39,8 @@ class BlockSizes:
 
     Attributes:
       cluster: blocks a row: 1 (as ``"pallas_gpu"``), 2, 4, 8 or 16. None: the fewest with which as
-        much of a row stays on chip as can, and as many blocks share an SM as need be.
+        much of a row stays on chip as can, and as many blocks share an SM as need be. CUDA promises
+        8 on every card; where 16 are refused the launch fails, and 8 are to be asked for.
 
     Raises:
       ValueError: another number of blocks.
