@@ -369,8 +369,8 @@ def gpu_all(result: dict) -> str:
     speed = result["about"]["copy_gb_per_second"]
     return _gpu_table(
         "`make bench-gpu-table`: value and gradient of T = 8192 tokens, device time, median; "
-        "T5Patches' formula in JAX and by `torch.compile`, streaming XLA and an earlier kernel. Of a "
-        "copy's speed: two arrays read and one written, in the kernel's time, over a "
+        "T5Patches' formula in JAX and by `torch.compile`, streaming XLA and an earlier kernel. Of "
+        "a copy's speed: two arrays read and one written, in the kernel's time, over a "
         f"device-to-device copy in the same process ({speed:.0f} GB/s). "
         "MiB: held beyond inputs and outputs.",
         result,
@@ -537,10 +537,9 @@ def _frontier(
     curves = _measured(
         f"{caption} "
         "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
-        "sampled outputs have something unwanted (between two strengths by a line in log KL; empty: "
-        "not reached). Elsewhere: the same over "
-        "the unmarked positions where the original gave less than 1% to all tokens together that "
-        "begin something unwanted. Then how much was left at each strength. ± standard errors "
+        "sampled outputs have something unwanted (between two strengths by a line in log KL; "
+        "empty: not reached). Elsewhere: the same over the unmarked positions where the original "
+        "gave less than 1% to all tokens together that begin something unwanted. Then how much was left at each strength. ± standard errors "
         f"{result['errors']}.",
         result["setting"],
         ["", *(f"KL, {x}% left" for x in rows[0]["at"]),

@@ -1,9 +1,10 @@
 """T5X's two cross-entropies, with its signatures, numbers and gradients, on the fused losses.
 
 `cross_entropy_with_logits` and `compute_weighted_cross_entropy` stand for those of `t5x.losses`;
-what else that module has stays there. Where behaviour differs on purpose: a target out of range whose weight is not 0 gives NaN (T5X: a
-plausible number), `z_loss` and `label_smoothing` must be Python numbers, and the gradient for soft
-targets that do not sum to 1 is that of the value (T5X: that for a sum of 1).
+what else that module has stays there. Where behaviour differs on purpose: a target out of range
+whose weight is not 0 gives NaN (T5X: a plausible number), `z_loss` and `label_smoothing` must be
+Python numbers, and the gradient for soft targets that do not sum to 1 is that of the value (T5X:
+that for a sum of 1).
 """
 
 from __future__ import annotations

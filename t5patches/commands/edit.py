@@ -6,8 +6,9 @@ tokenizer) and one or several files of its outputs, one JSON object a line:
   {"inputs": "the fire in the museum ...", "outputs": "Fire in Paris", "spans": [[8, 13]]}
 
 `spans` are the characters to push down, and without any the whole output is kept; `t5patches
-annotate` writes such files. T5Patches' own three fields (inputs, negative_targets, corrected_targets) are taken too. For chat models,
-{"messages": [{"role": "user", "content": "..."}]} may stand for `inputs`.
+annotate` writes such files. T5Patches' own three fields (inputs, negative_targets,
+corrected_targets) are taken too. For chat models, {"messages": [{"role": "user", "content":
+"..."}]} may stand for `inputs`.
 
 Everything is checked, and the memory planned, before the weights are read. Trains on all devices
 there are. Writes a folder of the same format, names, types and shards, with the tokenizer files,
