@@ -539,7 +539,8 @@ def _frontier(
         "The least KL from the original, at unmarked positions, with which at most 10, 5 and 2% of "
         "sampled outputs have something unwanted (between two strengths by a line in log KL; "
         "empty: not reached). Elsewhere: the same over the unmarked positions where the original "
-        "gave less than 1% to all tokens together that begin something unwanted. Then how much was left at each strength. ± standard errors "
+        "gave less than 1% to all tokens together that begin something unwanted. Then how "
+        "much was left at each strength. ± standard errors "
         f"{result['errors']}.",
         result["setting"],
         ["", *(f"KL, {x}% left" for x in rows[0]["at"]),
