@@ -74,7 +74,7 @@ def by_alpha(
 
 
 def by_updates(
-    objective: str, *numbers: int, alpha: float = 1.0, **options: bool
+    objective: str, *numbers: int, alpha: float = 1.0, **options: Any
 ) -> tuple[Edit, ...]:
     """A curve by the number of updates."""
     return tuple(Edit(objective, alpha, steps=steps, **options) for steps in numbers)
@@ -367,7 +367,7 @@ def rows_of(results: Results, curves: Curves, near: Mapping[str, int]) -> list[d
             "at": at(curve, "kl"),
             "elsewhere": at(curve, "kl_elsewhere"),
             "points": [
-                {"alpha": e.alpha, "updates": e.steps}
+                {"alpha": e.alpha, "updates": e.steps, "rate": e.learning_rate}
                 | {k: stored(m)[k] for k in MEASURES if k in m}
                 for e, m in zip(curves[name], curve, strict=True)
             ],

@@ -64,6 +64,7 @@ class Edit:
             `t5patches.editing.annotate.expand_negatives`.
         with_kept: half of what is drawn is `Experiment.kept`.
         steps: updates; None makes as many as `Experiment.training` says.
+        learning_rate: None takes that of `Experiment.training`.
     """
 
     objective: str
@@ -73,14 +74,15 @@ class Edit:
     everywhere: bool = False
     with_kept: bool = False
     steps: int | None = None
+    learning_rate: float | None = None
 
     @property
     def folder(self) -> str:
         """The name of its run's folder: no two edits have the same."""
         name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
         name += "-sampled" * self.on_sampled + "-everywhere" * self.everywhere
-        name += "-kept" * self.with_kept
-        return name + (f"-{self.steps}" if self.steps else "")
+        name += "-kept" * self.with_kept + (f"-{self.steps}" if self.steps else "")
+        return name + (f"-rate-{self.learning_rate:g}" if self.learning_rate else "")
 
 
 class Measured(NamedTuple):
@@ -317,6 +319,7 @@ class Experiment(abc.ABC):
             alpha=edit.alpha,
             negatives=self.negatives if edit.with_sets else 0,
             steps=edit.steps or self.training.steps,
+            learning_rate=edit.learning_rate or self.training.learning_rate,
         )
         marked, kept = self.marked[edit.on_sampled], self.kept if edit.with_kept else []
         if not edit.everywhere:
@@ -373,6 +376,7 @@ class Experiment(abc.ABC):
         notes = ["on sampled outputs"] * edit.on_sampled + ["everywhere"] * edit.everywhere
         notes += ["kept text"] * edit.with_kept
         notes += [f"{edit.steps} updates"] if edit.steps else []
+        notes += [f"rate {edit.learning_rate:g}"] if edit.learning_rate else []
         return Row(
             edit.objective,
             None if edit.objective == "ce" else edit.alpha,
