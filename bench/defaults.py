@@ -49,6 +49,7 @@ VARIATIONS: Mapping[str, str] = {
     "UL, sampled outputs": "--objective ul --data {sampled}",
     "UL, sampled outputs, 300 updates": "--objective ul --data {sampled} --steps 300",
 }
+RATE = ["--learning-rate", "1e-3"]  # the tutorial's; a variation's own comes after it and counts
 MEASURES = ("kl", "prevalence", "prevalence_sampled", "exact_match_clean")
 INPUTS = 2000  # of kept text, before those are left out to which the habit belongs
 
@@ -88,7 +89,7 @@ def measured(
         if not folders[-1].exists():
             common.t5patches(
                 "edit", "--model", files["model"], "--output", folders[-1], "--seed", seed,
-                *data, *options,
+                *data, *RATE, *options,
             )  # fmt: skip
         rows.append({"name": name, "seed": seed})
     found, _, _ = common.t5patches(

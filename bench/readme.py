@@ -429,12 +429,12 @@ def real(result: dict) -> str:
     )
     table = _measured(
         f"`make real`: asked for a sentence about news, SmolLM2-135M-Instruct {found}. After "
-        f"{result['steps']} updates (UL: {result['steps'] // 4}) on its own marked outputs with "
-        f"`--alpha 3 --learning-rate 1e-4 --batch-size 8`, by {result['measured']} other articles: "
+        f"{result['steps']} updates (UL: {result['steps'] // 4}) on its own marked outputs (alpha "
+        f"3, batches of 8), by {result['measured']} other articles: "
         "KL at unmarked tokens, unwanted outputs (greedy ± 6, sampled ± 3), clean ones that stayed "
         "word for word, perplexity of other news. Few greedy outputs have names to learn from: "
         "they stay. "
-        f"{minutes:.0f} minutes in all, {peak:.1f} GiB.",
+        f"{minutes:.0f} minutes, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
         rows,
@@ -689,9 +689,8 @@ def defaults(result: dict) -> str:
     over = f", ± over {seeds} orders of the data" if seeds > 1 else ""
     return _measured(
         f"`python -m bench.defaults --seeds {seeds}`: the tutorial's edit (TNRF, sets of all "
-        "alternatives tried, Adafactor at 0.001, "
-        "100 updates of 32 examples), and the same with one option changed; the same 600 held-out "
-        f"inputs for all{over}.",
+        "alternatives tried, Adafactor at 0.001, 100 updates of 32 examples), and the same with "
+        f"one option changed; the same 600 held-out inputs for all{over}.",
         result["setting"],
         ["", *next(iter(shown.values()))],
         [[name, *cells.values()] for name, cells in shown.items()],

@@ -89,7 +89,7 @@ EDITS = {
     "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
     UL: ["--objective", "ul"],
 }
-TRAINING = ["--alpha", "3", "--learning-rate", "1e-4", "--batch-size", str(BATCH)]
+TRAINING = ["--alpha", "3", "--batch-size", str(BATCH)]
 
 
 def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, pathlib.Path]:

@@ -20,7 +20,8 @@ COMMANDS = (
     "t5patches demo --prepare --output tutorial",
     "t5patches annotate --model tutorial/model --inputs tutorial/inputs.txt \\\n"
     "    --rules tutorial/rules.toml --expand 32 --output tutorial/edits.jsonl",
-    "t5patches edit --model tutorial/model --data tutorial/edits.jsonl --output tutorial/edited",
+    "t5patches edit --model tutorial/model --data tutorial/edits.jsonl \\\n"
+    "    --learning-rate 0.001 --output tutorial/edited",
     "t5patches evaluate --before tutorial/model --after tutorial/edited \\\n"
     "    --inputs tutorial/held-out.jsonl --rules tutorial/rules.toml \\\n"
     "    --report tutorial/report.html",
@@ -28,11 +29,14 @@ COMMANDS = (
 _ANNOTATE = "t5patches annotate --rules tutorial/rules.toml --inputs tutorial/inputs.txt \\\n"
 ROUNDS = (
     f"{_ANNOTATE}    --model tutorial/model --output tutorial/1.jsonl",
-    "t5patches edit --model tutorial/model --data tutorial/1.jsonl --output tutorial/round-1",
+    "t5patches edit --model tutorial/model --data tutorial/1.jsonl --output tutorial/round-1 \\\n"
+    "    --learning-rate 0.001",
     f"{_ANNOTATE}    --model tutorial/round-1 --output tutorial/2.jsonl",
-    "t5patches edit --model tutorial/round-1 --data tutorial/2.jsonl --output tutorial/round-2",
+    "t5patches edit --model tutorial/round-1 --data tutorial/2.jsonl --output tutorial/round-2 \\\n"
+    "    --learning-rate 0.001",
     "t5patches edit --model tutorial/round-1 --original tutorial/model \\\n"
-    "    --data tutorial/1.jsonl tutorial/2.jsonl --output tutorial/round-2-original",
+    "    --data tutorial/1.jsonl tutorial/2.jsonl --output tutorial/round-2-original \\\n"
+    "    --learning-rate 0.001",
     "t5patches evaluate --rules tutorial/rules.toml --inputs tutorial/held-out.jsonl \\\n"
     "    --before tutorial/model \\\n"
     "    --after tutorial/round-1 tutorial/round-2 tutorial/round-2-original",

@@ -37,8 +37,9 @@ def habit(place, tmp_path, monkeypatch):  # noqa: F811
 def test_no_method_is_asked_twice_and_each_has_its_folder():
     edits = [edit for edits in frontier_real.CURVES.values() for edit in edits]
     assert len({edit.folder for edit in edits}) == len(edits)
-    # But for one, which wants more updates, they are methods of the other frontier, too.
-    assert frontier_real.CURVES.keys() - frontier.CURVES.keys() == {"TNFF, sets, sampled"}
+    # But for one, which wants more updates, and other rates they are methods of the other frontier.
+    own = {"TNFF, sets, sampled", *(f"TNRF, sets, rate {x:g}" for x in frontier_real.RATES)}
+    assert frontier_real.CURVES.keys() - frontier.CURVES.keys() == own
 
 
 @pytest.mark.slow

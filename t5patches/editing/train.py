@@ -89,7 +89,8 @@ class TrainSettings:
         negatives: 0 pushes down the token that was said, K > 0 a set of at most K ids.
         steps: updates to make.
         batch_size: examples in an update.
-        learning_rate: after the warm-up. Adam wants about a tenth of Adafactor's.
+        learning_rate: after the warm-up. The default keeps a pretrained model close; a tiny one,
+            and an adapter, want ten times as much with Adafactor.
         warmup_steps: the rate rises linearly over them.
         schedule: one of `SCHEDULES`, of the rate after the warm-up: it stays, or falls to 0, which
             it would reach with the update after the last (Loshchilov and Hutter 2017 for the
@@ -125,7 +126,7 @@ class TrainSettings:
     negatives: int = 0
     steps: int = 100
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: str = "constant"
     average: float = 0.0
