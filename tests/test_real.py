@@ -1,11 +1,12 @@
 """What `make real` and its kin fetch, and what becomes of it."""
 
+import json
 import os
 import subprocess
 
 import pytest
 
-from bench import frontier_real, real, rewards
+from bench import common, frontier_real, real, rewards
 
 SCRIPTS = {"real": real, "frontier-real": frontier_real, "rewards": rewards}
 
@@ -44,3 +45,30 @@ def test_pip_is_asked_and_says_why_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match=r"^no-such==1 could not .*: ERROR: No matching .*==1$"):
         real.fetch(tmp_path, {"no-such==1": ""})
+
+
+def test_of_the_texts_one_output_is_stored_before_and_after():
+    said = {"before": "the article says", "about-0": "it rains", "about-1": "rain"}
+    texts = [{"inputs": "news", "outputs": said}, {"inputs": "more news", "outputs": said}]
+    results = {"rows": [{"name": "about-0"}, {"name": "about-1"}], "texts": texts}
+    edit = next(iter(real.EDITS))
+    stored = {"before": "the article says", edit: "it rains"}
+    assert real.example(results, edit) == stored
+    rows = common.stored("real")
+    assert [[*text] for row in rows for text in row.get("texts", [])] == [["before", edit]]
+
+
+def fields(value):
+    """Every field in an object of JSON, with its value."""
+    if isinstance(value, dict):
+        yield from value.items()
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from fields(part)
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_no_stored_result_has_inputs(path):
+    """They may be text that was fetched; how many there were is a number."""
+    for name, value in fields(json.loads(path.read_text())):
+        assert name != "inputs" or isinstance(value, int)
