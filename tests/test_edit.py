@@ -395,6 +395,53 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "Config(" not in message
 
 
+def say(folder, **changes):
+    """Changes what a folder's config says."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def lose_a_shard(folder):
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    names = [*tensors(folder)]
+    where = {name: (first, second)[name == names[-1]] for name in names}
+    (folder / "model.safetensors").rename(folder / first)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+SPOILT = {
+    # What becomes of a decoder's folder, and what is said of that.
+    "a missing shard": (lose_a_shard, r"lacks shards .*: model-00002-of-00002.safetensors\."),
+    "tensors of another family": (
+        lambda folder: shutil.copy(t5_folders.DATA / "t5_1_1" / "model.safetensors", folder),
+        r"weights in .*tiny do not fit its config.json: .*model.embed_tokens.weight is missing",
+    ),
+    "the config of another family": (
+        lambda folder: say(folder, model_type="qwen3"),
+        r"do not fit its config.json: model.layers.0.self_attn.k_norm.weight is missing",
+    ),
+    "pickled weights alone": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"holds neither model.safetensors nor .*'pytorch_model.bin'.*call save_pretrained",
+    ),
+    "no end token": (
+        lambda folder: say(folder, eos_token_id=None),
+        r"eos_token_id is None; an id that ends an output is needed.*generation_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_folder_of_a_decoder_is_told_and_nothing_is_written(case, place, capsys):
+    place, (spoil, said) = place(kind="decoder"), SPOILT[case]
+    spoil(place / "tiny")
+    there = sorted(place.rglob("*"))
+    for more in ((), ("--lora", "2"), ("--plan",), ("--cache-teacher", place / "cache")):
+        assert run(place, *more) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert sorted(place.rglob("*")) == there
+
+
 @pytest.mark.parametrize("name", ["t5patches.json", "align.json"])
 def test_what_an_adapter_links_to_is_not_read(name, place):
     place = place()
