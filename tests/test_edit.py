@@ -538,6 +538,32 @@ def test_objectives_without_an_original_and_without_sets(place, capsys):
     assert "nl pushes down one token a position" in capsys.readouterr().err
 
 
+def test_the_original_is_held_in_bfloat16_and_all_parameters_are_trained_in_float32(
+    place, monkeypatch
+):
+    place, update, held = place(kind="decoder"), train_module.Step.__call__, []
+
+    def seen(step, state, frozen, *more):
+        trees = (state.params, frozen.original)
+        held.append([{x.dtype.name for x in jax.tree.leaves(tree)} for tree in trees])
+        return update(step, state, frozen, *more)
+
+    monkeypatch.setattr(train_module.Step, "__call__", seen)
+    dtypes = ("float32", "bfloat16")
+    for dtype in dtypes:
+        assert run(place, "--param-dtype", dtype, "--steps", "2", output=dtype) == 0
+    assert held == [[{"float32"}, {dtype}] for dtype in dtypes for _ in range(2)]
+    plain, rounded = (read_rounds(place / name)[0]["history"]["loss"] for name in dtypes)
+    np.testing.assert_allclose(rounded, plain, rtol=1e-3)
+    assert rounded != plain
+    before, one, two = (tensors(place / name) for name in ("tiny", *dtypes))
+    assert {x.dtype for x in two.values()} == {np.dtype(np.float32)}
+    changed, apart = (
+        np.sqrt(sum(np.sum((x[name] - one[name]) ** 2) for name in one)) for x in (before, two)
+    )
+    assert 0 < apart < changed / 2
+
+
 def test_sets_mixtures_and_templates_reach_the_arrays(place):
     place = place()
     more, templates = place / "more.jsonl", place / "templates.txt"
