@@ -6,11 +6,11 @@ Model, news, instructions and rules are those of `bench.real`, methods and measu
 `bench.frontier`.
 
 All methods make the same updates with the same rate (the default of `t5patches edit`, chosen here,
-where two larger ones are tried), the strengths are how many: 10 and 30, and 100
-for those that come closer with more, while unlikelihood and its kin drift away; 3 for those that
-are far away after ten. Some have more of alpha besides, as they leave much at 1. Nobody wrote
-corrections of what the model said: they are what it says where the constraint of the ceiling bars
-what the rule marks.
+where two larger ones are tried; adapters have ten times as much), the strengths are how many: 10
+and 30, and 100 for those that come closer with more, while unlikelihood and its kin drift away; 3
+for those that are far away after ten. Some have more of alpha besides, as they leave much at 1.
+Adapters are merged before they are measured. Nobody wrote corrections of what the model said: they
+are what it says where the constraint of the ceiling bars what the rule marks.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ SAMPLES = 8  # to each input that is held out
 UPDATES, LONG = (10, 30), 100  # the longer training of methods that come closer with updates
 FEW = 3  # of methods that are far away after ten
 RATES = (3e-4, 1e-3)  # beside that of all others, 1e-4
+ADAPTER = {"rank": 8, "learning_rate": 1e-3}
 CURVES: Curves = {
     "TNRF, sets": by_updates("tnrf", *UPDATES, LONG, with_sets=True),
     **{
@@ -73,6 +74,15 @@ CURVES: Curves = {
         *by_updates("nl", UPDATES[0], alpha=0.3, on_sampled=True),
     ),
     "corrective, sampled": by_updates("ce", *UPDATES, LONG, on_sampled=True),
+    "TNRF, sets, adapter": by_updates("tnrf", LONG, with_sets=True, **ADAPTER),
+    "TNFF, sets, adapter": (
+        *by_updates("tnff", LONG, with_sets=True, **ADAPTER),
+        *by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
+    ),
+    "UL, sets, sampled, adapter": (
+        *by_updates("ul", UPDATES[1], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER),
+        *by_updates("ul", LONG, with_sets=True, on_sampled=True, **ADAPTER),
+    ),
     "UNDIAL, sets": (
         *by_updates("undial", *UPDATES, LONG, with_sets=True),
         *by_updates("undial", LONG, alpha=3.0, with_sets=True),

@@ -196,6 +196,7 @@ def test_an_edit_is_found_again_by_its_folder():
     assert Edit("ce", on_sampled=True, steps=30).folder == "ce-1-sampled-30"
     assert Edit("nl", 0.3).folder == "nl-0.3"
     assert Edit("nl", 0.3, steps=9, learning_rate=1e-3).folder == "nl-0.3-9-rate-0.001"
+    assert Edit("ul", rank=8, learning_rate=1e-3).folder == "ul-1-lora-8-rate-0.001"
     everywhere = Edit("tnff", with_sets=True, on_sampled=True, everywhere=True, steps=300)
     assert everywhere.folder == "tnff-1-sets-sampled-everywhere-300"
     assert Edit("ul", on_sampled=True, with_kept=True).folder == "ul-1-sampled-kept"

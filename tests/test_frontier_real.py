@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 from test_decoder_commands import place  # noqa: F401
@@ -37,8 +38,10 @@ def habit(place, tmp_path, monkeypatch):  # noqa: F811
 def test_no_method_is_asked_twice_and_each_has_its_folder():
     edits = [edit for edits in frontier_real.CURVES.values() for edit in edits]
     assert len({edit.folder for edit in edits}) == len(edits)
-    # But for one, which wants more updates, and other rates they are methods of the other frontier.
+    # But for one, which wants more updates, other rates and adapters they are methods of the other
+    # frontier.
     own = {"TNFF, sets, sampled", *(f"TNRF, sets, rate {x:g}" for x in frontier_real.RATES)}
+    own |= {name for name in frontier_real.CURVES if name.endswith(", adapter")}
     assert frontier_real.CURVES.keys() - frontier.CURVES.keys() == own
 
 
@@ -66,6 +69,18 @@ def test_the_time_of_an_edit_is_told_but_of_one_that_was_begun_before(habit):
     with jax.numpy_dtype_promotion("standard"):
         assert habit.edited(whole).history
     assert habit.once(f"{whole.folder}-seconds", dict)["seconds"] == seconds[whole]
+
+
+def test_an_adapter_is_merged_before_it_is_measured(habit):
+    edit = frontier.Edit("ul", on_sampled=True, steps=2, rank=1, learning_rate=1e-2)
+    with jax.numpy_dtype_promotion("standard"):
+        edited = habit.edited(edit).params
+    changes = jax.tree.map(
+        lambda a, b: np.asarray(a) - np.asarray(b), edited, habit.original.params
+    )
+    ranks = [np.linalg.matrix_rank(x, tol=1e-6) for x in jax.tree.leaves(changes) if x.any()]
+    assert ranks
+    assert set(ranks) == {1}
 
 
 def test_what_is_learnt_from_and_what_is_measured(habit):

@@ -43,6 +43,7 @@ from t5patches.editing.evaluate import (
 from t5patches.editing.mixing import mixture_order
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import Trained, TrainSettings, train
+from t5patches.model import lora
 from t5patches.model.folder import LoadedModel
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs
@@ -64,6 +65,7 @@ class Edit:
             `t5patches.editing.annotate.expand_negatives`.
         with_kept: half of what is drawn is `Experiment.kept`.
         steps: updates; None makes as many as `Experiment.training` says.
+        rank: of an adapter that is trained and then merged; None trains all parameters.
         learning_rate: None takes that of `Experiment.training`.
     """
 
@@ -74,6 +76,7 @@ class Edit:
     everywhere: bool = False
     with_kept: bool = False
     steps: int | None = None
+    rank: int | None = None
     learning_rate: float | None = None
 
     @property
@@ -82,6 +85,7 @@ class Edit:
         name = f"{self.objective}-{self.alpha:g}" + "-sets" * self.with_sets
         name += "-sampled" * self.on_sampled + "-everywhere" * self.everywhere
         name += "-kept" * self.with_kept + (f"-{self.steps}" if self.steps else "")
+        name += f"-lora-{self.rank}" if self.rank else ""
         return name + (f"-rate-{self.learning_rate:g}" if self.learning_rate else "")
 
 
@@ -320,6 +324,7 @@ class Experiment(abc.ABC):
             negatives=self.negatives if edit.with_sets else 0,
             steps=edit.steps or self.training.steps,
             learning_rate=edit.learning_rate or self.training.learning_rate,
+            lora=lora.Lora(edit.rank) if edit.rank else None,
         )
         marked, kept = self.marked[edit.on_sampled], self.kept if edit.with_kept else []
         if not edit.everywhere:
@@ -335,7 +340,10 @@ class Experiment(abc.ABC):
         if kept:
             places = settings.steps * settings.batch_size
             order = mixture_order((len(marked), len(kept)), (0.5, 0.5), places, settings.seed)
-        return self.train(edit.folder, model, params, arrays, settings, order)
+        trained = self.train(edit.folder, model, params, arrays, settings, order)
+        if settings.lora is None:
+            return trained
+        return trained._replace(params=lora.merged(params, trained.params, settings.lora))
 
     def train(
         self,
@@ -376,6 +384,7 @@ class Experiment(abc.ABC):
         notes = ["on sampled outputs"] * edit.on_sampled + ["everywhere"] * edit.everywhere
         notes += ["kept text"] * edit.with_kept
         notes += [f"{edit.steps} updates"] if edit.steps else []
+        notes += [f"an adapter of rank {edit.rank}"] if edit.rank else []
         notes += [f"rate {edit.learning_rate:g}"] if edit.learning_rate else []
         return Row(
             edit.objective,
