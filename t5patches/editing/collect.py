@@ -25,6 +25,7 @@ from t5patches.editing.annotate import (
 )
 from t5patches.editing.data import Example, examples_text
 from t5patches.editing.plan import yet_to_place
+from t5patches.editing.programs import require_ranges
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
@@ -60,12 +61,11 @@ class CollectSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that give nothing."""
-        for name, least in (("samples", 1), ("max_length", 1), ("negatives", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
-        if not self.temperature >= 0:
+        require_ranges(self, _LEAST, above_0=())
+        if not 0 <= self.temperature < 1e38:
             raise ValueError(
-                f"the temperature is {self.temperature}: 0 (greedy) or above is needed"
+                f"the temperature is {self.temperature}: 0 (greedy) or a number above it is "
+                "needed, as float32 has it"
             )
         if self.rollout_length is not None and not (self.rollout_length > 0 and self.negatives):
             raise ValueError(
@@ -82,6 +82,9 @@ class CollectSettings:
                 f"{self.samples} outputs to each input are asked for, and at temperature 0 all of "
                 "them are the same: give a temperature, such as 1"
             )
+
+
+_LEAST = {"samples": 1, "max_length": 1, "negatives": 0, "batch_size": 1}
 
 
 def collect(
