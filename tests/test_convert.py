@@ -106,11 +106,19 @@ def test_what_t5xs_config_cannot_say_comes_back(tmp_path):
         equal(load_checkpoint(back)[1], params)
 
 
-def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):
+@pytest.mark.parametrize(
+    ("record", "heading"),
+    [
+        ("t5patches.json", "## Edited with targeted negative training"),
+        ("align.json", "## Aligned with a score"),
+        ("reward.json", "## A reward model"),
+    ],
+)
+def test_what_runs_have_said_of_other_weights_is_not_copied(record, heading, tmp_path):
     like, t5x = with_gates(tmp_path / "like", "gated-gelu"), tmp_path / "t5x"
-    (like / "t5patches.json").write_text('{"rounds": []}')
-    card = "# A T5\n\nIn English.\n\n## Edited with targeted negative training\n\nRemoved: names.\n"
-    (like / "README.md").write_text(card)
+    (like / record).write_text("{}")
+    own = "# A T5\n\nIn English.\n\n### Edited with care\n"
+    (like / "README.md").write_text(f"{own}\n{heading}\n\nRemoved: names.\n")
     params = load_checkpoint(like)[1]
     save_t5x(t5x, params)
     save_t5x(t5x, jax.tree.map(lambda x: x + np.float32(1), params), 1)
@@ -118,8 +126,9 @@ def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):
         out = tmp_path / f"out-{step}"
         checkpoint = t5x / f"checkpoint_{step}"
         assert run("--model", checkpoint, "--like", like, "--output", out, "--quiet") == 0
-        assert (out / "t5patches.json").exists() is edited
-        assert (out / "README.md").read_text() == (card if edited else "# A T5\n\nIn English.\n")
+        assert (out / record).exists() is edited
+        said = (like / "README.md").read_text() if edited else own
+        assert (out / "README.md").read_text() == said
         assert (out / "spiece.model").exists()
 
 

@@ -18,11 +18,13 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import ALIGN_RECORD, model_to_train, read_rounds
+from t5patches.editing.edit import model_to_train, read_rounds
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import (
+    ALIGN_RECORD,
     CARD,
+    HEADINGS,
     Output,
     card_with,
     lies,
@@ -356,7 +358,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     collapse = f"- It ended early: {record['collapse']}.\n" if record["collapse"] else ""
     return card_with(
         job.model,
-        "## Aligned with a score\n\n"
+        f"{HEADINGS[ALIGN_RECORD]}\n\n"
         f"On {record['date']} `t5patches align` trained `{job_['model']['name']}` towards "
         f"`{job.scorer or Path(job.reward or '').name}`.\n\n"
         f"- {trained}: {record['steps']} steps of {settings.inputs_per_step} inputs with "

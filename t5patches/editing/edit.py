@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,10 @@ from t5patches.editing.data import (
 from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.outputs import (
+    ALIGN_RECORD,
     CARD,
+    HEADINGS,
+    RECORD,
     Output,
     card_with,
     lies,
@@ -86,10 +90,6 @@ from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
 from t5patches.runs.files import read_object, read_regular, require_own_file, unfinished
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
-
-RECORD = "t5patches.json"
-ALIGN_RECORD = "align.json"  # of `t5patches align`, which a folder may have been through as well
-_EDITED = "## Edited with "  # how a section on an edit begins
 
 PathLike = str | os.PathLike[str]
 
@@ -447,7 +447,7 @@ def _check_round(round_: Any) -> None:
 
 
 def card_before_edits(folder: PathLike) -> str:
-    """A folder's model card without what edits have said in it.
+    """A folder's model card without what edits, alignments and reward models have said in it.
 
     Args:
         folder: of a model.
@@ -463,7 +463,8 @@ def card_before_edits(folder: PathLike) -> str:
         text = read_regular(path).decode() if path.exists() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
-    return text.partition(_EDITED)[0].strip()
+    headings = "|".join(map(re.escape, HEADINGS.values()))
+    return re.split(f"^(?:{headings})", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
 def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> None:
@@ -943,7 +944,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     others = f", and only others in the place of {only_others}" if only_others else ""
     return card_with(
         job.model,
-        f"{_EDITED}t5patches\n\n"
+        f"{HEADINGS[RECORD]}t5patches\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`{alpha}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "

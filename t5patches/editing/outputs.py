@@ -27,6 +27,15 @@ from t5patches.runs.files import read_object, unfinished
 PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
 CARD = "README.md"
+RECORD = "t5patches.json"  # of `t5patches edit`
+ALIGN_RECORD = "align.json"
+REWARD_RECORD = "reward.json"
+# How their sections in the card begin. Earlier ones of edits are "Edited with" a method.
+HEADINGS = {
+    RECORD: "## Edited with ",
+    ALIGN_RECORD: "## Aligned with a score",
+    REWARD_RECORD: "## A reward model",
+}
 
 
 class Output:

@@ -19,6 +19,8 @@ from t5patches.editing.edit import model_to_train
 from t5patches.editing.evaluate import over_inputs
 from t5patches.editing.outputs import (
     CARD,
+    HEADINGS,
+    REWARD_RECORD,
     Output,
     card_with,
     record_in,
@@ -30,7 +32,6 @@ from t5patches.editing.outputs import (
 from t5patches.editing.plan import MemoryPlan, require_room
 from t5patches.editing.programs import BELOW, MAY_DIFFER, WEIGHT, rows_of
 from t5patches.editing.reward import (
-    RECORD,
     How,
     Pair,
     Reward,
@@ -154,12 +155,12 @@ def reward_folder(
         made = result(job.model, trained.params[BELOW], job.settings.lora, merge=True)
         save_result(written, checked.model, made, job.model, {})
         beneath = weights_fingerprint(written)
-        write_file(written / RECORD, record_text(record, weight, beneath))
+        write_file(written / REWARD_RECORD, record_text(record, weight, beneath))
         # By the folder itself: its numbers may be rounded to the model's own type.
         accuracy = _accuracy(Reward(written, batch_size=job.settings.batch_size), checked.held_out)
         record |= {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
         write_file(written / CARD, _card(job, record))
-        write_file(written / RECORD, record_text(record, weight, beneath))
+        write_file(written / REWARD_RECORD, record_text(record, weight, beneath))
         written.rename(output.made)
 
     state, _ = How(job.settings.learning_rate, job.settings.lora).shapes(checked.model)
@@ -185,7 +186,7 @@ def plan(job: Job, *, resume: bool = False) -> Checked:
 
 
 def _output(job: Job) -> Output:
-    return Output(job.output, record_in(RECORD), "reward model")
+    return Output(job.output, record_in(REWARD_RECORD), "reward model")
 
 
 def _checked(job: Job, model: LanguageModel, tokenizer: Tokenizer) -> Checked:
@@ -269,9 +270,9 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     settings, history = job.settings, record["history"]
     return card_with(
         job.model,
-        "## A reward model\n\n"
+        f"{HEADINGS[REWARD_RECORD]}\n\n"
         f"On {record['date']} `t5patches reward` made this of `{record['job']['model']['name']}`: "
-        f"a scalar head, in `{RECORD}`, on the state that predicts an output's end.\n\n"
+        f"a scalar head, in `{REWARD_RECORD}`, on the state that predicts an output's end.\n\n"
         f"- {record['pairs']} pairs, {settings.epochs} epochs, Adam, learning rate "
         f"{settings.learning_rate:g}, seed {settings.seed}; loss {history['loss'][0]:.4g} at the "
         f"first, {history['loss'][-1]:.4g} at the last update.\n"
