@@ -89,6 +89,11 @@ class TeacherCache:
         self._run = run = read_object(self.directory / "run.json")
         if about is not None:
             claim(self.directory, {**run, **about})
+        if not (self.directory / "index.npz").exists():
+            raise ValueError(
+                f"the teacher cache in {directory} is unfinished, with none of its examples: write "
+                "it again, it goes on from there"
+            )
         index = np.load(self.directory / "index.npz")
         self._offsets = index["offsets"]
         self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
