@@ -180,6 +180,11 @@ class TrainSettings:
                 f"alpha is {self.alpha} and the objective ce, which pushes nothing down: leave "
                 "alpha out"
             )
+        if self.label_smoothing and self.objective != "ce":
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing} and the objective {self.objective}: it "
+                "is of ce alone; leave it out"
+            )
         rival = RIVALS.get(self.objective)
         takes_beta = rival is not None and rival.beta is not None
         if self.beta is not None and not (takes_beta and 0 < self.beta < math.inf):
