@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,11 @@ def collect(
             model, or a batch does not fit into memory.
     """
     output, described = Path(output), describe(model, inputs, settings)
-    work = work_of(output)
-    exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
-    # A run that was killed as it cleaned up behind itself has its output, and goes on.
-    if output.exists() and not is_of(work, described):
-        raise ValueError(exists)
+    require_own(output, described)
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
     require_room(model, inputs, settings)
-    parts = Parts(work, described)
+    parts = Parts(work_of(output), described)
     examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
         by_rules = f"by-{json_fingerprint(rules.fingerprint)[:16]}"
@@ -141,12 +137,42 @@ def collect(
             keep=lambda name, make: parts.get(f"{name}-{by_rules}", make),
             progress=progress,
         )
-    text = examples_text(examples)
+    write_output(output, examples_text(examples), parts)
+    return examples
+
+
+def require_own(output: Path, described: Mapping[str, object]) -> None:
+    """Refuses a file that is there, but for one of a run that was killed as it cleaned up.
+
+    Args:
+        output: the file to write.
+        described: of `describe`.
+
+    Raises:
+        ValueError: it exists.
+    """
+    if output.exists() and not is_of(work_of(output), described):
+        raise ValueError(_EXISTS.format(output))
+
+
+def write_output(output: Path, text: str, parts: Parts) -> None:
+    """Writes what a run has made, and removes what it kept until then.
+
+    Args:
+        output: the file to write, see `require_own`.
+        text: its content.
+        parts: what was kept.
+
+    Raises:
+        ValueError: it exists with other content.
+    """
     if output.exists() and output.read_bytes() != text.encode():
-        raise ValueError(exists)
+        raise ValueError(_EXISTS.format(output))
     write_file(output, text)
     parts.remove()
-    return examples
+
+
+_EXISTS = "{} exists: nothing is overwritten. Give another name or remove it"
 
 
 def require_room(model: LoadedModel, inputs: Sequence[Inputs], settings: CollectSettings) -> None:
