@@ -264,6 +264,16 @@ def test_the_latest_step_is_taken_and_none_is_overwritten(tmp_path):
         save_t5x(tmp_path, params, 9)
 
 
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    save_t5x(tmp_path, t5_folders.load("t5_1_0")[1])
+    monkeypatch.setattr("t5patches.model.t5x_format._read_orbax", full)
+    with pytest.raises(MemoryError, match="9 TiB"):
+        load_t5x(tmp_path)
+
+
 def test_adafactor_starts_afresh():
     from t5patches.model.t5x_format import _fresh_adafactor
 

@@ -72,6 +72,8 @@ def load_t5x(folder: str | os.PathLike[str]) -> T5XCheckpoint:
             for path, x in traverse_util.flatten_dict(tree["target"]).items()
         }
         return T5XCheckpoint(traverse_util.unflatten_dict(params), int(tree["state"]["step"]))
+    except MemoryError:
+        raise
     # Orbax, tensorstore and msgpack tell what is broken with exceptions of many kinds.
     except Exception as error:
         raise ValueError(f"{folder} cannot be read as a T5X checkpoint: {error}") from error
