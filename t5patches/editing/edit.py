@@ -601,7 +601,7 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
     for number, example in enumerate(items, start=1):
         if isinstance(example, Source):
             continue
-        largest = max(*example.output_ids, *example.input_ids)
+        largest = max((*example.output_ids, *example.input_ids))
         if largest >= vocab_size:
             raise ValueError(
                 f"{file}: example {number} has the token {largest} and the model "
