@@ -36,7 +36,16 @@ from t5patches.editing.data import (
     said_is_pushed_down,
 )
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
-from t5patches.editing.programs import MAY_DIFFER, begun, require_ranges
+from t5patches.editing.programs import (
+    MAY_DIFFER,
+    Rows,
+    State,
+    batch_shapes,
+    begun,
+    require_ranges,
+    rows_of,
+    updated,
+)
 from t5patches.editing.rivals import RIVALS, Chosen, Given
 from t5patches.editing.states import History, States
 from t5patches.model import placement
@@ -693,10 +702,7 @@ class Step:
         self._mesh, self._settings, self._init = mesh, settings, _optimizer(settings).init
         if mesh is not None:
             placement.check_mesh(mesh, model, settings.batch_size)
-        rows = {
-            name: ((settings.batch_size, *array.shape[1:]), array.dtype)
-            for name, array in sorted(arrays.items())
-        }
+        batch: dict[str, Any] = dict(arrays)
         if cached is not None:
             if settings.objective not in WITH_ORIGINAL:
                 raise ValueError(
@@ -708,10 +714,11 @@ class Step:
                     "dpo runs the original on the corrections too, and a cache is of the outputs: "
                     "leave the cache out"
                 )
-            tokens, _ = rows["outputs"]
-            rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
+            states = (*arrays["outputs"].shape, model.config.emb_dim)
+            batch[ORIGINAL_HIDDEN] = jax.ShapeDtypeStruct(states, jnp.dtype(cached))
         own_original = own_original and settings.lora is not None
-        self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
+        rows = rows_of(batch, settings.batch_size)
+        self._key = (model, _compiled_with(settings), rows, mesh, own_original)
         self.arguments, _ = _program(*self._key)
         self.state, self.frozen, *_ = self.arguments
         runs_it = cached is None and settings.objective in WITH_ORIGINAL
@@ -823,9 +830,8 @@ class Step:
         if self._mesh is not None:
             split = placement.batch_sharding(self._mesh)
             placed = {name: hosts.place(x, split) for name, x in batch.items()}
-        model, settings, rows, *more = self._key
-        rows = tuple((name, (batch[name].shape, dtype)) for name, (_, dtype) in rows)
-        program = _compiled(model, settings, rows, *more)
+        model, settings, _, *more = self._key
+        program = _compiled(model, settings, rows_of(batch), *more)
         return program(state, frozen, placed, np.int32(self._settings.seed), np.int32(step))
 
 
@@ -844,14 +850,11 @@ def in_dtype(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), dict(params))
 
 
-_Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
-
-
 @functools.lru_cache(maxsize=32)
 def _compiled(
     model: LanguageModel,
     settings: TrainSettings,
-    rows: _Rows,
+    rows: Rows,
     mesh: Mesh | None,
     own_original: bool,
 ) -> Any:
@@ -865,7 +868,7 @@ def _compiled(
 def _program(
     model: LanguageModel,
     settings: TrainSettings,
-    rows: _Rows,
+    rows: Rows,
     mesh: Mesh | None,
     own_original: bool,
 ) -> tuple[tuple, Any]:
@@ -874,12 +877,13 @@ def _program(
     shapes = model.param_shapes()
     trained = trained_shapes(model, lora)
     inner = jax.eval_shape(optimizer.init, trained)
+    of_batch: jax.sharding.Sharding
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
         of_shapes, of_trained, of_inner = (
             jax.tree.map(lambda _: first, x) for x in (shapes, trained, inner)
         )
-        of_batch: Any = first
+        of_batch = first
     else:
         of_shapes = of_trained = placement.param_shardings(mesh, model)
         if lora is not None:
@@ -896,19 +900,14 @@ def _program(
     )
     held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
     params: Any = jax.tree.map(held, shapes, of_shapes)
+    batch = batch_shapes(rows, of_batch)
     original = None
     if lora is None or own_original:
-        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in dict(rows):
+        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in batch:
             original = params
         elif settings.objective in WITH_ORIGINAL or settings.until is not None:
             original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
-    # On a device the integers of NumPy are int32.
-    on_device = jax.dtypes.canonicalize_dtype
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, on_device(dtype), sharding=of_batch)
-        for name, (shape, dtype) in rows
-    }
     number = jax.ShapeDtypeStruct((), np.int32)
     program = jax.jit(
         functools.partial(update, model=model, settings=settings),
@@ -953,14 +952,13 @@ def update(
         counted = jnp.sum(weights != 0, dtype=jnp.float32)
         return tokens.loss.sum() / jnp.maximum(counted, 1), tokens
 
-    (loss, tokens), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    updates, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = State(state.params, state.optimizer)
+    (params, optimizer), loss, tokens = updated(mean_loss, before, _optimizer(settings))
     average = state.average
     if average is not None:
         # The first update of a warm-up has rate 0: what it leaves is where training began.
-        before = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
-        share = _share_of_newest(settings.average, before)
+        earlier = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
+        share = _share_of_newest(settings.average, earlier)
         average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = said_is_pushed_down(batch)
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
