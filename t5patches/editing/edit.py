@@ -483,12 +483,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
     then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
     if (aligned := Path(folder) / ALIGN_RECORD).exists():
         require_own_file(aligned)
-        try:
-            job = read_object(aligned).get("job")
-        except ValueError as error:
-            raise ValueError(
-                f"{aligned} cannot be read ({error.__cause__}): remove it or restore it"
-            ) from error
+        job = read_object(aligned, "remove it or restore it").get("job")
         then[ALIGN_RECORD] = [job.get("chat") if isinstance(job, dict) else None]
     for record, chats in then.items():
         if now is not None and (not now) in chats:

@@ -167,7 +167,8 @@ def record_in(name: str) -> Callable[[Path], Record | None]:
     """
 
     def last(folder: Path) -> Record | None:
-        return read_object(folder / name) if (folder / name).is_file() else None
+        path = folder / name
+        return read_object(path, "remove it or restore it") if path.is_file() else None
 
     return last
 

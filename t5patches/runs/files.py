@@ -97,11 +97,15 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object that a run has left.
+def read_object(
+    path: str | os.PathLike[str],
+    remedy: str = "what is in its folder is of no use; remove the folder",
+) -> dict[str, Any]:
+    """Reads a JSON object.
 
     Args:
         path: of the file.
+        remedy: what to do where it is none; by default, of a file that a run has left.
 
     Returns:
         The object.
@@ -112,13 +116,14 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         found = json.loads(read_regular(path))
-        if not isinstance(found, dict):
-            raise ValueError(f"an object is needed, got {type(found).__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{os.fspath(path)} cannot be read ({error}): what is in its folder is of no use; "
-            "remove the folder"
+            f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error}): {remedy}"
         ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{os.fspath(path)} must hold an object, got {str(found)[:80]!r}: {remedy}"
+        )
     return found
 
 
