@@ -325,7 +325,7 @@ def _described(job: Job, read: _Read) -> dict[str, Any]:
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
     given = list(zip(job.inputs, read.prompts, strict=True))
-    described = {
+    return {
         "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
         "inputs": {"count": len(job.inputs), "sha256": json_fingerprint(given)},
         "scorer": job.scorer,
@@ -338,7 +338,6 @@ def _described(job: Job, read: _Read) -> dict[str, Any]:
         "merge": job.merge,
         "settings": settings,
     }
-    return json.loads(json.dumps(described))
 
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from t5patches.model.lora import Lora, merged, save_adapter
 from t5patches.model.memory import size
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
-from t5patches.runs.claims import claim, hold, is_of, remove, require_space
+from t5patches.runs.claims import as_json, claim, hold, is_of, remove, require_space
 from t5patches.runs.files import read_object, unfinished
 
 PathLike = str | os.PathLike[str]
@@ -65,7 +64,7 @@ class Output:
         """Refuses what is there already but for this job, resumed.
 
         Args:
-            job: what makes two jobs the same, as JSON has it.
+            job: what makes two jobs the same, of what JSON can say.
             resume: whether to go on with the same job.
 
         Returns:
@@ -82,7 +81,7 @@ class Output:
                         f"{self.path} exists: nothing is overwritten. Give another name or remove "
                         "it"
                     )
-                if is_of(self.work, json.loads(json.dumps(job))):  # it was killed as it cleaned up
+                if is_of(self.work, job):  # it was killed as it cleaned up
                     remove(self.work)
             elif self.work.exists() and not resume:
                 hold(self.work)  # or another process is at work in it: it is not to be removed
@@ -118,7 +117,6 @@ class Output:
             FloatingPointError: the run came to no number.
             OSError: the disk has too little room.
         """
-        job = json.loads(json.dumps(job))
 
         def begin() -> None:
             require_space(self.work, room, f"the {self._what}")
@@ -152,7 +150,7 @@ class Output:
     def _is_of(self, folder: Path, job: Mapping[str, Any]) -> bool:
         with contextlib.suppress(ValueError):
             record = self._last(folder)
-            return record is not None and record.get("job") == json.loads(json.dumps(job))
+            return record is not None and record.get("job") == as_json(job)
         return False
 
 

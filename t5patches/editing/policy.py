@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -403,9 +402,8 @@ class Run:
 
     def described(self) -> dict[str, Any]:
         """What makes two runs the same."""
-        settings = dataclasses.asdict(self._settings)
         return {
-            "settings": json.loads(json.dumps(settings)),
+            "settings": dataclasses.asdict(self._settings),
             "model": as_texts(self._model.config),
             "params": fingerprint(self._base),
             "inputs": json_fingerprint([list(self._inputs), self._prompts]),

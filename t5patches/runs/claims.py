@@ -35,7 +35,7 @@ def claim(
 
     Args:
         directory: of the run; made if absent.
-        run: settings and fingerprints, as JSON has them; what it does not name is None.
+        run: settings and fingerprints, of what JSON can say; what it does not name is None.
         may_differ: for the names that the same run may have with another value, whether the value
             there may become the one asked for. It is then written.
 
@@ -43,7 +43,7 @@ def claim(
         ValueError: the directory holds another run, all that differs is named; or something that
             is of no run, and would be removed with it.
     """
-    path = Path(directory) / _RUN
+    path, run = Path(directory) / _RUN, as_json(run)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = {unfinished(path), path.with_name(_BEGAN)}
@@ -77,7 +77,19 @@ def is_of(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> bool:
         False for another one, and for none.
     """
     path = Path(directory) / _RUN
-    return path.exists() and not list(_differences(read_object(path), run, {}))
+    return path.exists() and not list(_differences(read_object(path), as_json(run), {}))
+
+
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON gives back of a value, to compare with what was read: lists, not tuples.
+
+    Args:
+        value: of what JSON can say.
+
+    Returns:
+        Another one.
+    """
+    return json.loads(json.dumps(value))
 
 
 def hold(directory: str | os.PathLike[str]) -> None:
