@@ -228,10 +228,10 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{name.replace('_', '-')} is of other text, and there is none (--pretraining)"
             )
-    settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}
+    settings = common.filled(PolicySettings, given)
     inputs = [source.inputs for source in read_sources(options, options.model)]
-    given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
-    job = Job(**{f: given[f] for f in Job.__dataclass_fields__ if f in given})
+    given |= {"inputs": inputs, "settings": settings, "fim": _fim(options)}
+    job = common.filled(Job, given)
     if options.plan:
         common.print_plan(options, plan(job, resume=options.resume))
         return 0

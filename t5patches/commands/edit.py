@@ -315,6 +315,5 @@ def _job(options: argparse.Namespace) -> Any:
     optimizer = options.optimizer or ("adafactor" if lora is None else "adam")
     # The parser's names are the fields' names.
     given = {**vars(options), "negatives": 0, "lora": lora, "optimizer": optimizer}
-    settings = {f: given[f] for f in TrainSettings.__dataclass_fields__ if f in given}
-    given = {**vars(options), "settings": TrainSettings(**settings)}
-    return Job(**{f: given[f] for f in Job.__dataclass_fields__})
+    settings = common.filled(TrainSettings, given)
+    return common.filled(Job, {**vars(options), "settings": settings})
