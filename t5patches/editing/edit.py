@@ -49,11 +49,18 @@ from t5patches.editing.outputs import (
     card_with,
     lies,
     recorded,
+    require_adapter_to_merge,
     result,
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
+from t5patches.editing.plan import (
+    MemoryPlan,
+    plan_memory,
+    require_memory,
+    show_plan,
+    with_larger_chunks,
+)
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -88,10 +95,8 @@ from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocab
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import read_object, read_regular, require_own_file, unfinished
+from t5patches.runs.files import PathLike, read_object, read_regular, require_own_file, unfinished
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +221,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     if record is not None:
         return record
     checked = check(job)
-    for line in (*checked.notes, checked.plan.text()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_plan(console, checked.notes, checked.plan)
 
     def write() -> None:
         began = time.monotonic()
@@ -276,8 +280,7 @@ def check(job: Job) -> Checked:
     """
     if not 0 <= job.dropout < 1:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
-    if job.merge and job.settings.lora is None:
-        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    require_adapter_to_merge(job.merge, job.settings.lora)
     if job.keep is None and job.keep_share != Job.keep_share:
         raise ValueError(f"keep_share is {job.keep_share} and there is nothing to keep (--keep)")
     if job.keep is not None and job.settings.objective not in KEEPING:

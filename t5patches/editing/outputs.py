@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import jax
 
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import Lora, merged, save_adapter
+from t5patches.model.lora import Lora, merged, save_adapter, weights_fingerprint
 from t5patches.model.memory import size
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
 from t5patches.runs.claims import as_json, claim, hold, is_of, remove, require_space
-from t5patches.runs.files import read_object, unfinished
+from t5patches.runs.files import PathLike, read_object, unfinished
 
-PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
 CARD = "README.md"
 RECORD = "t5patches.json"  # of `t5patches edit`
@@ -186,6 +184,20 @@ def room_for(folder: PathLike, state: Any, *, whole: bool) -> int:
     return 2 * size(state) + (files if whole else size(state))
 
 
+def require_adapter_to_merge(merge: bool, lora: Lora | None) -> None:
+    """Refuses to merge what is not trained.
+
+    Args:
+        merge: see `result`.
+        lora: see `result`.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    if merge and lora is None:
+        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+
+
 def result(
     folder: PathLike, trained: Params, lora: Lora | None, *, merge: bool
 ) -> tuple[Params, Lora | None]:
@@ -226,6 +238,18 @@ def save_result(
         save_checkpoint(output, model, params, like=like, files=files)
     else:
         save_adapter(output, model, params, lora, base=like, files=files)
+
+
+def named(folder: PathLike) -> dict[str, str]:
+    """How a record names the model that a run began with.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        Its name, and what tells its weights apart.
+    """
+    return {"name": Path(folder).name, "sha256": weights_fingerprint(folder)}
 
 
 def recorded(job: Mapping[str, Any], **more: Any) -> Record:

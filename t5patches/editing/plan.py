@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from t5patches.editing.train import Step, TrainSettings
 from t5patches.model import memory, placement
@@ -73,6 +74,18 @@ class MemoryPlan:
             f"memory on each of {self.count} x {self.device}: {listed}; "
             f"{_size(self.total)}{of}{chunks}{saved}"
         )
+
+
+def show_plan(console: Console, notes: Sequence[str], plan: MemoryPlan) -> None:
+    """Says what a run is about to do.
+
+    Args:
+        console: where to.
+        notes: of its data and steps.
+        plan: its memory.
+    """
+    for line in (*notes, plan.text()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -> MemoryPlan:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,13 +21,14 @@ from t5patches.editing.outputs import (
     REWARD_RECORD,
     Output,
     card_with,
+    named,
     record_in,
     recorded,
     result,
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, require_room
+from t5patches.editing.plan import MemoryPlan, require_room, show_plan
 from t5patches.editing.programs import BELOW, MAY_DIFFER, WEIGHT, rows_of
 from t5patches.editing.reward import (
     How,
@@ -51,10 +50,8 @@ from t5patches.model.lora import weights_fingerprint
 from t5patches.model.protocol import LanguageModel, require_positions
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.runs.claims import remove
-from t5patches.runs.files import write_file
+from t5patches.runs.files import PathLike, write_file
 from t5patches.runs.fingerprints import file_fingerprint
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +122,7 @@ def reward_folder(
     if record is not None:
         return record
     checked = _checked(job, model, tokenizer)
-    for line in (*checked.notes, checked.plan.text()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_plan(console, checked.notes, checked.plan)
 
     def write() -> None:
         began = time.monotonic()
@@ -242,7 +238,7 @@ def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
     return {
-        "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
+        "model": named(job.model),
         "preferences": file_fingerprint(job.preferences),
         "chat": tokenizer.chat,
         "settings": settings,
