@@ -53,6 +53,7 @@ from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import (
+    DTYPES,
     LanguageModel,
     Params,
     architecture,
@@ -82,7 +83,6 @@ KEEPING = tuple(name for name in OBJECTIVES if name not in RIVALS or RIVALS[name
 NO_SETS = ("nl", "ce", *(name for name, rival in RIVALS.items() if not rival.sets))
 OPTIMIZERS = ("adafactor", "adam")
 SCHEDULES = ("constant", "linear", "cosine")
-_PARAM_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +206,6 @@ class TrainSettings:
             raise NotImplementedError(
                 f"{self.objective} has no z-loss, and z_loss is {self.z_loss}"
             )
-        if self.param_dtype not in _PARAM_DTYPES:
-            raise ValueError(
-                f"param_dtype is {self.param_dtype!r}: one of {_PARAM_DTYPES} is needed"
-            )
         frozen = self.lora is not None or self.objective in WITH_ORIGINAL
         if self.param_dtype != "float32" and not frozen:
             raise ValueError(
@@ -219,7 +215,12 @@ class TrainSettings:
             )
 
 
-_ONE_OF = {"objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+_ONE_OF = {
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "param_dtype": tuple(DTYPES),
+}
 _LEAST = {
     "alpha": 0,
     "negatives": 0,

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from t5patches.model.protocol import dtype_named
 from t5patches.runs.claims import claim, in_turn, require_space, writing
 from t5patches.runs.files import read_object, write_file
 
 ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
-DTYPES = ("bfloat16", "float32")
 
 _ROWS_A_CHUNK = 1024
 _KEY_BYTES = 32
@@ -185,7 +185,7 @@ def write_cache(
         hidden_of: the original model without dropout: a batch's states [B, L, `width`].
         about: what the states are of, as JSON has it: fingerprints of checkpoint and tokenizer.
         width: entries of a state.
-        dtype: one of `DTYPES`.
+        dtype: of the states, "float32" or "bfloat16".
         pad_id: of the batches.
         tell: is told the size before anything is written; and, where another process is at work
             in the directory, that this one waits.
@@ -198,8 +198,7 @@ def write_cache(
         ValueError: the directory holds a cache of something else; no batch has an example.
         OSError: the disk has too little room.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: one of {DTYPES} is needed")
+    itemsize = np.dtype(dtype_named(dtype)).itemsize
     directory = Path(directory)
     lengths: dict[bytes, int] = {}
     for batch in batches():
@@ -207,7 +206,7 @@ def write_cache(
     if not lengths:
         raise ValueError("no batch has an example to cache: all target tokens are padding")
     offsets = np.cumsum([0, *lengths.values()])
-    tokens, itemsize = int(offsets[-1]), ts.dtype(dtype).numpy_dtype.itemsize
+    tokens = int(offsets[-1])
     size = CacheSize(len(lengths), tokens, tokens * width * itemsize)
     tell = tell or (lambda _: None)
     tell(size)
