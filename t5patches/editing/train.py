@@ -519,30 +519,17 @@ def token_loss(
         "skip_ignored": _SKIP_IGNORED,
     }
     edits = Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
-    match settings.objective:
-        case "ce":
-            return linear_cross_entropy_loss(
-                hidden,
-                head.kernel,
-                targets,
-                weights,
-                label_smoothing=settings.label_smoothing,
-                **common,
-            )
-        case "nl":
-            return linear_negative_likelihood_loss(
-                hidden,
-                head.kernel,
-                targets,
-                weights,
-                alpha=settings.alpha,
-                threshold=settings.threshold,
-                **common,
-            )
-        case "ul":
-            return linear_unlikelihood_loss(
-                hidden, head.kernel, targets, weights, alpha=settings.alpha, edits=edits, **common
-            )
+    alone: dict[str, tuple[Callable[..., TokenLoss], dict[str, Any]]] = {
+        "ce": (linear_cross_entropy_loss, {"label_smoothing": settings.label_smoothing}),
+        "nl": (
+            linear_negative_likelihood_loss,
+            {"alpha": settings.alpha, "threshold": settings.threshold},
+        ),
+        "ul": (linear_unlikelihood_loss, {"alpha": settings.alpha, "edits": edits}),
+    }
+    if settings.objective in alone:
+        loss, options = alone[settings.objective]
+        return loss(hidden, head.kernel, targets, weights, **options, **common)
     # What stays close to no original may be given itself for one.
     ref_hidden, ref_head = hidden, head
     if settings.objective in WITH_ORIGINAL:
