@@ -22,7 +22,7 @@ from t5patches.editing.collect import (
     require_room,
     write_output,
 )
-from t5patches.editing.data import JSON_LINES, fields_of, read_lines, text_of
+from t5patches.editing.data import fields_of, is_json_lines, read_lines, text_of
 from t5patches.editing.words import WORD, spaced
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
@@ -206,7 +206,7 @@ def read_human(path: str | os.PathLike[str]) -> list[str]:
             raise ValueError(f"got the fields {sorted(fields)}; 'outputs' is needed, the text")
         return text_of(fields, "outputs")
 
-    if Path(path).suffix.lower() in JSON_LINES:
+    if is_json_lines(path):
         return read_lines(path, text, 'texts: write {"outputs": "..."} a line')
     return read_lines(path, str, "texts: write one a line")
 

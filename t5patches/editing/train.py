@@ -9,7 +9,6 @@ there; a finished one is loaded, and anything else is refused.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -847,8 +846,7 @@ def _compiled(
     own_original: bool,
 ) -> Any:
     arguments, program = _program(model, settings, rows, mesh, own_original)
-    # The losses find the mesh by themselves.
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with placement.over(mesh):
         return compiled(program.lower(*arguments))
 
 
