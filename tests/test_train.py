@@ -539,8 +539,14 @@ def test_a_killed_run_with_an_average_ends_where_an_unbroken_one_does(
 ):
     with monkeypatch.context() as patched:
         real = Batches.at
-        patched.setattr(Batches, "at", lambda self, step: real(self, step) if step < 5 else None)
-        with pytest.raises(TypeError):
+
+        def killed(self, step):
+            if step == 5:
+                raise KeyboardInterrupt
+            return real(self, step)
+
+        patched.setattr(Batches, "at", killed)
+        with pytest.raises(KeyboardInterrupt):
             scheduled(tmp_path / "run", settings=FALLING)
     assert finished_run(tmp_path / "run", tiny_params()) is None
     resumed = scheduled(tmp_path / "run", settings=FALLING)
