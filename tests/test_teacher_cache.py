@@ -269,7 +269,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, params, change, message)
 def test_other_data_are_refused(tmp_path, params):
     cache = write(tmp_path, params, rows())
     with pytest.raises(ValueError, match=r"row 0.*other data"):
-        cache.check(rows(seed=1), width=16)
+        cache.check(rows(seed=1), ABOUT, width=16)
     with pytest.raises(ValueError, match=r"row 0.*other data"):
         cache.read(rows(seed=1))
     with pytest.raises(ValueError, match=r"data .* there"):

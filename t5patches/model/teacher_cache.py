@@ -106,12 +106,12 @@ class TeacherCache:
         self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
         self.dtype = self._states.dtype.numpy_dtype
 
-    def check(self, batch: Batch, about: Mapping[str, Any] | None = None, *, width: int) -> None:
+    def check(self, batch: Batch, about: Mapping[str, Any], *, width: int) -> None:
         """Makes sure that all examples of a batch are there, as the original has them.
 
         Args:
             batch: see `read`.
-            about: what the cache must be of, as given to `write_cache`; None asks nothing.
+            about: what the cache must be of, as given to `write_cache`.
             width: of the model that will be trained.
 
         Raises:
@@ -122,8 +122,7 @@ class TeacherCache:
                 f"the teacher cache {self.directory} has states of {self.width} entries and the "
                 f"model's have {width}: it is of another model"
             )
-        if about is not None:
-            claim(self.directory, {**self._run, **about})
+        claim(self.directory, {**self._run, **about})
         for segment in _segments(batch, self._pad_id):
             self._find(segment)
 
