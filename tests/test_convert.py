@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from t5patches import cli
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint, read_config
-from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x, save_t5x
+from t5patches.model.t5x_format import find_t5x, infer_model, load_t5x, save_t5x
 from t5patches.model.tokenizer import train_sentencepiece
 
 
@@ -45,7 +45,7 @@ def test_there_and_back_is_the_same_folder(name, tmp_path, capsys):
 
 def test_sizes_are_read_off_the_parameters(tmp_path):
     model, params, _ = t5_folders.load("t5_1_0")
-    assert infer_config(params) == model.config
+    assert infer_model(params) == model
     save_t5x(tmp_path / "t5x", params)
     (tmp_path / "some.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
     checkpoint = tmp_path / "t5x" / "checkpoint_0"
@@ -378,6 +378,6 @@ def test_what_is_none_is_told(tmp_path, capsys):
 
 def test_trees_of_other_models_are_refused():
     with pytest.raises(ValueError, match=r"has no 'layers_0' where a T5 has it; its trees are"):
-        infer_config({"decoder": {}, "encoder": {"scan": {}}})
+        infer_model({"decoder": {}, "encoder": {"scan": {}}})
     with pytest.raises(ValueError, match=r"the model has gates.*\(--like\)"):
-        infer_config(load_checkpoint(t5_folders.DATA / "mt5")[1])
+        infer_model(load_checkpoint(t5_folders.DATA / "mt5")[1])

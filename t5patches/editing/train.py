@@ -1077,14 +1077,13 @@ def cache_teacher(
         OSError: the disk has too little room.
     """
     count = len(arrays["inputs"])
-    run = model.hidden
     if mesh is None:
-        hidden_of = jax.jit(run)
+        hidden_of = jax.jit(model.hidden)
         placed = jax.device_put(dict(original), jax.devices()[0])
     else:
         split = placement.batch_sharding(mesh)
         shardings = placement.param_shardings(mesh, model)
-        hidden_of = jax.jit(run, in_shardings=(shardings, split), out_shardings=split)
+        hidden_of = jax.jit(model.hidden, in_shardings=(shardings, split), out_shardings=split)
         placed = jax.device_put(dict(original), shardings)
 
     def batches() -> Iterator[Batch]:
