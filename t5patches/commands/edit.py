@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--original",
         metavar="DIR",
-        help="the frozen model to stay close to (default: --model). In a second round this may be "
+        help="the original, to stay close to (default: --model). In a second round this may be "
         "the first model, with the data of all rounds: what is not marked comes back",
     )
     more = "--steps (if more, where --schedule is constant), --remat and "

@@ -108,7 +108,7 @@ class Job:
         data: files of outputs to push down, see `t5patches.editing.data`.
         output: the folder to make.
         settings: how to train; `negatives` is taken from the data where `negatives` below is None.
-        original: the folder of the frozen model; None is `model`.
+        original: the folder of the model to stay close to; None is `model`.
         negatives: ids that a marked position loses at most; 0 is only the one that was said; None
             is all that the data names, or 0 for objectives that take no sets.
         max_input_length: a longer input is an error; None lets all pass.
@@ -129,7 +129,7 @@ class Job:
             is inside it.
         model_parallel: over how many devices the vocabulary is split.
         devices: how many to use; None is all.
-        cache_teacher: where the frozen model's hidden states are kept, computed once and for any
+        cache_teacher: where the original's hidden states are kept, computed once and for any
             later edit that needs the same; None runs it at every update.
         chat: whether inputs are put into the folder's chat template, "on" or "off"; "auto" is "on"
             where it has one.
@@ -519,9 +519,9 @@ def _check_original(job: Job, tokenizer: Tokenizer) -> None:
             f"the original in {job.original} is given the tokens of {job.model}, and its tokenizer "
             "writes some token otherwise: give an original with the same tokenizer"
         )
-    frozen = _weights(job.original)["sha256"]
+    original = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
-    first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == frozen), len(rounds))
+    first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == original), len(rounds))
     given = {file_fingerprint(file) for file in job.data}
     earlier = {digest: name for r in rounds[first:] for name, digest in r["data"].items()}
     left_out = sorted(name for digest, name in earlier.items() if digest not in given)

@@ -1,6 +1,6 @@
 """What will be held in memory, known before any of it is made.
 
-Parameters, optimizer and frozen model are counted from their shapes; what an update or a batch of
+Parameters, optimizer and original are counted from their shapes; what an update or a batch of
 outputs holds beside them is what the compiler has planned for the compiled program.
 """
 
@@ -31,7 +31,7 @@ class MemoryPlan:
         count: how many of them are used.
         parameters: of the model being edited, and of its adapter.
         optimizer: what it keeps for each parameter that is trained.
-        original: the frozen model; without its adapter the edited one is the original, held once.
+        original: the original model; without its adapter the edited one is the original, held once.
         working: gradients and activations of one update, and its batch.
         available: what a device has left; None where it does not say. CPU devices share the
             machine's memory, and this is one's share.

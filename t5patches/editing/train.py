@@ -1,7 +1,7 @@
 """Trains on marked outputs with the fused losses, and survives being killed.
 
 A run lives in a directory: `run.json` says what it is (settings, and fingerprints of the data, the
-starting parameters and the frozen original), `checkpoints/` holds the latest state. Training into
+starting parameters and the original), `checkpoints/` holds the latest state. Training into
 a directory that holds the same run, unfinished or of fewer steps than are asked for, goes on from
 there; a finished one is loaded, and anything else is refused.
 """
@@ -311,7 +311,7 @@ def train(
         arrays: `t5patches.editing.data.to_arrays`; `edit_ids` where `settings.negatives` is not 0.
         settings: how to train.
         directory: where the run lives; made if absent.
-        original: the frozen model whose distribution the targeted objectives keep; default
+        original: the model whose distribution the targeted objectives keep; default
             `params`.
         order: [steps * batch_size], the row of `arrays` that each place of each batch takes
             (`t5patches.editing.mixing.mixture_order`); default, every epoch a fresh permutation.
@@ -498,7 +498,7 @@ def token_loss(
     Args:
         model: the network.
         params: of the model being trained.
-        original: parameters of the frozen model; the objectives of `WITH_ORIGINAL` need them, of
+        original: parameters of the original; the objectives of `WITH_ORIGINAL` need them, of
             a cached one (`original_hidden` in `batch`) the head's alone.
         batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
         settings: the objective and its numbers.
@@ -530,21 +530,21 @@ def token_loss(
         loss, options = alone[settings.objective]
         return loss(hidden, head.kernel, targets, weights, **options, **common)
     # What stays close to no original may be given itself for one.
-    ref_hidden, ref_head = hidden, head
+    original_hidden, original_head = hidden, head
     if settings.objective in WITH_ORIGINAL:
         if original is None:
             raise ValueError(f"{settings.objective} needs the parameters of the original model")
-        ref_head = model.head(original)
+        original_head = model.head(original)
         if ORIGINAL_HIDDEN in batch:
-            ref_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
+            original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
         else:
-            ref_hidden = model.hidden(original, batch)
+            original_hidden = model.hidden(original, batch)
     if settings.objective in TARGETED:
         return linear_targeted_negative_loss(
             hidden,
             head.kernel,
-            ref_hidden,
-            ref_head.kernel,
+            original_hidden,
+            original_head.kernel,
             targets,
             weights,
             objective=settings.objective,
@@ -567,8 +567,8 @@ def token_loss(
         Given(
             hidden=hidden,
             head=head,
-            ref_hidden=ref_hidden,
-            ref_head=ref_head,
+            original_hidden=original_hidden,
+            original_head=original_head,
             targets=targets,
             weights=weights,
             edits=edits,
@@ -782,7 +782,7 @@ class Step:
 
         Args:
             params: that training starts from.
-            original: of the frozen model.
+            original: its parameters.
 
         Returns:
             As much of them as the update needs, in the dtype in which it is held.
@@ -1060,7 +1060,7 @@ def cache_teacher(
     Args:
         directory: of the cache; one that a killed pass left is finished, a finished one is opened.
         model: the network.
-        original: parameters of the frozen model.
+        original: parameters of the original.
         arrays: as for `train`.
         batch_size: examples at a time.
         dtype: of what is kept; bfloat16 takes half the room of float32.

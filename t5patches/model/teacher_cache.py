@@ -1,10 +1,10 @@
-"""The frozen model's final hidden states, computed once and read beside each batch.
+"""The original model's final hidden states, computed once and read beside each batch.
 
-A linear loss asks nothing else of the original model than what its decoder hands to the head, and
-the original never changes: one pass over the data pays for all of training. The states lie in a
-zarr array, one row a target token, in a directory that says which model, tokenizer and width they
-are of. An example is known by its content, the tokens of its input and output without the padding
-behind them: so the same cache serves any order, batch size and packing.
+A linear loss asks nothing else of it than what its decoder hands to the head, and it never
+changes: one pass over the data pays for all of training. The states lie in a zarr array, one row a
+target token, in a directory that says which model, tokenizer and width they are of. An example is
+known by its content, the tokens of its input and output without the padding behind them: so the
+same cache serves any order, batch size and packing.
 """
 
 from __future__ import annotations
