@@ -726,6 +726,21 @@ def test_a_scorer_that_fails_on_the_way_is_mended_and_gone_on_with(place, monkey
     assert command("--resume", scorer="mine:broken") == 0
 
 
+def test_a_terminal_does_not_obey_what_stopped_a_run(place, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise Stopped("step 1: the scorer failed: \x1b[2J")
+
+    monkeypatch.setattr(align_module, "align_folder", stopped)
+    assert command() == 1
+    assert "t5patches align: step 1: the scorer failed: \\x1b[2J. What" in capsys.readouterr().err
+    history = {"score": [0.0], "kl": [0.0], "length": [1.0]}
+    record = {"steps": 1, "history": history, "collapse": "the KL is nan"}
+    monkeypatch.setattr(align_module, "align_folder", lambda *_, **__: record)
+    assert command("--quiet", output="\x1b[2J") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("t5patches align: stopped early, as the KL is nan; \\x1b[2J holds ")
+
+
 @pytest.mark.slow
 def test_a_collapse_is_told_and_the_last_good_state_written(place, capsys):
     assert command("--json", "--quiet", output="all") == 0

@@ -12,7 +12,6 @@ from t5patches.editing import annotate as annotate_module
 from t5patches.editing.annotate import (
     absent_from_source,
     annotate,
-    any_of,
     bare_name,
     capitalized_names,
     expand_negatives,
@@ -149,12 +148,11 @@ def test_absent_names_are_those_the_source_does_not_hold_as_words():
     assert found(signs, "So 😀 cheap €, C++ C# C $5", "C, 5") == ["😀", "€", "C++", "C#"]
 
 
-def test_rules_combine_and_any_callable_will_do():
+def test_any_callable_will_do_for_a_rule():
     def first_word(inputs, output):
         return np.array([[0, len(output.split()[0])]])
 
-    rule = any_of(word_list(["b"]), first_word, word_list(["b"]))
-    assert find_spans(rule, "", "aa b") == [(0, 2), (3, 4)]
+    assert find_spans(first_word, "", "aa b") == [(0, 2)]
 
 
 def test_rules_are_told_what_is_wrong_with_them():
@@ -167,8 +165,6 @@ def test_rules_are_told_what_is_wrong_with_them():
         pattern("(")
     with pytest.raises(ValueError, match="'a' has no group 1: it has 0 groups"):
         pattern("a", group=1)
-    with pytest.raises(ValueError, match="any_of needs at least one rule"):
-        any_of()
     with pytest.raises(ValueError, match=r"returned the span \[1, 9\] for an output of 3 char"):
         find_spans(lambda i, o: [(1, 9)], "", "abc")
     with pytest.raises(ValueError, match=r"returned 5: .* characters are needed"):

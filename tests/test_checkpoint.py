@@ -293,10 +293,10 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"config.json does not exist: give a Hugging Face"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json cannot be read: Expecting"):
+    with pytest.raises(ValueError, match=r"config.json cannot be read .JSONDecodeError"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold an object; got list"):
+    with pytest.raises(ValueError, match=r"must hold an object, got '\[\]': copy the model's"):
         load_checkpoint(tmp_path)
     shutil.copy(t5_folders.DATA / "t5_1_1" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
@@ -562,7 +562,7 @@ def test_config_files_that_are_none_are_told(content, tmp_path):
         os.mkfifo(path)
     else:
         path.write_bytes(content.encode(errors="surrogatepass"))
-    with pytest.raises(ValueError, match=r"config.json cannot be read: "):
+    with pytest.raises(ValueError, match=r"config.json cannot be read \(.*\): copy the model's"):
         load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="nowhere is no folder"):
         load_checkpoint(tmp_path / "nowhere")

@@ -84,7 +84,7 @@ def test_a_demo_is_killed_goes_on_and_is_not_overwritten(tmp_path, monkeypatch, 
         assert not (output / "results.json").exists()
         # Another size does not go on from there.
         assert run("demo", "--output", str(output), "--seeds", "2") == 2
-        assert "holds an unfinished demo of other sizes" in capsys.readouterr().err
+        assert "differs in seeds (1 there, 2 asked for)" in capsys.readouterr().err
         kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
         assert run("demo", "--output", str(output)) == 0
     shown = capsys.readouterr().out

@@ -251,6 +251,7 @@ def test_several_samples_do_not_depend_on_the_batches(given):
         ({"rollout_length": 0, "negatives": 2}, r"--expand-length\) is 0"),
         ({"temperature": -1.0}, "the temperature is -1.0"),
         ({"temperature": float("nan")}, "the temperature is nan"),
+        ({"temperature": float("inf")}, "the temperature is inf"),
         ({"samples": 2}, "at temperature 0 all of them are the same: give a temperature"),
     ],
 )

@@ -50,7 +50,7 @@ def token_by_token(prompt):
         forbidden.add(said[: example.marked.index(True) + 1])
 
 
-def test_the_next_likeliest_output_without_a_match_is_said():
+def test_the_next_likeliest_output_without_a_match_is_said(monkeypatch):
     args = (tiny_model(), tiny_params(), INPUTS, RULE, tokenizer())
     free = speak(*args, max_length=LENGTH)
     found = speak_constrained(*args, max_length=LENGTH)
@@ -59,7 +59,8 @@ def test_the_next_likeliest_output_without_a_match_is_said():
     assert any(any(e.marked) for e in free)
     assert not any(any(e.marked) for e in found)
     # Without attempts what is unwanted stays, marked.
-    assert speak_constrained(*args, max_length=LENGTH, attempts=0) == free
+    monkeypatch.setattr("t5patches.editing.constrained.ATTEMPTS", 0)
+    assert speak_constrained(*args, max_length=LENGTH) == free
 
 
 def test_what_is_drawn_is_the_originals_distribution_without_what_is_barred(monkeypatch):

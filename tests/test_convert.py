@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from t5patches import cli
 from t5patches.model.folder import load_model
 from t5patches.model.huggingface import load_checkpoint, read_config
-from t5patches.model.t5x_format import find_t5x, infer_config, load_t5x, save_t5x
+from t5patches.model.t5x_format import find_t5x, infer_model, load_t5x, save_t5x
 from t5patches.model.tokenizer import train_sentencepiece
 
 
@@ -45,7 +45,7 @@ def test_there_and_back_is_the_same_folder(name, tmp_path, capsys):
 
 def test_sizes_are_read_off_the_parameters(tmp_path):
     model, params, _ = t5_folders.load("t5_1_0")
-    assert infer_config(params) == model.config
+    assert infer_model(params) == model
     save_t5x(tmp_path / "t5x", params)
     (tmp_path / "some.model").write_bytes(train_sentencepiece(["a cat sat on a mat"] * 9, 20))
     checkpoint = tmp_path / "t5x" / "checkpoint_0"
@@ -106,11 +106,19 @@ def test_what_t5xs_config_cannot_say_comes_back(tmp_path):
         equal(load_checkpoint(back)[1], params)
 
 
-def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):
+@pytest.mark.parametrize(
+    ("record", "heading"),
+    [
+        ("t5patches.json", "## Edited with targeted negative training"),
+        ("align.json", "## Aligned with a score"),
+        ("reward.json", "## A reward model"),
+    ],
+)
+def test_what_runs_have_said_of_other_weights_is_not_copied(record, heading, tmp_path):
     like, t5x = with_gates(tmp_path / "like", "gated-gelu"), tmp_path / "t5x"
-    (like / "t5patches.json").write_text('{"rounds": []}')
-    card = "# A T5\n\nIn English.\n\n## Edited with targeted negative training\n\nRemoved: names.\n"
-    (like / "README.md").write_text(card)
+    (like / record).write_text("{}")
+    own = "# A T5\n\nIn English.\n\n### Edited with care\n"
+    (like / "README.md").write_text(f"{own}\n{heading}\n\nRemoved: names.\n")
     params = load_checkpoint(like)[1]
     save_t5x(t5x, params)
     save_t5x(t5x, jax.tree.map(lambda x: x + np.float32(1), params), 1)
@@ -118,8 +126,9 @@ def test_what_edits_have_said_of_other_weights_is_not_copied(tmp_path):
         out = tmp_path / f"out-{step}"
         checkpoint = t5x / f"checkpoint_{step}"
         assert run("--model", checkpoint, "--like", like, "--output", out, "--quiet") == 0
-        assert (out / "t5patches.json").exists() is edited
-        assert (out / "README.md").read_text() == (card if edited else "# A T5\n\nIn English.\n")
+        assert (out / record).exists() is edited
+        said = (like / "README.md").read_text() if edited else own
+        assert (out / "README.md").read_text() == said
         assert (out / "spiece.model").exists()
 
 
@@ -255,6 +264,16 @@ def test_the_latest_step_is_taken_and_none_is_overwritten(tmp_path):
         save_t5x(tmp_path, params, 9)
 
 
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    save_t5x(tmp_path, t5_folders.load("t5_1_0")[1])
+    monkeypatch.setattr("t5patches.model.t5x_format._read_orbax", full)
+    with pytest.raises(MemoryError, match="9 TiB"):
+        load_t5x(tmp_path)
+
+
 def test_adafactor_starts_afresh():
     from t5patches.model.t5x_format import _fresh_adafactor
 
@@ -359,6 +378,6 @@ def test_what_is_none_is_told(tmp_path, capsys):
 
 def test_trees_of_other_models_are_refused():
     with pytest.raises(ValueError, match=r"has no 'layers_0' where a T5 has it; its trees are"):
-        infer_config({"decoder": {}, "encoder": {"scan": {}}})
+        infer_model({"decoder": {}, "encoder": {"scan": {}}})
     with pytest.raises(ValueError, match=r"the model has gates.*\(--like\)"):
-        infer_config(load_checkpoint(t5_folders.DATA / "mt5")[1])
+        infer_model(load_checkpoint(t5_folders.DATA / "mt5")[1])

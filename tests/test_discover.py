@@ -110,6 +110,26 @@ def test_a_word_that_the_length_cut_off_is_not_counted(tmp_path, monkeypatch):
     assert [phrase.text for phrase in found] == ["a testament to"]
 
 
+def test_a_run_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(tmp_path, monkeypatch):
+    given = (load_model(model_folder(tmp_path / "model")), ["news"] * 9)
+    output, settings = tmp_path / "rules.toml", CollectSettings(max_length=8)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.runs.claims.Parts.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            discover(*given, HUMAN, output, settings)
+    made = output.read_bytes()
+    for human, changed in ((HUMAN[1:], settings), (HUMAN, CollectSettings(max_length=7))):
+        with pytest.raises(ValueError, match="exists: nothing is overwritten"):
+            discover(*given, human, output, changed)
+    discover(*given, HUMAN, output, settings)
+    assert output.read_bytes() == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rules.toml"]
+
+
 def test_text_by_people_is_read_as_text_from_json_too(tmp_path):
     (tmp_path / "human.txt").write_text("\n".join(HUMAN))
     rows = [{"inputs": "x", "outputs": text, "meta": 1} for text in HUMAN]

@@ -19,7 +19,7 @@ from t5patches.editing import edit as edit_module
 from t5patches.editing import outputs as outputs_module
 from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
-from t5patches.editing.data import Source
+from t5patches.editing.data import Example, Source
 from t5patches.editing.edit import Job, check, check_chat, read_rounds
 from t5patches.editing.train import TrainSettings
 from t5patches.model.decoder.model import small_decoder
@@ -89,6 +89,13 @@ def tensors(folder):
     return {
         k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
     }
+
+
+def test_an_example_of_one_token_in_all_is_known_to_be_of_the_model():
+    one = Example("", "a", ((0, 1),), (), (5,), (True,))
+    edit_module._check_ids("edits.jsonl", [one], 6)
+    with pytest.raises(ValueError, match="has the token 5 and the model 5 ids"):
+        edit_module._check_ids("edits.jsonl", [one], 5)
 
 
 @pytest.mark.parametrize("name", [slow_unless(x == "t5_1_0", x) for x in t5_folders.NAMES])

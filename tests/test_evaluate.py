@@ -205,14 +205,15 @@ def test_quality_is_by_the_best_of_the_references():
 
 def test_the_meter_takes_the_mean_and_the_worst_of_several():
     meter = Meter(lambda texts: [float(text) for text in texts], samples=3, threshold=0.5)
-    found = scores_of_several(["0.1", "0.2", "0.5", "0.4", "0.0", "0.3"], meter)
+    outputs = ["0.1", "0.2", "0.5", "0.4", "0.0", "0.3"]
+    found = scores_of_several(outputs, meter, [*"aaabbb"])
     assert found["score_mean"].value == pytest.approx(0.25)
     assert found["score_maximum"].value == pytest.approx(0.45)
     assert found["score_maximum"].error == pytest.approx(0.05)
     assert found["score_probability"].value == 50
     for scorer in (lambda texts: [0.5], lambda texts: [math.nan] * len(texts)):
         with pytest.raises(ValueError, match="a finite one for each is needed"):
-            scores_of_several(["a", "b"], Meter(scorer, samples=2))
+            scores_of_several(["a", "b"], Meter(scorer, samples=2), ["a", "a"])
     with pytest.raises(ValueError, match="samples is 0"):
         Meter(len, samples=0)
 

@@ -227,6 +227,8 @@ def test_bfloat16_and_a_config_with_a_list_decode():
         ({"prefixes": PREFIXES - 1}, ValueError, "prefixes holds ids from -1"),
         ({"prefixes": PREFIXES, "max_length": 3}, ValueError, "4 tokens and max_length.* is 3"),
         ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature is nan"),
+        ({"temperature": float("inf"), "rng": 0}, ValueError, "temperature is inf"),
         ({"temperature": 1.0}, ValueError, r"needs rng=jax.random.key\(seed\)"),
         ({"batch_size": 0}, ValueError, "at least 1"),
         ({"max_length": 0}, ValueError, "at least 1"),

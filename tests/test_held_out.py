@@ -171,8 +171,14 @@ def test_a_run_stops_and_keeps_its_best_state_also_when_it_was_killed(often, tmp
     with monkeypatch.context() as patched:
         real = Batches.at
         stop = 2 * first - 1
-        patched.setattr(Batches, "at", lambda self, i: real(self, i) if i < stop else None)
-        with pytest.raises(TypeError):
+
+        def killed(self, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return real(self, step)
+
+        patched.setattr(Batches, "at", killed)
+        with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "early", early)
     assert finished_run(tmp_path / "early", tiny_params()) is None
     stopped = run(tmp_path / "early", early)

@@ -49,9 +49,9 @@ def given(name, *, sets=False, alpha=1.5):
     targets = rng.integers(0, VOCABULARY, (OUTPUTS, LENGTH)).astype(np.int32)
     own, original = head(), head()
     rival = RIVALS[name]
-    hidden, ref_hidden = states(), states()
+    hidden, original_hidden = states(), states()
     # The sets hold what the original would say there.
-    likeliest = np.asarray(original.logits(ref_hidden).argmax(-1))
+    likeliest = np.asarray(original.logits(original_hidden).argmax(-1))
     ids = SETS.copy()
     for at in map(tuple, np.argwhere(WEIGHTS < 0)):
         ids[at][:2] = (targets[at], likeliest[at])
@@ -64,8 +64,8 @@ def given(name, *, sets=False, alpha=1.5):
     return Given(
         hidden=hidden,
         head=own,
-        ref_hidden=ref_hidden if rival.original else hidden,
-        ref_head=original if rival.original else own,
+        original_hidden=original_hidden if rival.original else hidden,
+        original_head=original if rival.original else own,
         targets=jnp.asarray(targets),
         weights=jnp.asarray(WEIGHTS),
         edits=Edits(jnp.asarray(ids), jnp.zeros(ids.shape)) if sets else None,
@@ -78,7 +78,7 @@ def given(name, *, sets=False, alpha=1.5):
 
 def rows(x):
     """Logits of the model and of the original, float32 [4, 5, 24]."""
-    return x.head.logits(x.hidden), x.ref_head.logits(x.ref_hidden)
+    return x.head.logits(x.hidden), x.original_head.logits(x.original_hidden)
 
 
 def log_softmax(z):
@@ -136,8 +136,8 @@ def npo(x):
 
 def dpo(x):
     z, r = rows(x)
-    targets, weights, hidden, ref_hidden = x.chosen
-    chosen, ref_chosen = x.head.logits(hidden), x.ref_head.logits(ref_hidden)
+    targets, weights, hidden, original_hidden = x.chosen
+    chosen, ref_chosen = x.head.logits(hidden), x.original_head.logits(original_hidden)
     h_chosen = sums(x, chosen, targets, weights) - sums(x, ref_chosen, targets, weights)
     h = sums(x, z, x.targets, x.weights) - sums(x, r, x.targets, x.weights)
     of_pair = jnp.log1p(jnp.exp(-0.7 * (h_chosen - h)))
@@ -180,7 +180,7 @@ FORMULAS = {f.__name__: f for f in (undial, ceu, unilogit, npo, dpo, ftpo)}
 def value_and_gradient(loss, x, compiled=jax.jit):
     """The losses, and what their sum, each token with another factor, has for derivatives."""
     factors = jnp.linspace(1, 2, OUTPUTS * LENGTH).reshape(OUTPUTS, LENGTH)
-    rival = x.ref_head.kernel is not x.head.kernel
+    rival = x.original_head.kernel is not x.head.kernel
 
     def total(hidden, kernel, chosen):
         y = x._replace(
@@ -189,7 +189,7 @@ def value_and_gradient(loss, x, compiled=jax.jit):
             chosen=x.chosen._replace(hidden=chosen),
         )
         if not rival:
-            y = y._replace(ref_hidden=hidden, ref_head=y.head)
+            y = y._replace(original_hidden=hidden, original_head=y.head)
         losses = jnp.where(x.weights != 0, loss(y), 0)
         return (losses * factors).sum(), losses
 
@@ -248,7 +248,7 @@ def test_a_sure_model_has_a_finite_loss_and_gradient():
         y = x._replace(head=x.head._replace(kernel=kernel))
         best = y.head.logits(y.hidden).argmax(-1)
         if not RIVALS[name].original:
-            y = y._replace(ref_head=y.head)
+            y = y._replace(original_head=y.head)
         y = y._replace(targets=best)
         told, gradients = value_and_gradient(lambda y, n=name: RIVALS[n].loss(y).loss, y)
         assert np.isfinite(told).all(), name

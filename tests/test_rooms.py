@@ -108,4 +108,18 @@ def test_control_a_wrong_import_is_seen(name, text):
 def test_editing_names_no_network(folder):
     for path in sorted((ROOT / "t5patches" / folder).rglob("*.py")):
         found = re.findall(r"T5Config|Transformer|encoder_\w*|decoder_\w*", path.read_text())
+        found += filter(is_of_a_family, imported(path.read_text()))
         assert not found, f"{path} names {sorted(set(found))}"
+
+
+def is_of_a_family(name):
+    return re.match(r"t5patches\.model\.(t5|decoder)(\.|$)", name)
+
+
+@pytest.mark.parametrize("text", [
+    "from t5patches.model import t5", "import t5patches.model.decoder.families"
+])  # fmt: skip
+def test_control_a_network_that_is_imported_is_seen(text):
+    (found,) = imported(text)
+    assert is_of_a_family(found)
+    assert not is_of_a_family("t5patches.model.t5x_format")

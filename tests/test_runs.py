@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from t5patches.runs import claims
-from t5patches.runs.claims import Parts, claim, remove
+from t5patches.runs.claims import Parts, claim, is_of, remove
 from t5patches.runs.files import whole_folder
 
 
@@ -24,6 +24,9 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     with pytest.raises(ValueError, match=r"differs in alpha \(1.0 there, None asked for\): choose"):
         claim(tmp_path / "run", fewer)
     claim(tmp_path / "run", run | {"new": None})  # as a later version may say of what there is not
+    for _ in range(2):
+        claim(tmp_path / "other", {"clip": (0.2, 0.3)})  # which JSON gives back as a list
+    assert is_of(tmp_path / "other", {"clip": (0.2, 0.3)})
 
 
 def test_finished_parts_are_not_made_again(tmp_path):

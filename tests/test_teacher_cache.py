@@ -213,6 +213,20 @@ def test_a_killed_pass_goes_on(tmp_path, params):
     np.testing.assert_array_equal(cache.read(data), whole.read(data))
 
 
+def test_a_pass_that_was_killed_before_it_had_an_index_goes_on(tmp_path, params, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("t5patches.model.teacher_cache.require_space", full)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path, params, rows())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    with pytest.raises(ValueError, match="is unfinished, with none of its examples"):
+        TeacherCache(tmp_path)
+    assert write(tmp_path, params, rows()).read(rows()).any()
+
+
 def test_of_two_at_once_one_writes_and_the_other_reads(tmp_path, params):
     data, live = rows(), hidden_of(params)
     begun, waits = threading.Event(), threading.Event()
@@ -255,7 +269,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, params, change, message)
 def test_other_data_are_refused(tmp_path, params):
     cache = write(tmp_path, params, rows())
     with pytest.raises(ValueError, match=r"row 0.*other data"):
-        cache.check(rows(seed=1), width=16)
+        cache.check(rows(seed=1), ABOUT, width=16)
     with pytest.raises(ValueError, match=r"row 0.*other data"):
         cache.read(rows(seed=1))
     with pytest.raises(ValueError, match=r"data .* there"):

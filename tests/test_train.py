@@ -134,7 +134,7 @@ def test_the_loss_is_that_of_the_logits(objective, tied):
         alpha=1.0 if objective == "ce" else 3.0,
         negatives=0 if objective in ("nl", "ce") or tied else 2,
         z_loss=1e-2,
-        label_smoothing=0.1,
+        label_smoothing=0.1 if objective == "ce" else 0.0,
         spread=0.1,
         threshold=-5.8,
         implementation="reference",
@@ -539,8 +539,14 @@ def test_a_killed_run_with_an_average_ends_where_an_unbroken_one_does(
 ):
     with monkeypatch.context() as patched:
         real = Batches.at
-        patched.setattr(Batches, "at", lambda self, step: real(self, step) if step < 5 else None)
-        with pytest.raises(TypeError):
+
+        def killed(self, step):
+            if step == 5:
+                raise KeyboardInterrupt
+            return real(self, step)
+
+        patched.setattr(Batches, "at", killed)
+        with pytest.raises(KeyboardInterrupt):
             scheduled(tmp_path / "run", settings=FALLING)
     assert finished_run(tmp_path / "run", tiny_params()) is None
     resumed = scheduled(tmp_path / "run", settings=FALLING)
@@ -609,6 +615,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         ({"steps": 0}, "steps is 0: at least 1 is needed"),
         ({"alpha": -1.0}, "alpha is -1.0: at least 0"),
         ({"alpha": float("nan")}, "alpha is nan: at least 0"),
+        ({"label_smoothing": 0.1}, "label_smoothing is 0.1 and the objective tnff: it is of ce"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: a number above 0 is needed"),
         ({"learning_rate": float("inf")}, "learning_rate is inf: a number above 0 is needed"),
         ({"learning_rate": 1e39}, "1e+39: a number above 0 is needed, as float32 has it"),

@@ -33,7 +33,6 @@ repeat the command with --resume, which samples the same outputs again.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from t5patches.commands import common
@@ -229,10 +228,10 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{name.replace('_', '-')} is of other text, and there is none (--pretraining)"
             )
-    settings = {f: given[f] for f in PolicySettings.__dataclass_fields__ if f in given}
+    settings = common.filled(PolicySettings, given)
     inputs = [source.inputs for source in read_sources(options, options.model)]
-    given |= {"inputs": inputs, "settings": PolicySettings(**settings), "fim": _fim(options)}
-    job = Job(**{f: given[f] for f in Job.__dataclass_fields__ if f in given})
+    given |= {"inputs": inputs, "settings": settings, "fim": _fim(options)}
+    job = common.filled(Job, given)
     if options.plan:
         common.print_plan(options, plan(job, resume=options.resume))
         return 0
@@ -240,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
         console = common.progress_console(options)
         record = align_folder(job, resume=options.resume, console=console)
     except Stopped as error:
-        print(f"t5patches align: {error}. What was reached is kept: {AGAIN}", file=sys.stderr)
+        common.print_error(options, f"{error}. What was reached is kept: {AGAIN}")
         return 1
     history = record["history"]
     common.print_result(
@@ -252,12 +251,11 @@ def run(options: argparse.Namespace) -> int:
     )
     if record["collapse"] is None:
         return 0
-    print(
-        f"t5patches align: stopped early, as {record['collapse']}; {options.output} holds the "
-        f"state after {record['steps']} steps. For more, give another --output with a lower "
-        "--learning-rate, a higher --kl-coefficient, or wider bounds (--most-kl, "
-        "--most-length-change)",
-        file=sys.stderr,
+    common.print_error(
+        options,
+        f"stopped early, as {record['collapse']}; {options.output} holds the state after "
+        f"{record['steps']} steps. For more, give another --output with a lower --learning-rate, "
+        "a higher --kl-coefficient, or wider bounds (--most-kl, --most-length-change)",
     )
     return 1
 

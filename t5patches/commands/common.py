@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -226,6 +227,20 @@ def lora(options: argparse.Namespace) -> Any:
     if options.lora_alpha is not None or options.lora_targets is not None:
         raise ValueError("--lora-alpha and --lora-targets are of an adapter: give --lora RANK too")
     return None
+
+
+def filled(kind: Any, given: Mapping[str, Any]) -> Any:
+    """Makes settings of what is given under the names of their fields.
+
+    Args:
+        kind: a dataclass.
+        given: values by name, of this and of other things; a field without one has its default.
+
+    Returns:
+        An object of that class.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: given[name] for name in names if name in given})
 
 
 def print_plan(options: argparse.Namespace, checked: Any) -> None:

@@ -170,20 +170,21 @@ def _check_tokenizer(tokenizer: Any, config: Any, path: str) -> None:
 
 
 def _card_of_another(like: str, params: Any) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
-    """What a folder says of the edits that made its weights, taken out for other weights.
+    """What a folder says of the runs that made its weights, taken out for other weights.
 
     Returns:
         Files to write instead of the folder's, and names of files to leave out.
     """
-    from t5patches.editing.edit import CARD, RECORD, card_before_edits
+    from t5patches.editing.edit import card_before_edits
+    from t5patches.editing.outputs import CARD, HEADINGS
     from t5patches.model.huggingface import load_checkpoint
     from t5patches.runs.fingerprints import fingerprint
 
-    edited = (Path(like) / RECORD).exists()
-    if not edited or fingerprint(load_checkpoint(like)[1]) == fingerprint(params):
+    records = tuple(name for name in HEADINGS if (Path(like) / name).exists())
+    if not records or fingerprint(load_checkpoint(like)[1]) == fingerprint(params):
         return {}, ()
     card = card_before_edits(like)
-    return ({CARD: f"{card}\n"} if card else {}), (RECORD, CARD)
+    return ({CARD: f"{card}\n"} if card else {}), (*records, CARD)
 
 
 def _result(output: Any, model: Any, params: Any, step: int) -> dict[str, Any]:

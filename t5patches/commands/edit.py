@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--original",
         metavar="DIR",
-        help="the model to stay close to (default: --model). In a second round this may be "
+        help="the original, to stay close to (default: --model). In a second round this may be "
         "the first model, with the data of all rounds: what is not marked comes back",
     )
     more = "--steps (if more, where --schedule is constant), --remat and "
@@ -318,6 +318,5 @@ def _job(options: argparse.Namespace) -> Any:
     optimizer = options.optimizer or ("adafactor" if lora is None else "adam")
     # The parser's names are the fields' names.
     given = {**vars(options), "negatives": 0, "lora": lora, "optimizer": optimizer}
-    settings = {f: given[f] for f in TrainSettings.__dataclass_fields__ if f in given}
-    given = {**vars(options), "settings": TrainSettings(**settings)}
-    return Job(**{f: given[f] for f in Job.__dataclass_fields__})
+    settings = common.filled(TrainSettings, given)
+    return common.filled(Job, {**vars(options), "settings": settings})

@@ -91,9 +91,8 @@ def run(options: argparse.Namespace) -> int:
     from t5patches.editing.reward_folder import Job, accuracy_text, plan, reward_folder
 
     given = {**vars(options), "lora": common.lora(options)}
-    settings = {f: given[f] for f in RewardSettings.__dataclass_fields__}
-    given |= {"settings": RewardSettings(**settings)}
-    job = Job(**{f: given[f] for f in Job.__dataclass_fields__})
+    settings = common.filled(RewardSettings, given)
+    job = common.filled(Job, {**given, "settings": settings})
     if options.plan:
         common.print_plan(options, plan(job, resume=options.resume))
         return 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,21 +17,25 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import ALIGN_RECORD, model_to_train, read_rounds
+from t5patches.editing.edit import model_to_train, read_rounds
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import (
+    ALIGN_RECORD,
     CARD,
+    HEADINGS,
     Output,
     card_with,
     lies,
+    named,
     record_in,
     recorded,
+    require_adapter_to_merge,
     result,
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, bfloat16_is_smaller, require_room
+from t5patches.editing.plan import MemoryPlan, bfloat16_is_smaller, require_room, show_plan
 from t5patches.editing.policy import (
     How,
     PolicySettings,
@@ -48,13 +51,11 @@ from t5patches.editing.train import training_progress
 from t5patches.model import generate, memory
 from t5patches.model.batches import by_length
 from t5patches.model.huggingface import load_checkpoint
-from t5patches.model.lora import weights_fingerprint
 from t5patches.model.protocol import LanguageModel, dtype_named, require_positions
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
+from t5patches.runs.files import PathLike
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,7 @@ def align_folder(
     if record is not None:
         return record
     checked, lora = _checked(job, read), job.settings.lora
-    for line in (*checked.notes, checked.plan.text()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_plan(console, checked.notes, checked.plan)
 
     def write() -> None:
         began = time.monotonic()
@@ -213,8 +213,7 @@ def _output(job: Job) -> Output:
 
 
 def _read(job: Job) -> _Read:
-    if job.merge and job.settings.lora is None:
-        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    require_adapter_to_merge(job.merge, job.settings.lora)
     dtype = dtype_named(job.dtype)
     model, tokenizer = model_to_train(job.model, job.chat)
     model = model.replace(dropout_rate=0.0, dtype=dtype, remat=job.remat)
@@ -323,8 +322,8 @@ def _described(job: Job, read: _Read) -> dict[str, Any]:
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
     given = list(zip(job.inputs, read.prompts, strict=True))
-    described = {
-        "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
+    return {
+        "model": named(job.model),
         "inputs": {"count": len(job.inputs), "sha256": json_fingerprint(given)},
         "scorer": job.scorer,
         "reward": None if job.reward is None else reward_fingerprint(job.reward),
@@ -336,7 +335,6 @@ def _described(job: Job, read: _Read) -> dict[str, Any]:
         "merge": job.merge,
         "settings": settings,
     }
-    return json.loads(json.dumps(described))
 
 
 def _card(job: Job, record: Mapping[str, Any]) -> str:
@@ -356,7 +354,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     collapse = f"- It ended early: {record['collapse']}.\n" if record["collapse"] else ""
     return card_with(
         job.model,
-        "## Aligned with a score\n\n"
+        f"{HEADINGS[ALIGN_RECORD]}\n\n"
         f"On {record['date']} `t5patches align` trained `{job_['model']['name']}` towards "
         f"`{job.scorer or Path(job.reward or '').name}`.\n\n"
         f"- {trained}: {record['steps']} steps of {settings.inputs_per_step} inputs with "

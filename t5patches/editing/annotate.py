@@ -223,23 +223,6 @@ def absent_from_source(names: Rule = capitalized_names, *, ignore_case: bool = T
     return rule
 
 
-def any_of(*rules: Rule) -> Rule:
-    """A rule that marks what any of several rules marks.
-
-    Args:
-        *rules: the rules.
-
-    Returns:
-        The rule; its spans may overlap.
-
-    Raises:
-        ValueError: no rules are given.
-    """
-    if not rules:
-        raise ValueError("any_of needs at least one rule")
-    return lambda inputs, output: [span for rule in rules for span in rule(inputs, output)]
-
-
 def mark_nothing(inputs: str, output: str) -> list[Span]:
     """The rule where nothing is known to be unwanted."""
     del inputs, output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from t5patches.editing.annotate import (
 )
 from t5patches.editing.data import Example, examples_text
 from t5patches.editing.plan import yet_to_place
+from t5patches.editing.programs import require_ranges
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
@@ -60,12 +61,11 @@ class CollectSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that give nothing."""
-        for name, least in (("samples", 1), ("max_length", 1), ("negatives", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least {least} is needed")
-        if not self.temperature >= 0:
+        require_ranges(self, _LEAST, above_0=())
+        if not 0 <= self.temperature < 1e38:
             raise ValueError(
-                f"the temperature is {self.temperature}: 0 (greedy) or above is needed"
+                f"the temperature is {self.temperature}: 0 (greedy) or a number above it is "
+                "needed, as float32 has it"
             )
         if self.rollout_length is not None and not (self.rollout_length > 0 and self.negatives):
             raise ValueError(
@@ -82,6 +82,9 @@ class CollectSettings:
                 f"{self.samples} outputs to each input are asked for, and at temperature 0 all of "
                 "them are the same: give a temperature, such as 1"
             )
+
+
+_LEAST = {"samples": 1, "max_length": 1, "negatives": 0, "batch_size": 1}
 
 
 def collect(
@@ -112,15 +115,11 @@ def collect(
             model, or a batch does not fit into memory.
     """
     output, described = Path(output), describe(model, inputs, settings)
-    work = work_of(output)
-    exists = f"{output} exists: nothing is overwritten. Give another name or remove it"
-    # A run that was killed as it cleaned up behind itself has its output, and goes on.
-    if output.exists() and not is_of(work, described):
-        raise ValueError(exists)
+    require_own(output, described)
     if settings.negatives:
         check_count(settings.negatives, model.tokenizer)
     require_room(model, inputs, settings)
-    parts = Parts(work, described)
+    parts = Parts(work_of(output), described)
     examples = let_speak(model, inputs, rules, settings, parts, progress)
     if settings.negatives:
         by_rules = f"by-{json_fingerprint(rules.fingerprint)[:16]}"
@@ -138,12 +137,42 @@ def collect(
             keep=lambda name, make: parts.get(f"{name}-{by_rules}", make),
             progress=progress,
         )
-    text = examples_text(examples)
+    write_output(output, examples_text(examples), parts)
+    return examples
+
+
+def require_own(output: Path, described: Mapping[str, object]) -> None:
+    """Refuses a file that is there, but for one of a run that was killed as it cleaned up.
+
+    Args:
+        output: the file to write.
+        described: of `describe`.
+
+    Raises:
+        ValueError: it exists.
+    """
+    if output.exists() and not is_of(work_of(output), described):
+        raise ValueError(_EXISTS.format(output))
+
+
+def write_output(output: Path, text: str, parts: Parts) -> None:
+    """Writes what a run has made, and removes what it kept until then.
+
+    Args:
+        output: the file to write, see `require_own`.
+        text: its content.
+        parts: what was kept.
+
+    Raises:
+        ValueError: it exists with other content.
+    """
     if output.exists() and output.read_bytes() != text.encode():
-        raise ValueError(exists)
+        raise ValueError(_EXISTS.format(output))
     write_file(output, text)
     parts.remove()
-    return examples
+
+
+_EXISTS = "{} exists: nothing is overwritten. Give another name or remove it"
 
 
 def require_room(model: LoadedModel, inputs: Sequence[Inputs], settings: CollectSettings) -> None:

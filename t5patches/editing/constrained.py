@@ -32,7 +32,7 @@ from t5patches.model.generate import generate
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.model.tokenizer import Inputs, Tokenizer
 
-ATTEMPTS = 100
+ATTEMPTS = 100  # that an output goes back at the most
 
 
 def speak_constrained(
@@ -46,7 +46,6 @@ def speak_constrained(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
-    attempts: int = ATTEMPTS,
 ) -> list[Example]:
     r"""What a model says where it cannot say what a rule marks.
 
@@ -64,10 +63,9 @@ def speak_constrained(
         temperature: 0 for greedy decoding.
         seed: of the sampling.
         batch_size: outputs made at a time.
-        attempts: how often an output goes back at the most.
 
     Returns:
-        An example for each input; nothing is marked but where the attempts were not enough. An end
+        An example for each input; nothing is marked but where `ATTEMPTS` were not enough. An end
         token has no characters that a rule could mark, so there is always something to say.
     """
     options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
@@ -76,7 +74,7 @@ def speak_constrained(
     outputs = speak(model, params, inputs, rule, tokenizer, seed=seed, **options)
     # By output and its first tokens: what may not come next.
     forbidden: list[dict[tuple[int, ...], set[int]]] = [{} for _ in outputs]
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         left = [number for number, example in enumerate(outputs) if any(example.marked)]
         if not left:
             break

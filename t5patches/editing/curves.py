@@ -16,17 +16,16 @@ AT = (10.0, 5.0, 2.0)
 """% of sampled outputs with something unwanted, at which methods are compared."""
 
 
-def nearest(curve: Sequence[Measures], prevalence: float = AT[-1]) -> int:
-    """Which strength of a method leaves most nearly a share of its sampled outputs unwanted.
+def nearest(curve: Sequence[Measures]) -> int:
+    """Which strength of a method leaves most nearly the least of `AT`.
 
     Args:
         curve: measures of its strengths.
-        prevalence: the share, in percent.
 
     Returns:
         Its number.
     """
-    distances = [abs(measures[LEFT].value - prevalence) for measures in curve]
+    distances = [abs(measures[LEFT].value - AT[-1]) for measures in curve]
     return distances.index(min(distances))
 
 

@@ -226,7 +226,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
         ValueError: some lines are bad (the first are named, by number and reason), or there are
             none.
     """
-    if Path(path).suffix.lower() in JSON_LINES:
+    if is_json_lines(path):
         return read_lines(
             path, lambda line: _source(fields_of(line)), 'inputs: write {"inputs": "..."} a line'
         )
@@ -280,8 +280,20 @@ def read_kept(
         _check_length("outputs", len(example.output_ids), max_output_length)
         return example
 
-    json_lines = Path(path).suffix.lower() in JSON_LINES
+    json_lines = is_json_lines(path)
     return read_lines(path, parse, "inputs to keep the outputs of")
+
+
+def is_json_lines(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name says that it has a JSON object a line.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Whether it ends in one of `JSON_LINES`, in small letters or large ones.
+    """
+    return Path(path).suffix.lower() in JSON_LINES
 
 
 def read_lines(path: str | os.PathLike[str], parse: Callable[[str], T], nothing: str) -> list[T]:

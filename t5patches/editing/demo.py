@@ -30,11 +30,10 @@ from t5patches.editing.evaluate import Measuring
 from t5patches.editing.experiment import Edit, Experiment, merged
 from t5patches.editing.report import Results, to_json, write_html
 from t5patches.editing.train import TrainSettings, training_progress
-from t5patches.model.folder import LoadedModel
+from t5patches.model.folder import LoadedModel, small_model
 from t5patches.model.huggingface import save_checkpoint
-from t5patches.model.t5.model import small_t5
 from t5patches.model.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
-from t5patches.runs.claims import hold
+from t5patches.runs.claims import claim, hold
 from t5patches.runs.files import write_file
 
 # One or two of each family of methods, as they do best in `bench.frontier`: the objective that
@@ -174,15 +173,7 @@ def claim_demo(output: Path, config: DemoConfig) -> None:
         ValueError: it is of other sizes, or another process works there.
     """
     hold(output / "work")
-    path = output / "work" / "config.json"
-    asked = json.dumps(dataclasses.asdict(config), indent=1)
-    if not path.exists():
-        write_file(path, asked)
-    elif path.read_text() != asked:
-        raise ValueError(
-            f"{output} holds an unfinished demo of other sizes ({path}): repeat that one to finish "
-            "it, or give another --output"
-        )
+    claim(output / "work", dataclasses.asdict(config))
 
 
 BASE, EDIT, HELD_OUT, LATER, KEPT = range(5)
@@ -263,7 +254,9 @@ class Repetition(Experiment):
             texts = [text for pair in pairs[:5000] for text in pair]
             write_file(path, train_sentencepiece(texts, config.vocab_size))
         tokenizer = SentencePieceTokenizer(path)
-        model = small_t5(vocab_size=tokenizer.vocab_size, width=config.width, layers=config.layers)
+        model = small_model(
+            vocab_size=tokenizer.vocab_size, width=config.width, layers=config.layers
+        )
         settings = TrainSettings(
             objective="ce",
             steps=config.base_steps,

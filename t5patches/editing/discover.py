@@ -13,14 +13,21 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from t5patches.editing.annotate import whole_part, word_list
-from t5patches.editing.collect import CollectSettings, describe, let_speak, require_room
-from t5patches.editing.data import JSON_LINES, fields_of, read_lines, text_of
+from t5patches.editing.annotate import mark_nothing, whole_part, word_list
+from t5patches.editing.collect import (
+    CollectSettings,
+    describe,
+    let_speak,
+    require_own,
+    require_room,
+    write_output,
+)
+from t5patches.editing.data import fields_of, is_json_lines, read_lines, text_of
 from t5patches.editing.words import WORD, spaced
 from t5patches.model.folder import LoadedModel
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import work_of, write_file
+from t5patches.runs.files import work_of
 
 _LONGEST = 4  # words in a phrase
 _LEAST = 3  # outputs with it: what one or two of them say is no habit
@@ -163,20 +170,18 @@ def discover(
         ValueError: the file exists, `OUTPUT.work` is of another run, a batch does not fit into
             memory, or there are no words to compare.
     """
-    output = Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists: nothing is overwritten. Give another name or remove it")
+    output, described = Path(output), describe(model, inputs, settings)
+    require_own(output, described)
     require_room(model, inputs, settings)
-    parts = Parts(work_of(output), describe(model, inputs, settings))
-    examples = let_speak(model, inputs, lambda inputs, said: [], settings, parts, progress)
+    parts = Parts(work_of(output), described)
+    examples = let_speak(model, inputs, mark_nothing, settings, parts, progress)
     said = [whole_part(e.outputs, e.output_ids, model.tokenizer) for e in examples]
     phrases = overused(said, human, most=most)
     about = (
         f"{len(phrases)} phrases that {len(examples)} outputs of the model have more than twice as "
         f"often as {len(human)} texts by people."
     )
-    write_file(output, rules_text(phrases, about))
-    parts.remove()
+    write_output(output, rules_text(phrases, about), parts)
     return phrases
 
 
@@ -201,7 +206,7 @@ def read_human(path: str | os.PathLike[str]) -> list[str]:
             raise ValueError(f"got the fields {sorted(fields)}; 'outputs' is needed, the text")
         return text_of(fields, "outputs")
 
-    if Path(path).suffix.lower() in JSON_LINES:
+    if is_json_lines(path):
         return read_lines(path, text, 'texts: write {"outputs": "..."} a line')
     return read_lines(path, str, "texts: write one a line")
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,16 +41,26 @@ from t5patches.editing.data import (
 from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.outputs import (
+    ALIGN_RECORD,
     CARD,
+    HEADINGS,
+    RECORD,
     Output,
     card_with,
     lies,
     recorded,
+    require_adapter_to_merge,
     result,
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, plan_memory, require_memory, with_larger_chunks
+from t5patches.editing.plan import (
+    MemoryPlan,
+    plan_memory,
+    require_memory,
+    show_plan,
+    with_larger_chunks,
+)
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
@@ -84,14 +95,8 @@ from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocab
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import read_object, read_regular, require_own_file, unfinished
+from t5patches.runs.files import PathLike, read_object, read_regular, require_own_file, unfinished
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint
-
-RECORD = "t5patches.json"
-ALIGN_RECORD = "align.json"  # of `t5patches align`, which a folder may have been through as well
-_EDITED = "## Edited with "  # how a section on an edit begins
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Job:
         data: files of outputs to push down, see `t5patches.editing.data`.
         output: the folder to make.
         settings: how to train; `negatives` is taken from the data where `negatives` below is None.
-        original: the folder of the frozen model; None is `model`.
+        original: the folder of the model to stay close to; None is `model`.
         negatives: ids that a marked position loses at most; 0 is only the one that was said; None
             is all that the data names, or 0 for objectives that take no sets.
         max_input_length: a longer input is an error; None lets all pass.
@@ -124,7 +129,7 @@ class Job:
             is inside it.
         model_parallel: over how many devices the vocabulary is split.
         devices: how many to use; None is all.
-        cache_teacher: where the frozen model's hidden states are kept, computed once and for any
+        cache_teacher: where the original's hidden states are kept, computed once and for any
             later edit that needs the same; None runs it at every update.
         chat: whether inputs are put into the folder's chat template, "on" or "off"; "auto" is "on"
             where it has one.
@@ -216,8 +221,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
     if record is not None:
         return record
     checked = check(job)
-    for line in (*checked.notes, checked.plan.text()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_plan(console, checked.notes, checked.plan)
 
     def write() -> None:
         began = time.monotonic()
@@ -276,8 +280,7 @@ def check(job: Job) -> Checked:
     """
     if not 0 <= job.dropout < 1:
         raise ValueError(f"dropout is {job.dropout}: a rate from 0 to below 1 is needed")
-    if job.merge and job.settings.lora is None:
-        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
+    require_adapter_to_merge(job.merge, job.settings.lora)
     if job.keep is None and job.keep_share != Job.keep_share:
         raise ValueError(f"keep_share is {job.keep_share} and there is nothing to keep (--keep)")
     if job.keep is not None and job.settings.objective not in KEEPING:
@@ -447,7 +450,7 @@ def _check_round(round_: Any) -> None:
 
 
 def card_before_edits(folder: PathLike) -> str:
-    """A folder's model card without what edits have said in it.
+    """A folder's model card without what edits, alignments and reward models have said in it.
 
     Args:
         folder: of a model.
@@ -463,7 +466,8 @@ def card_before_edits(folder: PathLike) -> str:
         text = read_regular(path).decode() if path.exists() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
-    return text.partition(_EDITED)[0].strip()
+    headings = "|".join(map(re.escape, HEADINGS.values()))
+    return re.split(f"^(?:{headings})", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
 def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> None:
@@ -482,12 +486,7 @@ def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> Non
     then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
     if (aligned := Path(folder) / ALIGN_RECORD).exists():
         require_own_file(aligned)
-        try:
-            job = read_object(aligned).get("job")
-        except ValueError as error:
-            raise ValueError(
-                f"{aligned} cannot be read ({error.__cause__}): remove it or restore it"
-            ) from error
+        job = read_object(aligned, "remove it or restore it").get("job")
         then[ALIGN_RECORD] = [job.get("chat") if isinstance(job, dict) else None]
     for record, chats in then.items():
         if now is not None and (not now) in chats:
@@ -520,9 +519,9 @@ def _check_original(job: Job, tokenizer: Tokenizer) -> None:
             f"the original in {job.original} is given the tokens of {job.model}, and its tokenizer "
             "writes some token otherwise: give an original with the same tokenizer"
         )
-    frozen = _weights(job.original)["sha256"]
+    original = _weights(job.original)["sha256"]
     rounds = [round_["job"] for round_ in read_rounds(job.model)]
-    first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == frozen), len(rounds))
+    first = next((i for i, r in enumerate(rounds) if r["model"]["sha256"] == original), len(rounds))
     given = {file_fingerprint(file) for file in job.data}
     earlier = {digest: name for r in rounds[first:] for name, digest in r["data"].items()}
     left_out = sorted(name for digest, name in earlier.items() if digest not in given)
@@ -600,7 +599,7 @@ def _check_ids(file: PathLike, items: Sequence[Source | Example], vocab_size: in
     for number, example in enumerate(items, start=1):
         if isinstance(example, Source):
             continue
-        largest = max(*example.output_ids, *example.input_ids)
+        largest = max((*example.output_ids, *example.input_ids))
         if largest >= vocab_size:
             raise ValueError(
                 f"{file}: example {number} has the token {largest} and the model "
@@ -943,7 +942,7 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     others = f", and only others in the place of {only_others}" if only_others else ""
     return card_with(
         job.model,
-        f"{_EDITED}t5patches\n\n"
+        f"{HEADINGS[RECORD]}t5patches\n\n"
         f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
         f"`{settings['objective']}`{alpha}{beta}{sets}.\n\n"
         f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "

@@ -448,15 +448,14 @@ def quality(outputs: Sequence[Example], references: Sequence[Sequence[str]]) -> 
 
 
 def scores_of_several(
-    outputs: Sequence[str], meter: Meter, inputs: Sequence[Inputs] = ()
+    outputs: Sequence[str], meter: Meter, inputs: Sequence[Inputs]
 ) -> dict[str, Measure]:
     """The scores of several outputs to the same input, and of the worst of them.
 
     Args:
         outputs: `meter.samples` for each input, one after the other.
         meter: scores them.
-        inputs: that each of them answers, for a scorer that asks; default, no two `samples` answer
-            the same.
+        inputs: that each of them answers.
 
     Returns:
         Means over inputs: `score_mean`, of the mean score, and `score_maximum`, of the largest;
@@ -467,7 +466,7 @@ def scores_of_several(
     """
     scores = score(meter.scorer, outputs, inputs).reshape(-1, meter.samples)
     mean, worst = scores.mean(1), scores.max(1)
-    answered = inputs[:: meter.samples] or range(len(scores))
+    answered = inputs[:: meter.samples]
     return {
         "score_mean": over_inputs(answered, mean),
         "score_maximum": over_inputs(answered, worst),

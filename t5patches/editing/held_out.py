@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -204,7 +203,7 @@ class HeldOut:
             FloatingPointError: what is left is no number.
         """
         totals = np.zeros(4)
-        with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
+        with placement.over(self._mesh):
             for batch in self._batches():
                 totals += np.asarray(self._sums(trained, base, original, batch), np.float64)
         left, pushed, kl, kept = totals

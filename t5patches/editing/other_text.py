@@ -9,15 +9,14 @@ their middle last (`t5patches.editing.fim`).
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
 from t5patches.editing.data import (
-    JSON_LINES,
     Example,
     fields_of,
     inputs_of,
+    is_json_lines,
     make_example,
     names_of,
     read_lines,
@@ -53,7 +52,7 @@ def read_other_text(
         ValueError: some lines are bad (the first are named, by number and reason), or there are
             none; the tokenizer lacks a sentinel, or there are answers and no texts to transform.
     """
-    answers, rng = Path(path).suffix.lower() in JSON_LINES, np.random.default_rng(seed)
+    answers, rng = is_json_lines(path), np.random.default_rng(seed)
     if fim is not None:
         fim.ids(plain)
         if answers:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,24 @@ from typing import Any
 import jax
 
 from t5patches.model.huggingface import load_checkpoint, save_checkpoint
-from t5patches.model.lora import Lora, merged, save_adapter
+from t5patches.model.lora import Lora, merged, save_adapter, weights_fingerprint
 from t5patches.model.memory import size
 from t5patches.model.protocol import LanguageModel, Params
 from t5patches.runs import hosts
-from t5patches.runs.claims import claim, hold, is_of, remove, require_space
-from t5patches.runs.files import read_object, unfinished
+from t5patches.runs.claims import as_json, claim, hold, is_of, remove, require_space
+from t5patches.runs.files import PathLike, read_object, unfinished
 
-PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
 CARD = "README.md"
+RECORD = "t5patches.json"  # of `t5patches edit`
+ALIGN_RECORD = "align.json"
+REWARD_RECORD = "reward.json"
+# How their sections in the card begin. Earlier ones of edits are "Edited with" a method.
+HEADINGS = {
+    RECORD: "## Edited with ",
+    ALIGN_RECORD: "## Aligned with a score",
+    REWARD_RECORD: "## A reward model",
+}
 
 
 class Output:
@@ -56,7 +62,7 @@ class Output:
         """Refuses what is there already but for this job, resumed.
 
         Args:
-            job: what makes two jobs the same, as JSON has it.
+            job: what makes two jobs the same, of what JSON can say.
             resume: whether to go on with the same job.
 
         Returns:
@@ -73,7 +79,7 @@ class Output:
                         f"{self.path} exists: nothing is overwritten. Give another name or remove "
                         "it"
                     )
-                if is_of(self.work, json.loads(json.dumps(job))):  # it was killed as it cleaned up
+                if is_of(self.work, job):  # it was killed as it cleaned up
                     remove(self.work)
             elif self.work.exists() and not resume:
                 hold(self.work)  # or another process is at work in it: it is not to be removed
@@ -109,7 +115,6 @@ class Output:
             FloatingPointError: the run came to no number.
             OSError: the disk has too little room.
         """
-        job = json.loads(json.dumps(job))
 
         def begin() -> None:
             require_space(self.work, room, f"the {self._what}")
@@ -143,7 +148,7 @@ class Output:
     def _is_of(self, folder: Path, job: Mapping[str, Any]) -> bool:
         with contextlib.suppress(ValueError):
             record = self._last(folder)
-            return record is not None and record.get("job") == json.loads(json.dumps(job))
+            return record is not None and record.get("job") == as_json(job)
         return False
 
 
@@ -158,7 +163,8 @@ def record_in(name: str) -> Callable[[Path], Record | None]:
     """
 
     def last(folder: Path) -> Record | None:
-        return read_object(folder / name) if (folder / name).is_file() else None
+        path = folder / name
+        return read_object(path, "remove it or restore it") if path.is_file() else None
 
     return last
 
@@ -176,6 +182,20 @@ def room_for(folder: PathLike, state: Any, *, whole: bool) -> int:
     """
     files = sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file())
     return 2 * size(state) + (files if whole else size(state))
+
+
+def require_adapter_to_merge(merge: bool, lora: Lora | None) -> None:
+    """Refuses to merge what is not trained.
+
+    Args:
+        merge: see `result`.
+        lora: see `result`.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    if merge and lora is None:
+        raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
 
 
 def result(
@@ -218,6 +238,18 @@ def save_result(
         save_checkpoint(output, model, params, like=like, files=files)
     else:
         save_adapter(output, model, params, lora, base=like, files=files)
+
+
+def named(folder: PathLike) -> dict[str, str]:
+    """How a record names the model that a run began with.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        Its name, and what tells its weights apart.
+    """
+    return {"name": Path(folder).name, "sha256": weights_fingerprint(folder)}
 
 
 def recorded(job: Mapping[str, Any], **more: Any) -> Record:

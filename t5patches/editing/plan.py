@@ -1,6 +1,6 @@
 """What will be held in memory, known before any of it is made.
 
-Parameters, optimizer and frozen model are counted from their shapes; what an update or a batch of
+Parameters, optimizer and original are counted from their shapes; what an update or a batch of
 outputs holds beside them is what the compiler has planned for the compiled program.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from t5patches.editing.train import Step, TrainSettings
 from t5patches.model import memory, placement
@@ -30,7 +31,7 @@ class MemoryPlan:
         count: how many of them are used.
         parameters: of the model being edited, and of its adapter.
         optimizer: what it keeps for each parameter that is trained.
-        original: the frozen model; without its adapter the edited one is the original, held once.
+        original: the original model; without its adapter the edited one is the original, held once.
         working: gradients and activations of one update, and its batch.
         available: what a device has left; None where it does not say. CPU devices share the
             machine's memory, and this is one's share.
@@ -73,6 +74,18 @@ class MemoryPlan:
             f"memory on each of {self.count} x {self.device}: {listed}; "
             f"{_size(self.total)}{of}{chunks}{saved}"
         )
+
+
+def show_plan(console: Console, notes: Sequence[str], plan: MemoryPlan) -> None:
+    """Says what a run is about to do.
+
+    Args:
+        console: where to.
+        notes: of its data and steps.
+        plan: its memory.
+    """
+    for line in (*notes, plan.text()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -> MemoryPlan:

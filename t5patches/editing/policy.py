@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -71,6 +70,7 @@ from t5patches.model.generate import generate
 from t5patches.model.lora import Lora, with_trained
 from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import LanguageModel, OutputHead, Params, as_texts
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
 from t5patches.model.tokenizer import Inputs, Tokenizer
 from t5patches.runs.claims import claim
 from t5patches.runs.fingerprints import fingerprint, json_fingerprint
@@ -80,7 +80,6 @@ from t5patches_kernels import (
     linear_token_statistics,
 )
 
-REF_HIDDEN = "ref_hidden"
 LEARNT = ("loss", "clipped", "value_loss", "explained_variance")  # the others are measured first
 
 
@@ -403,9 +402,8 @@ class Run:
 
     def described(self) -> dict[str, Any]:
         """What makes two runs the same."""
-        settings = dataclasses.asdict(self._settings)
         return {
-            "settings": json.loads(json.dumps(settings)),
+            "settings": dataclasses.asdict(self._settings),
             "model": as_texts(self._model.config),
             "params": fingerprint(self._base),
             "inputs": json_fingerprint([list(self._inputs), self._prompts]),
@@ -515,23 +513,23 @@ def read(
 
     Returns:
         `old_log_probs` [B, K, L], of the tokens, and `kl` [B, K, L], the exact divergences
-        KL(model, original), 0 where a token does not count; `ref_hidden` [B, K, L, D], the
+        KL(model, original), 0 where a token does not count; `original_hidden` [B, K, L, D], the
         original's hidden states; with a value head `old_values` [B, K, L].
     """
     params, counts = how.params(base, trained), batch["weights"] > 0
-    head, ref_hidden = model.head(params), model.hidden(base, batch)
+    head, original_hidden = model.head(params), model.hidden(base, batch)
     hidden = model.hidden(params, batch)
     found: Any = linear_token_statistics(
         hidden,
         head.kernel,
         batch["outputs"],
-        ref_hidden,
+        original_hidden,
         model.head(base).kernel,
         **_at_temperature(head, how.temperature),
         implementation=how.implementation,
     )
     log_prob, kl = (jnp.where(counts, x, 0.0) for x in (found.log_prob, found.kl))
-    read_ = {"old_log_probs": log_prob, "kl": kl, REF_HIDDEN: ref_hidden}
+    read_ = {"old_log_probs": log_prob, "kl": kl, ORIGINAL_HIDDEN: original_hidden}
     return read_ if how.value is None else read_ | {"old_values": _values(trained, hidden)}
 
 
@@ -550,9 +548,9 @@ def policy_loss(
     Args:
         trained: what is trained.
         base: parameters of the original.
-        batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, K, L], `ref_hidden`
-            [B, K, L, D], `advantages` [B, K, 1] or [B, K, L]; with a value head `old_values` and
-            `returns` [B, K, L].
+        batch: `inputs` [B, S], `outputs`, `weights` and `old_log_probs` [B, K, L],
+            `original_hidden` [B, K, L, D], `advantages` [B, K, 1] or [B, K, L]; with a value head
+            `old_values` and `returns` [B, K, L].
         text: other text, `inputs`, `outputs` and `weights`, whose mean cross-entropy is added;
             empty for none.
         beta: what a nat of divergence costs, where that is adapted.
@@ -568,7 +566,7 @@ def policy_loss(
     tokens: Any = linear_policy_gradient_loss(
         hidden,
         head.kernel,
-        batch[REF_HIDDEN],
+        batch[ORIGINAL_HIDDEN],
         model.head(base).kernel,
         batch["outputs"],
         weights,
@@ -674,7 +672,7 @@ def largest_rows(
     more = [
         ("advantages", (*outputs, 1), np.dtype(np.float32)),
         ("old_log_probs", *of_tokens),
-        (REF_HIDDEN, (*tokens, model.config.emb_dim), np.dtype(model.config.dtype)),
+        (ORIGINAL_HIDDEN, (*tokens, model.config.emb_dim), np.dtype(model.config.dtype)),
     ]
     if settings.value is not None:
         more[0] = ("advantages", *of_tokens)

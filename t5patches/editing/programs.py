@@ -64,16 +64,23 @@ def rows_of(batch: Mapping[str, Any], count: int | None = None) -> Rows:
     )
 
 
-def batch_shapes(rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    rows: Rows, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as shapes, to compile with.
 
     Args:
         rows: of the batch.
+        sharding: where it lies; None where that is left to the program.
 
     Returns:
         Shapes by name.
     """
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in rows}
+    on_device = jax.dtypes.canonicalize_dtype  # there the integers of NumPy are int32
+    return {
+        name: jax.ShapeDtypeStruct(shape, on_device(dtype), sharding=sharding)
+        for name, shape, dtype in rows
+    }
 
 
 # --- What is trained ------------------------------------------------------------------------------

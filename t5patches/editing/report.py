@@ -772,7 +772,10 @@ def _embedded(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _texts(results: Results, count: int = 5) -> list[tuple[str, list[tuple[str, list[_Part]]]]]:
+_TEXTS = 5  # with an unwanted output, to show
+
+
+def _texts(results: Results) -> list[tuple[str, list[tuple[str, list[_Part]]]]]:
     """A few inputs, those with an unwanted output first, and what each of the models said."""
     rows = [row for row in _gentle(results.rows) if row.outputs]
     if not rows:
@@ -780,7 +783,7 @@ def _texts(results: Results, count: int = 5) -> list[tuple[str, list[tuple[str, 
     order = sorted(range(len(results.outputs)), key=lambda i: not any(results.outputs[i].marked))
     unwanted = sum(any(example.marked) for example in results.outputs)
     # One that should stay as it is, after the ones that should not.
-    shown = [*order[: min(count, unwanted)], *order[unwanted : unwanted + 1]]
+    shown = [*order[: min(_TEXTS, unwanted)], *order[unwanted : unwanted + 1]]
     models = [("before", results.outputs), *((row.name, row.outputs) for row in rows)]
     return [
         (

@@ -49,6 +49,7 @@ from t5patches.editing.data import (
     text_of,
     with_end,
 )
+from t5patches.editing.outputs import REWARD_RECORD
 from t5patches.editing.programs import (
     BELOW,
     MAY_DIFFER,
@@ -78,7 +79,6 @@ from t5patches.runs.files import read_regular, require_own_file
 from t5patches.runs.fingerprints import file_fingerprint, fingerprint, json_fingerprint
 from t5patches_kernels import pairwise_reward_loss
 
-RECORD = "reward.json"
 BENEATH = "weights"  # in the record: the fingerprint of the model that the head was trained on
 
 
@@ -493,8 +493,8 @@ class Reward:
         self._model = model.replace(dropout_rate=0.0)
         if weight.shape != (model.config.emb_dim,) or not np.isfinite(weight).all():
             raise ValueError(
-                f"{Path(folder) / RECORD}: {model.config.emb_dim} finite numbers are needed as the "
-                f"weight of the head, got {weight.size}: it is of another model"
+                f"{Path(folder) / REWARD_RECORD}: {model.config.emb_dim} finite numbers are needed "
+                f"as the weight of the head, got {weight.size}: it is of another model"
             )
         self._folder, self._batch_size = folder, batch_size
         self._weight, self._params = jax.device_put((weight, dict(params)), jax.devices()[0])
@@ -611,7 +611,9 @@ def reward_fingerprint(folder: str | os.PathLike[str]) -> str:
         ValueError: it is none.
     """
     _read_head(Path(folder))
-    return json_fingerprint([weights_fingerprint(folder), file_fingerprint(Path(folder) / RECORD)])
+    return json_fingerprint(
+        [weights_fingerprint(folder), file_fingerprint(Path(folder) / REWARD_RECORD)]
+    )
 
 
 _rewards = jax.jit(rewards, static_argnames="model")
@@ -619,10 +621,11 @@ _rewards = jax.jit(rewards, static_argnames="model")
 
 def _read_head(folder: Path) -> tuple[np.ndarray, str]:
     """The weight, and whether the model was given inputs in its chat template."""
-    path = folder / RECORD
+    path = folder / REWARD_RECORD
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no reward model, as it has no {RECORD}: make one with `t5patches reward`"
+            f"{folder} is no reward model, as it has no {REWARD_RECORD}: make one with `t5patches "
+            "reward`"
         )
     try:
         require_own_file(path)
@@ -634,8 +637,8 @@ def _read_head(folder: Path) -> tuple[np.ndarray, str]:
     # What edits or aligns a folder copies such files of it: its head would score nonsense.
     if of != weights_fingerprint(folder):
         raise ValueError(
-            f"{folder} is no reward model, though {RECORD} is in it: the head there was trained "
-            "on other weights, and the model has been changed since"
+            f"{folder} is no reward model, though {REWARD_RECORD} is in it: the head there was "
+            "trained on other weights, and the model has been changed since"
         )
     return weight, chat
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,18 +17,20 @@ from t5patches.editing.edit import model_to_train
 from t5patches.editing.evaluate import over_inputs
 from t5patches.editing.outputs import (
     CARD,
+    HEADINGS,
+    REWARD_RECORD,
     Output,
     card_with,
+    named,
     record_in,
     recorded,
     result,
     room_for,
     save_result,
 )
-from t5patches.editing.plan import MemoryPlan, require_room
+from t5patches.editing.plan import MemoryPlan, require_room, show_plan
 from t5patches.editing.programs import BELOW, MAY_DIFFER, WEIGHT, rows_of
 from t5patches.editing.reward import (
-    RECORD,
     How,
     Pair,
     Reward,
@@ -50,10 +50,8 @@ from t5patches.model.lora import weights_fingerprint
 from t5patches.model.protocol import LanguageModel, require_positions
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.runs.claims import remove
-from t5patches.runs.files import write_file
+from t5patches.runs.files import PathLike, write_file
 from t5patches.runs.fingerprints import file_fingerprint
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +122,7 @@ def reward_folder(
     if record is not None:
         return record
     checked = _checked(job, model, tokenizer)
-    for line in (*checked.notes, checked.plan.text()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_plan(console, checked.notes, checked.plan)
 
     def write() -> None:
         began = time.monotonic()
@@ -154,12 +151,12 @@ def reward_folder(
         made = result(job.model, trained.params[BELOW], job.settings.lora, merge=True)
         save_result(written, checked.model, made, job.model, {})
         beneath = weights_fingerprint(written)
-        write_file(written / RECORD, record_text(record, weight, beneath))
+        write_file(written / REWARD_RECORD, record_text(record, weight, beneath))
         # By the folder itself: its numbers may be rounded to the model's own type.
         accuracy = _accuracy(Reward(written, batch_size=job.settings.batch_size), checked.held_out)
         record |= {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
         write_file(written / CARD, _card(job, record))
-        write_file(written / RECORD, record_text(record, weight, beneath))
+        write_file(written / REWARD_RECORD, record_text(record, weight, beneath))
         written.rename(output.made)
 
     state, _ = How(job.settings.learning_rate, job.settings.lora).shapes(checked.model)
@@ -185,7 +182,7 @@ def plan(job: Job, *, resume: bool = False) -> Checked:
 
 
 def _output(job: Job) -> Output:
-    return Output(job.output, record_in(RECORD), "reward model")
+    return Output(job.output, record_in(REWARD_RECORD), "reward model")
 
 
 def _checked(job: Job, model: LanguageModel, tokenizer: Tokenizer) -> Checked:
@@ -241,7 +238,7 @@ def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     settings = dataclasses.asdict(job.settings)
     del settings["checkpoint_every"]
     return {
-        "model": {"name": Path(job.model).name, "sha256": weights_fingerprint(job.model)},
+        "model": named(job.model),
         "preferences": file_fingerprint(job.preferences),
         "chat": tokenizer.chat,
         "settings": settings,
@@ -269,9 +266,9 @@ def _card(job: Job, record: Mapping[str, Any]) -> str:
     settings, history = job.settings, record["history"]
     return card_with(
         job.model,
-        "## A reward model\n\n"
+        f"{HEADINGS[REWARD_RECORD]}\n\n"
         f"On {record['date']} `t5patches reward` made this of `{record['job']['model']['name']}`: "
-        f"a scalar head, in `{RECORD}`, on the state that predicts an output's end.\n\n"
+        f"a scalar head, in `{REWARD_RECORD}`, on the state that predicts an output's end.\n\n"
         f"- {record['pairs']} pairs, {settings.epochs} epochs, Adam, learning rate "
         f"{settings.learning_rate:g}, seed {settings.seed}; loss {history['loss'][0]:.4g} at the "
         f"first, {history['loss'][-1]:.4g} at the last update.\n"

@@ -39,13 +39,13 @@ class Chosen(NamedTuple):
         targets: [B, L].
         weights: [B, L]; 0 where they do not count.
         hidden: [B, L, D] of the model.
-        ref_hidden: of the original.
+        original_hidden: of the original.
     """
 
     targets: Array
     weights: Array
     hidden: Array
-    ref_hidden: Array
+    original_hidden: Array
 
 
 class Given(NamedTuple):
@@ -54,8 +54,8 @@ class Given(NamedTuple):
     Attributes:
         hidden: [B, L, D] of the model.
         head: of the model.
-        ref_hidden: of the original; the model's own for a method without one.
-        ref_head: as well.
+        original_hidden: of the original; the model's own for a method without one.
+        original_head: as well.
         targets: [B, L].
         weights: [B, L].
         edits: the sets of the pushed-down tokens; None where it is the token that was said.
@@ -67,8 +67,8 @@ class Given(NamedTuple):
 
     hidden: Array
     head: OutputHead
-    ref_hidden: Array
-    ref_head: OutputHead
+    original_hidden: Array
+    original_head: OutputHead
     targets: Array
     weights: Array
     edits: Edits | None
@@ -152,13 +152,13 @@ def npo(given: Given) -> TokenLoss:
     Returns:
         The loss of each token.
     """
-    own, ref = _log_probs(given), _ref_log_probs(given)
+    own, original = _own_statistics(given), _original_statistics(given)
     counts, rejected = given.weights != 0, _rejected(given)
     of_output = preference_loss(
         None,
         jnp.where(counts, own.log_prob, 0).sum(-1),
         None,
-        jnp.where(counts, ref.log_prob, 0).sum(-1),
+        jnp.where(counts, original.log_prob, 0).sum(-1),
         objective="npo",
         beta=given.beta,
     )
@@ -183,14 +183,14 @@ def dpo(given: Given) -> TokenLoss:
     if given.chosen is None:
         raise ValueError("dpo compares with corrections, and the arrays have none (`chosen`)")
     corrected = given._replace(**given.chosen._asdict())
-    own = _log_probs(given)
+    own = _own_statistics(given)
     sums = [
         jnp.where(of.weights != 0, found.log_prob, 0).sum(-1)
         for of, found in (
-            (corrected, _log_probs(corrected)),
+            (corrected, _own_statistics(corrected)),
             (given, own),
-            (corrected, _ref_log_probs(corrected)),
-            (given, _ref_log_probs(given)),
+            (corrected, _original_statistics(corrected)),
+            (given, _original_statistics(given)),
         )
     ]
     of_pair = preference_loss(*sums, objective="dpo", beta=given.beta)
@@ -235,8 +235,9 @@ def ftpo(given: Given) -> TokenLoss:
 
     @jax.checkpoint
     def of_output(row: tuple[Array, ...]) -> tuple[Array, ...]:
-        hidden, ref, targets, forbidden, weights = row
-        z, r = given.head.logits(hidden), jax.lax.stop_gradient(given.ref_head.logits(ref))
+        hidden, original, targets, forbidden, weights = row
+        z = given.head.logits(hidden)
+        r = jax.lax.stop_gradient(given.original_head.logits(original))
         at = jnp.arange(len(targets))[:, None]
         ids = jnp.where(forbidden < 0, size, forbidden)  # -1 is no id, and not the last one
         allowed, chosen = jax.lax.top_k(r.at[at, ids].set(-jnp.inf, mode="drop"), PREFERRED)
@@ -263,21 +264,21 @@ def ftpo(given: Given) -> TokenLoss:
         )
         return tuple(jnp.where(pushed[:, 0], part, 0.0).sum() for part in parts)
 
-    rows = (given.hidden, given.ref_hidden, given.targets, forbidden, given.weights)
+    rows = (given.hidden, given.original_hidden, given.targets, forbidden, given.weights)
     sums = [part.sum() for part in jax.lax.map(of_output, rows)]
     means = [a / jnp.maximum(b, 1e-12) for a, b in zip(sums[::2], sums[1::2], strict=True)]
     loss = means[0] + TETHER * means[1] + TETHER_OF_TARGETS * means[2]
     of_pushed = jnp.where(given.weights < 0, given.alpha * loss, 0.0)
-    return _of_tokens(given, of_pushed, _log_probs(given))
+    return _of_tokens(given, of_pushed, _own_statistics(given))
 
 
 def _targeted(given: Given, weights: Array, edits: Edits | None, **changes: Any) -> TokenLoss:
-    """The loss that some of the methods are other names of; nothing flows to the reference."""
+    """The loss that some of the methods are other names of; nothing flows to the original."""
     return linear_targeted_negative_loss(
         given.hidden,
         given.head.kernel,
-        given.ref_hidden,
-        given.ref_head.kernel,
+        given.original_hidden,
+        given.original_head.kernel,
         given.targets,
         weights,
         alpha=given.alpha,
@@ -287,12 +288,12 @@ def _targeted(given: Given, weights: Array, edits: Edits | None, **changes: Any)
     )
 
 
-def _log_probs(given: Given) -> Any:
+def _own_statistics(given: Given) -> Any:
     return _statistics(given, given.hidden, given.head.kernel)
 
 
-def _ref_log_probs(given: Given) -> Any:
-    return _statistics(given, given.ref_hidden, given.ref_head.kernel)
+def _original_statistics(given: Given) -> Any:
+    return _statistics(given, given.original_hidden, given.original_head.kernel)
 
 
 def _statistics(given: Given, hidden: Array, kernel: Array) -> Any:
@@ -323,7 +324,7 @@ class Rival(NamedTuple):
     Attributes:
         loss: of a batch.
         beta: its default; None where it has none.
-        original: whether it needs the frozen original.
+        original: whether it needs the original.
         keeps: whether it learns from outputs of which nothing is pushed down.
         sets: whether sets of negatives change it.
         z_loss: whether a z-loss is a part of it.

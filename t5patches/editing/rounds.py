@@ -13,7 +13,7 @@ from rich.console import Console
 
 from t5patches.editing.annotate import Keep
 from t5patches.editing.collect import asked
-from t5patches.editing.edit import ALIGN_RECORD, check_chat, read_rounds
+from t5patches.editing.edit import check_chat, read_rounds
 from t5patches.editing.evaluate import (
     Evaluation,
     Measuring,
@@ -23,7 +23,7 @@ from t5patches.editing.evaluate import (
     require_room_to_measure,
     say,
 )
-from t5patches.editing.outputs import record_in
+from t5patches.editing.outputs import ALIGN_RECORD, record_in
 from t5patches.editing.plan import yet_to_place
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress

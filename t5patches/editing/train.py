@@ -1,7 +1,7 @@
 """Trains on marked outputs with the fused losses, and survives being killed.
 
 A run lives in a directory: `run.json` says what it is (settings, and fingerprints of the data, the
-starting parameters and the frozen original), `checkpoints/` holds the latest state. Training into
+starting parameters and the original), `checkpoints/` holds the latest state. Training into
 a directory that holds the same run, unfinished or of fewer steps than are asked for, goes on from
 there; a finished one is loaded, and anything else is refused.
 """
@@ -9,7 +9,6 @@ there; a finished one is loaded, and anything else is refused.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -36,7 +35,16 @@ from t5patches.editing.data import (
     said_is_pushed_down,
 )
 from t5patches.editing.held_out import CHECK_EVERY, HeldOut, Look, verdict
-from t5patches.editing.programs import MAY_DIFFER, begun, require_ranges
+from t5patches.editing.programs import (
+    MAY_DIFFER,
+    Rows,
+    State,
+    batch_shapes,
+    begun,
+    require_ranges,
+    rows_of,
+    updated,
+)
 from t5patches.editing.rivals import RIVALS, Chosen, Given
 from t5patches.editing.states import History, States
 from t5patches.model import placement
@@ -44,6 +52,7 @@ from t5patches.model.batches import round_up, row_lengths
 from t5patches.model.lora import Lora, adapter_axes, trained_shapes, with_trained
 from t5patches.model.memory import compiled, give_back
 from t5patches.model.protocol import (
+    DTYPES,
     LanguageModel,
     Params,
     architecture,
@@ -73,7 +82,6 @@ KEEPING = tuple(name for name in OBJECTIVES if name not in RIVALS or RIVALS[name
 NO_SETS = ("nl", "ce", *(name for name, rival in RIVALS.items() if not rival.sets))
 OPTIMIZERS = ("adafactor", "adam")
 SCHEDULES = ("constant", "linear", "cosine")
-_PARAM_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +189,11 @@ class TrainSettings:
                 f"alpha is {self.alpha} and the objective ce, which pushes nothing down: leave "
                 "alpha out"
             )
+        if self.label_smoothing and self.objective != "ce":
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing} and the objective {self.objective}: it "
+                "is of ce alone; leave it out"
+            )
         rival = RIVALS.get(self.objective)
         takes_beta = rival is not None and rival.beta is not None
         if self.beta is not None and not (takes_beta and 0 < self.beta < math.inf):
@@ -193,10 +206,6 @@ class TrainSettings:
             raise NotImplementedError(
                 f"{self.objective} has no z-loss, and z_loss is {self.z_loss}"
             )
-        if self.param_dtype not in _PARAM_DTYPES:
-            raise ValueError(
-                f"param_dtype is {self.param_dtype!r}: one of {_PARAM_DTYPES} is needed"
-            )
         frozen = self.lora is not None or self.objective in WITH_ORIGINAL
         if self.param_dtype != "float32" and not frozen:
             raise ValueError(
@@ -206,7 +215,12 @@ class TrainSettings:
             )
 
 
-_ONE_OF = {"objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+_ONE_OF = {
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "param_dtype": tuple(DTYPES),
+}
 _LEAST = {
     "alpha": 0,
     "negatives": 0,
@@ -298,7 +312,7 @@ def train(
         arrays: `t5patches.editing.data.to_arrays`; `edit_ids` where `settings.negatives` is not 0.
         settings: how to train.
         directory: where the run lives; made if absent.
-        original: the frozen model whose distribution the targeted objectives keep; default
+        original: the model whose distribution the targeted objectives keep; default
             `params`.
         order: [steps * batch_size], the row of `arrays` that each place of each batch takes
             (`t5patches.editing.mixing.mixture_order`); default, every epoch a fresh permutation.
@@ -485,7 +499,7 @@ def token_loss(
     Args:
         model: the network.
         params: of the model being trained.
-        original: parameters of the frozen model; the objectives of `WITH_ORIGINAL` need them, of
+        original: parameters of the original; the objectives of `WITH_ORIGINAL` need them, of
             a cached one (`original_hidden` in `batch`) the head's alone.
         batch: [B, ...] arrays named as by `t5patches.editing.data.to_arrays`.
         settings: the objective and its numbers.
@@ -505,46 +519,33 @@ def token_loss(
         "skip_ignored": _SKIP_IGNORED,
     }
     edits = Edits(batch["edit_ids"], batch["edit_factors"]) if settings.negatives else None
-    match settings.objective:
-        case "ce":
-            return linear_cross_entropy_loss(
-                hidden,
-                head.kernel,
-                targets,
-                weights,
-                label_smoothing=settings.label_smoothing,
-                **common,
-            )
-        case "nl":
-            return linear_negative_likelihood_loss(
-                hidden,
-                head.kernel,
-                targets,
-                weights,
-                alpha=settings.alpha,
-                threshold=settings.threshold,
-                **common,
-            )
-        case "ul":
-            return linear_unlikelihood_loss(
-                hidden, head.kernel, targets, weights, alpha=settings.alpha, edits=edits, **common
-            )
+    alone: dict[str, tuple[Callable[..., TokenLoss], dict[str, Any]]] = {
+        "ce": (linear_cross_entropy_loss, {"label_smoothing": settings.label_smoothing}),
+        "nl": (
+            linear_negative_likelihood_loss,
+            {"alpha": settings.alpha, "threshold": settings.threshold},
+        ),
+        "ul": (linear_unlikelihood_loss, {"alpha": settings.alpha, "edits": edits}),
+    }
+    if settings.objective in alone:
+        loss, options = alone[settings.objective]
+        return loss(hidden, head.kernel, targets, weights, **options, **common)
     # What stays close to no original may be given itself for one.
-    ref_hidden, ref_head = hidden, head
+    original_hidden, original_head = hidden, head
     if settings.objective in WITH_ORIGINAL:
         if original is None:
             raise ValueError(f"{settings.objective} needs the parameters of the original model")
-        ref_head = model.head(original)
+        original_head = model.head(original)
         if ORIGINAL_HIDDEN in batch:
-            ref_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
+            original_hidden = batch[ORIGINAL_HIDDEN].astype(hidden.dtype)
         else:
-            ref_hidden = model.hidden(original, batch)
+            original_hidden = model.hidden(original, batch)
     if settings.objective in TARGETED:
         return linear_targeted_negative_loss(
             hidden,
             head.kernel,
-            ref_hidden,
-            ref_head.kernel,
+            original_hidden,
+            original_head.kernel,
             targets,
             weights,
             objective=settings.objective,
@@ -567,8 +568,8 @@ def token_loss(
         Given(
             hidden=hidden,
             head=head,
-            ref_hidden=ref_hidden,
-            ref_head=ref_head,
+            original_hidden=original_hidden,
+            original_head=original_head,
             targets=targets,
             weights=weights,
             edits=edits,
@@ -689,10 +690,7 @@ class Step:
         self._mesh, self._settings, self._init = mesh, settings, _optimizer(settings).init
         if mesh is not None:
             placement.check_mesh(mesh, model, settings.batch_size)
-        rows = {
-            name: ((settings.batch_size, *array.shape[1:]), array.dtype)
-            for name, array in sorted(arrays.items())
-        }
+        batch: dict[str, Any] = dict(arrays)
         if cached is not None:
             if settings.objective not in WITH_ORIGINAL:
                 raise ValueError(
@@ -704,10 +702,11 @@ class Step:
                     "dpo runs the original on the corrections too, and a cache is of the outputs: "
                     "leave the cache out"
                 )
-            tokens, _ = rows["outputs"]
-            rows[ORIGINAL_HIDDEN] = ((*tokens, model.config.emb_dim), jnp.dtype(cached))
+            states = (*arrays["outputs"].shape, model.config.emb_dim)
+            batch[ORIGINAL_HIDDEN] = jax.ShapeDtypeStruct(states, jnp.dtype(cached))
         own_original = own_original and settings.lora is not None
-        self._key = (model, _compiled_with(settings), tuple(rows.items()), mesh, own_original)
+        rows = rows_of(batch, settings.batch_size)
+        self._key = (model, _compiled_with(settings), rows, mesh, own_original)
         self.arguments, _ = _program(*self._key)
         self.state, self.frozen, *_ = self.arguments
         runs_it = cached is None and settings.objective in WITH_ORIGINAL
@@ -784,7 +783,7 @@ class Step:
 
         Args:
             params: that training starts from.
-            original: of the frozen model.
+            original: its parameters.
 
         Returns:
             As much of them as the update needs, in the dtype in which it is held.
@@ -819,9 +818,8 @@ class Step:
         if self._mesh is not None:
             split = placement.batch_sharding(self._mesh)
             placed = {name: hosts.place(x, split) for name, x in batch.items()}
-        model, settings, rows, *more = self._key
-        rows = tuple((name, (batch[name].shape, dtype)) for name, (_, dtype) in rows)
-        program = _compiled(model, settings, rows, *more)
+        model, settings, _, *more = self._key
+        program = _compiled(model, settings, rows_of(batch), *more)
         return program(state, frozen, placed, np.int32(self._settings.seed), np.int32(step))
 
 
@@ -840,20 +838,16 @@ def in_dtype(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), dict(params))
 
 
-_Rows = tuple[tuple[str, tuple[tuple[int, ...], Any]], ...]
-
-
 @functools.lru_cache(maxsize=32)
 def _compiled(
     model: LanguageModel,
     settings: TrainSettings,
-    rows: _Rows,
+    rows: Rows,
     mesh: Mesh | None,
     own_original: bool,
 ) -> Any:
     arguments, program = _program(model, settings, rows, mesh, own_original)
-    # The losses find the mesh by themselves.
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with placement.over(mesh):
         return compiled(program.lower(*arguments))
 
 
@@ -861,7 +855,7 @@ def _compiled(
 def _program(
     model: LanguageModel,
     settings: TrainSettings,
-    rows: _Rows,
+    rows: Rows,
     mesh: Mesh | None,
     own_original: bool,
 ) -> tuple[tuple, Any]:
@@ -870,12 +864,13 @@ def _program(
     shapes = model.param_shapes()
     trained = trained_shapes(model, lora)
     inner = jax.eval_shape(optimizer.init, trained)
+    of_batch: jax.sharding.Sharding
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
         of_shapes, of_trained, of_inner = (
             jax.tree.map(lambda _: first, x) for x in (shapes, trained, inner)
         )
-        of_batch: Any = first
+        of_batch = first
     else:
         of_shapes = of_trained = placement.param_shardings(mesh, model)
         if lora is not None:
@@ -892,19 +887,14 @@ def _program(
     )
     held = functools.partial(placed, dtype=jnp.dtype(settings.param_dtype))
     params: Any = jax.tree.map(held, shapes, of_shapes)
+    batch = batch_shapes(rows, of_batch)
     original = None
     if lora is None or own_original:
-        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in dict(rows):
+        if settings.objective in WITH_ORIGINAL and ORIGINAL_HIDDEN not in batch:
             original = params
         elif settings.objective in WITH_ORIGINAL or settings.until is not None:
             original = model.head_params(params)
     frozen = Frozen(None if lora is None else params, original)
-    # On a device the integers of NumPy are int32.
-    on_device = jax.dtypes.canonicalize_dtype
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, on_device(dtype), sharding=of_batch)
-        for name, (shape, dtype) in rows
-    }
     number = jax.ShapeDtypeStruct((), np.int32)
     program = jax.jit(
         functools.partial(update, model=model, settings=settings),
@@ -949,14 +939,13 @@ def update(
         counted = jnp.sum(weights != 0, dtype=jnp.float32)
         return tokens.loss.sum() / jnp.maximum(counted, 1), tokens
 
-    (loss, tokens), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    updates, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = State(state.params, state.optimizer)
+    (params, optimizer), loss, tokens = updated(mean_loss, before, _optimizer(settings))
     average = state.average
     if average is not None:
         # The first update of a warm-up has rate 0: what it leaves is where training began.
-        before = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
-        share = _share_of_newest(settings.average, before)
+        earlier = jnp.maximum(step - min(settings.warmup_steps, 1), 0)
+        share = _share_of_newest(settings.average, earlier)
         average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
     marked = said_is_pushed_down(batch)
     metrics = {"loss": loss, "marked": marked.sum(), "said": (marked & tokens.correct).sum()}
@@ -1072,7 +1061,7 @@ def cache_teacher(
     Args:
         directory: of the cache; one that a killed pass left is finished, a finished one is opened.
         model: the network.
-        original: parameters of the frozen model.
+        original: parameters of the original.
         arrays: as for `train`.
         batch_size: examples at a time.
         dtype: of what is kept; bfloat16 takes half the room of float32.
@@ -1089,14 +1078,13 @@ def cache_teacher(
         OSError: the disk has too little room.
     """
     count = len(arrays["inputs"])
-    run = model.hidden
     if mesh is None:
-        hidden_of = jax.jit(run)
+        hidden_of = jax.jit(model.hidden)
         placed = jax.device_put(dict(original), jax.devices()[0])
     else:
         split = placement.batch_sharding(mesh)
         shardings = placement.param_shardings(mesh, model)
-        hidden_of = jax.jit(run, in_shardings=(shardings, split), out_shardings=split)
+        hidden_of = jax.jit(model.hidden, in_shardings=(shardings, split), out_shardings=split)
         placed = jax.device_put(dict(original), shardings)
 
     def batches() -> Iterator[Batch]:

@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 from t5patches.model import chat_process
 from t5patches.model.tokenizer import Inputs, Message, control_pattern, messages_of
-from t5patches.runs.files import read_regular
+from t5patches.runs.files import read_object, read_regular
 
 CHATS = ("auto", "on", "off")
 SECONDS = 20.0  # to render one prompt
 _HARMLESS = "Question"  # a message that is no control token, whatever stands beside it
 _CHARACTERS = 4_000_000  # of a prompt
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+COPY_AGAIN = "copy the model's own again"  # what to do where such a file cannot be read
 
 
 _NOW: contextvars.ContextVar[datetime.datetime | None] = contextvars.ContextVar("now", default=None)
@@ -86,7 +87,7 @@ def read_template(folder: str | os.PathLike[str], *, used: bool = True) -> ChatS
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: {error}") from error
     path = Path(folder) / _CONFIG
-    found = read_object(path).get("chat_template") if path.exists() else None
+    found = read_object(path, COPY_AGAIN).get("chat_template") if path.exists() else None
     if isinstance(found, list):
         named = [t for t in found if isinstance(t, dict)]
         default = [t for t in named if t.get("name") == "default"]
@@ -103,29 +104,6 @@ def read_template(folder: str | os.PathLike[str], *, used: bool = True) -> ChatS
             '{"name": ..., "template": ...}, is needed'
         )
     return ChatSource(found, path) if found else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): copy the model's own again"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object, got {str(found)[:80]!r}")
-    return found
 
 
 class ChatTemplate:

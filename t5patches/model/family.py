@@ -133,7 +133,7 @@ class Family:
     layers: Callable[[Any], int]
     constants: Mapping[str, Any]
     complete: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
-    written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: settings
+    written: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     shown: Callable[[Any, Collection[str]], Mapping[str, Any]] = lambda config, names: {}
     unused: Sequence[str] = ()
     prefix: str = ""

@@ -9,10 +9,18 @@ from typing import NamedTuple
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
 from t5patches.model.lora import is_adapter, load_adapter, merged, whole_model
 from t5patches.model.protocol import LanguageModel, ModelConfig, Params, dtype_named
+from t5patches.model.t5.model import small_t5
 from t5patches.model.tokenizer import Tokenizer
 from t5patches.model.tokenizer_files import load_tokenizer
 
-__all__ = ["LoadedModel", "check_tokenizer", "inspect_model", "load_model", "whole_model"]
+__all__ = [
+    "LoadedModel",
+    "check_tokenizer",
+    "inspect_model",
+    "load_model",
+    "small_model",
+    "whole_model",
+]
 
 
 class LoadedModel(NamedTuple):
@@ -27,6 +35,20 @@ class LoadedModel(NamedTuple):
     model: LanguageModel
     params: Params
     tokenizer: Tokenizer
+
+
+def small_model(*, vocab_size: int, width: int, layers: int) -> LanguageModel:
+    """A model of any size, to train from nothing.
+
+    Args:
+        vocab_size: number of ids.
+        width: of the model, a multiple of 4.
+        layers: of each of its stacks.
+
+    Returns:
+        A T5.
+    """
+    return small_t5(vocab_size=vocab_size, width=width, layers=layers)
 
 
 def load_model(

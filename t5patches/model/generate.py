@@ -65,8 +65,8 @@ def generate(
 
     Raises:
       ValueError: for shapes that do not fit, prefixes longer than `max_length`, ids outside the
-        vocabulary, more tokens than the model has positions for, a temperature below 0 or one
-        above 0 without `rng`.
+        vocabulary, more tokens than the model has positions for, a temperature that is below 0,
+        infinite or no number, or one above 0 without `rng`.
       TypeError: for tokens that are not integers.
 
     Example:
@@ -81,10 +81,10 @@ def generate(
     plan = _Plan(model, max_length, temperature > 0, greedy_first)
     tokens = _check_tokens("prompts", prompts, 2, model.config)
     forced, lengths = _check_prefixes(prefixes, len(tokens), plan)
-    if temperature < 0 or (temperature > 0 and rng is None):
+    if not 0 <= temperature < 1e38 or (temperature > 0 and rng is None):
         raise ValueError(
-            f"temperature is {temperature} and rng {rng}: a temperature is 0 (greedy) or above, "
-            "and above 0 needs rng=jax.random.key(seed)."
+            f"temperature is {temperature} and rng {rng}: a temperature is 0 (greedy) or a number "
+            "above it, as float32 has it, and above 0 needs rng=jax.random.key(seed)."
         )
     beyond = max_length if beyond_prefix is None else beyond_prefix
     if min(batch_size, max_length, beyond) < 1:

@@ -23,7 +23,7 @@ from t5patches.model.decoder import model as decoder
 from t5patches.model.family import Family, Tensor
 from t5patches.model.protocol import LanguageModel, differing
 from t5patches.model.t5.model import T5
-from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
+from t5patches.runs.files import read_object, require_own_file, whole_folder, write_file
 
 FAMILIES: tuple[Family, ...] = (T5.family, *decoder.FAMILIES.values())
 
@@ -205,14 +205,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is no folder: give a Hugging Face model folder.")
     try:
-        found = json.loads(read_regular(path))
+        return read_object(path, "copy the model's own again")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: give a Hugging Face model folder.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object; got {type(found).__name__}.")
-    return found
 
 
 def read_config(folder: str | os.PathLike) -> LanguageModel:

@@ -39,7 +39,7 @@ from safetensors.numpy import save
 
 from t5patches.model.huggingface import WEIGHT_FILES, inspect_checkpoint
 from t5patches.model.protocol import LanguageModel, Params
-from t5patches.runs.files import read_regular, require_own_file, whole_folder, write_file
+from t5patches.runs.files import PathLike, read_regular, require_own_file, whole_folder, write_file
 from t5patches.runs.fingerprints import file_fingerprint, json_fingerprint
 
 CONFIG = "adapter_config.json"
@@ -49,8 +49,6 @@ A, B = "lora_a", "lora_b"
 _PREFIX, _SUFFIXES = "base_model.model.", {"lora_A.weight": A, "lora_B.weight": B}
 _BASE = "base"  # in the metadata of the weights: the fingerprint of what they were trained beside
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ which the losses find it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,18 @@ def make_mesh(model_parallel: int = 1, devices: Sequence[jax.Device] | None = No
         )
     grid = np.array(devices).reshape(-1, model_parallel)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def over(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Inside it the losses find the mesh by themselves.
+
+    Args:
+        mesh: of `make_mesh`; None is the first device alone.
+
+    Returns:
+        A context.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def check_mesh(mesh: Mesh, model: LanguageModel, batch_size: int) -> None:

@@ -72,6 +72,8 @@ def load_t5x(folder: str | os.PathLike[str]) -> T5XCheckpoint:
             for path, x in traverse_util.flatten_dict(tree["target"]).items()
         }
         return T5XCheckpoint(traverse_util.unflatten_dict(params), int(tree["state"]["step"]))
+    except MemoryError:
+        raise
     # Orbax, tensorstore and msgpack tell what is broken with exceptions of many kinds.
     except Exception as error:
         raise ValueError(f"{folder} cannot be read as a T5X checkpoint: {error}") from error
@@ -141,8 +143,8 @@ def find_t5x(folder: str | os.PathLike[str]) -> Path:
     return found
 
 
-def infer_config(params: Mapping[str, Any]) -> T5Config:
-    """The sizes of a T5 from its parameters.
+def infer_model(params: Mapping[str, Any]) -> T5:
+    """A T5 of the sizes that its parameters show.
 
     Dropout, which they do not show, is as in every published T5: 0.1.
 
@@ -150,7 +152,7 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
         params: the tree of a T5X checkpoint.
 
     Returns:
-        The sizes.
+        The model.
 
     Raises:
         ValueError: it is no T5's, or its layers are scanned; or they have gates, and parameters do
@@ -168,7 +170,7 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             )
         wi = layer["mlp"]["wi"]["kernel"]
         vocab_size, emb_dim = np.shape(params["token_embedder"]["embedding"])
-        return T5Config(
+        config = T5Config(
             vocab_size=vocab_size,
             emb_dim=emb_dim,
             num_heads=heads,
@@ -184,11 +186,7 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
             f"the checkpoint has no {error} where a T5 has it; its trees are {sorted(params)}. "
             "Models with scanned layers or other blocks are not converted"
         ) from error
-
-
-def infer_model(params: Mapping[str, Any]) -> T5:
-    """The T5 of a checkpoint's parameters; see `infer_config`."""
-    return T5(infer_config(params))
+    return T5(config)
 
 
 def _layers(side: Mapping[str, Any]) -> int:

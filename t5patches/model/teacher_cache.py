@@ -1,10 +1,10 @@
-"""The frozen model's final hidden states, computed once and read beside each batch.
+"""The original model's final hidden states, computed once and read beside each batch.
 
-A linear loss asks nothing else of the original model than what its decoder hands to the head, and
-the original never changes: one pass over the data pays for all of training. The states lie in a
-zarr array, one row a target token, in a directory that says which model, tokenizer and width they
-are of. An example is known by its content, the tokens of its input and output without the padding
-behind them: so the same cache serves any order, batch size and packing.
+A linear loss asks nothing else of it than what its decoder hands to the head, and it never
+changes: one pass over the data pays for all of training. The states lie in a zarr array, one row a
+target token, in a directory that says which model, tokenizer and width they are of. An example is
+known by its content, the tokens of its input and output without the padding behind them: so the
+same cache serves any order, batch size and packing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from t5patches.model.protocol import dtype_named
 from t5patches.runs.claims import claim, in_turn, require_space, writing
 from t5patches.runs.files import read_object, write_file
 
 ORIGINAL_HIDDEN = "original_hidden"  # the feature of a batch that holds the cache's states
-DTYPES = ("bfloat16", "float32")
 
 _ROWS_A_CHUNK = 1024
 _KEY_BYTES = 32
@@ -89,6 +89,11 @@ class TeacherCache:
         self._run = run = read_object(self.directory / "run.json")
         if about is not None:
             claim(self.directory, {**run, **about})
+        if not (self.directory / "index.npz").exists():
+            raise ValueError(
+                f"the teacher cache in {directory} is unfinished, with none of its examples: write "
+                "it again, it goes on from there"
+            )
         index = np.load(self.directory / "index.npz")
         self._offsets = index["offsets"]
         self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
@@ -101,12 +106,12 @@ class TeacherCache:
         self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
         self.dtype = self._states.dtype.numpy_dtype
 
-    def check(self, batch: Batch, about: Mapping[str, Any] | None = None, *, width: int) -> None:
+    def check(self, batch: Batch, about: Mapping[str, Any], *, width: int) -> None:
         """Makes sure that all examples of a batch are there, as the original has them.
 
         Args:
             batch: see `read`.
-            about: what the cache must be of, as given to `write_cache`; None asks nothing.
+            about: what the cache must be of, as given to `write_cache`.
             width: of the model that will be trained.
 
         Raises:
@@ -117,8 +122,7 @@ class TeacherCache:
                 f"the teacher cache {self.directory} has states of {self.width} entries and the "
                 f"model's have {width}: it is of another model"
             )
-        if about is not None:
-            claim(self.directory, {**self._run, **about})
+        claim(self.directory, {**self._run, **about})
         for segment in _segments(batch, self._pad_id):
             self._find(segment)
 
@@ -180,7 +184,7 @@ def write_cache(
         hidden_of: the original model without dropout: a batch's states [B, L, `width`].
         about: what the states are of, as JSON has it: fingerprints of checkpoint and tokenizer.
         width: entries of a state.
-        dtype: one of `DTYPES`.
+        dtype: of the states, "float32" or "bfloat16".
         pad_id: of the batches.
         tell: is told the size before anything is written; and, where another process is at work
             in the directory, that this one waits.
@@ -193,8 +197,7 @@ def write_cache(
         ValueError: the directory holds a cache of something else; no batch has an example.
         OSError: the disk has too little room.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: one of {DTYPES} is needed")
+    itemsize = np.dtype(dtype_named(dtype)).itemsize
     directory = Path(directory)
     lengths: dict[bytes, int] = {}
     for batch in batches():
@@ -202,7 +205,7 @@ def write_cache(
     if not lengths:
         raise ValueError("no batch has an example to cache: all target tokens are padding")
     offsets = np.cumsum([0, *lengths.values()])
-    tokens, itemsize = int(offsets[-1]), ts.dtype(dtype).numpy_dtype.itemsize
+    tokens = int(offsets[-1])
     size = CacheSize(len(lengths), tokens, tokens * width * itemsize)
     tell = tell or (lambda _: None)
     tell(size)

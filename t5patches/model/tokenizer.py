@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from t5patches.runs.files import read_regular
+
 Span = tuple[int, int]
 """Characters `text[start:end]`."""
 
@@ -175,7 +177,7 @@ class SentencePieceTokenizer:
         Raises:
             ValueError: it is no sentencepiece model, or has no padding or end token.
         """
-        content = model if isinstance(model, bytes) else _read(model)
+        content = model if isinstance(model, bytes) else read_regular(model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -393,8 +395,3 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 _pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()

@@ -42,17 +42,17 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5patches.model.chat import (
     CHATS,
+    COPY_AGAIN,
     ChatSource,
     ChatTemplate,
     ChatTokenizer,
-    read_object,
     read_template,
 )
 from t5patches.model.huggingface import read_config
 from t5patches.model.protocol import ModelConfig
 from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import SentencePieceTokenizer, SpecialIds, Tokenizer
-from t5patches.runs.files import read_regular
+from t5patches.runs.files import read_object, read_regular
 
 pb: Any = sentencepiece_model_pb2  # its names are made when it is imported
 _Piece = pb.ModelProto.SentencePiece
@@ -181,8 +181,8 @@ def _first(folder: Path, names: Sequence[str], reads: Sequence[Callable[[Path], 
                 *(OSError, RecursionError, DecodeError),
             ) as error:
                 raise ValueError(
-                    f"{folder / name} cannot be read ({type(error).__name__}: {error}): copy the "
-                    "model's own again"
+                    f"{folder / name} cannot be read ({type(error).__name__}: {error}): "
+                    f"{COPY_AGAIN}"
                 ) from error
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
     raise ValueError(
@@ -196,7 +196,7 @@ def _said(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            said |= read_object(folder / name)
+            said |= read_object(folder / name, COPY_AGAIN)
     return said
 
 
@@ -389,7 +389,7 @@ def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str,
     """The added tokens and whether they are special, by id."""
     named = _special_tokens(said)
     path = folder / "added_tokens.json"
-    added = {i: text for text, i in read_object(path).items()} if path.exists() else {}
+    added = {i: text for text, i in read_object(path, COPY_AGAIN).items()} if path.exists() else {}
     found = {i: (text, text in named) for i, text in added.items()}
     for i, token in (said.get("added_tokens_decoder") or {}).items():
         found[int(i)] = (token["content"], bool(token.get("special")) or token["content"] in named)
@@ -428,7 +428,7 @@ def _check_ends(tokenizer: Any, said: Mapping[str, Any], config: ModelConfig, fo
             f"{folder}: the model's end id {config.end_id} is no special token of the tokenizer: "
             f"{of_another}"
         )
-    begin = read_object(folder / "config.json").get("bos_token_id")
+    begin = read_object(folder / "config.json", COPY_AGAIN).get("bos_token_id")
     if tokenizer.special.before and begin is not None and begin not in tokenizer.special.before:
         raise ValueError(
             f"{folder}: the tokenizer puts {tokenizer.special.before} in front of a prompt, and "
@@ -452,7 +452,8 @@ def _t5_from_spiece(path: Path) -> SentencePieceTokenizer:
     if (folder / "config.json").exists():
         rows = read_config(folder).config.vocab_size
     said, other = _said(folder), folder / "tokenizer.json"
-    listed = (read_object(other).get("added_tokens") or ()) if other.exists() else ()
+    found = read_object(other, COPY_AGAIN) if other.exists() else {}
+    listed = found.get("added_tokens") or ()
     added = {token["id"]: token["content"] for token in listed}
     added |= {i: text for i, (text, _) in _added_tokens(folder, said).items()}
     count, most = said.get("extra_ids"), _MOST_SENTINELS

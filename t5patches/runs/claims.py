@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5patches.runs.files import read_object, unfinished, write_file
+from t5patches.runs.files import PathLike, read_object, unfinished, write_file
 from t5patches.runs.fingerprints import json_fingerprint
 
 _RUN, _BEGAN = "run.json", "began"
@@ -26,7 +26,7 @@ _STARTED = datetime.datetime.now().isoformat()
 
 
 def claim(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     run: Mapping[str, Any],
     *,
     may_differ: Mapping[str, Callable[[Any, Any], bool]] | None = None,
@@ -35,7 +35,7 @@ def claim(
 
     Args:
         directory: of the run; made if absent.
-        run: settings and fingerprints, as JSON has them; what it does not name is None.
+        run: settings and fingerprints, of what JSON can say; what it does not name is None.
         may_differ: for the names that the same run may have with another value, whether the value
             there may become the one asked for. It is then written.
 
@@ -43,7 +43,7 @@ def claim(
         ValueError: the directory holds another run, all that differs is named; or something that
             is of no run, and would be removed with it.
     """
-    path = Path(directory) / _RUN
+    path, run = Path(directory) / _RUN, as_json(run)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = {unfinished(path), path.with_name(_BEGAN)}
@@ -66,7 +66,7 @@ def claim(
         write_file(path, json.dumps(run, indent=1))
 
 
-def is_of(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> bool:
+def is_of(directory: PathLike, run: Mapping[str, Any]) -> bool:
     """Whether a directory holds this very run.
 
     Args:
@@ -77,10 +77,22 @@ def is_of(directory: str | os.PathLike[str], run: Mapping[str, Any]) -> bool:
         False for another one, and for none.
     """
     path = Path(directory) / _RUN
-    return path.exists() and not list(_differences(read_object(path), run, {}))
+    return path.exists() and not list(_differences(read_object(path), as_json(run), {}))
 
 
-def hold(directory: str | os.PathLike[str]) -> None:
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON gives back of a value, to compare with what was read: lists, not tuples.
+
+    Args:
+        value: of what JSON can say.
+
+    Returns:
+        Another one.
+    """
+    return json.loads(json.dumps(value))
+
+
+def hold(directory: PathLike) -> None:
     """Keeps every other process out of a directory, until this one ends or removes it.
 
     Args:
@@ -105,7 +117,7 @@ def hold(directory: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def in_turn(directory: str | os.PathLike[str], wait: Callable[[], object]) -> Iterator[None]:
+def in_turn(directory: PathLike, wait: Callable[[], object]) -> Iterator[None]:
     """Keeps other processes out of a directory for as long as something is done there.
 
     Of several that share what is made there, the first makes it and the others find it.
@@ -141,7 +153,7 @@ def _locked(path: Path) -> tuple[int, bool]:
     return handle, True
 
 
-def began(directory: str | os.PathLike[str] | None) -> datetime.datetime:
+def began(directory: PathLike | None) -> datetime.datetime:
     """When the run in a directory began, for what it is to do alike whenever it goes on.
 
     Args:
@@ -160,7 +172,7 @@ def began(directory: str | os.PathLike[str] | None) -> datetime.datetime:
 _HELD: dict[Path, int] = {}
 
 
-def remove(directory: str | os.PathLike[str]) -> None:
+def remove(directory: PathLike) -> None:
     """Removes a directory and all in it; what says whose it is goes last.
 
     So a kill on the way leaves nothing that another run takes for its own.
@@ -197,7 +209,7 @@ def _differences(
             yield f"{name} ({old} there, {value} asked for)"
 
 
-def require_space(directory: str | os.PathLike[str], size: int, what: str) -> None:
+def require_space(directory: PathLike, size: int, what: str) -> None:
     """Refuses to begin what the disk has no room for.
 
     Args:
@@ -268,7 +280,7 @@ class Parts:
         [1, 2]
     """
 
-    def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any]):
+    def __init__(self, directory: PathLike, run: Mapping[str, Any]):
         """Opens a directory, which then belongs to this run.
 
         Args:

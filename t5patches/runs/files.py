@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PathLike = str | os.PathLike[str]
 
-def unfinished(path: str | os.PathLike[str]) -> Path:
+
+def unfinished(path: PathLike) -> Path:
     """Where a file or a folder is made until it is whole.
 
     Args:
@@ -28,7 +30,7 @@ def unfinished(path: str | os.PathLike[str]) -> Path:
     return Path(f"{Path(path)}.unfinished")
 
 
-def work_of(output: str | os.PathLike[str]) -> Path:
+def work_of(output: PathLike) -> Path:
     """Where a command keeps what is finished of a file, to go on from where it was killed.
 
     Args:
@@ -40,7 +42,7 @@ def work_of(output: str | os.PathLike[str]) -> Path:
     return Path(f"{Path(output)}.work")
 
 
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_file(path: PathLike, content: str | bytes) -> None:
     r"""Writes a file that appears whole or not at all: a kill leaves the earlier file.
 
     Args:
@@ -64,7 +66,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
 
 
-def require_regular(path: str | os.PathLike[str]) -> None:
+def require_regular(path: PathLike) -> None:
     """Refuses what reading may never end of: a pipe, a device.
 
     Args:
@@ -80,7 +82,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{os.fspath(path)} is no file but a {kind}")
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
+def read_regular(path: PathLike) -> bytes:
     """Reads a file, and refuses what reading may never end of: a pipe, a device.
 
     Args:
@@ -97,11 +99,15 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object that a run has left.
+def read_object(
+    path: PathLike,
+    remedy: str = "what is in its folder is of no use; remove the folder",
+) -> dict[str, Any]:
+    """Reads a JSON object.
 
     Args:
         path: of the file.
+        remedy: what to do where it is none; by default, of a file that a run has left.
 
     Returns:
         The object.
@@ -112,17 +118,18 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         found = json.loads(read_regular(path))
-        if not isinstance(found, dict):
-            raise ValueError(f"an object is needed, got {type(found).__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{os.fspath(path)} cannot be read ({error}): what is in its folder is of no use; "
-            "remove the folder"
+            f"{os.fspath(path)} cannot be read ({type(error).__name__}: {error}): {remedy}"
         ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{os.fspath(path)} must hold an object, got {str(found)[:80]!r}: {remedy}"
+        )
     return found
 
 
-def require_own_file(path: str | os.PathLike[str]) -> None:
+def require_own_file(path: PathLike) -> None:
     """Refuses what is no file of its folder: a link out of it leads to what is not the folder's.
 
     A download of Hugging Face's is made of links, `snapshots/REVISION/NAME`, where the name may be
@@ -147,7 +154,7 @@ def require_own_file(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def folder_for_output(path: str | os.PathLike[str]) -> Iterator[None]:
+def folder_for_output(path: PathLike) -> Iterator[None]:
     """A folder to write to, made if absent; an exception inside takes it away again if it is empty.
 
     Args:
@@ -166,7 +173,7 @@ def folder_for_output(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_folder(output: PathLike) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
     It is filled under another name beside `output`, and renamed once all of it is on the disk. An

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import Any
 
 import jax
 import numpy as np
 
-from t5patches.runs.files import require_regular
+from t5patches.runs.files import PathLike, require_regular
 
 
 def fingerprint(tree: Any) -> str:
@@ -30,7 +29,7 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def file_fingerprint(path: str | os.PathLike[str]) -> str:
+def file_fingerprint(path: PathLike) -> str:
     """The same of a file: the SHA-256 of its content.
 
     Args:

@@ -16,8 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import core as flax_core
-from jax.experimental import multihost_utils
 from t5x import checkpoints
+
+from t5patches.runs import hosts
 
 PyTree = Any
 
@@ -53,13 +54,7 @@ def on_host(params: PyTree) -> PyTree:
     Returns:
       The same tree, as nested dictionaries.
     """
-
-    def fetch(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
-
-    return jax.tree.map(fetch, flax_core.unfreeze(params))
+    return jax.tree.map(np.asarray, hosts.whole(flax_core.unfreeze(params)))
 
 
 def load_or_save(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
@@ -147,9 +142,7 @@ def _read_legacy(folder: epath.Path, wanted: PyTree, on_host: bool) -> PyTree:
 
     def read(x: Any, like: Any) -> Any:
         array = np.asarray(x.get(), like.dtype)
-        if on_host:
-            return array
-        return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+        return array if on_host else hosts.place(array, like.sharding)
 
     return jax.tree.map(read, lazy, wanted)
 
