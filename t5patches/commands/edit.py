@@ -124,9 +124,8 @@ def _add_training(group: Any) -> None:
         "--learning-rate",
         metavar="RATE",
         type=float,
-        default=1e-4,
-        help="(default: 0.0001, with which a pretrained model stays close; tiny models, and "
-        "adapters, want 0.001 with Adafactor)",
+        help="(default: 0.0001, with which a pretrained model stays close; of an adapter 0.001, "
+        "which a tiny model wants too)",
     )
     group.add_argument("--steps", metavar="N", type=common.positive, default=100, help="updates "
                        "to make (default: 100; 300 end closer to the original)")  # fmt: skip
@@ -315,8 +314,10 @@ def _job(options: argparse.Namespace) -> Any:
     from t5patches.editing.train import TrainSettings
 
     lora = common.lora(options)
-    optimizer = options.optimizer or ("adafactor" if lora is None else "adam")
+    optimizer, rate = ("adafactor", 1e-4) if lora is None else ("adam", 1e-3)
     # The parser's names are the fields' names.
-    given = {**vars(options), "negatives": 0, "lora": lora, "optimizer": optimizer}
+    given = {**vars(options), "negatives": 0, "lora": lora}
+    for name, usual in (("optimizer", optimizer), ("learning_rate", rate)):
+        given[name] = usual if given[name] is None else given[name]
     settings = common.filled(TrainSettings, given)
     return common.filled(Job, {**vars(options), "settings": settings})
