@@ -76,12 +76,11 @@ CURVES: Curves = {
     "corrective, sampled": by_updates("ce", *UPDATES, LONG, on_sampled=True),
     "TNRF, sets, adapter": by_updates("tnrf", LONG, with_sets=True, **ADAPTER),
     "TNFF, sets, adapter": (
-        *by_updates("tnff", LONG, with_sets=True, **ADAPTER),
         *by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
+        *by_updates("tnff", LONG, alpha=10.0, with_sets=True, **ADAPTER),
     ),
-    "UL, sets, sampled, adapter": (
-        *by_updates("ul", UPDATES[1], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER),
-        *by_updates("ul", LONG, with_sets=True, on_sampled=True, **ADAPTER),
+    "UL, sets, sampled, adapter": by_updates(
+        "ul", *UPDATES, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),
     "UNDIAL, sets": (
         *by_updates("undial", *UPDATES, LONG, with_sets=True),
