@@ -18,8 +18,9 @@ edit goes on with --resume, to the same numbers; the output folder is absent or 
 
 With --lora only an adapter is trained, two thin matrices beside each linear layer: one copy of the
 model is held, no gradients and no optimizer for it, and the model without the adapter is the
-original. The output is then a folder of the PEFT library, to lie beside the model (`evaluate` and
-`annotate` take it with --base), or with --merge a whole folder.
+original. It also stays closer than an edit of all parameters that leaves as little: try it first.
+The output is then a folder of the PEFT library, to lie beside the model (`evaluate` and `annotate`
+take it with --base), or with --merge a whole folder.
 
 Objectives: tnff, tnrr and tnrf keep the original model's distribution for all but the marked
 tokens (start with tnrf, alpha 1; tnff stays closer and leaves more, with alpha 3 to 10 less);
