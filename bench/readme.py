@@ -18,6 +18,7 @@ import textwrap
 from bench import answers as answers_
 from bench import common
 from bench import defaults as defaults_
+from bench.frontier_real import ADAPTER
 from bench.kl_estimates import KINDS, summary
 from bench.t5x_step import VARIANTS as T5X_VARIANTS
 from bench.tpu_static import CORES, PUSHED
@@ -493,7 +494,10 @@ def frontier_real(result: dict) -> str:
     return "\n\n".join(
         _frontier(
             f"`make frontier-real`, the habit *{row['habit']}*: each edit makes {updates(row)} "
-            f"on outputs to {row['settings']['edit_inputs']} pieces of news; all is measured on "
+            f"on outputs to {row['settings']['edit_inputs']} pieces of news, "
+            f"{row['settings']['optimizer'].capitalize()} at {row['settings']['learning_rate']:g}, "
+            f"or for an adapter, of rank {ADAPTER['rank']} and merged before it is measured, at "
+            f"{ADAPTER['learning_rate']:g}; all is measured on "
             f"{row['settings']['held_out']} others, with {row['settings']['samples']} sampled "
             "outputs to each.",
             row | {"setting": result["setting"] | {k: row[k] for k in ("date", "commit")}},
