@@ -173,7 +173,7 @@ def test_readme(bound, monkeypatch):
     called = gin.get_configurable(MAIN.train)()
     assert type(called["model"]) is models.EncoderDecoderModelTNFF
     assert called["train_dataset_cfg"].pack
-    assert called["total_steps"] == 1_020_000
+    assert called["total_steps"] == 1_000_100
 
 
 def test_no_such_objective(bound):
