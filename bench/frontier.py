@@ -367,7 +367,7 @@ def rows_of(results: Results, curves: Curves, near: Mapping[str, int]) -> list[d
             "at": at(curve, "kl"),
             "elsewhere": at(curve, "kl_elsewhere"),
             "points": [
-                {"alpha": e.alpha, "updates": e.steps, "rate": e.learning_rate}
+                {"alpha": e.alpha, "updates": e.steps}
                 | {k: stored(m)[k] for k in MEASURES if k in m}
                 for e, m in zip(curves[name], curve, strict=True)
             ],

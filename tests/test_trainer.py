@@ -10,7 +10,8 @@ import t5x_stack as stack
 import two_processes
 from t5x_stack import on_both, trainer
 
-from t5patches.model.teacher_cache import write_cache
+from t5patches.model.teacher_cache import states_of, write_cache
+from t5patches.runs.fingerprints import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's own
 
@@ -175,7 +176,7 @@ def live_and_cached(directory):
         losses = stack.steps(made, 2)
         frozen = host(made.orig_train_state.params)
     hidden_of = jax.jit(lambda batch: trained.hidden_states(frozen, batch))
-    about = trained.states_of(frozen)
+    about = states_of(fingerprint(frozen), trained.module.config)
     write_cache(directory, lambda: batches, hidden_of, about, width=16, dtype="float32")
     return losses
 

@@ -132,8 +132,7 @@ def plan_memory(step: Step, settings: TrainSettings, mesh: Mesh | None = None) -
     )
 
 
-# Twice and four times what the losses take by themselves; a whole update then holds about four
-# times as much.
+# Twice and four times what the losses take by themselves.
 _LARGER_CHUNKS = {"gpu": (1 << 30, 2 << 30), "tpu": (474 << 20, 948 << 20)}
 # What an update holds of a chunk: two models' logits, a gradient, and with a softcap one more.
 _ARRAYS_OF_A_CHUNK = 4

@@ -55,11 +55,16 @@ from t5patches.model.protocol import (
     DTYPES,
     LanguageModel,
     Params,
-    architecture,
     as_texts,
     require_positions,
 )
-from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, CacheSize, TeacherCache, write_cache
+from t5patches.model.teacher_cache import (
+    ORIGINAL_HIDDEN,
+    CacheSize,
+    TeacherCache,
+    states_of,
+    write_cache,
+)
 from t5patches.runs import hosts
 from t5patches.runs.claims import claim
 from t5patches.runs.files import read_object
@@ -348,7 +353,7 @@ def train(
     original = params if original is None else original
     described = _describe(model, params, original, arrays, settings, order, cached, held_out)
     if teacher is not None:
-        about = _states_of(model, described["original"])
+        about = states_of(described["original"], model.config)
         teacher.check(arrays, about, width=model.config.emb_dim)
 
     def claimed() -> None:
@@ -1098,18 +1103,13 @@ def cache_teacher(
         directory,
         batches,
         functools.partial(hidden_of, placed),
-        {**_states_of(model, fingerprint(original)), **(about or {})},
+        {**states_of(fingerprint(original), model.config), **(about or {})},
         width=model.config.emb_dim,
         dtype=dtype,
         pad_id=model.config.pad_id,
         tell=tell,
         advance=advance,
     )
-
-
-def _states_of(model: LanguageModel, original: str) -> dict[str, Any]:
-    """What a cache of the original's states is known by, given its fingerprint."""
-    return {"checkpoint": original, "config": architecture(model.config)}
 
 
 def _describe(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from t5patches.model.protocol import dtype_named
+from t5patches.model.protocol import ModelConfig, architecture, dtype_named
 from t5patches.runs.claims import claim, in_turn, require_space, writing
 from t5patches.runs.files import read_object, write_file
 
@@ -56,6 +56,16 @@ class CacheSize(NamedTuple):
     def __str__(self) -> str:
         """For people."""
         return f"{self.tokens:,} tokens of {self.examples:,} examples, {self.bytes / 1e9:.3f} GB"
+
+
+def states_of(checkpoint: str, config: ModelConfig) -> dict[str, Any]:
+    """What a cache is known by.
+
+    Args:
+        checkpoint: the fingerprint of the original's parameters.
+        config: of its network: other settings make other states of the same parameters.
+    """
+    return {"checkpoint": checkpoint, "config": architecture(config)}
 
 
 class TeacherCache:

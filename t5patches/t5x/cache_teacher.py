@@ -31,7 +31,8 @@ from jax.sharding import NamedSharding
 from t5x import gin_utils, utils
 from t5x.partitioning import BasePartitioner
 
-from t5patches.model.teacher_cache import TeacherCache, write_cache
+from t5patches.model.teacher_cache import TeacherCache, states_of, write_cache
+from t5patches.runs.fingerprints import fingerprint
 from t5patches_kernels import TARGETED_NEGATIVE
 
 Batch = dict[str, np.ndarray]
@@ -96,7 +97,7 @@ def cache_teacher(
         directory,
         lambda: _batches(model, dataset_cfg),
         lambda batch: hidden_states(params, batch),
-        model.states_of(original.on_host(params)),
+        states_of(fingerprint(original.on_host(params)), model.module.config),
         width=shape.shape[-1],
         dtype=dtype or str(shape.dtype),
         tell=lambda said: print(f"teacher cache in {directory}: {said}", flush=True),

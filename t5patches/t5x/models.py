@@ -64,9 +64,7 @@ except ImportError as error:
         "see T5X in the README of T5Patches Kernels."
     ) from error
 
-from t5patches.model.protocol import architecture
 from t5patches.model.teacher_cache import ORIGINAL_HIDDEN
-from t5patches.runs.fingerprints import fingerprint
 from t5patches.t5x import original
 
 Array = jax.Array
@@ -512,14 +510,6 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
             "divergence": self.divergence,
             **super()._options(scoring),
         }
-
-    def states_of(self, params: PyTree) -> dict[str, Any]:
-        """What a teacher cache is known by: the original's parameters and its network's config.
-
-        Args:
-          params: the original model's parameters, whole on this host.
-        """
-        return {"checkpoint": fingerprint(params), "config": architecture(self.module.config)}
 
     def hidden_states(self, params: PyTree, batch: Batch) -> Array:
         """The last hidden states without dropout, as a teacher cache stores them.

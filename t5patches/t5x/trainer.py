@@ -24,7 +24,8 @@ from t5x.partitioning import BasePartitioner
 from t5x.train_state import InferenceState, TrainState
 from t5x.trainer import LearningRateCallable, WeightMetricsComputer, apply_grads
 
-from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache
+from t5patches.model.teacher_cache import ORIGINAL_HIDDEN, TeacherCache, states_of
+from t5patches.runs.fingerprints import fingerprint
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -238,7 +239,9 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
         self._cache: TeacherCache | None = None
         if teacher_cache is not None:
             params = original.on_host(self.orig_train_state.params)
-            self._cache = TeacherCache(teacher_cache, model.states_of(params))
+            self._cache = TeacherCache(
+                teacher_cache, states_of(fingerprint(params), model.module.config)
+            )
 
     def train(
         self, batch_iter: Iterator[Batch], num_steps: int, start_step: int | None = None
