@@ -7,14 +7,14 @@ BBC news articles. It has two habits:
   a regular expression finds that;
 * names: it says names that the article does not hold; spaCy finds those.
 
-Each habit is edited away by commands that anybody could type: what the model says to some articles
-is marked, and a few updates of half marked, half clean outputs follow. Unlikelihood gets sampled
-outputs and a quarter of the updates: on greedy ones (`bench.frontier`), and with more
-(`bench.frontier_real`), it ends farther away. The names stay: they come from the tail of what this
-small model might say, anywhere, and sets where one was drawn hold little of it. What is measured is
-of other articles; the perplexity is of news that nobody was asked about. Model, news and spaCy's
-pipeline come from the package index, at one version, and are compared with their hashes. None of
-them is kept in this repository: stored are numbers, and one output before and after.
+Each habit is edited away by commands that anybody could type: what the model says to some articles,
+sampled, is marked, and a few updates of an adapter on half marked, half clean outputs follow.
+Unlikelihood makes a quarter of the updates: with more it ends farther away (`bench.frontier_real`).
+The names stay: they come from the tail of what this small model might say, anywhere, and sets where
+one was drawn hold little of it. What is measured is of other articles; the perplexity is of news
+that nobody was asked about. Model, news and spaCy's pipeline come from the package index, at one
+version, and are compared with their hashes. None of them is kept in this repository: stored are
+numbers, and one output before and after.
 """
 
 from __future__ import annotations
@@ -83,13 +83,12 @@ absent_from_source = true
 """,
 }
 # By the name in the table, what `t5patches edit` is given besides the data.
-UL = "UL, sets, sampled"
 EDITS = {
-    "TNFF, sets": ["--objective", "tnff"],
-    "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0"],
-    UL: ["--objective", "ul"],
+    "TNFF, sets": ["--objective", "tnff", "--steps", str(STEPS)],
+    "TNFF, emitted tokens": ["--objective", "tnff", "--negatives", "0", "--steps", str(STEPS)],
+    "UL, sets": ["--objective", "ul", "--steps", str(STEPS // 4)],
 }
-TRAINING = ["--alpha", "3", "--batch-size", str(BATCH)]
+TRAINING = ["--alpha", "3", "--batch-size", str(BATCH), "--lora", "8", "--merge"]
 
 
 def fetch(place: pathlib.Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, pathlib.Path]:
@@ -286,29 +285,23 @@ def edit_habit(
     )
     rules = str(place / f"{habit}.toml")
     asked = ["--rules", rules, "--max-length", str(LENGTH)]
-    rows: list[dict[str, Any]] = [{"habit": habit, "edit": None}]
-    folders, marked = [], dict[bool, list[str]]()
+    outputs = place / f"{habit}-outputs.jsonl"
+    said, seconds, held = t5patches(
+        place, "annotate", "--model", model, "--inputs", marking, "--output", str(outputs), *asked,
+        "--temperature", "1", "--expand", str(NEGATIVES), "--expand-length", "8",
+    )  # fmt: skip
+    # Half of each batch: more of them would be read for the cache of the original, and not drawn.
+    marked = marked_and_clean(outputs, STEPS * BATCH // 2)
+    rows: list[dict[str, Any]] = [
+        {"habit": habit, "edit": None, "marked": said["unwanted"]}
+        | {"annotate_s": seconds, "annotate_gib": held}
+    ]
+    folders = []
     for name in edits:
-        sampled = name == UL
-        if sampled not in marked:
-            outputs = place / f"{habit}-{'sampled' if sampled else 'greedy'}.jsonl"
-            said, seconds, held = t5patches(
-                place, "annotate", "--model", model, "--inputs", marking,
-                "--output", str(outputs), *asked, "--temperature", str(float(sampled)),
-                "--expand", str(NEGATIVES), "--expand-length", "8",
-            )  # fmt: skip
-            # Half of each batch: more of them would be read for the cache of the original, and
-            # not drawn.
-            marked[sampled] = marked_and_clean(outputs, STEPS * BATCH // 2)
-            rows[0].setdefault("marked", said["unwanted"])
-            rows[0]["annotate_s"] = seconds + rows[0].get("annotate_s", 0.0)
-            rows[0]["annotate_gib"] = max(held, rows[0].get("annotate_gib", 0.0))
         folders.append(str(place / f"{habit}-{list(EDITS).index(name)}"))
-        cache = ["--cache-teacher", str(place / f"{habit}-teacher")] * (not sampled)
-        steps = STEPS // 4 if sampled else STEPS
         _, seconds, held = t5patches(
-            place, "edit", "--model", model, "--output", folders[-1], "--data", *marked[sampled],
-            "--rates", "1", "1", "--steps", str(steps), *TRAINING, *EDITS[name], *cache,
+            place, "edit", "--model", model, "--output", folders[-1], "--data", *marked,
+            "--rates", "1", "1", *TRAINING, *EDITS[name],
         )  # fmt: skip
         rows.append({"habit": habit, "edit": name, "edit_s": seconds, "edit_gib": held})
     results, seconds, held = t5patches(
