@@ -347,10 +347,7 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
 
 def stored(measures: Mapping[str, Measure]) -> dict[str, list[float | None]]:
     """Values and errors."""
-    return {
-        key: [x if math.isfinite(x) else None for x in (measure.value, measure.error)]
-        for key, measure in measures.items()
-    }
+    return {key: [*measure.numbers.values()] for key, measure in measures.items()}
 
 
 def rows_of(results: Results, curves: Curves, near: Mapping[str, int]) -> list[dict]:

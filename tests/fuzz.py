@@ -154,8 +154,8 @@ def tokens(folder: Path) -> None:
 
 
 def record(folder: Path) -> None:
-    from t5patches.editing.edit import card_before_edits, read_rounds
     from t5patches.editing.evaluate import Evaluation, Measure
+    from t5patches.editing.records import card_before_edits, read_rounds
     from t5patches.editing.report import Results, to_json, write_html
     from t5patches.editing.rounds import _row
 
@@ -168,7 +168,7 @@ def record(folder: Path) -> None:
 
 
 def aligned(folder: Path) -> None:
-    from t5patches.editing.edit import check_chat
+    from t5patches.editing.records import check_chat
 
     check_chat(folder / "decoder", "auto")
 

@@ -25,7 +25,8 @@ from t5patches.editing.data import (
     within,
     write_examples,
 )
-from t5patches.editing.edit import Job, check, check_chat
+from t5patches.editing.edit import Job, check
+from t5patches.editing.records import check_chat
 from t5patches.editing.templates import with_templates
 from t5patches.editing.train import TrainSettings
 from t5patches.model import chat

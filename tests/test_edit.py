@@ -20,7 +20,8 @@ from t5patches.editing import outputs as outputs_module
 from t5patches.editing import states as states_module
 from t5patches.editing import train as train_module
 from t5patches.editing.data import Example, Source
-from t5patches.editing.edit import Job, check, check_chat, read_rounds
+from t5patches.editing.edit import Job, check
+from t5patches.editing.records import check_chat, read_rounds
 from t5patches.editing.train import TrainSettings
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import load_model

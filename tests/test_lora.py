@@ -23,9 +23,10 @@ from t5patches.commands import common
 from t5patches.editing import edit as edit_module
 from t5patches.editing import train as train_module
 from t5patches.editing.data import to_arrays, write_examples
-from t5patches.editing.edit import Job, read_rounds
+from t5patches.editing.edit import Job
 from t5patches.editing.evaluate import kept_divergence, read_original
 from t5patches.editing.plan import plan_memory
+from t5patches.editing.records import read_rounds
 from t5patches.editing.train import Step, TrainSettings, in_dtype, token_loss, train
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.folder import inspect_model, load_model

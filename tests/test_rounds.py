@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5patches import cli
 from t5patches.editing import annotate, evaluate, rounds
-from t5patches.editing.edit import RECORD
+from t5patches.editing.outputs import RECORD
 from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.model.tokenizer_files import load_tokenizer

@@ -36,7 +36,6 @@ import argparse
 from typing import Any
 
 from t5patches.commands import common
-from t5patches.commands.annotate import add_input_arguments, read_sources
 from t5patches.runs.files import unfinished
 
 LESS_MEMORY = (
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: of the command.
     """
     parser.add_argument("--model", metavar="DIR", required=True, help="the folder to begin with")
-    add_input_arguments(parser)
+    common.add_input_options(parser)
     scored = parser.add_mutually_exclusive_group(required=True)
     scored.add_argument("--scorer", metavar="MODULE:FUNCTION", help="scores outputs, see above")
     scored.add_argument("--reward", metavar="DIR", help="scores outputs, see above")
@@ -229,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} is of other text, and there is none (--pretraining)"
             )
     settings = common.filled(PolicySettings, given)
-    inputs = [source.inputs for source in read_sources(options, options.model)]
+    inputs = [source.inputs for source in common.read_sources(options, options.model)]
     given |= {"inputs": inputs, "settings": settings, "fim": _fim(options)}
     job = common.filled(Job, given)
     if options.plan:

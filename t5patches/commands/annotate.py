@@ -47,7 +47,6 @@ with other rules: what the model has said by then stays.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +54,7 @@ from t5patches.commands import common
 from t5patches.runs.files import work_of
 
 if TYPE_CHECKING:
-    from t5patches.editing.data import Example, Source
+    from t5patches.editing.data import Example
     from t5patches.editing.discover import Phrase
     from t5patches.editing.rules import Rules
 
@@ -78,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="DIR", help="where --model is an adapter: the model it lies beside"
     )
-    add_input_arguments(parser)
+    common.add_input_options(parser)
     common.add_dtype_option(parser)
     common.add_rules_option(parser)
     parser.add_argument(
@@ -144,76 +143,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what every command needs that lets a model speak.
-
-    Args:
-        parser: of the command.
-    """
-    parser.add_argument(
-        "--inputs",
-        metavar="FILE",
-        required=True,
-        help="a text file with one input a line, or a .jsonl or .ndjson file with "
-        '{"inputs": "..."} a line',
-    )
-    common.add_chat_option(parser)
-    parser.add_argument(
-        "--templates",
-        metavar="FILE",
-        help="instructions, one a line with {inputs} in it: one is drawn for each input",
-    )
-    common.add_length_options(parser)
-    parser.add_argument(
-        "--max-length",
-        metavar="N",
-        type=common.positive,
-        default=64,
-        help="tokens that an output may have (default: 64)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=common.positive,
-        default=64,
-        help="outputs made at a time (default: 64)",
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=common.int31,
-        default=0,
-        help="of what is drawn: samples, templates (default: 0)",
-    )
-
-
-def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
-    """Reads what `add_input_arguments` asks for.
-
-    Args:
-        options: parsed arguments.
-        folder: of the model, whose tokens are counted.
-
-    Returns:
-        The inputs, within their limits and in their templates.
-    """
-    from t5patches.editing.data import Limits, read_inputs, within
-    from t5patches.editing.templates import read_templates, with_templates
-    from t5patches.model.tokenizer_files import load_tokenizer
-
-    sources = read_inputs(options.inputs)
-    limits = Limits(options.truncate_inputs, options.skip_longer)
-    if limits != Limits():
-        left = within(sources, limits, load_tokenizer(folder, chat=options.chat))
-        common.progress_console(options).print(left.text(limits), soft_wrap=True)
-        sources = left.kept
-    if not options.templates:
-        return sources
-    inputs = [source.inputs for source in sources]
-    texts = with_templates(inputs, read_templates(options.templates), options.seed)
-    return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
-
-
 @common.goes_on_in(lambda options: work_of(options.output))
 def run(options: argparse.Namespace) -> int:
     """Writes the file of marked outputs.
@@ -226,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from t5patches.editing.collect import CollectSettings, collect
     from t5patches.editing.discover import discover, read_human
-    from t5patches.editing.edit import check_chat
+    from t5patches.editing.records import check_chat
     from t5patches.editing.rules import read_rules
     from t5patches.editing.train import training_progress
     from t5patches.model.folder import load_model, whole_model
@@ -254,7 +183,7 @@ def run(options: argparse.Namespace) -> int:
     if options.base is not None and whole == options.model:
         raise ValueError(f"--base is for adapters and {whole} is a whole model: leave it out")
     check_chat(options.model, options.chat, options.base)
-    inputs = [source.inputs for source in read_sources(options, whole)]
+    inputs = [source.inputs for source in common.read_sources(options, whole)]
     model = load_model(options.model, options.base, chat=options.chat, dtype=options.dtype)
     with training_progress(common.progress_console(options)) as progress:
         if rules is None:
@@ -291,7 +220,7 @@ def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -
         "outputs": len(examples),
         "unwanted": sum(any(example.marked) for example in examples),
         "prevalence": share.value,
-        "prevalence_error": None if math.isnan(share.error) else share.error,
+        "prevalence_error": share.numbers["error"],
         "tokens": sum(len(example.marked) for example in examples),
         "marked_tokens": marked_tokens(examples),
         "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from t5patches.editing.data import Source
     from t5patches.editing.report import Results
 
 
@@ -75,6 +76,49 @@ def add_chat_option(container: Any) -> None:
         default="auto",
         help="auto, on or off: put each input into the model's chat template, as a message of the "
         "user (default: auto, on where the folder has a template)",
+    )
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command needs that lets a model speak.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument(
+        "--inputs",
+        metavar="FILE",
+        required=True,
+        help="a text file with one input a line, or a .jsonl or .ndjson file with "
+        '{"inputs": "..."} a line',
+    )
+    add_chat_option(parser)
+    parser.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="instructions, one a line with {inputs} in it: one is drawn for each input",
+    )
+    add_length_options(parser)
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=positive,
+        default=64,
+        help="tokens that an output may have (default: 64)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        default=64,
+        help="outputs made at a time (default: 64)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=int31,
+        default=0,
+        help="of what is drawn: samples, templates (default: 0)",
     )
 
 
@@ -241,6 +285,33 @@ def filled(kind: Any, given: Mapping[str, Any]) -> Any:
     """
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: given[name] for name in names if name in given})
+
+
+def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
+    """Reads what `add_input_options` asks for.
+
+    Args:
+        options: parsed arguments.
+        folder: of the model, whose tokens are counted.
+
+    Returns:
+        The inputs, within their limits and in their templates.
+    """
+    from t5patches.editing.data import Limits, read_inputs, within
+    from t5patches.editing.templates import read_templates, with_templates
+    from t5patches.model.tokenizer_files import load_tokenizer
+
+    sources = read_inputs(options.inputs)
+    limits = Limits(options.truncate_inputs, options.skip_longer)
+    if limits != Limits():
+        left = within(sources, limits, load_tokenizer(folder, chat=options.chat))
+        progress_console(options).print(left.text(limits), soft_wrap=True)
+        sources = left.kept
+    if not options.templates:
+        return sources
+    inputs = [source.inputs for source in sources]
+    texts = with_templates(inputs, read_templates(options.templates), options.seed)
+    return [source._replace(inputs=text) for source, text in zip(sources, texts, strict=True)]
 
 
 def print_plan(options: argparse.Namespace, checked: Any) -> None:

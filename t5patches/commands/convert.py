@@ -175,8 +175,8 @@ def _card_of_another(like: str, params: Any) -> tuple[dict[str, str | bytes], tu
     Returns:
         Files to write instead of the folder's, and names of files to leave out.
     """
-    from t5patches.editing.edit import card_before_edits
     from t5patches.editing.outputs import CARD, HEADINGS
+    from t5patches.editing.records import card_before_edits
     from t5patches.model.huggingface import load_checkpoint
     from t5patches.runs.fingerprints import fingerprint
 

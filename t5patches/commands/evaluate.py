@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from t5patches.commands import common
-from t5patches.commands.annotate import add_input_arguments, read_sources
 from t5patches.runs.files import work_of
 
 LESS_MEMORY = (
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the model that adapters lie beside (default: --before)",
     )
-    add_input_arguments(parser)
+    common.add_input_options(parser)
     common.add_dtype_option(parser)
     common.add_rules_option(parser)
     parser.add_argument(
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     work = _work(options)
     if work:
         _check_report(Path(options.report), work, options.force)
-    sources = read_sources(options, str(whole_model(options.before, options.base)))
+    sources = common.read_sources(options, str(whole_model(options.before, options.base)))
     inputs = [source.inputs for source in sources]
     measuring = Measuring(
         rule=read_rules(options.rules) if options.rules else None,

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from t5patches.editing.data import Batch, to_arrays
-from t5patches.editing.edit import model_to_train, read_rounds
+from t5patches.editing.edit import model_to_train
 from t5patches.editing.fim import FillInTheMiddle
 from t5patches.editing.other_text import read_other_text
 from t5patches.editing.outputs import (
@@ -45,6 +45,7 @@ from t5patches.editing.policy import (
     largest_rows,
 )
 from t5patches.editing.programs import MAY_DIFFER, on_first_device, rows_of
+from t5patches.editing.records import read_rounds
 from t5patches.editing.reward import load_scorer, reward_fingerprint
 from t5patches.editing.scores import Scorer
 from t5patches.editing.train import training_progress

@@ -7,11 +7,9 @@ whole, with `t5patches.json` (what was done, for machines) and a section in READ
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,17 +36,12 @@ from t5patches.editing.data import (
     training_arrays,
     within,
 )
-from t5patches.editing.held_out import Look, held_out_examples, held_out_inputs, verdict
+from t5patches.editing.held_out import held_out_examples, held_out_inputs
 from t5patches.editing.mixing import mixing_rates, mixture_order, with_share
 from t5patches.editing.outputs import (
-    ALIGN_RECORD,
     CARD,
-    HEADINGS,
     RECORD,
     Output,
-    card_with,
-    lies,
-    recorded,
     require_adapter_to_merge,
     result,
     room_for,
@@ -61,11 +54,17 @@ from t5patches.editing.plan import (
     show_plan,
     with_larger_chunks,
 )
+from t5patches.editing.records import (
+    card_before_edits,
+    card_of,
+    check_chat,
+    read_rounds,
+    record_of,
+)
 from t5patches.editing.templates import read_templates, template_items
 from t5patches.editing.train import (
     KEEPING,
     NO_SETS,
-    OBJECTIVES,
     WITH_ORIGINAL,
     Batches,
     Params,
@@ -80,7 +79,7 @@ from t5patches.editing.train import (
 )
 from t5patches.model.folder import inspect_model
 from t5patches.model.huggingface import inspect_checkpoint, load_checkpoint
-from t5patches.model.lora import require_whole, weight_fingerprints, whole_model
+from t5patches.model.lora import require_whole, weight_fingerprints
 from t5patches.model.memory import size
 from t5patches.model.placement import make_mesh
 from t5patches.model.protocol import (
@@ -95,8 +94,8 @@ from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocab
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import PathLike, read_object, read_regular, require_own_file, unfinished
-from t5patches.runs.fingerprints import file_fingerprint, fingerprint
+from t5patches.runs.files import PathLike, unfinished
+from t5patches.runs.fingerprints import file_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +228,10 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         params = hosts.whole(trained.params)
         made = result(job.model, params, done.settings.lora, merge=job.merge)
         trained = trained._replace(params=made[0])
-        record = _record(described, done, output.work / "run", trained)
+        record = record_of(described, done.counts, done.plan, output.work / "run", trained)
         record["seconds"] = round(time.monotonic() - began, 1)
         files = {RECORD: json.dumps({"rounds": [*read_rounds(job.model), record]}, indent=1)}
-        files[CARD] = _card(job, record)
+        files[CARD] = card_of(job.model, record)
         hosts.once(lambda: save_result(output.made, done.model, made, job.model, files))
 
     state = (checked.step.state, checked.step.state.params if checked.held_out else None)
@@ -354,8 +353,8 @@ def check(job: Job) -> Checked:
     step = Step(model, settings, arrays, mesh, cached=cached, own_original=own)
     settings = with_larger_chunks(step, settings, mesh)
     step = step.with_settings(settings)
-    plan = plan_memory(step, settings, mesh)
-    require_memory(plan, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
+    memory = plan_memory(step, settings, mesh)
+    require_memory(memory, settings, mesh, bfloat16=job.dtype == "bfloat16", remat=job.remat)
     notes += _told_lengths(Batches(arrays, settings, model.config.pad_id, order).shapes())
     return Checked(
         model,
@@ -364,7 +363,7 @@ def check(job: Job) -> Checked:
         settings,
         mesh,
         step,
-        plan,
+        memory,
         counts,
         notes,
         unsaid=unsaid,
@@ -405,96 +404,6 @@ def model_to_train(folder: PathLike, chat: str) -> tuple[LanguageModel, Tokenize
     card_before_edits(folder)
     check_chat(folder, chat)
     return found
-
-
-def read_rounds(folder: PathLike) -> list[dict[str, Any]]:
-    """What edits made a model folder.
-
-    Args:
-        folder: of any model.
-
-    Returns:
-        A record for each edit, oldest first; none for a model that `edit` did not make.
-
-    Raises:
-        ValueError: the record cannot be read, or is a link out of the folder.
-    """
-    path = Path(folder) / RECORD
-    if not path.exists():
-        return []
-    require_own_file(path)
-    try:
-        rounds = list(json.loads(read_regular(path))["rounds"])
-        for round_ in rounds:
-            _check_round(round_)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): remove it or restore it"
-        ) from error
-    return rounds
-
-
-def _check_round(round_: Any) -> None:
-    """Refuses a record without what is read of one, here and in reports."""
-    _ = {**round_["job"]["model"]["sha256"], **round_["job"]["data"]}
-    settings, history = round_["settings"], round_["history"]
-    numbers = [settings["alpha"], settings["negatives"], *itertools.chain(*history.values())]
-    odd = [x for x in numbers if type(x) not in (int, float) or not abs(x) < 1e300]
-    if odd:
-        raise ValueError(f"{len(odd)} of its numbers are none, such as {odd[0]!r:.200}")
-    if settings["objective"] not in OBJECTIVES:
-        raise ValueError(f"its objective is {settings['objective']!r:.200}")
-    steps = {len(history[name]) for name in ("loss", "marked", "said")}
-    if len(steps) != 1 or steps == {0}:
-        raise ValueError("its history is of no step, or of another number of them for each measure")
-
-
-def card_before_edits(folder: PathLike) -> str:
-    """A folder's model card without what edits, alignments and reward models have said in it.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        The card; empty where there is none.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    path = Path(folder) / CARD
-    try:
-        text = read_regular(path).decode() if path.exists() else ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): convert it, or remove it") from error
-    headings = "|".join(map(re.escape, HEADINGS.values()))
-    return re.split(f"^(?:{headings})", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
-
-
-def check_chat(folder: PathLike, chat: str, base: PathLike | None = None) -> None:
-    """Refuses to treat an edited or aligned model otherwise than what made it did.
-
-    Args:
-        folder: of a model, or of an adapter.
-        chat: "on", "off" or "auto".
-        base: the model that an adapter lies beside.
-
-    Raises:
-        ValueError: what made it put inputs into the chat template and `chat` does not, or the
-            other way round.
-    """
-    now = uses_chat(whole_model(folder, base), chat)
-    then = {RECORD: [round_["job"].get("chat") for round_ in read_rounds(folder)]}
-    if (aligned := Path(folder) / ALIGN_RECORD).exists():
-        require_own_file(aligned)
-        job = read_object(aligned, "remove it or restore it").get("job")
-        then[ALIGN_RECORD] = [job.get("chat") if isinstance(job, dict) else None]
-    for record, chats in then.items():
-        if now is not None and (not now) in chats:
-            was, asked = ("off", "on") if now else ("on", "off")
-            raise ValueError(
-                f"{folder} was trained with --chat {was}, as its {record} has it, and --chat "
-                f"{asked} would give it other prompts: give --chat {was}"
-            )
 
 
 def _check_original(job: Job, tokenizer: Tokenizer) -> None:
@@ -874,90 +783,3 @@ def _named(files: Sequence[PathLike]) -> dict[str, str]:
         name if names.count(name) == 1 else str(file): file_fingerprint(file)
         for name, file in zip(names, files, strict=True)
     }
-
-
-def _record(
-    described: Mapping[str, Any], checked: Checked, directory: Path, trained: Trained
-) -> dict[str, Any]:
-    run = json.loads((directory / "run.json").read_text())
-    looks, until = {}, run["settings"]["until"]
-    if until is not None:
-        found = verdict(trained.looks, until)
-        looks["held out"] = {
-            "why": found.why or "steps",
-            "updates": trained.looks[found.best].step,
-            "fingerprint": run["held_out"],
-            **{name: [getattr(x, name) for x in trained.looks] for name in Look._fields},
-        }
-    return recorded(
-        described,
-        settings=run["settings"],
-        counts=dict(checked.counts),
-        fingerprints={name: run[name] for name in ("data", "params", "original")}
-        | {"edited": fingerprint(trained.params)},
-        history=trained.history,
-        **looks,
-        memory=dataclasses.asdict(dataclasses.replace(checked.plan, available=None)),
-        devices=f"{checked.plan.count} x {checked.plan.device}",
-    )
-
-
-def _card(job: Job, record: Mapping[str, Any]) -> str:
-    """The model card with a section on this edit at its end."""
-    settings, counts, job_ = record["settings"], record["counts"], record["job"]
-    sets = f", sets of up to {settings['negatives']} ids" if settings["negatives"] else ""
-    beta = f", beta {settings['beta']:g}" if settings["beta"] else ""
-    data = ", ".join(f"`{name}` (sha256 `{digest}`)" for name, digest in job_["data"].items())
-    alpha = "" if settings["objective"] == "ce" else f", alpha {settings['alpha']:g}"
-    close = ""
-    if settings["objective"] in WITH_ORIGINAL:
-        original = job_["original"]
-        close = (
-            f"- Kept close to: {original['name'] if original else 'the model it was made from'}.\n"
-        )
-    adapter, lora = "", settings["lora"]
-    if lora:
-        adapter = (
-            f"- An adapter (LoRA) of rank {lora['rank']}, alpha {lora['alpha'] or lora['rank']:g}, "
-            f"{lies(job_['merge'], job_['model']['name'])}.\n"
-        )
-    average = f", weights averaged ({settings['average']:g})" if settings["average"] else ""
-    kept = ""
-    if job_["keep"]:
-        ((name, digest),), share = job_["keep"]["file"].items(), job_["keep"]["share"]
-        kept = (
-            f"- Outputs to `{name}` (sha256 `{digest}`) are {share:.0%} of what was drawn, with "
-            "nothing pushed down.\n"
-        )
-    loss, made = record["history"]["loss"], ""
-    if found := record.get("held out"):
-        left = found["left"][found["step"].index(found["updates"])]
-        made = (
-            f"- Kept is the state after {found['updates']} updates, the best on inputs held out: "
-            f"{left:.2%} left there of {found['left'][0]:.2%} (asked for: "
-            f"{settings['until']:.2%}).\n"
-        )
-    chat = {None: "", True: ", chat template on", False: ", chat template off"}[job_["chat"]]
-    only_others = counts.get("only others", 0)  # older records have no such count
-    others = f", and only others in the place of {only_others}" if only_others else ""
-    return card_with(
-        job.model,
-        f"{HEADINGS[RECORD]}t5patches\n\n"
-        f"On {record['date']} `t5patches edit` edited `{job_['model']['name']}`: objective "
-        f"`{settings['objective']}`{alpha}{beta}{sets}.\n\n"
-        f"- Data: {data}; {counts['examples']} examples, {counts['marked']} of {counts['tokens']} "
-        f"output tokens pushed down{others}; fingerprint `{record['fingerprints']['data']}`.\n"
-        f"{adapter}{kept}{close}"
-        f"- {len(loss)} updates of {settings['batch_size']} examples, "
-        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} "
-        f"({settings['schedule']}), warm-up {settings['warmup_steps']}{average}, dropout "
-        f"{job_['dropout']:g}, {job_['dtype']}, seed {settings['seed']}{chat}; loss "
-        f"{loss[0]:.4g} at the first, {loss[-1]:.4g} at the last.\n"
-        f"{made}"
-        f"- All settings, fingerprints and the course of the loss: `{RECORD}`.\n\n"
-        "What the edit removed and what else it changed was not measured here: "
-        "`t5patches evaluate` does.\n",
-    )
-
-
-__all__ = ["RECORD", "Checked", "Job", "check", "check_chat", "edit", "plan", "read_rounds"]

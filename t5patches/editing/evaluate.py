@@ -41,6 +41,11 @@ BOOTSTRAP_SAMPLES = 300
 _TWO_SIDED_95 = 1.96
 
 
+def finite(value: float) -> float | None:
+    """The number; None for nan and infinity, which JSON has not."""
+    return value if math.isfinite(value) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """A number and its standard error.
@@ -55,6 +60,11 @@ class Measure:
     value: float
     error: float
     samples: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """`value` and `error` as JSON can say them."""
+        return {"value": finite(self.value), "error": finite(self.error)}
 
 
 class Said(NamedTuple):

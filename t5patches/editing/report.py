@@ -34,7 +34,7 @@ from rich.text import Text
 from t5patches.editing.curves import AT, LEFT, kl_at, listed, nearest, who_is_closest
 from t5patches.editing.data import Example
 from t5patches.editing.display import visible
-from t5patches.editing.evaluate import Measure, differs
+from t5patches.editing.evaluate import Measure, differs, finite
 from t5patches.editing.train import TARGETED, History
 from t5patches.model.tokenizer import input_text
 from t5patches.runs.files import write_file
@@ -302,7 +302,7 @@ def to_json(results: Results) -> str:
                 "alpha": row.alpha,
                 "negatives": row.negatives,
                 "measures": _numbers(row.measures),
-                "history": {k: [_finite(x) for x in v] for k, v in row.history.items()},
+                "history": {k: [finite(x) for x in v] for k, v in row.history.items()},
             }
             for row in results.rows
         ],
@@ -408,15 +408,7 @@ def _percent(measure: Measure) -> str:
 
 
 def _numbers(measures: Measures) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {"value": _finite(measure.value), "error": _finite(measure.error)}
-        for name, measure in measures.items()
-    }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no nan and no infinity."""
-    return value if math.isfinite(value) else None
+    return {name: measure.numbers for name, measure in measures.items()}
 
 
 def _gentle(rows: Sequence[Row]) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -229,8 +228,7 @@ def _accuracy(reward: Reward, pairs: Sequence[Pair]) -> dict[str, Any] | None:
         return None
     inputs = [chosen.inputs for chosen, _ in pairs]
     chosen, rejected = (reward([pair[i].outputs for pair in pairs], inputs) for i in (0, 1))
-    found = over_inputs(inputs, chosen > rejected)
-    return {"value": found.value, "error": None if math.isnan(found.error) else found.error}
+    return over_inputs(inputs, chosen > rejected).numbers
 
 
 def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from t5patches.editing.annotate import Keep
 from t5patches.editing.collect import asked
-from t5patches.editing.edit import check_chat, read_rounds
 from t5patches.editing.evaluate import (
     Evaluation,
     Measuring,
@@ -25,6 +24,7 @@ from t5patches.editing.evaluate import (
 )
 from t5patches.editing.outputs import ALIGN_RECORD, record_in
 from t5patches.editing.plan import yet_to_place
+from t5patches.editing.records import check_chat, read_rounds
 from t5patches.editing.report import Results, Row
 from t5patches.editing.train import training_progress
 from t5patches.model.folder import LoadedModel, inspect_model, load_model
