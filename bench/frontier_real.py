@@ -79,6 +79,10 @@ CURVES: Curves = {
         *by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
         *by_updates("tnff", LONG, alpha=10.0, with_sets=True, **ADAPTER),
     ),
+    "TNFF, sets, sampled, adapter": by_updates(
+        "tnff", UPDATES[1], LONG, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
+    ),
+    "UNDIAL, sets, adapter": by_updates("undial", LONG, alpha=3.0, with_sets=True, **ADAPTER),
     "UL, sets, sampled, adapter": by_updates(
         "ul", *UPDATES, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),

@@ -430,10 +430,10 @@ def real(result: dict) -> str:
     )
     table = _measured(
         f"`make real`: asked for a sentence about news, SmolLM2-135M-Instruct {found}. After "
-        f"{result['steps']} updates (UL: {result['steps'] // 4}) of an adapter on its own sampled "
+        f"{result['steps']} updates (UL: {result['steps'] // 4}) of an adapter on its sampled "
         f"outputs (`--lora 8`, alpha 3, batches of 8), by {result['measured']} other articles: "
         "KL at unmarked tokens, unwanted outputs (greedy ± 6, sampled ± 3), clean ones that stayed "
-        "word for word, perplexity of other news. Most names stay: they are drawn from anywhere. "
+        "word for word, perplexity of other news. Most names stay: they come from anywhere. "
         f"{minutes:.0f} minutes, {peak:.1f} GiB.",
         result["setting"],
         ["", "KL", "unwanted, %", "sampled, %", "clean kept, %", "perplexity"],
