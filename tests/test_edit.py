@@ -178,7 +178,7 @@ def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(kind, place, mon
     moments = [
         (edit_module, "load_checkpoint", 1),
         (train_module.Batches, "at", 4),  # beyond the first checkpoint
-        (edit_module, "_record", 1),  # trained, not written
+        (edit_module, "record_of", 1),  # trained, not written
         (edit_module, "save_result", -1),  # written, not renamed
     ]
     for module, name, when in moments:
