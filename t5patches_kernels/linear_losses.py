@@ -20,8 +20,8 @@ model with a softcap, mask its logits and give them to `losses`.
 (`tokens_per_chunk`). For a gradient each chunk adds a whole float32 gradient of the kernel to that
 of the chunks before it: fewer, larger chunks are faster where each adds to memory, and hold up to
 four times ``chunk_bytes`` there. None is 512 MiB on a GPU, 237 MiB on a TPU and 16 MiB, for its
-caches, on a CPU. Between sizes, sums over tokens differ by rounding. ``"reference"`` takes no
-notice: it makes all logits at once.
+caches, on a CPU, but no less than the logits of 128 tokens. Between sizes, sums over tokens differ
+by rounding. ``"reference"`` takes no notice: it makes all logits at once.
 
 The gradient of the kernel is made as the loss is. So give the whole batch at once: under `jax.vmap`
 each example has chunks and a gradient of its own, and a `jax.lax.scan` that is differentiated from
@@ -378,11 +378,11 @@ def tokens_per_chunk(
       >>> tokens_per_chunk(8192, 250112, platform="gpu", chunk_bytes=2 << 30)
       2048
     """
-    least, own = chunked_linear.LEAST_ROWS, chunked_linear.CHUNK_BYTES
+    least = chunked_linear.LEAST_ROWS
     for name, x in (("tokens", tokens), ("vocab_size", vocab_size)):
         checks.number(name, x, least=1.0)
-    checks.one_of("platform", platform, tuple(own))
+    checks.one_of("platform", platform, tuple(chunked_linear.CHUNK_BYTES))
     size = checks.chunk_bytes(chunk_bytes, 4 * vocab_size * least, least)
-    size = own[platform] if size is None else size
+    size = chunked_linear.own_bytes(platform, vocab_size) if size is None else size
     rows = chunked_linear.chunk_rows(tokens, vocab_size, size, skip_ignored=skip_ignored)
     return min(tokens, rows)

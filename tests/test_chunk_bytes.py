@@ -30,7 +30,8 @@ W = jax.random.choice(KEYS[4], jnp.array([1.0, -1.0, 0.0]), (B, L))
 
 def total(h, k, **options):
     """Of unequal cotangents, so that the kernel's gradient is made again."""
-    out = tk.linear_targeted_negative_loss(h, k, RH, K, Y, W, objective="tnrf", **options)
+    original = K.T if options.get("transposed") else K
+    out = tk.linear_targeted_negative_loss(h, k, RH, original, Y, W, objective="tnrf", **options)
     return (out.loss * jnp.arange(1.0, 1 + T).reshape(B, L)).sum()
 
 
@@ -82,10 +83,66 @@ def test_as_many_chunks_as_asked(tokens, count, each):
 def test_by_itself_each_platform_has_its_own(monkeypatch):
     sizes = {"cpu": EIGHT, "gpu": 4 * EIGHT, "tpu": 2 * EIGHT}
     monkeypatch.setattr(chunked_linear, "CHUNK_BYTES", sizes)
+    monkeypatch.setattr(chunked_linear, "_MATRIX_ROWS", 8)
     chunked_linear.run.clear_cache()
     assert chunks() == ({8, 4, 2}, {8, 16, 32})
     assert [tokens_per_chunk(T, V, platform=x) for x in ("cpu", "gpu", "tpu")] == [8, 32, 16]
     chunked_linear.run.clear_cache()
+
+
+def test_by_itself_a_chunk_has_as_many_tokens_as_products_are_quick_with():
+    assert [tokens_per_chunk(512, x, platform="cpu") for x in (8192, 262144)] == [512, 128]
+
+
+@pytest.fixture
+def some_columns(monkeypatch):
+    """The kernel's gradient is added 50 columns at a time; the last are moved back."""
+    monkeypatch.setattr(chunked_linear, "_COLUMNS_ADDED", 50)
+    chunked_linear.run.clear_cache()
+    yield
+    chunked_linear.run.clear_cache()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "skip_ignored"),
+    [("xla", True), slow_unless(False, "xla", False), slow_unless(False, "pallas_tpu", True)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_kernel_s_gradient_by_columns_is_the_same(
+    transposed, implementation, skip_ignored, some_columns
+):
+    def turned(k):
+        return k.T if transposed else k
+
+    def of(h, k):
+        options = {"chunk_bytes": 3 * EIGHT, "skip_ignored": skip_ignored}
+        return total(h, k, transposed=transposed, implementation=implementation, **options)
+
+    value, (d_hidden, d_kernel) = jax.jit(jax.value_and_grad(of, (0, 1)))(H, turned(K))
+    close((value, (d_hidden, turned(d_kernel))), dense())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_second_array_as_large_as_a_kernel_is_held(transposed, monkeypatch):
+    """Beside its gradient, where chunks add to it on a CPU."""
+    rows, width, columns = 64, 256, 8192
+    h = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+    k = jax.ShapeDtypeStruct((columns, width) if transposed else (width, columns), jnp.float32)
+
+    def of(h, k):
+        out = tk.linear_cross_entropy_loss(
+            h, k, jnp.zeros(rows, int), chunk_bytes=32 * columns, transposed=transposed
+        )
+        return out.loss.sum()
+
+    held = {}
+    for added in (1024, columns):
+        monkeypatch.setattr(chunked_linear, "_COLUMNS_ADDED", added)
+        chunked_linear.run.clear_cache()
+        program = jax.jit(jax.grad(of, (0, 1))).lower(h, k).compile()
+        held[added] = program.memory_analysis().temp_size_in_bytes
+    chunked_linear.run.clear_cache()
+    assert held[columns] - held[1024] > 0.8 * 4 * width * columns
 
 
 def test_several_chunks_to_skip(monkeypatch):
@@ -97,7 +154,7 @@ def test_several_chunks_to_skip(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(2, 2), slow_unless(False, (1, 4))])
-def test_on_a_mesh_it_bounds_what_each_device_makes(shape):
+def test_on_a_mesh_it_bounds_what_each_device_makes(shape, some_columns):
     rows, parts = shape
     devices = jax.devices()[: rows * parts]
     mesh = jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=devices)
@@ -108,7 +165,8 @@ def test_on_a_mesh_it_bounds_what_each_device_makes(shape):
         counts, tokens = chunks(V // parts, **options)
         got = jax.jit(gradient(**options))(H, K)
     assert tokens == {each}
-    assert counts == {T // rows // each} != {1}
+    of_columns = -(-V // parts // 50)
+    assert counts == {T // rows // each, of_columns} != {1, of_columns}
     close(got, dense())
 
 

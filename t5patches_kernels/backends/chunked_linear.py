@@ -13,6 +13,7 @@ what follows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -31,17 +32,25 @@ from t5patches_kernels.core.operation import (
 )
 from t5patches_kernels.core.statistics import Array, Stats, any_asked
 
-# A float32 chunk of one logits array where the caller names no size, by platform: small enough for
-# a CPU's caches; on a GPU large enough for its matrix units, and for the kernel's float32 gradient
-# to be read and written seldom; on a TPU, by its compiler's figures (`python -m bench.tpu_static
-# --linear`), as much as keeps T = 4096, D = 1024, V = 250112 within a twentieth of what dense
-# logits hold.
+# A float32 chunk of one logits array where the caller names no size, by platform, see `own_bytes`:
+# small enough for a CPU's caches; on a GPU large enough for its matrix units, and for the kernel's
+# float32 gradient to be read and written seldom; on a TPU, by its compiler's figures (`python -m
+# bench.tpu_static --linear`), as much as keeps T = 4096, D = 1024, V = 250112 within a twentieth of
+# what dense logits hold.
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20, "tpu": 237 << 20}
 LEAST_ROWS = 8
 # At least so many chunks where ignored tokens are skipped, as all but one token of the last may be
 # ignored; not more, as each chunk adds its gradient of the kernel to that of the others.
 _CHUNKS_TO_SKIP = 4
 _MATRIX_ROWS = 128
+# Of the kernel's gradient, what is added at a time where XLA would else hold a whole product beside
+# the sum: on CPUs, whose products cannot add.
+_COLUMNS_ADDED = 4096
+
+
+def own_bytes(platform: str, columns: int) -> int:
+    """A chunk where the caller names no size: no fewer tokens than products are quick with."""
+    return max(CHUNK_BYTES[platform], 4 * columns * _MATRIX_ROWS)
 
 
 def chunk_rows(rows: int, columns: int, chunk_bytes: int, *, skip_ignored: bool = False) -> int:
@@ -81,16 +90,47 @@ def _uncapped(d_logits: Array, z: Array, head: Head) -> Array:
     return jnp.where(d_logits == 0, 0.0, d_logits * (4 * e / jnp.square(1 + e)))
 
 
-def _pull(dz: Array, hidden: Array, kernel: Array, head: Head) -> tuple[Array, Array]:
-    """The gradients to a chunk's hidden states and, summed over it, to the kernel (float32)."""
-    dz = dz.astype(hidden.dtype)
+def _to_hidden(dz: Array, kernel: Array, head: Head) -> Array:
+    """The gradient to a chunk's hidden states, float32."""
     over_v = (((1,), (0 if head.transposed else 1,)), ((), ()))
-    dh = jax.lax.dot_general(
-        dz, kernel.astype(hidden.dtype), over_v, preferred_element_type=jnp.float32
-    )
+    kernel = kernel.astype(dz.dtype)
+    return head.scale * jax.lax.dot_general(dz, kernel, over_v, preferred_element_type=jnp.float32)
+
+
+def _to_kernel(dz: Array, hidden: Array, head: Head) -> Array:
+    """The gradient to the kernel, or to those columns of it that `dz` has, float32."""
+    over_t = (((0,), (0,)), ((), ()))
     pair = (dz, hidden) if head.transposed else (hidden, dz)
-    dw = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return dh * head.scale, dw * head.scale
+    return head.scale * jax.lax.dot_general(*pair, over_t, preferred_element_type=jnp.float32)
+
+
+Add = Callable[[Array | None, Array, Array, Head], Array]
+"""Of the kernel's gradient so far, None before the first chunk: with this chunk's."""
+
+
+def _add(total: Array | None, dz: Array, hidden: Array, head: Head) -> Array:
+    """See `Add`: one product, to which a GPU's and a TPU's add as they go."""
+    own = _to_kernel(dz, hidden, head)
+    return own if total is None else total + own
+
+
+def _add_by_columns(total: Array | None, dz: Array, hidden: Array, head: Head) -> Array:
+    """See `Add`: some columns at a time, so that no second array as large as the kernel is held."""
+    columns, axis = dz.shape[1], 0 if head.transposed else 1
+    size = min(columns, _COLUMNS_ADDED)
+    if total is None or size == columns:
+        return _add(total, dz, hidden, head)
+
+    def add(i: Array, total: Array) -> Array:
+        # The last ones are moved back to end with the kernel's; what they had is not added again.
+        start = jnp.minimum(i * size, columns - size)
+        fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+        some = jnp.where(fresh, jax.lax.dynamic_slice_in_dim(dz, start, size, axis=1), 0)
+        old = jax.lax.dynamic_slice_in_dim(total, start, size, axis)
+        new = old + _to_kernel(some, hidden, head)
+        return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis)
+
+    return jax.lax.fori_loop(0, -(-columns // size), add, total)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -112,9 +152,9 @@ def run(
     stored = None if op.head.softcap else operands.model[0].dtype.name
     return tiling.by_platform(
         inputs,
-        gpu=partial(chunked, dataclasses.replace(op, gradient_dtype=stored), CHUNK_BYTES["gpu"]),
-        tpu=partial(chunked, op, CHUNK_BYTES["tpu"]),
-        default=partial(chunked, op, CHUNK_BYTES["cpu"]),
+        gpu=partial(chunked, dataclasses.replace(op, gradient_dtype=stored), "gpu", _add),
+        tpu=partial(chunked, op, "tpu", _add),
+        default=partial(chunked, op, "cpu", _add_by_columns),
     )
 
 
@@ -122,7 +162,8 @@ def _chunked(
     driver: Driver,
     stage: Stage,
     op: Operation,
-    of_device: int,
+    platform: str,
+    add: Add,
     operands: Operands,
     tokens: Tokens,
     stats: Stats | None,
@@ -133,7 +174,7 @@ def _chunked(
     head = op.head
     of_chunk = dataclasses.replace(op, skip_ignored=False)
 
-    def body(block, donated, fresh):
+    def body(block, donated, fresh, total):
         hidden, ref_hidden, tokens, stats, d_stats = block
         z = product_of(hidden, kernel, head)
         reference: tuple[Array, ...] = ()
@@ -142,17 +183,18 @@ def _chunked(
         logits = Operands((capped(z, head),), reference)
         out = driver(of_chunk, stage, logits, tokens, stats, d_stats)
         if out.gradient is None:
-            return out, donated, None
+            return out, donated, total
         # Elsewhere the gradient to logits is 0, but hidden states may be NaN, and 0 * NaN is NaN.
         asked = tokens.weights[:, None] != 0 if d_stats is None else any_asked(d_stats)
         once = jnp.where(fresh[:, None] & asked, hidden, jnp.zeros_like(hidden))
-        dh, dw = _pull(_uncapped(out.gradient[0], z, head), once, kernel, head)
-        return Result(out.stats, (dh,)), donated, dw
+        dz = _uncapped(out.gradient[0], z, head).astype(hidden.dtype)
+        dh = _to_hidden(dz, kernel, head)
+        return Result(out.stats, (dh,)), donated, add(total, dz, once, head)
 
     ref_hidden = operands.reference[0] if operands.reference else None
     rows, columns = hidden.shape[0], columns_of(head, operands.model)
     inputs = (hidden, ref_hidden, tokens, stats, d_stats)
-    chunk_bytes = of_device if head.chunk_bytes is None else head.chunk_bytes
+    chunk_bytes = head.chunk_bytes or own_bytes(platform, columns)
     block = chunk_rows(rows, columns, chunk_bytes, skip_ignored=op.skip_ignored)
     counts = tokens.weights != 0 if op.skip_ignored else None
     out, _, dw = tiling.for_row_blocks(body, inputs, rows, block, counts=counts)

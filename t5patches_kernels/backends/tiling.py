@@ -78,7 +78,7 @@ def by_platform(
 
 
 def for_row_blocks(
-    body: Callable[[Any, Any, Array], tuple[Any, Any, Any]],
+    body: Callable[[Any, Any, Array, Any], tuple[Any, Any, Any]],
     inputs: Any,
     rows: int,
     block: int,
@@ -94,23 +94,25 @@ def for_row_blocks(
     are not run. How many there are is known when the program runs.
 
     Args:
-      body: ``(block of inputs, block of donated, fresh) -> (rowwise, instead, summed)``. ``fresh``
-        ``[block]`` is false for the rows that an earlier block has had: they must not enter
-        `summed` again, and what `donated` has for them is a result already.
+      body: ``(block of inputs, block of donated, fresh, sum) -> (rowwise, instead, sum)``.
+        ``fresh`` ``[block]`` is false for the rows that an earlier block has had: they must not
+        enter the sum again, and what `donated` has for them is a result already. The sum that it
+        is given is that of the blocks before, None where there are none and where nothing is
+        summed; it adds its own as suits it.
       inputs: arrays whose first dimension is `rows`.
       rows: the number of rows.
       block: rows a block, at least 1.
       donated: arrays like `inputs`, over which `instead` is written: of its shapes and dtypes.
         Where nobody else reads them, no memory is needed for the results. Whatever is computed
         from a block of them must show in `instead`: else XLA copies all of them for every block.
-      counts: ``[rows]`` bool: `rowwise` may be 0 for other rows, and they may be left out of
-        `summed`. None: all rows count. Not with `donated`.
+      counts: ``[rows]`` bool: `rowwise` may be 0 for other rows, and they may be left out of the
+        sum. None: all rows count. Not with `donated`.
 
     Returns:
-      `rowwise` and `instead` with `rows` rows, `summed` added over the blocks.
+      `rowwise` and `instead` with `rows` rows, and the sum over the blocks.
     """
     if rows <= block:
-        return body(inputs, donated, jnp.ones((rows,), jnp.bool_))
+        return body(inputs, donated, jnp.ones((rows,), jnp.bool_), None)
 
     blocks, ragged = -(-rows // block), rows % block > 0
     needed: Any = blocks
@@ -137,20 +139,20 @@ def for_row_blocks(
         start = jnp.minimum(step * block, rows - block)
         return start, start + jnp.arange(block, dtype=jnp.int32) >= step * block
 
-    def of_block(step, donated):
+    def of_block(step, donated, total):
         start, fresh = place(step)
-        return start, fresh, body(cut(inputs, start), cut(donated, start), fresh)
+        return start, fresh, body(cut(inputs, start), cut(donated, start), fresh, total)
 
-    *_, (rowwise, _, summed) = jax.eval_shape(lambda: of_block(jnp.int32(0), donated))
+    *_, (rowwise, _, total) = jax.eval_shape(lambda: of_block(jnp.int32(0), donated, None))
     whole = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), rowwise)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
-    whole, zero = vary_like((whole, zero), (rowwise, summed))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
+    whole, zero = vary_like((whole, zero), (rowwise, total))
 
     def step(i, carry):
         done, total = carry
-        start, fresh, (*made, more) = of_block(i, done[1])
+        start, fresh, (*made, total) = of_block(i, done[1], total)
         done = jax.tree.map(lambda x, new: put(x, new, start, fresh), done, tuple(made))
-        return done, jax.tree.map(jnp.add, total, more)
+        return done, total
 
     done, total = jax.lax.fori_loop(0, needed, step, ((whole, donated), zero))
     return *done, total

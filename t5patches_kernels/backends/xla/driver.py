@@ -146,20 +146,20 @@ def run(
     given = _Rows(logits, tokens, stats, d_stats)
     if op.skip_ignored:  # zeros are the gradient of rows that are skipped: written first
 
-        def of_some(block: _Rows, donated, fresh):
+        def of_some(block: _Rows, donated, fresh, total):
             out = _block(form.functions, op, stage, block)
             gradient = jax.tree.map(lambda x: x.astype(z.dtype), out.gradient)
-            return Result(out.stats, gradient), donated, None
+            return Result(out.stats, gradient), donated, total
 
         return tiling.for_row_blocks(
             of_some, given, rows, block_rows(columns), counts=tokens.weights != 0
         )[0]
 
-    def body(block: _Rows, donated, fresh):
+    def body(block: _Rows, donated, fresh, total):
         del fresh  # nothing is summed over rows
         out = _block(form.functions, op, stage, block._replace(logits=block.logits | donated))
         gradient = zip(donated.items(), out.gradient or (), strict=True)
-        return out.stats, {name: dz.astype(x.dtype) for (name, x), dz in gradient}, None
+        return out.stats, {name: dz.astype(x.dtype) for (name, x), dz in gradient}, total
 
     inputs, donated = _rows(form.whole, stage, given)
     out, dz, _ = tiling.for_row_blocks(body, inputs, rows, block_rows(columns), donated)
