@@ -86,6 +86,7 @@ lint: $(VENV)/.has-test $(VENV)/.has-lint ## ruff and mypy
 bench: $(VENV)/.has-editing ## speed on this machine against T5Patches' dense formula
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.host --kept
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.heads
 	JAX_PLATFORMS=cpu $(BIN)/python -m bench.ignored
 
 bench-edit: $(VENV)/.has-editing ## t5patches edit on a model of 77 million parameters, fused and dense losses

@@ -753,6 +753,27 @@ def ignored(result: dict) -> str:
     )
 
 
+def heads(result: dict) -> str:
+    """Heads on a CPU."""
+    rows = []
+    for row in result["rows"]:
+        shown = [f"{row['head']}: D = {row['D']}, V = {row['V']}"]
+        for name in ("dense", "fused", "fused, 16 MiB"):
+            tokens = row.get(f"{name} tokens")
+            shown.append(f"{row[f'{name} ms']['median']:.0f}")
+            shown.append(f"{row[f'{name} GiB']:.2f}" + (f" ({tokens} tokens)" if tokens else ""))
+        rows.append(shown)
+    return _measured(
+        "`python -m bench.heads`: value and gradient of `tnff`, to hidden states and kernel, 512 "
+        "tokens, float32; medians, and what is held beyond inputs and outputs, in GiB. Dense: "
+        "T5Patches' formula on whole logits. Fused: chunks as the loss makes them by itself, and "
+        "of 16 MiB; in brackets how many tokens that is.",
+        result["setting"],
+        ["", "dense, ms", "GiB", "fused, ms", "GiB", "fused, 16 MiB, ms", "GiB"],
+        rows,
+    )
+
+
 def edit_small(result: dict) -> str:
     """The table of `make bench-edit`."""
     shown = {
@@ -979,6 +1000,7 @@ SECTIONS = {
     "rewards": ("rewards", rewards),
     "answers": ("answers", answers),
     "host-cpu": ("host-cpu", host_cpu),
+    "heads": ("heads", heads),
     "ignored": ("ignored", ignored),
     "edit-small": ("edit-small", edit_small),
     "decoder": ("decoder", decoder),
