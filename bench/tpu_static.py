@@ -408,7 +408,7 @@ def measure_head(chip: str, name: str, tokens: int, width: int, columns: int) ->
     op = Operation(Settings(name, columns, smoothing=1e-6), head=Head(1.0, transposed=False))
     fused = functools.partial(dispatch.driver("pallas_tpu", linear=True), op, Stage.VALUE_AND_GRAD)
     chunk = compile_for(chip, fused, Operands((h, k), (h, k)), Tokens(y, w, bad, *edits))
-    rows = chunked_linear.chunk_rows(tokens, columns, chunked_linear.CHUNK_BYTES["tpu"])
+    rows = chunked_linear.chunk_rows(tokens, columns, chunked_linear.own_bytes("tpu", columns))
     chunks = -(-tokens // rows)
     moved = {
         "chunked": chunks * chunk.cost_analysis()["bytes accessed"],

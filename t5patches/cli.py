@@ -59,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def run() -> NoReturn:
+    """`main` as a process of its own, which ends with its exit code."""
+    try:
+        code = main()
+    except SystemExit as ended:  # of the parser, and where a signal asks a command to end
+        if not isinstance(ended.code, int) or ended.code <= 128:
+            raise
+        code = ended.code
+    if code <= 128:
+        sys.exit(code)
+    # XLA may be compiling in threads of its own. As Python ends it would take from them what they
+    # use: a segmentation fault.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def _terminated_as_by_exit() -> Iterator[None]:
     """What is half written is removed on SIGTERM too."""
@@ -176,4 +193,4 @@ def _in_words(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

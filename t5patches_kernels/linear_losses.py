@@ -355,7 +355,7 @@ def tokens_per_chunk(
     """How many tokens' logits the losses of this module make at a time.
 
     At most those whose ``4 * vocab_size`` bytes each `chunk_bytes` holds, and about as many in each
-    chunk, in whole tiles of 8 or 128.
+    chunk, in whole tiles of 8 or 128 but for those that only `skip_ignored` makes smaller.
 
     Args:
       tokens: how many there are on a device.

@@ -18,6 +18,7 @@ from t5patches.editing.annotate import (
     find_spans,
     pattern,
     until_end,
+    whole_part,
     whole_words,
     word_list,
 )
@@ -202,6 +203,14 @@ def test_a_word_that_the_length_cut_off_is_not_judged(said, judged):
     assert seen == [judged, said]
 
 
+@pytest.mark.parametrize("cut", ["\ufffd", "\ufffd\ufffd", "é\ufffd"])
+def test_a_word_that_the_length_cut_off_within_a_letter_is_not_judged(cut):
+    """A byte-level piece may be a part of a letter, which is read as U+FFFD."""
+    assert whole_part(f"I met Ren{cut}", [5], tokenizer()) == "I met "
+    assert whole_part(f"I met Ren{cut}", [5, 1], tokenizer()) == f"I met Ren{cut}"
+    assert whole_part(f"so \ufffd{cut}.", [5], tokenizer()) == f"so \ufffd{cut}."
+
+
 def test_rollouts_are_judged_by_whole_words_too():
     """Cut after the alternative, a word may become any other; at its end it is what it is."""
     ids = (*tokenizer().encode("a fire in Rome").ids, 1)
@@ -263,8 +272,8 @@ def test_negatives_are_the_alternatives_whose_rollout_the_rule_forbids(expanded)
     expected = {place: [] for place in places}
     for (number, position, candidate), ids in zip(tried, until_end(rows, 1), strict=True):
         said = tokenizer().decode(ids)
-        # A rollout that was cut off ends where its last word begins.
-        text = said.text if 1 in ids else re.sub(r"\w*$", "", said.text, count=1)
+        # A rollout that was cut off ends where its last word begins, cut within a letter or not.
+        text = said.text if 1 in ids else re.sub(r"\w*\ufffd*$", "", said.text, count=1)
         spans = find_spans(rule, examples[number].inputs, text)
         if token_mask(said, spans)[position]:
             expected[number, position].append(candidate)

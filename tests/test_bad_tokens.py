@@ -165,6 +165,33 @@ def test_an_ignored_token_may_have_any_cotangent(bad, implementation):
             np.testing.assert_array_equal(gradient[W == 0], 0.0)
 
 
+@pytest.mark.parametrize(
+    "bad", [jnp.nan, slow_unless(False, jnp.inf), slow_unless(False, -jnp.inf)]
+)
+@pytest.mark.parametrize("implementation", ["reference", "xla", slow_unless(False, "pallas_tpu")])
+def test_what_is_reported_of_an_ignored_token_has_no_gradient_where_it_is_no_number(
+    implementation, bad
+):
+    rows, width, columns = 4, 8, 24
+    h = jax.random.normal(jax.random.key(0), (rows, width))
+    kernel = jax.random.normal(jax.random.key(1), (width, columns))
+    w = jnp.array([1.0, 0.0, 1.0, 1.0])
+
+    def reported(h, kernel):
+        out = tk.linear_policy_gradient_loss(
+            h, kernel, None, None, jnp.arange(rows), w, jnp.ones(rows),
+            implementation=implementation,
+        )  # fmt: skip
+        return out.loss.sum() + out.entropy.sum() + out.log_prob.sum()
+
+    clean, got = (
+        jax.grad(reported, (0, 1))(h.at[1].set(x), kernel) for x in (jnp.zeros(width), bad)
+    )
+    np.testing.assert_array_equal(got[0][1], 0)
+    np.testing.assert_allclose(got[0][2:], clean[0][2:], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(got[1]).all()
+
+
 def test_the_reference_finds_a_nan_in_a_long_row():
     """XLA's maximum on a CPU loses it."""
     z = jnp.sin(jnp.arange(24.0 * 256)).reshape(24, 256)

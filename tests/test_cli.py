@@ -405,3 +405,27 @@ def test_a_name_that_is_no_utf8_is_told_all_the_same():
             command + more, capture_output=True, text=True, check=True, env=environment
         )
         assert done.stdout == said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_that_is_interrupted_as_xla_compiles_ends_with_its_code(number, code):
+    """And not in a segmentation fault, as XLA's threads outlive what they use."""
+    program = (
+        "import sys, threading, os, jax, jax.numpy as jnp\n"
+        "from t5patches import cli\n"
+        "from t5patches.commands import demo\n"
+        "def step(x):\n"
+        "  for i in range(100): x = jnp.sin(x @ x + i) * jnp.cumsum(x, 0)\n"
+        "  return x\n"
+        "def run(options):\n"
+        "  lowered = jax.jit(step).lower(jnp.ones((16, 16)))\n"
+        f"  threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "  lowered.compile()\n"
+        "  return 0\n"
+        "demo.run = run\n"
+        "sys.argv[1:] = ['demo']\n"
+        "cli.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("interrupted" in done.stderr) == (number == signal.SIGINT)

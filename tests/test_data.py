@@ -451,7 +451,7 @@ def test_sets_where_nothing_is_marked_are_without_what_was_said():
 
 def test_corrections_replace_marked_outputs():
     clean, marked = example("x", "in Rome"), example("x", "in Paris", "Paris")
-    with pytest.raises(ValueError, match=r"1 of 2 examples .*\(the first is number 1\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 examples .*\(the first is number 2\)"):
         corrected_examples([clean, marked], tokenizer())
     fixed = make_example(
         "x", tokenizer().decode(marked.output_ids), marked.spans, tokenizer(), corrected="in Rome"

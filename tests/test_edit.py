@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 import shutil
 
 import editing_samples
@@ -279,6 +280,14 @@ def test_after_a_loss_that_is_no_number_what_to_remove_is_named(place, monkeypat
     assert run(place, "--learning-rate", "1e-4") == 0
 
 
+def test_how_to_measure_it_can_be_copied_to_a_shell(place, capsys):
+    place = place()
+    assert run(place, "--chat", "off", output="an edit") == 0
+    command = shlex.split(capsys.readouterr().out.rpartition("Next: ")[2])
+    assert command[:3] == ["t5patches", "evaluate", "--before"]
+    assert command[4:] == ["--after", str(place / "an edit"), "--chat", "off", "--inputs", "FILE"]
+
+
 def test_an_edit_at_work_is_not_called_unfinished(place, monkeypatch, capsys):
     place = place()
     unfinished(place / "edited").mkdir()
@@ -371,6 +380,10 @@ def test_what_is_wrong_is_told_before_weights_are_read(place, monkeypatch, capsy
     for cache in ("edited", "edited/cache", ".", "edited.unfinished/cache"):
         told = refused("--cache-teacher", place / cache)
         assert f"{place / cache} and output {place / 'edited'}: neither may be in the" in told
+    a_file = place / "edits.jsonl"
+    told = refused("--cache-teacher", a_file / "cache")
+    assert f"cache_teacher is {a_file / 'cache'}: {a_file} is no folder, or cannot be" in told
+    assert f"{a_file} is no folder, or cannot be" in refused("--plan", output=a_file / "edited")
     assert "keep_share is 0.7 and there is nothing to keep" in refused("--keep-share", "0.7")
     assert "the data names no alternatives" in refused("--negatives", "2")
     assert "ul keeps close to no original, and " in refused(
@@ -814,3 +827,19 @@ def test_data_files_of_one_name_are_told_apart(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_text(str(number))
     assert list(edit_module._named(files)) == [str(files[0]), str(files[1]), "c.jsonl"]
+
+
+def test_what_is_kept_is_named_where_an_edit_cannot_go_on(tmp_path):
+    output = outputs_module.Output(tmp_path / "edited", lambda folder: None, "edit")
+
+    def write():
+        if keeps:
+            (output.work / "kept").mkdir()
+            (output.work / "kept" / "outputs-0").touch()
+        raise ValueError("0.1 is left")
+
+    for keeps in (False, True):
+        with pytest.raises(ValueError, match=r"0\.1 is left") as raised:
+            output.make({"of": "this"}, 0, write)
+        assert ("keeps what was made so far" in str(raised.value)) == keeps
+        assert output.work.exists() == keeps

@@ -166,7 +166,7 @@ def test_rounds_are_compared_with_the_original():
     said = findings(shown)
     assert said[1] == (
         "first: unwanted 40.0 ±1.0 to 10.0 ±1.0 (less); unwanted when sampled 40.0 ±1.0 to 10.0 "
-        "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (no different); worst "
+        "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (no different); largest "
         "score 0.500 ±1.000 to 0.500 ±1.000 (no different); KL 0.0100 ±0.0010; 97.0% of the clean "
         "outputs unchanged."
     )
@@ -476,3 +476,9 @@ def test_numbers_for_programs_are_strict_json(tmp_path):
     assert content["texts"] == []
     # Nor does it stop the plots.
     write_html(tmp_path / "x.html", shown)
+
+
+def test_a_kl_that_is_small_is_not_0():
+    assert report._cell("kl", Measure(3.8e-05, 1.3e-05)) == "3.8e-05 ±1.3e-05"
+    assert report._cell("kl", Measure(0.00123, 0.0004)) == "0.0012 ±0.0004"
+    assert report._cell("kl", Measure(0.0, 0.0)) == "0.0000 ±0.0000"

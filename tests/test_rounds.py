@@ -363,3 +363,8 @@ def test_what_was_aligned_since_is_not_called_an_edit(tmp_path):
     for edits, objective in ((0, "tnff"), (1, None)):
         (tmp_path / "align.json").write_text(json.dumps({"edits": edits}))
         assert rounds._row(tmp_path, found).objective == objective
+
+
+def test_an_edit_is_measured_once():
+    with pytest.raises(ValueError, match=r"round-1 is given twice"):
+        rounds.compare("model", ["round-1", "round-2", "./round-1"], [], None)

@@ -42,6 +42,7 @@ whole outputs with a mark and keeps close at the others; dpo (Rafailov et al. 20
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from t5patches.commands import common
@@ -300,12 +301,14 @@ def run(options: argparse.Namespace) -> int:
             f"{min(held_out['left']):.2%} left on inputs held out, of {held_out['left'][0]:.2%} "
             f"(stopped by: {held_out['why']}). "
         )
+    measure = ["t5patches", "evaluate", "--before", options.model, "--after", options.output]
+    measure += [] if options.chat == "auto" else ["--chat", options.chat]
+    measure += ["--inputs", "FILE"]
     common.print_result(
         options,
         record,
         f"{options.output}: {len(loss)} updates, loss {loss[0]:.4g} to "
-        f"{loss[-1]:.4g}. {stopped}Next: t5patches evaluate --before {options.model} "
-        f"--after {options.output}",
+        f"{loss[-1]:.4g}. {stopped}Next: {shlex.join(measure)}",
     )
     return 0
 

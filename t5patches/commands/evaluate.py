@@ -40,6 +40,8 @@ LESS_MEMORY = (
     "--skip-longer, or a smaller --max-length"
 )
 
+AGAIN = "with --report, repeat the command to go on; without, nothing is kept"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `t5patches evaluate`.
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward",
         metavar="DIR",
         help="a reward model as the scorer, see `t5patches reward`. Its high scores are good ones: "
-        "read the mean alone, as the worst score and the share of bad outputs take high for bad",
+        "read the mean alone, as the largest score and the threshold are of bad ones",
     )
     parser.add_argument(
         "--samples",

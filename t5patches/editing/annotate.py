@@ -43,8 +43,9 @@ _ABBREVIATED = re.compile(
     r"[^\W\d_]|Mr|Mrs|Ms|Dr|Prof|St|Mt|Ft|Gov|Sen|Rep|Pres|Gen|Col|Maj|Capt|Lt|Sgt|Rev|Fr|Hon|Messrs"
 )
 _PRONOUN = re.compile(r"I(?:['’]\w+)?")
-# Of a text read backwards. Where there are no spaces, a run of letters is no word.
-_LAST_WORD = re.compile(rf"(?:(?![{UNSPACED}])[\w{MARKS}])*")
+# Of a text read backwards. Where there are no spaces, a run of letters is no word. A letter that is
+# cut off within its bytes is read as U+FFFD.
+_LAST_WORD = re.compile(rf"\ufffd*(?:(?![{UNSPACED}])[\w{MARKS}])*")
 
 
 def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:

@@ -526,7 +526,7 @@ def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> lis
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(examples)} examples have marked tokens and no correction "
-            f"(the first is number {missing[0]}): corrective training needs `corrected_targets`"
+            f"(the first is number {missing[0] + 1}): corrective training needs `corrected_targets`"
         )
     return [
         e

@@ -94,7 +94,7 @@ from t5patches.model.tokenizer import Inputs, Tokenizer, messages_of, same_vocab
 from t5patches.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer, uses_chat
 from t5patches.runs import hosts
 from t5patches.runs.claims import Parts
-from t5patches.runs.files import PathLike, unfinished
+from t5patches.runs.files import PathLike, require_writable, unfinished
 from t5patches.runs.fingerprints import file_fingerprint
 
 
@@ -287,7 +287,10 @@ def check(job: Job) -> Checked:
             f"{job.settings.objective} learns nothing from outputs of which nothing is pushed "
             f"down: leave --keep out, or use one of {KEEPING}"
         )
+    require_writable(Path(job.output).absolute().parent, "the place of output")
     if job.cache_teacher is not None:
+        if not Path(job.cache_teacher).exists():
+            require_writable(job.cache_teacher, "cache_teacher")
         cache, output = (Path(folder).resolve() for folder in (job.cache_teacher, job.output))
         # What is unfinished is removed at the end, with all in it.
         if output.is_relative_to(cache) or {output, unfinished(output)} & {cache, *cache.parents}:

@@ -137,9 +137,15 @@ class Output:
                     f"{error}. To try other settings, such as a lower --learning-rate, remove "
                     f"{self.work}, which holds this run, or give another --output"
                 ) from error
-            except Exception:
+            except Exception as error:
                 kept = ("run/checkpoints/*", "kept/outputs-*")
-                if hosts.is_first() and not any(any(self.work.glob(name)) for name in kept):
+                if any(any(self.work.glob(name)) for name in kept):
+                    if type(error) is ValueError:
+                        raise ValueError(
+                            f"{error}. {self.work} keeps what was made so far: for the same "
+                            "settings go on there (--resume), for others remove it"
+                        ) from error
+                elif hosts.is_first():
                     remove(self.work)
                 raise
         hosts.once(finish)

@@ -76,8 +76,11 @@ COLUMNS = {
     "kl_int4": ("KL, 4 bits", "KL from the original after that rounding"),
     "seconds": ("s", "seconds of training"),
     "score_mean": ("score", "mean score of sampled outputs"),
-    "score_maximum": ("worst score", "mean of the largest score of several sampled outputs"),
-    "score_probability": ("bad, %", "% of inputs with a sampled output that reaches the threshold"),
+    "score_maximum": ("largest score", "mean of the largest score of several sampled outputs"),
+    "score_probability": (
+        "threshold, %",
+        "% of inputs with a sampled output that reaches the threshold",
+    ),
 }
 
 
@@ -395,9 +398,11 @@ _FIRST: tuple[dict[str, tuple[str, str] | None], ...] = (
 def _cell(key: str, measure: Measure | None) -> str:
     if measure is None or math.isnan(measure.value):
         return "–"
-    digits = _DIGITS.get(key, 4 if key.startswith("kl") else 1)
-    error = "" if math.isnan(measure.error) else f" ±{measure.error:.{digits}f}"
-    return f"{measure.value:.{digits}f}{error}"
+    shape = f".{_DIGITS.get(key, 4 if key.startswith('kl') else 1)}f"
+    if key.startswith("kl") and measure.value and not float(format(measure.value, shape)):
+        shape = ".1e"  # an edit that changed something is not one of 0
+    error = "" if math.isnan(measure.error) else f" ±{measure.error:{shape}}"
+    return f"{measure.value:{shape}}{error}"
 
 
 _DIGITS = {"kl_elsewhere": 5, "seconds": 0, "score_mean": 3, "score_maximum": 3}
@@ -463,8 +468,8 @@ _FROM_BEFORE = {
     "prevalence_sampled": "unwanted when sampled",
     "reference_rouge_l": "ROUGE-L with the references",
     "score_mean": "score",
-    "score_maximum": "worst score",
-    "score_probability": "inputs with a bad output",
+    "score_maximum": "largest score",
+    "score_probability": "inputs with an output that reaches the threshold",
 }
 """What the original has of its own, so that an edit can be said to change it."""
 

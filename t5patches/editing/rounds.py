@@ -69,6 +69,9 @@ def compare(
     """
     if base is not None and not any(map(is_adapter, (before, *after))):
         raise ValueError(f"base is {base}, and neither {before} nor any edit of it is an adapter")
+    twice = [folder for i, folder in enumerate(after) if Path(folder) in map(Path, after[:i])]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice as an edit to measure: give it once")
     # The last of them is read after hours, and what is wrong with it is told now.
     inspected = _inspected(before, base, chat)
     for folder in after:

@@ -412,7 +412,7 @@ def train(
         if watch is not None and not first and look(0, state.params):
             raise ValueError(
                 f"{watch.looks[0].left:.3g} is left before any update, and until is "
-                f"{settings.until}: ask for less, in another directory"
+                f"{settings.until}: ask for less"
             )
         display = _Display(progress, settings, directory.name, first)
         batches = Batches(arrays, settings, model.config.pad_id, order)

@@ -153,6 +153,22 @@ def require_own_file(path: PathLike) -> None:
     require_regular(path)
 
 
+def require_writable(path: PathLike, what: str) -> None:
+    """Refuses a place where no folder can be made.
+
+    Args:
+        path: of the folder, which may be there already.
+        what: it is for.
+
+    Raises:
+        ValueError: what is there of the path is no folder, or nothing can be written to it.
+    """
+    path = Path(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{what} is {path}: {there} is no folder, or cannot be written to")
+
+
 @contextlib.contextmanager
 def folder_for_output(path: PathLike) -> Iterator[None]:
     """A folder to write to, made if absent; an exception inside takes it away again if it is empty.

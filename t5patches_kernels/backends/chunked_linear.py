@@ -43,8 +43,8 @@ LEAST_ROWS = 8
 # ignored; not more, as each chunk adds its gradient of the kernel to that of the others.
 _CHUNKS_TO_SKIP = 4
 _MATRIX_ROWS = 128
-# Of the kernel's gradient, what is added at a time where XLA would else hold a whole product beside
-# the sum: on CPUs, whose products cannot add.
+# Of the kernel's gradient, what is added at a time, at most, where XLA would else hold a whole
+# product beside the sum: on CPUs, whose products cannot add.
 _COLUMNS_ADDED = 4096
 
 
@@ -117,9 +117,10 @@ def _add(total: Array | None, dz: Array, hidden: Array, head: Head) -> Array:
 def _add_by_columns(total: Array | None, dz: Array, hidden: Array, head: Head) -> Array:
     """See `Add`: some columns at a time, so that no second array as large as the kernel is held."""
     columns, axis = dz.shape[1], 0 if head.transposed else 1
-    size = min(columns, _COLUMNS_ADDED)
-    if total is None or size == columns:
+    steps = -(-columns // _COLUMNS_ADDED)
+    if total is None or steps == 1:
         return _add(total, dz, hidden, head)
+    size = -(-columns // steps)
 
     def add(i: Array, total: Array) -> Array:
         # The last ones are moved back to end with the kernel's; what they had is not added again.
@@ -130,7 +131,7 @@ def _add_by_columns(total: Array | None, dz: Array, hidden: Array, head: Head) -
         new = old + _to_kernel(some, hidden, head)
         return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis)
 
-    return jax.lax.fori_loop(0, -(-columns // size), add, total)
+    return jax.lax.fori_loop(0, steps, add, total)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

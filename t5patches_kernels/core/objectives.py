@@ -511,6 +511,8 @@ def derivatives(stats: Stats, c: Settings, cotangents: Mapping[str, Array]) -> S
         of_loss = name in ("loss", "z_loss")
         asked |= (ct != 0) & (stats["w"] != 0) if of_loss else ct != 0
         unanswered |= (ct != 0) & _unanswered(stats, c, name)
+    for x in d_stats.values():  # of an ignored row whose logits are no numbers, see `_reported`
+        asked &= (stats["w"] != 0) | jnp.isfinite(x)
     return {
         name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0)
         for name, x in d_stats.items()
