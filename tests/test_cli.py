@@ -411,7 +411,7 @@ def test_a_name_that_is_no_utf8_is_told_all_the_same():
 def test_a_process_that_is_interrupted_as_xla_compiles_ends_with_its_code(number, code):
     """And not in a segmentation fault, as XLA's threads outlive what they use."""
     program = (
-        "import sys, threading, os, jax, jax.numpy as jnp\n"
+        "import sys, threading, time, os, jax, jax.numpy as jnp\n"
         "from t5patches import cli\n"
         "from t5patches.commands import demo\n"
         "def step(x):\n"
@@ -419,9 +419,11 @@ def test_a_process_that_is_interrupted_as_xla_compiles_ends_with_its_code(number
         "  return x\n"
         "def run(options):\n"
         "  lowered = jax.jit(step).lower(jnp.ones((16, 16)))\n"
-        f"  threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "  def interrupt():\n"  # again, where it came as nothing could be raised
+        f"    while True: time.sleep(0.2); os.kill(os.getpid(), {int(number)})\n"
+        "  threading.Thread(target=interrupt, daemon=True).start()\n"
         "  lowered.compile()\n"
-        "  return 0\n"
+        "  time.sleep(60)\n"
         "demo.run = run\n"
         "sys.argv[1:] = ['demo']\n"
         "cli.run()\n"

@@ -511,8 +511,10 @@ def derivatives(stats: Stats, c: Settings, cotangents: Mapping[str, Array]) -> S
         of_loss = name in ("loss", "z_loss")
         asked |= (ct != 0) & (stats["w"] != 0) if of_loss else ct != 0
         unanswered |= (ct != 0) & _unanswered(stats, c, name)
-    for x in d_stats.values():  # of an ignored row whose logits are no numbers, see `_reported`
-        asked &= (stats["w"] != 0) | jnp.isfinite(x)
+    if not {*cotangents} <= {"loss", "z_loss"}:
+        # Of an ignored row whose logits are no numbers 0 is reported, see `_reported`.
+        for x in d_stats.values():
+            asked &= (stats["w"] != 0) | (jnp.abs(x) < jnp.inf)
     return {
         name: jnp.where(asked, jnp.where(unanswered, math.nan, x), 0.0)
         for name, x in d_stats.items()
