@@ -44,7 +44,6 @@ def _row(head: str) -> dict:
     times = common.timed(
         {name: functools.partial(program, *arrays) for name, program in compiled.items()}, rounds=3
     )
-    chunks = {"fused": None, "fused, 16 MiB": SMALL}
     return {
         "head": head,
         "D": width,
@@ -53,7 +52,8 @@ def _row(head: str) -> dict:
         **{f"{name} GiB": common.temporaries(p, 2**30) for name, p in compiled.items()},
         **{
             f"{name} tokens": tokens_per_chunk(TOKENS, columns, platform="cpu", chunk_bytes=size)
-            for name, size in chunks.items()
+            for name, (what, size) in PROGRAMS.items()
+            if what != "dense"
         },
     }
 

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward",
         metavar="DIR",
         help="a reward model as the scorer, see `t5patches reward`. Its high scores are good ones: "
-        "read the mean alone, as the largest score and the threshold are of bad ones",
+        "read the mean alone, as the largest score and the threshold take high for bad",
     )
     parser.add_argument(
         "--samples",
