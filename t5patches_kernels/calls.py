@@ -116,7 +116,7 @@ def no_targets(inputs: Inputs) -> Array:
 def vocab_size(inputs: Inputs, vocab_axis: str | None) -> int:
     """The entries of a whole row, over all shards."""
     try:
-        return columns_of(inputs.head, inputs.model) * sharding.axis_size(vocab_axis)
+        return columns_of(inputs.head, inputs.model) * sharding.axis_size(checks.axis(vocab_axis))
     except NameError:
         raise ValueError(
             f"vocab_axis={vocab_axis!r} is not an axis of an enclosing jax.shard_map: call the "
@@ -351,6 +351,8 @@ def call(
         jax.lax.stop_gradient(tuple(map(jnp.asarray, inputs.reference))),
     )
     dispatch.check(implementation, op)
+    if implementation != "reference":
+        checks.sizes_known(inputs.name, inputs.model[0])
     lead: Sequence[int] = jnp.shape(inputs.model[0])[:-1]
     # No rows: nothing to stream.
     implementation = implementation if math.prod(lead) else "reference"

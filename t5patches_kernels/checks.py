@@ -51,6 +51,15 @@ def rows(name: str, x: Any, *, last: str) -> None:
         raise ValueError(f"{name} has an empty last dimension: shape {_shape(x)}.")
 
 
+def sizes_known(name: str, x: Any) -> None:
+    """No symbolic sizes, as of `jax.export`: tokens and columns are cut into blocks."""
+    if not all(isinstance(size, int) for size in _shape(x)):
+        raise NotImplementedError(
+            f"{name} has symbolic sizes, {_shape(x)}, and is cut into blocks, as many as its sizes "
+            'need: export a program for each size, or pass implementation="reference".'
+        )
+
+
 def same_shape(name: str, x: Any, like_name: str, like: Any) -> None:
     """Two arrays that must agree."""
     if _shape(x) != _shape(like):
@@ -201,6 +210,25 @@ def softcap(x: Any) -> float | None:
             "for no bound."
         )
     return value
+
+
+def count(name: str, x: Any) -> int:
+    """A number of things, at least 1."""
+    if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
+        raise TypeError(f"{name} must be a Python int, got {x!r}.")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {x}.")
+    return int(x)
+
+
+def axis(x: Any) -> str | None:
+    """The mesh axis that splits the vocabulary, or None for none."""
+    if x is None or isinstance(x, str):
+        return x
+    raise TypeError(
+        f"vocab_axis must be the name of one mesh axis, got {x!r}: one axis of the mesh splits "
+        "the vocabulary."
+    )
 
 
 def chunk_bytes(x: Any, least: int, least_tokens: int) -> int | None:

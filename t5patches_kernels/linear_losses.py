@@ -380,7 +380,7 @@ def tokens_per_chunk(
     """
     least = chunked_linear.LEAST_ROWS
     for name, x in (("tokens", tokens), ("vocab_size", vocab_size)):
-        checks.number(name, x, least=1.0)
+        checks.count(name, x)
     checks.one_of("platform", platform, tuple(chunked_linear.CHUNK_BYTES))
     size = checks.chunk_bytes(chunk_bytes, 4 * vocab_size * least, least)
     size = chunked_linear.own_bytes(platform, vocab_size) if size is None else size

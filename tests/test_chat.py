@@ -424,7 +424,10 @@ def test_conversations_are_inputs_but_neither_truncated_nor_in_templates(model, 
     (tmp_path / "inputs.jsonl").write_text(json.dumps(line))
     (source,) = read_inputs(tmp_path / "inputs.jsonl")
     assert source.inputs == (Message("system", "a fire"), Message("user", "a fire"))
+    with pytest.raises(ValueError, match=r"1 bad line\n  line 1: 'messages' .* give --chat on"):
+        read_inputs(tmp_path / "inputs.jsonl", load_tokenizer(model, chat="off"))
     tokenizer = load_tokenizer(model)
+    assert read_inputs(tmp_path / "inputs.jsonl", tokenizer) == [source]
     with pytest.raises(ValueError, match="a conversation of more than 9 tokens cannot be trunc"):
         within([source], Limits(truncate_inputs=9), tokenizer)
     with pytest.raises(ValueError, match="1 of 2 inputs are conversations, and templates go arou"):

@@ -36,6 +36,14 @@ def _float64():
         return tn(jnp.zeros((2, 3, 5), jnp.float64), jnp.zeros((2, 3, 5), jnp.float64))
 
 
+def _exported():
+    (rows,) = jax.export.symbolic_shape("b")
+    logits, targets = (rows, 5), (rows,)
+    return jax.export.export(jax.jit(tk.cross_entropy_loss))(
+        jax.ShapeDtypeStruct(logits, jnp.float32), jax.ShapeDtypeStruct(targets, jnp.int32)
+    )
+
+
 BAD = {
     "scalar logits": (
         lambda: tk.cross_entropy_loss(jnp.float32(0), Y),
@@ -178,6 +186,16 @@ BAD = {
         lambda: tn(vocab_axis="model"),
         ValueError,
         "vocab_axis='model' is not an axis.*shard_map",
+    ),
+    "axes": (
+        lambda: tn(vocab_axis=("data", "model")),
+        TypeError,
+        r"vocab_axis must be the name of one mesh axis, got \('data', 'model'\)",
+    ),
+    "symbolic sizes": (
+        _exported,
+        NotImplementedError,
+        r'logits has symbolic sizes, \(b, 5\).*export a program for each.*"reference"',
     ),
     "float64": (_float64, TypeError, 'float64.*implementation="reference"'),
     "kernel rank": (
@@ -327,12 +345,17 @@ BAD = {
     "chunks of no tokens": (
         lambda: linear_losses.tokens_per_chunk(0, 100, platform="cpu"),
         ValueError,
-        "tokens must be finite and >= 1.0, got 0.0",
+        "tokens must be at least 1, got 0",
     ),
     "chunks of no vocabulary": (
         lambda: linear_losses.tokens_per_chunk(100, 0, platform="cpu"),
         ValueError,
         "vocab_size must be",
+    ),
+    "chunks of half a token": (
+        lambda: linear_losses.tokens_per_chunk(100.5, 100, platform="cpu"),
+        TypeError,
+        "tokens must be a Python int, got 100.5",
     ),
     "chunks of another platform": (
         lambda: linear_losses.tokens_per_chunk(1, 100, platform="cuda"),

@@ -292,7 +292,7 @@ def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
 
     Args:
         options: parsed arguments.
-        folder: of the model, whose tokens are counted.
+        folder: of the model, as whose prompts they are tried.
 
     Returns:
         The inputs, within their limits and in their templates.
@@ -301,10 +301,11 @@ def read_sources(options: argparse.Namespace, folder: str) -> list[Source]:
     from t5patches.editing.templates import read_templates, with_templates
     from t5patches.model.tokenizer_files import load_tokenizer
 
-    sources = read_inputs(options.inputs)
+    tokenizer = load_tokenizer(folder, chat=options.chat)
+    sources = read_inputs(options.inputs, tokenizer)
     limits = Limits(options.truncate_inputs, options.skip_longer)
     if limits != Limits():
-        left = within(sources, limits, load_tokenizer(folder, chat=options.chat))
+        left = within(sources, limits, tokenizer)
         progress_console(options).print(left.text(limits), soft_wrap=True)
         sources = left.kept
     if not options.templates:

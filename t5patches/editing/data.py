@@ -210,7 +210,7 @@ class Source(NamedTuple):
     references: tuple[str, ...] = ()
 
 
-def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
+def read_inputs(path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> list[Source]:
     """Reads what the model is to be given.
 
     Args:
@@ -218,6 +218,7 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
             `{"inputs": "...", "references": ["..."]}` a line (`references` and `meta` may be
             absent; `messages` may stand for `inputs`), or any other text file, with one input a
             line. Blank lines are skipped.
+        tokenizer: the model's, if each input is to be tried as its prompt.
 
     Returns:
         The inputs in the order of the file.
@@ -226,11 +227,16 @@ def read_inputs(path: str | os.PathLike[str]) -> list[Source]:
         ValueError: some lines are bad (the first are named, by number and reason), or there are
             none.
     """
-    if is_json_lines(path):
-        return read_lines(
-            path, lambda line: _source(fields_of(line)), 'inputs: write {"inputs": "..."} a line'
-        )
-    return read_lines(path, Source, "inputs: write one a line")
+
+    def parse(line: str) -> Source:
+        source = _source(fields_of(line)) if json_lines else Source(line)
+        if tokenizer is not None:
+            tokenizer.encode_prompt(source.inputs)
+        return source
+
+    json_lines = is_json_lines(path)
+    write = 'write {"inputs": "..."} a line' if json_lines else "write one a line"
+    return read_lines(path, parse, f"inputs: {write}")
 
 
 def read_kept(
