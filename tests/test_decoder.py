@@ -28,7 +28,7 @@ MANY = {
     "sliding_window": 3,
     "norms": "both",
     "norm": "layer",
-    "qk_norm": True,
+    "qk_norm": "heads",
     "attention_softcap": 2.0,
     "logit_softcap": 4.0,
     "rotaries": (Rotary(scaling="linear", factor=2.0, share=0.5), Rotary(base=50.0)),
@@ -249,11 +249,19 @@ def test_devices_split_between_heads_of_keys(heads, kv_heads, devices, split):
         assert tuple(placed["attention"][place]["kernel"].spec) == (None, of_queries)
         assert tuple(placed["attention"]["out"]["kernel"].spec) == (split, None)
         assert tuple(placed["mlp"]["down"]["kernel"].spec) == ("model", None)
+    # Half of the columns of two matrices in one is one of them.
+    in_one = model.replace(gate_up="blocks", qk_norm="whole")
+    placed = param_shardings(mesh, in_one)["layers_0"]
+    assert tuple(placed["mlp"]["gate_up"]["kernel"].spec) == (None, None)
+    assert tuple(placed["attention"]["query_norm"]["scale"].spec) == (split,)
 
 
-def test_training_over_devices_is_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["falcon_new", slow_unless(False, "olmo2"), slow_unless(False, "phi3")]
+)
+def test_training_over_devices_is_the_same(name, tmp_path):
     """Vocabulary, heads and examples divided, the original live and cached."""
-    model, params, _ = decoder_folders.load("falcon_new")
+    model, params, _ = decoder_folders.load(name)
     data = arrays(64)
     data["inputs"][0, 5:], data["outputs"][1, 2:], data["weights"][1, 2:] = -1, -1, 0
     settings = TrainSettings(steps=2, batch_size=4, learning_rate=1e-2)
@@ -344,6 +352,27 @@ REFUSED = {
     "end of words": ("llama", {"eos_token_id": "</s>"}, r"eos_token_id is \['</s>'"),
     "softcap": ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping is -1; a pos"),
     "too many layers": ("llama", {"num_hidden_layers": 2**30}, "layer_types has 0 entries"),
+    "factors of a long context": (
+        "phi3",
+        {"rope_parameters": "absent", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        "rope_parameters is .*'longrope'",
+    ),
+    "who turns": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 2]},
+        r"no_rope_layers is \[1, 0, 2\]; a list is needed, of each layer 1",
+    ),
+    "too few turn": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 ent.*3 layers"),
+    "no layer turns by itself": (
+        "smollm3",
+        {"no_rope_layers": "absent", "no_rope_layer_interval": 0},
+        "no_rope_layers is None",
+    ),
+    "no attention": (
+        "granite",
+        {"attention_multiplier": 0},
+        "attention_multiplier is 0; a positive number is needed",
+    ),
     "another family": ("llama", {"model_type": "mixtral"}, "model_type is 'mixtral'; known are"),
 }
 
@@ -424,6 +453,45 @@ UNDERSTOOD = {
         "gemma",
         {"hidden_act": "gelu", "hidden_activation": None},
         {"activation": "gelu"},
+    ),
+    "every third layer does not turn": (
+        "smollm3",
+        {"no_rope_layers": "absent", "layer_types": "absent"},
+        {"turning": (True, True, False), "layer_types": (FULL, FULL, SLIDING)},
+    ),
+    "a longer list of who turns": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 1, 0]},
+        {"turning": (False, True, True)},
+    ),
+    "windows that are off": (
+        "smollm3_untied",
+        {"layer_types": "absent"},
+        {"layer_types": (FULL, FULL), "sliding_window": 0},
+    ),
+    "smollm3's own": (
+        "smollm3",
+        {"num_key_value_heads": "absent", "rope_parameters": "absent", "rope_theta": "absent"},
+        {"num_kv_heads": 4, "rotaries": (Rotary(2e6),) * 2},
+    ),
+    "a part of phi's heads": (
+        "phi3",
+        {"rope_parameters": "absent", "rope_theta": 5, "partial_rotary_factor": 0.75},
+        {"rotaries": (Rotary(5.0, 0.75),) * 2},
+    ),
+    "phi without windows": (
+        "phi3",
+        {"sliding_window": "absent"},
+        {"layer_types": (FULL, FULL), "sliding_window": 0},
+    ),
+    "granite's own": (
+        "granite",
+        dict.fromkeys(
+            ("attention_multiplier", "embedding_multiplier", "residual_multiplier"), "absent"
+        )
+        | {"logits_scaling": "absent"},
+        {"query_scalar": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
+        | {"logit_divisor": 1.0},
     ),
     "types of numbers": ("llama", {"dtype": "bfloat16", "torch_dtype": "float16"}, {}),
     "width of gpt2": ("gpt2", {"n_inner": None}, {"mlp_dim": 64}),

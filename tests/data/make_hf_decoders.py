@@ -168,6 +168,50 @@ CASES = {
         | {"layer_norm_epsilon": 1e-2},
         {"dtype": torch.bfloat16},
     ),
+    "smollm3": (
+        "SmolLM3",
+        {**GATED, "num_hidden_layers": 3, "no_rope_layer_interval": 3, "rms_norm_eps": 1e-2}
+        | {"use_sliding_window": True, "sliding_window": 4, "rope_theta": 500.0, "pad_token_id": 0},
+        {},
+    ),
+    "smollm3_untied": (
+        "SmolLM3",
+        {**SIZES, "intermediate_size": 24, "no_rope_layers": [0, 1], "tie_word_embeddings": False}
+        | {"attention_bias": True, "mlp_bias": True, "sliding_window": 4, "pad_token_id": 0},
+        {"dtype": torch.bfloat16},
+    ),
+    "olmo2": ("Olmo2", {**GATED, "rope_theta": 500.0}, {}),
+    "olmo2_tied": (
+        "Olmo2",
+        {**SIZES, "intermediate_size": 24, "attention_bias": True, "tie_word_embeddings": True}
+        | {"rms_norm_eps": 1e-2, "hidden_act": "gelu"},
+        {"dtype": torch.bfloat16},
+    ),
+    "granite": (
+        "Granite",
+        {**GATED, "attention_multiplier": 0.3, "embedding_multiplier": 2.5, "logits_scaling": 1.5}
+        | {"residual_multiplier": 0.7, "rope_theta": 500.0},
+        {},
+    ),
+    "granite_tied": (
+        "Granite",
+        {**SIZES, "intermediate_size": 24, "attention_bias": True, "mlp_bias": True}
+        | {"attention_multiplier": 0.5, "logits_scaling": 0.4, "tie_word_embeddings": True},
+        {"dtype": torch.bfloat16},
+    ),
+    "phi3": (
+        "Phi3",
+        {**GATED, "head_dim": 8, "sliding_window": 5, "pad_token_id": 0}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+        | {"partial_rotary_factor": 0.5},
+        {},
+    ),
+    "phi3_full": (
+        "Phi3",
+        {**SIZES, "intermediate_size": 24, "tie_word_embeddings": True, "pad_token_id": 0}
+        | {"hidden_act": "gelu", "rms_norm_eps": 1e-2},
+        {"dtype": torch.bfloat16, "max_shard_size": "6KB"},
+    ),
 }
 
 

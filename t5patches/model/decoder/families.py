@@ -1,4 +1,4 @@
-"""Ten families of decoder-only models in Hugging Face's folders.
+"""Fourteen families of decoder-only models in Hugging Face's folders.
 
 A family is a table of settings (which key of `config.json` is which field of `DecoderConfig`), the
 fields that all its members share, and a table of names (which module of a folder is which part of
@@ -66,6 +66,13 @@ def _read_ids(value: Any) -> tuple[int, ...] | None:
 def _read_layer_types(value: Any) -> tuple[str, ...] | None:
     known = isinstance(value, list) and all(kind in (FULL, SLIDING) for kind in value)
     return tuple(value) if known else None
+
+
+def _read_turning(value: Any) -> tuple[bool, ...] | None:
+    known = isinstance(value, list) and all(
+        type(turns) is int and turns in (0, 1) for turns in value
+    )
+    return tuple(map(bool, value)) if known else None
 
 
 def _read_rotary(said: Any) -> Rotary | None:
@@ -185,6 +192,19 @@ _GEMMA_3: Mapping[str, Setting] = {
         0.0,
     ),
 }
+_QUERY_MULTIPLIER = Setting(
+    "query_scalar",
+    lambda value: value**-2.0 if type(value) in (int, float) and 1e-9 < value < 1e9 else None,
+    lambda scalar: float(f"{scalar**-0.5:.15g}"),
+    "a positive number is needed",
+    1.0,
+)
+_TURNING = Setting(
+    "turning",
+    _read_turning,
+    lambda turning: [int(turns) for turns in turning],
+    "a list is needed, of each layer 1 where its heads turn and 0 where they do not",
+)
 _ONE_OR_TWO = Setting(
     "shared_norm",
     lambda value: {1: True, 2: False}.get(value) if type(value) is int else None,
@@ -240,6 +260,13 @@ _GEMMA_2_NAMES = _LLAMA_NAMES._replace(
         "post_attention_norm": "post_attention_layernorm",
         "pre_mlp_norm": "pre_feedforward_layernorm",
         "post_mlp_norm": "post_feedforward_layernorm",
+    }
+)
+_PHI_3_NAMES = _LLAMA_NAMES._replace(
+    layer={
+        **_LLAMA_NAMES.layer,
+        "attention.qkv": "self_attn.qkv_proj",
+        "mlp.gate_up": "mlp.gate_up_proj",
     }
 )
 _GPT2_NAMES = _Names(
@@ -391,6 +418,28 @@ def _complete_qwen_3(found: Settings, generation: Settings) -> dict[str, Any]:
     return _complete_qwen({"head_dim": 128, **found}, generation)
 
 
+def _complete_smollm_3(found: Settings, generation: Settings) -> dict[str, Any]:
+    found = {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, **found}
+    if not found.get("use_sliding_window"):
+        found |= {"sliding_window": None}
+    out = _complete(found, generation, {}) | {"rope_parameters": _one_rotary(found, _theta(found))}
+    turning, every = found.get("no_rope_layers"), found.get("no_rope_layer_interval", 4)
+    if turning is None and type(every) is int and every > 0:
+        turning = [int((i + 1) % every > 0) for i, _ in enumerate(out["layer_types"])]
+    if isinstance(turning, list):
+        turning = turning[: len(out["layer_types"])]  # the library reads no more of it
+        if found.get("layer_types") is None:
+            _sliding(out, lambda i: turning[i : i + 1] == [0])
+    return out | {"no_rope_layers": turning}
+
+
+def _complete_phi_3(found: Settings, generation: Settings) -> dict[str, Any]:
+    out = _complete_mistral({"sliding_window": None, **found}, generation)
+    share = found.get("partial_rotary_factor")
+    more = _theta(found) | ({} if share is None else {"partial_rotary_factor": share})
+    return out | {"rope_parameters": _one_rotary(found, more)}
+
+
 def _complete_gemma(found: Settings, generation: Settings) -> dict[str, Any]:
     found = {"head_dim": 256, **found}
     act = found.get("hidden_activation") or found.get("hidden_act")
@@ -515,6 +564,24 @@ def _written_qwen(settings: Settings) -> dict[str, Any]:
     }
 
 
+# The library's own id may be beyond a vocabulary.
+_NO_PADDING: Settings = {"pad_token_id": None}
+
+
+def _written_smollm_3(settings: Settings) -> dict[str, Any]:
+    return _as_version_4(settings) | {
+        "use_sliding_window": SLIDING in settings["layer_types"],
+        "sliding_window": settings["sliding_window"] or None,
+        "no_rope_layers": settings["no_rope_layers"] or [1] * settings["num_hidden_layers"],
+        **_NO_PADDING,
+    }
+
+
+def _written_phi_3(settings: Settings) -> dict[str, Any]:
+    share = settings["rope_parameters"][FULL]["partial_rotary_factor"]
+    return _written_llama(settings) | {"partial_rotary_factor": share, **_NO_PADDING}
+
+
 def _written_gemma(settings: Settings) -> dict[str, Any]:
     # Its library reads the one or the other, by its version.
     return _written_llama(settings) | {"hidden_act": settings["hidden_activation"]}
@@ -610,9 +677,47 @@ KINDS: Mapping[str, _Kind] = {
     "qwen3": _Kind(
         "Qwen3ForCausalLM",
         {**_GATED, **_UNTIED, "sliding_window": _WINDOW, "attention_bias": _ATTENTION_BIAS},
-        {"qk_norm": True},
+        {"qk_norm": "heads"},
         _complete_qwen_3,
         _written_qwen,
+    ),
+    "smollm3": _Kind(
+        "SmolLM3ForCausalLM",
+        {**_GATED, "attention_bias": _ATTENTION_BIAS}
+        | {"mlp_bias": _switch("mlp_bias", default=False)}
+        | {"sliding_window": _WINDOW, "no_rope_layers": _TURNING},
+        {},
+        _complete_smollm_3,
+        _written_smollm_3,
+    ),
+    "olmo2": _Kind(
+        "Olmo2ForCausalLM",
+        {**_GATED, **_UNTIED, "attention_bias": _ATTENTION_BIAS, "rms_norm_eps": _NORM_EPS},
+        {"norms": "after", "qk_norm": "whole"},
+        _complete_llama,
+        _written_llama,
+        _GEMMA_2_NAMES,
+    ),
+    "granite": _Kind(
+        "GraniteForCausalLM",
+        {**_GATED, **_UNTIED, "attention_bias": _ATTENTION_BIAS}
+        | {"mlp_bias": _switch("mlp_bias", default=False)}
+        | {"attention_multiplier": _QUERY_MULTIPLIER}
+        | {"embedding_multiplier": positive("embedding_multiplier", 1.0)}
+        | {"residual_multiplier": positive("residual_multiplier", 1.0)}
+        | {"logits_scaling": positive("logit_divisor", 1.0)},
+        {},
+        _complete_llama,
+        _written_llama,
+    ),
+    "phi3": _Kind(
+        "Phi3ForCausalLM",
+        {**_GATED, **_UNTIED, "rms_norm_eps": _NORM_EPS, "rope_parameters": _ROTARIES}
+        | {"sliding_window": _WINDOW},
+        {"qkv": "blocks", "gate_up": "blocks"},
+        _complete_phi_3,
+        _written_phi_3,
+        _PHI_3_NAMES,
     ),
     "gemma": _Kind("GemmaForCausalLM", _GEMMA, _GEMMA_FIELDS, _complete_gemma, _written_gemma),
     "gemma2": _Kind(
@@ -626,7 +731,7 @@ KINDS: Mapping[str, _Kind] = {
     "gemma3_text": _Kind(
         "Gemma3ForCausalLM",
         _GEMMA_3,
-        {**_GEMMA_FIELDS, "norms": "both", "qk_norm": True},
+        {**_GEMMA_FIELDS, "norms": "both", "qk_norm": "heads"},
         _complete_gemma_3,
         _written_gemma_3,
         _GEMMA_2_NAMES,

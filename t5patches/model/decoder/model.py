@@ -52,6 +52,11 @@ class Decoder:
                 f"layer_types has {len(config.layer_types)} entries and there are "
                 f"{config.num_layers} layers"
             )
+        if len(config.turning) not in (0, config.num_layers):
+            raise ValueError(
+                f"no_rope_layers has {len(config.turning)} entries and there are "
+                f"{config.num_layers} layers"
+            )
         if SLIDING in config.layer_types and not config.sliding_window:
             raise ValueError(f"layer_types has {SLIDING!r}, and no sliding_window says how wide")
         ids = (*config.end_ids, config.begin_id)

@@ -93,14 +93,17 @@ class DecoderConfig:
       dropout_rate: of the embedding and of what each block adds.
       activation: of the feed-forward block, a key of `ACTIVATIONS`.
       gated: whether the activation multiplies a second matrix' outputs.
+      gate_up: how the folder holds these two matrices: "split", or in one as "blocks", the gate
+        before what it multiplies.
       norm: "rms", or "layer", which also subtracts the mean.
       norm_eps: added to the mean square.
       norm_offset: added to the scale: 1 where a scale is stored as its difference from 1.
       norm_bias: whether norms have biases.
-      norms: "before" a block, or "both" before and after it.
+      norms: "before" a block, "after" it, or "both".
       parallel: whether both blocks of a layer read the same residual stream.
       shared_norm: whether they then share the norm before them.
-      qk_norm: whether each head's query and key are normalised, before they turn.
+      qk_norm: whether queries and keys are normalised before they turn: of each of the "heads" by
+        itself, as a "whole", or "none".
       qkv: how the folder holds queries, keys and values: "split" in three matrices; in one as
         "blocks", all queries, all keys, all values; or in "groups", of each key-value head its
         queries, its key, its value.
@@ -109,10 +112,14 @@ class DecoderConfig:
       layer_types: `FULL` or `SLIDING` for each layer.
       sliding_window: how many tokens a sliding layer sees, the one that asks counted; 0 for all.
       rotaries: of full and of sliding layers; None where positions are learned.
+      turning: of each layer whether its heads turn; () where all do.
       query_scalar: attention logits are divided by its square root; 0 stands for `head_dim`.
       attention_softcap: bound c of the attention logits, `c * tanh(z / c)`; 0 for none.
       logit_softcap: the same for the logits.
       scaled_embedding: whether the embedding is multiplied by `sqrt(emb_dim)`.
+      embedding_multiplier: multiplies the embedding besides.
+      residual_multiplier: multiplies what each block adds.
+      logit_divisor: divides the logits.
       tied: whether the embedding makes the logits.
       remat: whether training runs each layer again in the backward pass instead of holding what is
         inside it: less memory, a third more arithmetic. No property of the model.
@@ -133,6 +140,7 @@ class DecoderConfig:
     dropout_rate: float = 0.0
     activation: str = "silu"
     gated: bool = True
+    gate_up: str = "split"
     norm: str = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
@@ -140,17 +148,21 @@ class DecoderConfig:
     norms: str = "before"
     parallel: bool = False
     shared_norm: bool = False
-    qk_norm: bool = False
+    qk_norm: str = "none"
     qkv: str = "split"
     attention_bias: str = "none"
     mlp_bias: bool = False
     layer_types: tuple[str, ...] = ()
     sliding_window: int = 0
     rotaries: tuple[Rotary, Rotary] | None = (Rotary(), Rotary())
+    turning: tuple[bool, ...] = ()
     query_scalar: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     scaled_embedding: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_divisor: float = 1.0
     tied: bool = False
     remat: bool = False
 
@@ -174,8 +186,17 @@ class DecoderConfig:
         return self.sliding_window if self.layer_types[number] == SLIDING else 0
 
     def rotary(self, number: int) -> Rotary | None:
-        """How the heads of a layer turn."""
-        return self.rotaries and self.rotaries[self.layer_types[number] == SLIDING]
+        """How the heads of a layer turn; None where they do not."""
+        if self.rotaries is None or (self.turning and not self.turning[number]):
+            return None
+        return self.rotaries[self.layer_types[number] == SLIDING]
+
+    @property
+    def widening(self) -> tuple[str, ...]:
+        """The matrices of a feed-forward block before its activation."""
+        if not self.gated:
+            return ("up",)
+        return ("gate_up",) if self.gate_up == "blocks" else ("gate", "up")
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -234,10 +255,11 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
         table(config.max_positions, "positions", "position_embedder")
     for i in range(config.num_layers):
         at = f"layers_{i}"
-        norm(width, "embed", at, "pre_attention_norm")
-        if not config.shared_norm:
-            norm(width, "embed", at, "pre_mlp_norm")
-        if config.norms == "both":
+        if config.norms != "after":
+            norm(width, "embed", at, "pre_attention_norm")
+            if not config.shared_norm:
+                norm(width, "embed", at, "pre_mlp_norm")
+        if config.norms != "before":
             norm(width, "embed", at, "post_attention_norm")
             norm(width, "embed", at, "post_mlp_norm")
         if config.qkv == "split":
@@ -248,13 +270,18 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
             # Only groups can be divided between devices: a part of them has whole heads.
             axes = ("embed", "heads" if config.qkv == "groups" else "qkv")
             linear((width, joined + 2 * kv), axes, bias, at, "attention", "qkv")
-        if config.qk_norm:
-            norm(config.head_dim, "head_dim", at, "attention", "query_norm")
-            norm(config.head_dim, "head_dim", at, "attention", "key_norm")
+        if config.qk_norm != "none":
+            for part, size in (("query", joined), ("key", kv)):
+                whole = config.qk_norm == "whole"
+                sizes = (size, "heads") if whole else (config.head_dim, "head_dim")
+                norm(*sizes, at, "attention", f"{part}_norm")
         of_out = config.attention_bias == "all"
         linear((joined, width), ("heads", "embed"), of_out, at, "attention", "out")
-        for part in ("gate", "up") if config.gated else ("up",):
-            linear((width, inner), ("embed", "mlp"), config.mlp_bias, at, "mlp", part)
+        for part in config.widening:
+            # A part of two matrices in one has not the same rows of both.
+            both = part == "gate_up"
+            axes = ("embed", "gate_up" if both else "mlp")
+            linear((width, (1 + both) * inner), axes, config.mlp_bias, at, "mlp", part)
         linear((inner, width), ("mlp", "embed"), config.mlp_bias, at, "mlp", "down")
     norm(width, "embed", "final_norm")
     if not config.tied:
@@ -264,10 +291,10 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
 
 def output_head(config: DecoderConfig, params: Params) -> OutputHead:
     """The last linear map, see `t5patches.model.protocol.LanguageModel.head`."""
-    softcap = config.logit_softcap or None
+    softcap, scale = config.logit_softcap or None, 1.0 / config.logit_divisor
     if config.tied:
-        return OutputHead(params["token_embedder"]["embedding"], True, 1.0, softcap)
-    return OutputHead(params["head"]["kernel"], False, 1.0, softcap)
+        return OutputHead(params["token_embedder"]["embedding"], True, scale, softcap)
+    return OutputHead(params["head"]["kernel"], False, scale, softcap)
 
 
 def linear(params: Params, x: Array) -> Array:
@@ -325,6 +352,8 @@ def embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array
     x = params["token_embedder"]["embedding"][ids].astype(config.dtype)
     if config.scaled_embedding:
         x = x * jnp.asarray(math.sqrt(config.emb_dim), config.dtype)
+    if config.embedding_multiplier != 1.0:
+        x = x * config.embedding_multiplier
     if config.rotaries is None:
         # Padding may stand beyond the last position.
         at = jnp.minimum(positions, config.max_positions - 1)
@@ -346,7 +375,7 @@ def turned_at(config: DecoderConfig, positions: Array, most: int) -> list[Turned
 
     Returns:
       Looked up in a table, as XLA would compute them again for each head and layer; None where
-      positions are learned.
+      they do not turn.
     """
 
     def look_up(rotary: Rotary) -> Turned:
@@ -414,23 +443,30 @@ def layer(
     """
 
     def before(name: str, params: Params, x: Array) -> Array:
-        return normalize(config, params[f"pre_{name}_norm"], x)
+        return x if config.norms == "after" else normalize(config, params[f"pre_{name}_norm"], x)
 
     def after(name: str, x: Array) -> Array:
-        if config.norms == "both":
+        if config.norms != "before":
             x = normalize(config, params[f"post_{name}_norm"], x)
+        if config.residual_multiplier != 1.0:
+            x = x * config.residual_multiplier
         return drop(x)
+
+    def normalized(params: Params, heads: Array, x: Array) -> Array:
+        if config.qk_norm == "heads":
+            return normalize(config, params, heads)
+        return normalize(config, params, heads.reshape(*x.shape[:-1], -1)).reshape(heads.shape)
 
     # Of the three parts nothing inside is held for the backward pass: next to their products it is
     # made in no time, and it would be the most of what a layer holds.
-    again, widening = _again(config), ("up", "gate") if config.gated else ("up",)
+    again = _again(config)
 
     @again
     def heads(params: Params, x: Array, turned: Turned | None) -> tuple[Array, Array, Array]:
         query, key, value = _heads(config, params["attention"], before("attention", params, x))
-        if config.qk_norm:
-            query = normalize(config, params["attention"]["query_norm"], query)
-            key = normalize(config, params["attention"]["key_norm"], key)
+        if config.qk_norm != "none":
+            query = normalized(params["attention"]["query_norm"], query, x)
+            key = normalized(params["attention"]["key_norm"], key, x)
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
         return query, key, value
@@ -438,13 +474,15 @@ def layer(
     @again
     def widened(params: Params, x: Array) -> list[list[Array]]:
         read = before("attention" if config.shared_norm else "mlp", params, x)
-        return [products(params["mlp"][part], read) for part in widening]
+        return [products(params["mlp"][part], read) for part in config.widening]
 
     @again
     def narrowed(params: Params, made: list[list[Array]]) -> Array:
         mlp, act = params["mlp"], ACTIVATIONS[config.activation]
-        up, *gate = (summed(mlp[part], of) for part, of in zip(widening, made, strict=True))
-        return linear(mlp["down"], act(gate[0]) * up if gate else act(up))
+        wide = [summed(mlp[part], of) for part, of in zip(config.widening, made, strict=True)]
+        if "gate_up" in config.widening:
+            wide = jnp.split(wide[0], 2, axis=-1)
+        return linear(mlp["down"], act(wide[0]) * wide[1] if config.gated else act(wide[0]))
 
     found = attend(*heads(params, x, turned)).reshape(*x.shape[:-1], -1)
     added = after("attention", linear(params["attention"]["out"], found))
