@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import textwrap
+from collections.abc import Callable
 
 from bench import answers as answers_
 from bench import common
@@ -486,17 +487,45 @@ def frontier(result: dict) -> str:
 def frontier_real(result: dict) -> str:
     """The tables of `make frontier-real`, habit by habit."""
 
+    def trained(settings: dict) -> str:
+        return (
+            f"{settings['optimizer'].capitalize()} at {settings['learning_rate']:g}, or for an "
+            f"adapter, of rank {ADAPTER['rank']} and merged before it is measured, at "
+            f"{ADAPTER['learning_rate']:g}"
+        )
+
+    return _of_habits(result, "make frontier-real", "each edit", trained)
+
+
+def frontier_adapters(result: dict) -> str:
+    """The tables of `bench.frontier_real --adapters`."""
+
+    def trained(settings: dict) -> str:
+        optimizer = settings["optimizer"].capitalize()
+        return f"{optimizer} at {ADAPTER['learning_rate']:g}, and is merged before it is measured"
+
+    seeds = {row["settings"]["seeds"] for row in result["rows"]}
+    command = "python -m bench.frontier_real --adapters --habits about --seeds "
+    return _of_habits(
+        result,
+        command + "/".join(map(str, seeds)),
+        f"an adapter of rank {ADAPTER['rank']}",
+        trained,
+    )
+
+
+def _of_habits(result: dict, command: str, edit: str, trained: Callable[[dict], str]) -> str:
+    """The tables of a pretrained model's habits."""
+
     def updates(row: dict) -> str:
         numbers = [point["updates"] for of in row["rows"] for point in of["points"]]
         return f"{min(numbers)} to {max(numbers)} updates"
 
     return "\n\n".join(
         _frontier(
-            f"`make frontier-real`, the habit *{row['habit']}*: each edit makes {updates(row)} "
+            f"`{command}`, the habit *{row['habit']}*: {edit} makes {updates(row)} "
             f"on outputs to {row['settings']['edit_inputs']} pieces of news, "
-            f"{row['settings']['optimizer'].capitalize()} at {row['settings']['learning_rate']:g}, "
-            f"or for an adapter, of rank {ADAPTER['rank']} and merged before it is measured, at "
-            f"{ADAPTER['learning_rate']:g}; all is measured on "
+            f"{trained(row['settings'])}; all is measured on "
             f"{row['settings']['held_out']} others, with {row['settings']['samples']} sampled "
             "outputs to each.",
             row | {"setting": result["setting"] | {k: row[k] for k in ("date", "commit")}},
@@ -592,11 +621,13 @@ def _frontier(
         "and after rounding all matrices to 4 bits (symmetric, a scale for 32 numbers), with the "
         "KL of that."
     )
-    return "\n\n".join([
+    found = [
         curves, listed(result["said"]), "And by the KL elsewhere:",
-        listed(result["said_elsewhere"]), near, table(closest, models), then,
-        table(after, [models[0], *models[2:]]),
-    ])  # fmt: skip
+        listed(result["said_elsewhere"]), near, table(closest, models),
+    ]  # fmt: skip
+    if any(k in row["further"] for row in rows for k in after):
+        found += [then, table(after, [models[0], *models[2:]])]
+    return "\n\n".join(found)
 
 
 def kl_estimates(result: dict) -> str:
@@ -995,6 +1026,7 @@ SECTIONS = {
     "demo": ("demo", demo),
     "frontier": ("frontier", frontier),
     "frontier-real": ("frontier-real", frontier_real),
+    "frontier-adapters": ("frontier-adapters", frontier_adapters),
     "defaults": ("defaults", defaults),
     "kl-estimates": ("kl-estimates", kl_estimates),
     "rewards": ("rewards", rewards),
