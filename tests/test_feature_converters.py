@@ -287,6 +287,28 @@ def test_what_was_cut_off_does_not_differ(name, negative, corrected, selected):
     assert weights_of(name, negative, corrected, **options) == expected
 
 
+@pytest.mark.parametrize("end", [[], [1]], ids=["cut", "ended after the cut"])
+@pytest.mark.parametrize(
+    ("name", "long", "short", "expected"),
+    [
+        ("NegativeTrainingDiff", [11, 9, *REST[1:]], [11, 12, *REST[1:]], [1, -1, *[1] * 6]),
+        ("NegativeTrainingFirst", [11, 12, *REST[1:]], [11, 12, *REST[1:]], [1] * 8),
+        ("CorrectiveTrainingDiff", [11, 9, *REST[1:]], [11, 12, *REST[1:]], [0, 1, *[0] * 6]),
+    ],
+)
+def test_what_was_cut_off_by_a_shorter_feature_does_not_differ(name, long, short, expected, end):
+    """By positions: where the other text's feature is the longer one it does not end so early."""
+    text, other = "negative_targets", "corrected_targets"
+    if name.startswith("Corrective"):
+        text, other = other, text
+    example = {"inputs": [7], text: long[:8], other: [*short[: 5 - len(end)], *end]}
+    sizes = {"inputs": 6, text: 8, other: 5}
+    (row,) = convert(name, [example], sizes, pack=False)
+    assert row["decoder_loss_weights"].tolist() == expected
+    (row,) = convert(name, [example], sizes | {other: 6}, pack=False)
+    assert row["decoder_loss_weights"].tolist() != expected
+
+
 def test_a_text_that_ends_in_padding_was_not_cut():
     negative, corrected = [11, 9, *REST], [11, *REST[:3], 1]
     options = {"alignment": "tokens", "apply_length_check": False}
@@ -380,6 +402,10 @@ def test_sets_without_factors_remove():
     (row,) = convert("NegativeSets", [example], feature_lengths, pack=False, with_factors=False)
     assert row["decoder_loss_weights"].tolist() == [-1, 1, 0]
     assert not row["negative_factors"].any()
+    # Also those of a task that has factors, for another converter.
+    example["negative_factors"] = [[0.5, 0.5]]
+    (row,) = convert("NegativeSets", [example], feature_lengths, pack=False, with_factors=False)
+    assert not row["negative_factors"].any()
 
 
 @pytest.mark.parametrize(
@@ -390,6 +416,8 @@ def test_sets_without_factors_remove():
             ({"negative_factors": [[0, bad]]}, "negative_factors must be")
             for bad in (-1.0, np.nan, np.inf)
         ],
+        # A factor that is padded would be 0, and remove.
+        ({"negative_ids": [[1, 2], [3, 4]]}, "negative_factors and negative_ids differ in shape"),
     ],
 )
 def test_bad_sets(change, message):

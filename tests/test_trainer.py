@@ -107,6 +107,9 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
         with trainer(stack.OURS, trained, directory=tmp_path, seed=seed) as made:
             same(made.orig_train_state.params, made.train_state.params)
             began = host(made.train_state.params)
+        # What such a run leaves is no checkpoint.
+        for name in ("checkpoint_0.tmp-1700000000", "checkpoint_0.orbax-checkpoint-tmp-1"):
+            (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / "checkpoint_0").mkdir()
     with trainer(stack.OURS, trained, directory=tmp_path, seed=5) as made:
         same(made.orig_train_state.params, began)
@@ -147,13 +150,30 @@ def test_the_original_by_its_path(tmp_path):
             made.eval({"eval": iter([stack.batch()])})
 
 
+def test_the_original_of_a_training_by_the_models_path(tmp_path):
+    """Training begins from other parameters; evaluators have the path's before the first step."""
+    trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
+    with trainer(stack.OURS, trained, directory=tmp_path) as made:
+        wanted = host(made.train_state.params)
+    path = str(tmp_path / "original_params")
+    by_model = stack.model(stack.OURS, "TNFF", stack.tiny_network(), original_path=path)
+    for of, options in ((by_model, {}), (trained, {"original_path": path})):
+        with trainer(stack.OURS, of, seed=1, **options) as made:
+            same(of.original_params, wanted)
+            same(made.orig_train_state.params, wanted)
+            begun, there = jax.tree.leaves(host(made.train_state.params)), jax.tree.leaves(wanted)
+            assert not all(map(np.array_equal, begun, there))
+    with trainer(stack.OURS, trained, state=lambda _: None):
+        assert trained.original_params is None  # and not those of an earlier trainer
+
+
 def test_a_path_with_nothing_there(tmp_path):
     trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
     with (
-        trainer(stack.OURS, trained, original_path=str(tmp_path)) as made,
         pytest.raises(ValueError, match="holds no parameters"),
+        trainer(stack.OURS, trained, original_path=str(tmp_path)),
     ):
-        stack.steps(made, 1)
+        pass
 
 
 def test_another_batch_shape():

@@ -5,8 +5,8 @@ The command line is that of the training, with another module::
     python -m t5patches.cache_teacher --gin_file=my.gin --gin.MODEL_DIR="'/runs/1'"
     python -m t5x.train               --gin_file=my.gin --gin.MODEL_DIR="'/runs/1'"
 
-It reads the same model, the checkpoint that training begins from and the data set (every example
-once, in order and unpacked), and writes to `TEACHER_CACHE`. A killed run continues after its last
+It reads the same model, the original (`ORIGINAL_PATH`, or the checkpoint that training begins from)
+and the data set (every example once, in order and unpacked), and writes to `TEACHER_CACHE`. A killed run continues after its last
 batch. ``--dtype`` is the dtype of the stored states; default: the network's.
 """
 
@@ -134,16 +134,17 @@ def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _restore_as_training(
+    path: str | None,
     model_dir: str,
     cfg: utils.RestoreCheckpointConfig | None,
     partitioner: BasePartitioner,
     use_orbax: bool,
 ) -> Restore:
-    """Restores the original of a training in `model_dir`: what it wrote, or where it begins."""
-    stored = epath.Path(model_dir) / original.NAME
+    """Restores the original of a training: at a path, or what it wrote, or where it begins."""
+    stored = epath.Path(model_dir) / original.NAME if path is None else epath.Path(path)
 
     def restore(initializer: utils.TrainStateInitializer) -> Any:
-        if stored.exists():
+        if path is not None or stored.exists():
             return original.load(stored, _abstract_params(initializer, partitioner), on_host=False)
         if cfg is None or not cfg.path:
             raise ValueError(
@@ -218,7 +219,13 @@ def train(
         model=model,
         dataset_cfg=train_dataset_cfg,
         partitioner=partitioner,
-        restore=_restore_as_training(model_dir, checkpoint_cfg.restore, partitioner, use_orbax),
+        restore=_restore_as_training(
+            getattr(model, "original_path", None),
+            model_dir,
+            checkpoint_cfg.restore,
+            partitioner,
+            use_orbax,
+        ),
         dtype=dtype,
     )
 

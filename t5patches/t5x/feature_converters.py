@@ -19,8 +19,8 @@ For two more the task says what to push down: `NegativeSpansFeatureConverter` an
 
 Where they differ from T5Patches on purpose: padding has no weight; `pack=True` works;
 `alignment="tokens"` aligns the two texts, so that after an inserted token the others do not differ;
-where the other text fills its feature, seqio may have cut it, and no token is selected behind the
-last one that both have.
+where the other text fills its feature, seqio may have cut it, and no token is selected that may
+have been the same as one cut off (`feature_converters_utils.get_diff_mask`).
 """
 
 from __future__ import annotations
@@ -522,8 +522,8 @@ class NegativeSetsFeatureConverter(_NegativeText):
     Raises:
         ValueError: `num_negatives` is not positive; or, when data is converted, the feature lengths
             of the text and of its ids or factors differ.
-        tf.errors.InvalidArgumentError: while data is read: an id is below -1, or a factor is
-            negative or not finite.
+        tf.errors.InvalidArgumentError: while data is read: an id is below -1, a factor is negative
+            or not finite, or there are not as many factors as ids.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {
@@ -542,7 +542,7 @@ class NegativeSetsFeatureConverter(_NegativeText):
     def __init__(self, *args: Any, num_negatives: int, with_factors: bool = False, **kwargs: Any):
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be 1 or more, got {num_negatives}")
-        self._num_negatives = num_negatives
+        self._num_negatives, self._with_factors = num_negatives, with_factors
         if with_factors:
             factors = _Spec(dtype=tf.float32, rank=2)
             self.TASK_FEATURES = {**self.TASK_FEATURES, "negative_factors": factors}
@@ -581,7 +581,12 @@ class NegativeSetsFeatureConverter(_NegativeText):
     def _edits_as_integers(self, features: Features) -> Features:
         """Ids and factors as int32 [tokens, K], of which padding's 0 stands for no edit."""
         ids = features["negative_ids"]
-        factors = features.get("negative_factors", tf.zeros(tf.shape(ids)))
+        factors = tf.zeros(tf.shape(ids))
+        if self._with_factors:
+            factors = features["negative_factors"]
+        tf.debugging.assert_equal(
+            tf.shape(factors), tf.shape(ids), "negative_factors and negative_ids differ in shape"
+        )
         tf.debugging.Assert(
             tf.reduce_all(ids >= -1), ["negative_ids must be -1 or more, got", ids], summarize=-1
         )

@@ -66,10 +66,11 @@ def get_diff_mask(
         alignment: with `"positional"` a token differs unless `seq2` has the same one at the same
             position, so that all tokens after an inserted one differ. With `"tokens"` those
             outside a longest common subsequence differ.
-        cut: [] bool, for `"tokens"`: whether the end of `seq2` may have been cut off. Then no token
-            of `seq1` behind the last common one differs: the same token may have been cut off. The
-            last token of `seq2` is left out, as it may be an EOS that was put behind the cut
-            (`seqio.preprocessors.append_eos_after_trim`).
+        cut: [] bool: whether the end of `seq2` may have been cut off. Then no token of `seq1` that
+            may have been the same as one cut off differs: with `"tokens"` none behind the last
+            common one, with `"positional"` none beyond the end of `seq2`. The last token of `seq2`
+            is left out, as it may be an EOS that was put behind the cut
+            (`seqio.preprocessors.append_eos_after_trim`), with `"positional"` if `seq1` is longer.
 
     Returns:
         [length] int32 of 0 and 1.
@@ -84,12 +85,17 @@ def get_diff_mask(
         [0, 0, 1, 0, 0]
         >>> get_diff_mask([5, 9, 7, 8, 1], [5, 2, 2, 7, 8], "tokens", cut=True).numpy().tolist()
         [0, 1, 0, 0, 0]
+        >>> get_diff_mask([5, 9, 7, 8, 3], [5, 6, 1], cut=True).numpy().tolist()
+        [0, 1, 0, 0, 0]
     """
     seq1, seq2 = tf.convert_to_tensor(seq1, tf.int32), tf.convert_to_tensor(seq2, tf.int32)
     if check_alignment(alignment) == "tokens":
         return _unaligned(seq1, seq2, tf.convert_to_tensor(cut)) * non_padding(seq1)
     same_position = tf.pad(seq2, [[0, tf.size(seq1)]])[: tf.size(seq1)]
-    return tf.cast(tf.not_equal(seq1, same_position), tf.int32) * non_padding(seq1)
+    length, other = length_without_padding(seq1), length_without_padding(seq2)
+    known = tf.where(tf.convert_to_tensor(cut) & (length > other), other - 1, tf.size(seq1))
+    differs = tf.not_equal(seq1, same_position) & (tf.range(tf.size(seq1)) < known)
+    return tf.cast(differs, tf.int32) * non_padding(seq1)
 
 
 def get_first_diff_mask(

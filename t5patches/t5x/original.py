@@ -8,6 +8,7 @@ parameters in T5X's orbax checkpoints, so that `load` reads both.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -71,7 +72,9 @@ def load_or_save(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
       ValueError: the run has checkpoints and its original parameters are missing.
     """
     folder = epath.Path(directory) / NAME
-    resumed = any(epath.Path(directory).glob("checkpoint_*"))
+    # One that was not written to its end has more in its name.
+    names = (path.name for path in epath.Path(directory).glob("checkpoint_*"))
+    resumed = any(re.fullmatch(r"checkpoint_\d+", name) for name in names)
     if resumed and not (folder / _STATE).exists():
         raise ValueError(
             f"{directory} holds checkpoints but not the original parameters, {NAME}: which model "
