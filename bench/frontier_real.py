@@ -1,7 +1,7 @@
 """The frontier of a really pretrained model: every method on SmolLM2's two habits.
 
     make frontier-real                          # hours; a killed run goes on with --keep DIR
-    python -m bench.frontier_real --adapters --habits about --seeds 3       # adapters alone
+    python -m bench.frontier_real --adapters --habits about               # adapters alone
 
 Model, news, instructions and rules are those of `bench.real`, methods and measures those of
 `bench.frontier`.
@@ -97,13 +97,15 @@ CURVES: Curves = {
     "DPO": by_updates("dpo", FEW, *UPDATES),
     "FTPO, sets": by_updates("ftpo", FEW, *UPDATES, with_sets=True),
 }
-# The best of these and its nearest rivals, with adapters, over several seeds.
+# The best of these and its rivals, with adapters.
 ADAPTERS: Curves = {
     "TNFF, sets": by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
     "UL, sets, sampled": by_updates(
         "ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True, **ADAPTER),
+    "DPO": by_updates("dpo", FEW, UPDATES[0], **ADAPTER),
+    "NPO": by_updates("npo", FEW, UPDATES[0], **ADAPTER),
 }
 
 
