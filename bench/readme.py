@@ -504,14 +504,8 @@ def frontier_adapters(result: dict) -> str:
         optimizer = settings["optimizer"].capitalize()
         return f"{optimizer} at {ADAPTER['learning_rate']:g}, and is merged before it is measured"
 
-    seeds = {row["settings"]["seeds"] for row in result["rows"]}
-    command = "python -m bench.frontier_real --adapters --habits about --seeds "
-    return _of_habits(
-        result,
-        command + "/".join(map(str, seeds)),
-        f"an adapter of rank {ADAPTER['rank']}",
-        trained,
-    )
+    command = "python -m bench.frontier_real --adapters --habits about"
+    return _of_habits(result, command, f"an adapter of rank {ADAPTER['rank']}", trained)
 
 
 def _of_habits(result: dict, command: str, edit: str, trained: Callable[[dict], str]) -> str:

@@ -226,6 +226,17 @@ def test_what_a_vocabulary_does_not_know_is_no_control_token(kind):
     assert [i for i in ids if i < len(CONTROLS)] == [0, START, END, START]
 
 
+def test_templates_are_given_the_special_tokens_that_count(folder):
+    """The map of them counts more where the config does not list the tokens."""
+    said = CONFIG | {"chat_template": "{{ bos_token }}{{ boi_token }}{{ messages[0].content }}"}
+    said |= {"bos_token": None, "extra_special_tokens": {"boi_token": "<|im_start|>"}}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    for listed, begun in (({}, (0, START)), ({"added_tokens_decoder": {}}, (START,))):
+        (folder / "tokenizer_config.json").write_text(json.dumps(said | listed))
+        ids = load_tokenizer(folder).encode_prompt("a fire")
+        assert ids[: len(begun)] == begun
+
+
 def test_templates_have_what_they_are_written_for(folder):
     text = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}\n"

@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 from editing_samples import assert_same_folder
 from harness import slow_unless
+from safetensors.numpy import load_file, save_file
 
 from t5patches.editing.train import TrainSettings, cache_teacher, token_loss, train
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.decoder.network import FULL, SLIDING, Rotary
 from t5patches.model.generate import generate
-from t5patches.model.huggingface import load_checkpoint, read_config, save_checkpoint
+from t5patches.model.huggingface import (
+    config_file,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    understand,
+)
 from t5patches.model.placement import make_mesh, param_shardings
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -78,6 +85,41 @@ def test_an_unchanged_model_is_written_back_bit_for_bit(name, tmp_path):
     original, out = decoder_folders.DATA / name, tmp_path / "out"
     save_checkpoint(out, model, params, like=original)
     assert_same_folder(out, original)
+
+
+def test_what_the_network_does_not_have_may_be_infinite(tmp_path):
+    """An older library's mask, -1e9, in float16."""
+    folder = shutil.copytree(decoder_folders.DATA / "gpt2_base", tmp_path / "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["h.0.attn.masked_bias"] = np.array(-np.inf, np.float16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model, params = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "out", model, params, like=folder)
+    assert_same_folder(tmp_path / "out", folder)
+
+
+def test_named_templates_stay_with_their_folder(tmp_path):
+    folder = shutil.copytree(decoder_folders.DATA / "gpt2", tmp_path / "gpt2")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("x")
+    model, params = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "out", model, params, like=folder)
+    assert (tmp_path / "out" / templates.name / "tool_use.jinja").read_text() == "x"
+    templates.rename(tmp_path / "elsewhere")
+    templates.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="additional_chat_templates is a link"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kinds", [(FULL, SLIDING), (FULL, FULL), (SLIDING, SLIDING)])
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_mistral_may_mix_windows_and_none(kinds, window):
+    """As Ministral does, which goes by the same name."""
+    if window or SLIDING not in kinds:
+        model = load_checkpoint(decoder_folders.DATA / "mistral")[0]
+        mixed = model.replace(layer_types=kinds, sliding_window=window)
+        assert understand(json.loads(config_file(mixed)), {}, "config.json") == mixed
 
 
 @pytest.mark.parametrize("name", decoder_folders.NAMES)
@@ -347,6 +389,11 @@ REFUSED = {
     "half a window": ("mistral", {"sliding_window": 4.5}, "sliding_window is 4.5; a whole number"),
     "heads": ("llama", {"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
     "head size": ("qwen2", {"head_dim": None, "hidden_size": 17}, "head_dim is None; a positive"),
+    "two scalings": (
+        "qwen2",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "and rope_scaling is .*'factor': 2.0.*: one of the two is needed",
+    ),
     "odd": ("llama", {"head_dim": 7}, "7 entries of a head of 7 turn"),
     "end beyond": ("llama", {"eos_token_id": 64}, r"eos_token_id and bos_token_id are \(64, 1, 7"),
     "end of words": ("llama", {"eos_token_id": "</s>"}, r"eos_token_id is \['</s>'"),
@@ -441,6 +488,17 @@ UNDERSTOOD = {
         "mistral",
         {"sliding_window": None},
         {"layer_types": (FULL, FULL), "sliding_window": 0},
+    ),
+    "ministral": ("mistral", {"layer_types": [FULL, SLIDING]}, {"layer_types": (FULL, SLIDING)}),
+    "a scaling said twice": (
+        "llama_tied",
+        {"rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rotaries": (Rotary(scaling="linear", factor=3.0),) * 2},
+    ),
+    "a scaling of gemma 3's full layers": (
+        "gemma3_text",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rotaries": (Rotary(1e6, scaling="linear", factor=2.0), Rotary(100.0))},
     ),
     "mistral's own": ("mistral", {"sliding_window": "absent"}, {"sliding_window": 4096}),
     "qwen without windows": (

@@ -16,7 +16,7 @@ from t5patches import cli
 from t5patches.model.decoder.model import small_decoder
 from t5patches.model.decoder.network import FULL, SLIDING, Rotary
 from t5patches.model.folder import load_model
-from t5patches.model.huggingface import save_checkpoint
+from t5patches.model.huggingface import read_config, save_checkpoint
 
 SIZES = {"width": 32, "layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_positions": 64}
 LLAMA = small_decoder(
@@ -200,7 +200,52 @@ def test_the_end_of_a_turn_is_known_by_its_spelling(tmp_path):
     assert converted(tmp_path, change).model.config.end_ids == (1, 3)  # </s> and <|im_end|>
 
 
+def test_a_linear_scaling_goes_by_an_old_name_and_without_its_kind(tmp_path):
+    plain = LLAMA.replace(rotaries=(Rotary(5e5), Rotary(5e5)))
+    for i, name in enumerate(("llama.rope.scale_linear", "llama.rope.scaling.factor")):
+
+        def change(writer, name=name):
+            writer.tensors[0].pop("rope_freqs.weight")
+            writer.add_float32(name, 4.0)
+
+        path = tmp_path / str(i)
+        path.mkdir()
+        write(path / "x.gguf", "llama", plain, params_of(plain), change)
+        given = ["convert", "--model", path / "x.gguf", "--output", path / "out"]
+        assert cli.main([str(x) for x in given]) == 0
+        assert read_config(path / "out").config.rotaries[0] == Rotary(5e5, 1.0, "linear", 4.0)
+
+
+def test_a_gemmas_own_pattern_and_base(tmp_path):
+    def change(writer):
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)
+        writer.add_float32("gemma3.rope.freq_base_swa", 500.0)
+
+    write(tmp_path / "x.gguf", "gemma3", GEMMA, params_of(GEMMA), change)
+    given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
+    assert cli.main([str(x) for x in given]) == 0
+    config = read_config(tmp_path / "out").config
+    assert config.layer_types == (SLIDING, FULL)
+    assert config.rotaries == (Rotary(1e6), Rotary(500.0))
+
+
 REFUSED = {
+    "a part of a head": (
+        lambda writer: writer.add_rope_dimension_count(4),
+        "llama.rope.dimension_count is 4; only 16 is known",
+    ),
+    "both directions": (
+        lambda writer: writer.add_causal_attention(False),
+        "llama.attention.causal is False; only True is known",
+    ),
+    "a scale": (
+        lambda writer: writer.add_logit_scale(0.5),
+        "llama.logit_scale is 0.5; only 1.0 is known",
+    ),
+    "heads by layer": (
+        lambda writer: writer.add_array("llama.attention.head_count", [4, 4]),
+        r"llama.attention.head_count is \[4, 4\]; a whole number is needed",
+    ),
     "experts": (lambda writer: writer.add_expert_count(8), "num_local_experts is set"),
     "yarn": (
         lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
@@ -228,6 +273,8 @@ def test_what_is_not_known_is_refused(case, tmp_path, capsys):
     def spoil(writer):
         writer.tensors[0].pop("rope_freqs.weight")
         writer.kv_data[0].pop("tokenizer.ggml.pre")
+        if case == "heads by layer":
+            writer.kv_data[0].pop("llama.attention.head_count")
         if case not in ("words", "no words"):
             writer.add_tokenizer_pre("gpt-2")
         change(writer)

@@ -178,6 +178,18 @@ def test_a_marked_control_token_is_text():
     assert loaded["sentencepiece"].encode_template("<s>a") == (1, *joined.encode("a").ids)
 
 
+def test_what_follows_a_marked_control_token_goes_on_after_any_steps():
+    """A step that puts a space in front may be one of several."""
+    found = json.loads(tokenizer_json("bytes, first"))
+    steps = [found["pre_tokenizer"], {"type": "Sequence", "pretokenizers": []}]
+    found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    nested = JsonTokenizer(json.dumps(found).encode(), (END,))
+    text = "<|im_start|>a fire<|im_end|>b "
+    want = loaded["bytes, first"].encode_template(f"{text}<~s>", "~")
+    assert nested.encode_template(f"{text}<~s>", "~") == want
+    assert nested.encode_template(text) == loaded["bytes, first"].encode_template(text)
+
+
 @pytest.mark.parametrize("sides", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
 def test_special_tokens_take_the_spaces_beside_them_in_pieces_too(sides):
     found = json.loads(tokenizer_json("byte-level"))
@@ -298,6 +310,31 @@ def test_end_ids_come_from_both_files(folder):
     assert found.decode([*found.encode("a fire").ids, 3]).text == "a fire"
 
 
+@pytest.mark.parametrize("file", ["added_tokens", "tokenizer_config"])
+def test_added_tokens_that_only_the_files_beside_it_have(file, folder):
+    """As the library adds them: template's markers, for one."""
+    markers = {"<|user|>": 330, "<|assistant|>": 331}
+    said = {"eos_token": "</s>", "additional_special_tokens": [*markers]}
+    if file == "tokenizer_config":
+        listed = {str(i): {"content": text, "special": True} for text, i in markers.items()}
+        listed["400"] = {"content": "<|image|>", "special": True}  # of no row
+        write(folder, tokenizer_config=said | {"added_tokens_decoder": listed})
+    else:
+        write(folder, added_tokens=markers, tokenizer_config=said)
+    found = load_tokenizer(folder)
+    assert markers.items() <= found.controls.items()
+    assert found.encode_template("<|user|>a<|assistant|>")[::2] == (330, 331)
+    assert not {330, 331} & {*found.encode("<|user|>a").ids}
+
+
+def test_an_added_token_with_another_id_is_told(folder):
+    write(folder, added_tokens={"<|user|>": 335})
+    with pytest.raises(
+        ValueError, match=r"no added token '<\|user\|>', .* id 335, where 330 is next"
+    ):
+        load_tokenizer(folder)
+
+
 def test_special_tokens_beyond_the_embedding_are_no_ids_of_a_text(folder):
     """Gemma 3's text models have one for images."""
     original = Tokenizer.from_str(tokenizer_json("byte-level").decode())
@@ -373,6 +410,30 @@ def test_added_tokens_join_a_tokenizer_model(llama):
     assert 333 in found.encode("a<tool>b").ids  # no special token: a piece of text
     assert found.decode([330, 333, 331]).text == "<tool>"
     assert found.encode_template("<|im_start|>a<|im_end|>")[::2] == (330, 331)
+
+
+def test_an_added_token_begins_no_text_anew(llama):
+    """No space is put in front of it, nor, unless the folder is of the old kind, behind it."""
+    for legacy in (False, True):
+        write(
+            llama,
+            added_tokens={"<tool>": 330},
+            tokenizer_config={"eos_token": "</s>", "legacy": legacy},
+        )
+        found = load_tokenizer(llama)
+        rest = found.encode("a fire").ids
+        joined = SentencePieceTokenizer(tokenizer_model(), SpecialIds(-1, (2,), (1,)), joined=True)
+        behind = rest if legacy else joined.encode_template("<s>a fire")[1:]
+        assert found.encode("<tool>a fire").ids == (330, *behind)
+        assert found.encode("a fire<tool>").ids == (*rest, 330)
+        assert found.encode("a<tool>").spans == ((0, 1), (1, 7))
+
+
+def test_an_added_token_that_takes_spaces_wants_a_tokenizer_json(llama):
+    token = {"content": "<tool>", "special": True, "rstrip": True}
+    said = {"eos_token": "</s>", "added_tokens_decoder": {"330": token}}
+    with pytest.raises(NotImplementedError, match="'<tool>' takes the white space beside it"):
+        load_tokenizer(write(llama, tokenizer_config=said))
 
 
 @pytest.mark.parametrize(("said", "anew"), [({}, True), ({"legacy": False}, False)])

@@ -155,6 +155,9 @@ def _config(family: str, said: Mapping[str, Any], found: dict[str, Any]) -> dict
         if name.startswith(f"{family}.")
     }
     heads, width = of["attention.head_count"], of["embedding_length"]
+    for name in ("attention.head_count", "embedding_length"):
+        if type(of[name]) is not int:
+            raise ValueError(f"{family}.{name} is {of[name]!r}; a whole number is needed")
     size = of.get("attention.key_length", width // max(1, heads))
     config = {
         "model_type": {"llama": "llama", "gemma3": "gemma3_text"}[family],
@@ -174,22 +177,36 @@ def _config(family: str, said: Mapping[str, Any], found: dict[str, Any]) -> dict
     }
     if of.get("rope.freq_base") is not None:
         config["rope_theta"] = of["rope.freq_base"]
-    scaling = of.get("rope.scaling.type", "none")
+    # As llama.cpp has it, under the old name too.
+    factor = of.get("rope.scaling.factor", of.get("rope.scale_linear"))
+    scaling = of.get("rope.scaling.type", "none" if factor is None else "linear")
     factors = found.pop("rope_freqs.weight", None)
     if factors is not None:
         config["rope_scaling"] = _llama_3(factors, of.get("rope.freq_base", 10_000.0), size)
     elif scaling != "none":
-        config["rope_scaling"] = {"rope_type": scaling, "factor": of.get("rope.scaling.factor")}
+        config["rope_scaling"] = {"rope_type": scaling, "factor": factor}
     if family == "gemma3":
         window = of.get("attention.sliding_window")
         # The largest one alone scales by something else than its heads' size.
         largest = of["block_count"] == 62
         config |= {
             "sliding_window": window,
+            "sliding_window_pattern": of.get("attention.sliding_window_pattern", 6),
+            "rope_local_base_freq": of.get("rope.freq_base_swa"),
             "query_pre_attn_scalar": width // heads if largest else size,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": of.get("final_logit_softcapping"),
         }
+    known = {
+        "rope.dimension_count": size,
+        "attention.causal": True,
+        "attention.scale": config.get("query_pre_attn_scalar", size) ** -0.5,
+        **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), 1.0),
+    }
+    for name, value in known.items():
+        # 0 stands for what is usual, but of a switch.
+        if not (value is not True and of.get(name) == 0) and of.get(name, value) != _decimal(value):
+            raise ValueError(f"{family}.{name} is {of[name]!r}; only {value} is known")
     return config
 
 

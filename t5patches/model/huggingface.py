@@ -39,6 +39,7 @@ _REFUSED = {
     "num_experts": "models without experts",
     "num_local_experts": "models without experts",
 }
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder in the folder
 # Files that hold weights in some other format: stale beside edited ones, so never copied.
 _OTHER_WEIGHTS = {".bin", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".ckpt", ".onnx", ".gguf"}
 
@@ -164,10 +165,15 @@ def save_checkpoint(
 
 
 def _read_back(folder: Path, output: str | os.PathLike) -> None:
-    """Makes sure that what was written can be read: all that it should hold, and finite."""
+    """Makes sure that what was written can be read: all that it should hold, and finite.
+
+    What the network does not have is as it was: a mask in float16 may hold infinities.
+    """
     try:
-        for name, stored in _inspect(folder)[1].items():
-            _read(name, stored)
+        model, stored = _inspect(folder)
+        for name, tensor in _tensors(model).items():
+            for copy in stored.keys() & {name, *tensor.copies}:
+                _read(copy, stored[copy])
     except ValueError as error:
         raise ValueError(f"{output} is not written, as it could not be read: {error}") from error
 
@@ -482,7 +488,9 @@ def _write_like(
             save_file(tensors, folder / file.name, metadata=source.metadata())
     for file in _own_files(like):
         if file.name not in without:
-            shutil.copyfile(file, folder / file.name)
+            there = folder / file.relative_to(like)
+            there.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, there)
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -491,9 +499,11 @@ def _own_files(folder: Path) -> list[Path]:
     Raises:
       ValueError: one is a link that leads out of the folder.
     """
+    if (folder / _MORE_TEMPLATES).is_symlink():
+        raise ValueError(f"{folder / _MORE_TEMPLATES} is a link: put that folder itself there")
     files = [
         file
-        for file in sorted(folder.glob("*"))
+        for file in sorted([*folder.glob("*"), *folder.glob(f"{_MORE_TEMPLATES}/*.jinja")])
         if file.suffix not in {".safetensors", *_OTHER_WEIGHTS}
         and not file.name.endswith(".bin.index.json")
         and file.is_file()

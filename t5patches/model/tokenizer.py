@@ -169,10 +169,9 @@ class SentencePieceTokenizer:
             model: the path of a model file, or the bytes of one.
             special: the ids that stand for no text. Default, as a T5 has them: the model's padding,
                 and its end token behind outputs and prompts.
-            joined: whether what follows a control token in a template goes on without the space
-                that sentencepiece puts in front of a text.
-            added: pieces between which each part of a text is a text of its own, with the space
-                that sentencepiece puts in front.
+            joined: whether what follows an added token, or a control token in a template, goes on
+                without the space that sentencepiece puts in front of a text.
+            added: pieces between which each part of a text is a text of its own.
 
         Raises:
             ValueError: it is no sentencepiece model, or has no padding or end token.
@@ -218,7 +217,8 @@ class SentencePieceTokenizer:
                 ids.append(self._added[part])
                 spans.append((at, at + len(part)))
             else:
-                found = self._processor.encode(part, return_type="offset_mapping")
+                processor = self._following if at else self._processor
+                found = processor.encode(part, return_type="offset_mapping")
                 ids += found["ids"]
                 offsets = self._spans(found["ids"], found["offsets"])
                 spans += [(at + start, at + end) for start, end in offsets]

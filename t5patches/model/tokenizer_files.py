@@ -124,7 +124,9 @@ def load_tokenizer(folder: str | os.PathLike[str], *, chat: str = "auto") -> Tok
     if chat == "off":
         tokenizer.chat = False
         return tokenizer
-    names = {name: _content(value) for name, value in said.items() if name.endswith("_token")}
+    extra = said.get("extra_special_tokens")
+    named = {**said, **extra} if isinstance(extra, dict) else said
+    names = {name: _content(value) for name, value in named.items() if name.endswith("_token")}
     names = {name: content for name, content in names.items() if content is not None}
     return ChatTokenizer(tokenizer, ChatTemplate(template, names))
 
@@ -193,11 +195,12 @@ def _first(folder: Path, names: Sequence[str], reads: Sequence[Callable[[Path], 
 
 def _said(folder: Path) -> dict[str, Any]:
     """What the files beside a decoder-only model's tokenizer say of it."""
-    said: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            said |= read_object(folder / name, COPY_AGAIN)
-    return said
+    of_map, said = (
+        read_object(folder / name, COPY_AGAIN) if (folder / name).exists() else {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    # The map is of the time before tokens were listed in the config, and counts more then.
+    return of_map | said if "added_tokens_decoder" in said else said | of_map
 
 
 def _content(token: Any) -> str | None:
@@ -220,13 +223,39 @@ def _class(said: Mapping[str, Any], default: str) -> str:
 def _decoder_from_json(path: Path, said: Mapping[str, Any], config: ModelConfig) -> Any:
     content = _bounded(path)
     kind = _class(said, _OF_FAMILIES.get(getattr(config, "family", ""), ""))
-    spaced = said.get("add_prefix_space")
-    if isinstance(spaced, bool) and kind in _SPACED:
+    spaced, beside = said.get("add_prefix_space"), _added_entries(path.parent, said)
+    if beside or (isinstance(spaced, bool) and kind in _SPACED):
         found = json.loads(content)
-        scheme = ("always" if said.get("legacy") is True else "first") if spaced else "never"
-        _set_prefix_space(found, kind, scheme)
+        if isinstance(spaced, bool) and kind in _SPACED:
+            scheme = ("always" if said.get("legacy") is True else "first") if spaced else "never"
+            _set_prefix_space(found, kind, scheme)
+        _add_missing(found, {i: x for i, x in beside.items() if i < config.vocab_size})
         content = json.dumps(found, ensure_ascii=False).encode()
     return _json_tokenizer(content, said, config)
+
+
+def _add_missing(found: dict[str, Any], beside: Mapping[int, Mapping[str, Any]]) -> None:
+    """Adds to a `tokenizer.json` the added tokens that only the files beside it have.
+
+    Raises:
+        ValueError: a token has another id there than the library would give it.
+    """
+    listed = found.setdefault("added_tokens", None) or []
+    there, vocabulary = {token["content"] for token in listed}, found["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    after = 1 + max((*vocabulary.values(), *(token["id"] for token in listed)), default=-1)
+    for i, token in sorted(beside.items()):
+        if token["content"] in there:
+            continue
+        if vocabulary.get(token["content"], after) != i:
+            raise ValueError(
+                f"it has no added token {token['content']!r}, and the files beside it have it with "
+                f"the id {i}, where {vocabulary.get(token['content'], after)} is next"
+            )
+        after = max(after, i + 1)
+        listed.append({"id": i, **token})
+    found["added_tokens"] = listed
 
 
 def _set_prefix_space(found: dict[str, Any], kind: str, scheme: str) -> None:
@@ -370,30 +399,50 @@ def _decoder_from_model(path: Path, said: Mapping[str, Any], config: ModelConfig
     spaced = said.get("add_prefix_space")
     if isinstance(spaced, bool) and _class(said, "") == "LlamaTokenizer":
         model.normalizer_spec.add_dummy_prefix = spaced
-    added = _added_tokens(path.parent, said)
     # Those beyond the model's embedding are for images and the like: no text has them.
-    for i, (content, special) in sorted(added.items()):
-        if i >= config.vocab_size:
-            break
-        _place(model, i, content, _Piece.CONTROL if special else _Piece.USER_DEFINED)
+    added = {i: x for i, x in _added_entries(path.parent, said).items() if i < config.vocab_size}
+    for i, token in sorted(added.items()):
+        if token["lstrip"] or token["rstrip"]:
+            raise NotImplementedError(
+                f"its added token {token['content']!r} takes the white space beside it, which is "
+                "known of a tokenizer.json alone: load the folder's tokenizer with transformers "
+                "and save_pretrained() it, which writes one"
+            )
+        kind = _Piece.CONTROL if token["special"] else _Piece.USER_DEFINED
+        _place(model, i, token["content"], kind)
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     begin = _content(said.get("bos_token")) or model.trainer_spec.bos_piece
     before = (ids[begin],) if said.get("add_bos_token", begin in ids) else ()
     ids_of_none = SpecialIds(-1, config.end_ids, before)
     # "legacy": what follows a control token begins anew, with a space in front.
     joined = said.get("legacy") is not True
-    return SentencePieceTokenizer(model.SerializeToString(), ids_of_none, joined=joined)
+    split = [token["content"] for token in added.values() if not token["special"]]
+    content = model.SerializeToString()
+    return SentencePieceTokenizer(content, ids_of_none, joined=joined, added=split)
 
 
 def _added_tokens(folder: Path, said: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """The added tokens and whether they are special, by id."""
-    named = _special_tokens(said)
-    path = folder / "added_tokens.json"
-    added = {i: text for text, i in read_object(path, COPY_AGAIN).items()} if path.exists() else {}
-    found = {i: (text, text in named) for i, text in added.items()}
-    for i, token in (said.get("added_tokens_decoder") or {}).items():
-        found[int(i)] = (token["content"], bool(token.get("special")) or token["content"] in named)
-    return {i: token for i, token in found.items() if token[0]}
+    entries = _added_entries(folder, said).items()
+    return {i: (token["content"], token["special"]) for i, token in entries}
+
+
+def _added_entries(folder: Path, said: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The added tokens that the files beside a tokenizer have, as `tokenizer.json` would."""
+    named, path = _special_tokens(said), folder / "added_tokens.json"
+    added = read_object(path, COPY_AGAIN) if path.exists() else {}
+    found: dict[int, Mapping[str, Any]] = {i: {"content": text} for text, i in added.items()}
+    found |= {int(i): token for i, token in (said.get("added_tokens_decoder") or {}).items()}
+    switches = ("single_word", "lstrip", "rstrip", "normalized")
+    return {
+        i: {
+            "content": token["content"],
+            "special": bool(token.get("special")) or token["content"] in named,
+            **{name: bool(token.get(name)) for name in switches},
+        }
+        for i, token in found.items()
+        if token["content"]
+    }
 
 
 def _place(model: Any, i: int, content: str, kind: Any) -> None:

@@ -236,11 +236,11 @@ class JsonTokenizer:
     def _following(self) -> Any:
         """The same tokenizer for a text that goes on after a control token."""
         if self._following_ is None:
-            self._following_ = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+            found = json.loads(self._tokenizer.to_str())
+            steps = json.dumps(found["pre_tokenizer"])
+            found["pre_tokenizer"] = json.loads(steps, object_hook=_never_first)
+            self._following_ = tokenizers.Tokenizer.from_str(json.dumps(found))
             self._following_.encode_special_tokens = True
-            step = self._following_.pre_tokenizer
-            if getattr(step, "prepend_scheme", None) == "first":
-                step.prepend_scheme = "never"
         return self._following_
 
     def _try_out(self) -> None:
@@ -284,6 +284,11 @@ def _put_before(tokenizer: Any, before: str) -> tuple[int, ...]:
     if before and tokenizer.token_to_id(before) is None:
         raise ValueError(f"it lacks {before!r}, which is to stand in front of a prompt")
     return (tokenizer.token_to_id(before),) if before else ()
+
+
+def _never_first(step: dict[str, Any]) -> dict[str, Any]:
+    """A step without the space that it puts in front of a text."""
+    return step | {"prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
 
 
 def _steps(part: Any) -> frozenset[str]:

@@ -6,8 +6,9 @@ The command line is that of the training, with another module::
     python -m t5x.train               --gin_file=my.gin --gin.MODEL_DIR="'/runs/1'"
 
 It reads the same model, the original (`ORIGINAL_PATH`, or the checkpoint that training begins from)
-and the data set (every example once, in order and unpacked), and writes to `TEACHER_CACHE`. A killed run continues after its last
-batch. ``--dtype`` is the dtype of the stored states; default: the network's.
+and the data set (every example once, in order and unpacked), and writes to `TEACHER_CACHE`. A
+killed run continues after its last batch. ``--dtype`` is the dtype of the stored states; default:
+the network's.
 """
 
 from __future__ import annotations

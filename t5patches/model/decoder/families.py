@@ -341,10 +341,23 @@ def _tensors(names: _Names, config: DecoderConfig) -> dict[str, Tensor]:
 
 def _one_rotary(said: Settings, more: Settings) -> dict[str, Any]:
     """Of all layers, as version 5 or 4 of the library says it."""
-    found = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    new, old = said.get("rope_parameters") or {}, said.get("rope_scaling") or {}
+    if new and old and not _repeats(new, old):
+        # Where both are there the library takes the old one, and the base of neither.
+        twice = f"{new}, and rope_scaling is {old}: one of the two is needed"
+        return {FULL: twice, SLIDING: twice}
+    found = new or old
     if isinstance(found, Mapping):
         found = {**more, **{name: value for name, value in found.items() if value is not None}}
     return {FULL: found, SLIDING: found}
+
+
+def _repeats(new: Any, old: Any) -> bool:
+    """Whether `rope_scaling` says nothing that `rope_parameters` does not."""
+    if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+        return False
+    names = {"type": "rope_type"}
+    return all(new.get(names.get(name, name)) == value for name, value in old.items())
 
 
 def _theta(said: Settings) -> dict[str, Any]:
@@ -399,8 +412,10 @@ def _complete_llama(found: Settings, generation: Settings) -> dict[str, Any]:
 
 def _complete_mistral(found: Settings, generation: Settings) -> dict[str, Any]:
     out = _complete_llama({"sliding_window": 4096, **found}, generation)
-    _sliding(out, lambda _: True)
-    return out
+    if found.get("layer_types") is None:
+        _sliding(out, lambda _: True)
+        return out
+    return out | {"layer_types": found["layer_types"]}  # Ministral's
 
 
 def _complete_qwen(found: Settings, generation: Settings) -> dict[str, Any]:
@@ -434,7 +449,8 @@ def _complete_smollm_3(found: Settings, generation: Settings) -> dict[str, Any]:
 
 
 def _complete_phi_3(found: Settings, generation: Settings) -> dict[str, Any]:
-    out = _complete_mistral({"sliding_window": None, **found}, generation)
+    found = {"sliding_window": None, **found, "layer_types": None}
+    out = _complete_mistral(found, generation)
     share = found.get("partial_rotary_factor")
     more = _theta(found) | ({} if share is None else {"partial_rotary_factor": share})
     return out | {"rope_parameters": _one_rotary(found, more)}
@@ -474,8 +490,10 @@ def _complete_gemma_3(found: Settings, generation: Settings) -> dict[str, Any]:
     for kind, (name, base) in bases.items():
         given = base if found.get(name) is None else found[name]
         own: Any = said[kind] if both and kind in said else {}
-        if not both and kind == FULL:  # the other one is never scaled
-            own = found.get("rope_scaling") or said or {}
+        if kind == FULL:  # the other one is never scaled
+            scaled = found.get("rope_scaling") or (said if not both else None) or {}
+            mapped = isinstance(own, Mapping) and isinstance(scaled, Mapping)
+            own = {**own, **scaled} if mapped else scaled or own
         if isinstance(own, Mapping):
             own = {"rope_theta": given, "partial_rotary_factor": 1.0, **own}
         rotaries[kind] = own
@@ -551,6 +569,12 @@ def _written_llama(settings: Settings) -> dict[str, Any]:
     if "sliding_window" in out:
         out["sliding_window"] = out["sliding_window"] or None
     return out
+
+
+def _written_mistral(settings: Settings) -> dict[str, Any]:
+    kinds, out = settings["layer_types"], _written_llama(settings)
+    of_one_kind = {*kinds} == {SLIDING if settings["sliding_window"] else FULL}
+    return out if of_one_kind else out | {"layer_types": kinds}
 
 
 def _written_qwen(settings: Settings) -> dict[str, Any]:
@@ -665,7 +689,7 @@ KINDS: Mapping[str, _Kind] = {
         {**_GATED, **_UNTIED, "sliding_window": _WINDOW},
         {},
         _complete_mistral,
-        _written_llama,
+        _written_mistral,
     ),
     "qwen2": _Kind(
         "Qwen2ForCausalLM",
