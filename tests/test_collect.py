@@ -146,10 +146,12 @@ def test_another_run_does_not_go_on_there(folder, given, tmp_path, monkeypatch):
         patch.setattr(annotate_module, "generate", None)
         with pytest.raises(TypeError, match="'NoneType' object"):
             collect(*given, output, SETTINGS)
+    other_config = model.model.replace(layer_norm_epsilon=0.1)
     for other, difference in [
         ((model, inputs[1:], rules), "inputs"),
         ((model._replace(params={"x": np.ones(2)}), inputs, rules), "model"),
         ((load_model(folder / "model", dtype="bfloat16"), inputs, rules), "dtype"),
+        ((model._replace(model=other_config), inputs, rules), "layer_norm_epsilon"),
     ]:
         with pytest.raises(ValueError, match=f"holds another run, which differs in {difference}"):
             collect(*other, output, SETTINGS)
@@ -252,6 +254,7 @@ def test_several_samples_do_not_depend_on_the_batches(given):
         ({"temperature": -1.0}, "the temperature is -1.0"),
         ({"temperature": float("nan")}, "the temperature is nan"),
         ({"temperature": float("inf")}, "the temperature is inf"),
+        ({"temperature": 1e-38}, "the temperature is 1e-38: 0 .greedy., or a number of 1e-30"),
         ({"samples": 2}, "at temperature 0 all of them are the same: give a temperature"),
     ],
 )

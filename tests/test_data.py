@@ -189,6 +189,22 @@ def test_three_fields_mark_what_the_correction_does_not_repeat(tmp_path):
     assert replaced.marked[-1] is False  # the end token
 
 
+def test_of_a_character_in_bytes_three_fields_mark_what_the_correction_does_not_repeat(tmp_path):
+    """To forbid a byte that both have would forbid the correction."""
+    fields = {"inputs": "x", "negative_targets": "a € b", "corrected_targets": "a ₤ b"}
+    (read,) = read_examples(write_lines(tmp_path / "x", fields), tokenizer())
+    assert marked_pieces(read) == ["<0xAC>"]
+
+
+@pytest.mark.parametrize("outputs", ["in  Paris", "in Paris ", "ﬁre in Paris"])
+def test_what_its_tokens_spell_otherwise_comes_back_as_it_was(outputs, tmp_path):
+    line = {"inputs": "x", "outputs": outputs, "spans": [[len(outputs) - 5, len(outputs) - 1]]}
+    read = read_examples(write_lines(tmp_path / "x", line), tokenizer())
+    assert tokenizer().decode(read[0].output_ids).text != outputs
+    write_examples(tmp_path / "y", read)
+    assert read_examples(tmp_path / "y", tokenizer()) == read
+
+
 SAID = tokenizer().encode("in Paris").ids[0]
 GOOD = {"inputs": "x", "outputs": "in Paris", "spans": [[3, 8]]}
 BAD_LINES = {
@@ -457,6 +473,10 @@ def test_corrections_replace_marked_outputs():
         "x", tokenizer().decode(marked.output_ids), marked.spans, tokenizer(), corrected="in Rome"
     )
     assert corrected_examples([clean, fixed], tokenizer()) == [clean, clean]
+    same = dataclasses.replace(fixed, corrected="in Paris")
+    with pytest.raises(ValueError, match=r"example 2 has .* output as it is, 'in"):
+        corrected_examples([fixed, same], tokenizer())
+    assert corrected_examples([dataclasses.replace(clean, corrected="in Rome")], tokenizer())
 
 
 def test_array_errors():

@@ -60,6 +60,17 @@ def test_without_words_there_is_nothing_to_compare(said, human):
         overused(said, human)
 
 
+def test_a_phrase_is_left_out_for_one_that_is_there():
+    """And not for one that is left out itself, or that comes after the last."""
+    said = ["we delve into the"] * 66 + ["we delve into. ok"] * 15 + ["we delve. ok"] * 19
+    human = ["we go into the city"] * 4000
+    found = {phrase.text: phrase.outputs for phrase in overused(said, human)}
+    assert found == {"we delve": 100, "delve into": 81, "ok": 34}
+    said = ["rich tapestry of"] * 82 + ["rich tapestry. ok"] * 18
+    said += [word for word in ("red", "green", "blue") for _ in range(90)]
+    assert overused(said, human, most=2)[0].text == "rich tapestry"
+
+
 def test_the_rules_offered_mark_what_was_counted(tmp_path):
     said = [*SAID, *['a "quoted\\thing" l\'été rock-’n’-roll'] * 4]
     phrases = overused(said, HUMAN)

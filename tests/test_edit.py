@@ -829,6 +829,31 @@ def test_data_files_of_one_name_are_told_apart(tmp_path):
     assert list(edit_module._named(files)) == [str(files[0]), str(files[1]), "c.jsonl"]
 
 
+def test_what_another_process_makes_meanwhile_is_kept_and_not_made_again(tmp_path):
+    job = {"of": "this"}
+    record = outputs_module.record_in(outputs_module.RECORD)
+    output = outputs_module.Output(tmp_path / "edited", record, "edit")
+    assert output.finished(job, resume=True) is None
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / outputs_module.RECORD).write_text(json.dumps({"job": job}))
+    with pytest.raises(ValueError, match="edited exists: another process has made it meanwhile"):
+        output.make(job, 0, lambda: pytest.fail("trained again"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edited"]
+
+
+def test_links_are_no_place_for_an_output(tmp_path):
+    job, nowhere = {"of": "this"}, tmp_path / "nowhere"
+    output = outputs_module.Output(tmp_path / "edited", lambda folder: None, "edit")
+    output.path.symlink_to(nowhere)
+    with pytest.raises(ValueError, match="edited exists: nothing is overwritten"):
+        output.finished(job, resume=False)
+    output.path.unlink()
+    nowhere.mkdir()
+    output.work.symlink_to(nowhere)
+    with pytest.raises(ValueError, match="unfinished is a link"):
+        output.make(job, 0, lambda: pytest.fail("trained"))
+
+
 def test_what_is_kept_is_named_where_an_edit_cannot_go_on(tmp_path):
     output = outputs_module.Output(tmp_path / "edited", lambda folder: None, "edit")
 

@@ -242,6 +242,10 @@ MODULES = {
         "def f(inputs, output):\n    return {}['x']\n",
         r"failed: KeyError: 'x' \(.*fails.py, line 2\)",
     ),
+    "generates": (
+        "def f(inputs, output):\n    yield {}['x']\n",
+        r"failed: KeyError: 'x' \(.*generates.py, line 2\)",
+    ),
     "other_arguments": ("def f(text):\n    return []\n", "failed: TypeError: f.. takes 1"),
     "nothing": ("def f(inputs, output):\n    pass\n", "returned None: a list of spans"),
     "texts": ("def f(inputs, output):\n    return ['x']\n", "returned 'x': whole numbers"),

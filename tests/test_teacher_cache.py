@@ -93,6 +93,36 @@ def test_states_are_those_of_the_live_model(tmp_path, params):
     np.testing.assert_array_equal(again, got[::-1])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("states/c/0/0", None, "1 of the 1 files of its states are missing"),
+        ("states/c/0/0", b"x", "a file of its states cannot be read"),
+        ("index.npz", b"", "index.npz cannot be read"),
+        ("index.npz", b"PK", "index.npz cannot be read"),
+        ("done.json", b"[]", "done.json"),
+        ("done.json", b"{}", "says that None examples are done"),
+    ],
+)
+def test_a_spoilt_cache_is_told(file, content, said, tmp_path, params):
+    """What is missing would be read as zeros."""
+    data = rows()
+    write(tmp_path, params, data)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        TeacherCache(tmp_path, ABOUT).read(data)
+
+
+def test_states_of_zeros_are_no_lost_ones(tmp_path):
+    data = rows()
+    nothing = np.zeros((3, TARGET, 16), np.float32)
+    cache = write_cache(tmp_path, lambda: batches(data), lambda _: nothing, ABOUT, width=16)
+    assert not cache.read(data).any()
+
+
 def test_the_id_of_padding_may_be_said(tmp_path, params):
     """Within an output, and as its last token where that counts."""
     data = rows()

@@ -266,6 +266,25 @@ def test_a_finished_run_is_loaded_and_never_overwritten(unbroken, tmp_path):
     assert finished_run(tmp_path, tiny_params()) is None
 
 
+@pytest.mark.parametrize("how", ["removed", "empty", "halved"])
+def test_a_spoilt_state_is_refused_in_words(how, tmp_path):
+    like = {"params": {"x": jnp.ones((64, 64))}}
+    with States(tmp_path) as states:
+        states.save(2, like, {"history": {}})
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert files
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(b"" if how == "empty" else content[: len(content) // 2])
+        if how == "removed":
+            file.unlink()
+    with (
+        States(tmp_path) as states,
+        pytest.raises(ValueError, match=r"cannot be read .* it is spoilt"),
+    ):
+        states.restore(like, "history")
+
+
 def test_a_state_of_another_version_is_refused_in_words(tmp_path):
     with States(tmp_path) as states:
         states.save(2, {"state": {"x": np.ones(2)}}, {"history": {}})
@@ -626,6 +645,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         (
             {"schedule": "cosine", "steps": 3, "warmup_steps": 3},
             "warmup_steps is 3 and steps 3: nothing is left for the cosine schedule",
+        ),
+        (
+            {"steps": 1, "warmup_steps": 1},
+            "warmup_steps is 1 and steps 1: nothing is left for the constant schedule",
         ),
         ({"average": 1.0}, "average is 1.0: a decay from 0 (none) to below 1"),
         ({"average": float("nan")}, "average is nan: a decay"),

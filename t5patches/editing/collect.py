@@ -28,6 +28,8 @@ from t5patches.editing.plan import yet_to_place
 from t5patches.editing.programs import require_ranges
 from t5patches.editing.rules import Rules
 from t5patches.model.folder import LoadedModel
+from t5patches.model.generate import require_temperature
+from t5patches.model.protocol import architecture
 from t5patches.model.tokenizer import Inputs
 from t5patches.runs.claims import Parts, is_of
 from t5patches.runs.files import work_of, write_file
@@ -62,11 +64,7 @@ class CollectSettings:
     def __post_init__(self) -> None:
         """Refuses settings that give nothing."""
         require_ranges(self, _LEAST, above_0=())
-        if not 0 <= self.temperature < 1e38:
-            raise ValueError(
-                f"the temperature is {self.temperature}: 0 (greedy) or a number above it is "
-                "needed, as float32 has it"
-            )
+        require_temperature(self.temperature)
         if self.rollout_length is not None and not (self.rollout_length > 0 and self.negatives):
             raise ValueError(
                 f"rollout_length (--expand-length) is {self.rollout_length} and negatives "
@@ -263,11 +261,12 @@ def asked(model: LoadedModel, inputs: Sequence[Inputs]) -> dict[str, str]:
             or chat template is another run.
 
     Returns:
-        A fingerprint of each, and the name of the type.
+        A fingerprint of each, the model's config, and the name of the type.
     """
     given = [(text, model.tokenizer.encode_prompt(text)) for text in inputs]
     return {
         "model": fingerprint(model.params),
+        "config": architecture(model.model.config),
         "dtype": jnp.dtype(model.model.config.dtype).name,
         "inputs": json_fingerprint(given),
     }

@@ -526,7 +526,7 @@ def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> lis
         As many examples, with nothing marked.
 
     Raises:
-        ValueError: a marked output has no correction.
+        ValueError: a marked output has no correction, or is its own.
     """
     missing = [i for i, e in enumerate(examples) if any(e.marked) and e.corrected is None]
     if missing:
@@ -534,18 +534,19 @@ def corrected_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> lis
             f"{len(missing)} of {len(examples)} examples have marked tokens and no correction "
             f"(the first is number {missing[0] + 1}): corrective training needs `corrected_targets`"
         )
-    return [
-        e
-        if e.corrected is None
-        else make_example(
-            e.inputs,
-            with_end(tokenizer.encode(e.corrected), tokenizer),
-            [],
-            tokenizer,
-            prompt=e.input_ids,
-        )
-        for e in examples
-    ]
+    out = []
+    for number, e in enumerate(examples, start=1):
+        if e.corrected is None:
+            out.append(e)
+            continue
+        corrected = with_end(tokenizer.encode(e.corrected), tokenizer)
+        if any(e.marked) and corrected.ids == e.output_ids:
+            raise ValueError(
+                f"example {number} has {sum(e.marked)} marked tokens, and its `corrected_targets` "
+                f"is the output as it is, {e.corrected[:40]!r}: say how it should have read"
+            )
+        out.append(make_example(e.inputs, corrected, [], tokenizer, prompt=e.input_ids))
+    return out
 
 
 def with_end(tokenized: TokenizedText, tokenizer: Tokenizer) -> TokenizedText:
@@ -975,12 +976,16 @@ def _tokens(fields: Mapping[str, Any], outputs: str, tokenizer: Tokenizer) -> To
             f"{len(ids)}: no output does"
         )
     tokenized = tokenizer.decode(ids)
-    if tokenized.text != outputs:
+    if tokenized.text == outputs:
+        return tokenized
+    # A tokenizer may take two texts for the same, and spell them as one of the two.
+    split = with_end(tokenizer.encode(outputs), tokenizer)
+    if split.ids != tuple(ids):
         raise ValueError(
             f"'tokens' spell {tokenized.text!r} with this model's tokenizer and 'outputs' is "
             f"{outputs!r}: was the file made with another tokenizer?"
         )
-    return tokenized
+    return split
 
 
 def _negatives(value: Any, tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
@@ -1023,20 +1028,23 @@ def _from_pair(inputs: Inputs, negative: str, corrected: str, tokenizer: Tokeniz
     tokenized = with_end(tokenizer.encode(negative), tokenizer)
     repeated = (*tokenizer.encode(corrected).ids, tokenizer.eos_id)
     matcher = difflib.SequenceMatcher(None, tokenized.ids, repeated, autojunk=False)
-    spans = [
-        _without_spaces(tokenized.text, *span)
+    changed = [
+        at
         for what, first, last, _, _ in matcher.get_opcodes()
         if what in ("replace", "delete")
-        for span in tokenized.spans[first:last]
+        for at in range(first, last)
     ]
-    if negative != corrected and not spans:
+    if negative != corrected and not changed:
         raise ValueError(
             "the correction adds to the negative text and changes none of it: there is nothing "
             "to push down"
         )
-    return make_example(
-        inputs, tokenized, [s for s in spans if s[0] < s[1]], tokenizer, corrected=corrected
-    )
+    spans = {at: _without_spaces(tokenized.text, *tokenized.spans[at]) for at in changed}
+    spans = {at: (start, end) for at, (start, end) in spans.items() if start < end}
+    example = make_example(inputs, tokenized, [*spans.values()], tokenizer, corrected=corrected)
+    # Of a character spelled in bytes the correction may repeat some.
+    marked = tuple(at in spans for at in range(len(tokenized.ids)))
+    return dataclasses.replace(example, marked=marked)
 
 
 def _without_spaces(text: str, start: int, end: int) -> Span:

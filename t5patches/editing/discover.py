@@ -68,7 +68,8 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
     :math:`\theta_0 / (1 - \theta_0) \cdot B / A`, by which phrases are ranked. They have one to
     four words of the model with nothing but spaces between them (where a script has none, what
     stands between two signs is one), and occur where the rule `words` marks them: "Trump" in
-    "Trump's" too. A phrase that hardly occurs but in a longer one of the list is left out.
+    "Trump's" too. Of a phrase and a longer one without which it hardly occurs, the one that ranks
+    higher is there, of equals the longer.
 
     Args:
         outputs: of the model.
@@ -103,8 +104,10 @@ def overused(outputs: Sequence[str], human: Iterable[str], *, most: int = 30) ->
     theirs, _ = _counts(their_small)
     often = (text for text in said if outputs_with[text] >= _LEAST)
     ranks = {text: at_least(said[text], theirs[text]) for text in often}
-    over = [text for text, rank in ranks.items() if rank > 2]
-    ranked = sorted((x for x in over if not _only_inside(x, over, said)), key=lambda x: -ranks[x])
+    ranked: list[str] = []
+    for text in sorted(ranks, key=lambda x: (-ranks[x], -len(x))):
+        if ranks[text] > 2 and not any(_alike(text, other, said) for other in ranked):
+            ranked.append(text)
     # That was by whole words alone. What a rule marks takes longer to find.
     found = []
     for text in ranked[: _RECOUNTED * most]:
@@ -255,11 +258,7 @@ def _marks(phrase: str, texts: Sequence[str], small: Sequence[str]) -> list[int]
     return [len([*rule("", text)]) if phrase in spelled else 0 for text, spelled in pairs]
 
 
-def _only_inside(text: str, found: Sequence[str], said: collections.Counter[str]) -> bool:
-    """Whether a longer phrase that was found has nearly all of its occurrences."""
-    return any(
-        len(other) > len(text)
-        and f" {text} " in f" {other} "
-        and said[other] >= _WITHIN * said[text]
-        for other in found
-    )
+def _alike(one: str, other: str, said: collections.Counter[str]) -> bool:
+    """Whether the longer of two phrases has the other, and nearly all of its occurrences."""
+    short, long = sorted((one, other), key=len)
+    return f" {short} " in f" {long} " and said[long] >= _WITHIN * said[short]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Output:
         """
 
         def check() -> None:
-            if self.path.exists():
+            if os.path.lexists(self.path):
                 if not (resume and self._is_of(self.path, job)):
                     raise ValueError(
                         f"{self.path} exists: nothing is overwritten. Give another name or remove "
@@ -117,8 +118,17 @@ class Output:
         """
 
         def begin() -> None:
+            if self.work.is_symlink():
+                raise ValueError(
+                    f"{self.work} is a link, and what is made in there is renamed to {self.path}: "
+                    "give an --output where there is room, and remove the link"
+                )
             require_space(self.work, room, f"the {self._what}")
             hold(self.work)
+            if os.path.lexists(self.path):
+                if self._is_of(self.path, job):
+                    remove(self.work)
+                raise ValueError(f"{self.path} exists: another process has made it meanwhile")
             claim(self.work, job, may_differ=may_differ)
             if self.made.exists() and not self._is_of(self.made, job):
                 remove(self.made)  # of fewer steps than are asked for now

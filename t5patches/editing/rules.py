@@ -47,7 +47,7 @@ import sys
 import threading
 import tomllib
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +396,8 @@ def _call(table: Mapping[str, Any], folder: Path) -> Rule:
 
     def rule(inputs: str, output: str) -> Iterable[Span]:
         try:
-            return function(inputs, output)
+            found = function(inputs, output)
+            return list(found) if isinstance(found, Iterator) else found
         except Exception as error:
             raise ValueError(f"{table['call']} failed: {_failure(error)}") from error
 

@@ -98,7 +98,7 @@ class States:
         try:
             found = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
             return {name: found[name] for name in items}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # of a spoilt file Orbax raises just that
             reason = str(error).partition("\n")[0][:300]
             raise ValueError(
                 f"the state in {self._directory} cannot be read ({type(error).__name__}: "

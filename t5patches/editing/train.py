@@ -162,7 +162,7 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
         require_ranges(self, _LEAST, above_0=("learning_rate", "spread"))
-        if self.schedule != "constant" and self.warmup_steps >= self.steps:
+        if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
                 f"the {self.schedule} schedule; make more steps, or warm up over fewer"

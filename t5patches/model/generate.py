@@ -81,11 +81,9 @@ def generate(
     plan = _Plan(model, max_length, temperature > 0, greedy_first)
     tokens = _check_tokens("prompts", prompts, 2, model.config)
     forced, lengths = _check_prefixes(prefixes, len(tokens), plan)
-    if not 0 <= temperature < 1e38 or (temperature > 0 and rng is None):
-        raise ValueError(
-            f"temperature is {temperature} and rng {rng}: a temperature is 0 (greedy) or a number "
-            "above it, as float32 has it, and above 0 needs rng=jax.random.key(seed)."
-        )
+    require_temperature(temperature)
+    if temperature > 0 and rng is None:
+        raise ValueError(f"temperature is {temperature}: above 0 needs rng=jax.random.key(seed).")
     beyond = max_length if beyond_prefix is None else beyond_prefix
     if min(batch_size, max_length, beyond) < 1:
         raise ValueError(
@@ -113,6 +111,21 @@ def generate(
         decoded = jax.block_until_ready(_decode(plan, params, batch, temperature, rng))
         out[group.rows] = decoded[: len(group.rows)]
     return out[:, 0] if prefixes is None or np.ndim(prefixes) == 2 else out
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuses a temperature by which float32 cannot divide logits.
+
+    Args:
+      temperature: to sample with, 0 for none.
+
+    Raises:
+      ValueError: it is negative, or no number, or so small or large that all tokens become alike.
+    """
+    if temperature != 0 and not 1e-30 <= temperature < 1e38:
+        raise ValueError(
+            f"the temperature is {temperature}: 0 (greedy), or a number of 1e-30 to 1e38, is needed"
+        )
 
 
 class _Plan(NamedTuple):

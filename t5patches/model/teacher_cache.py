@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,17 +105,31 @@ class TeacherCache:
                 f"the teacher cache in {directory} is unfinished, with none of its examples: write "
                 "it again, it goes on from there"
             )
-        index = np.load(self.directory / "index.npz")
-        self._offsets = index["offsets"]
-        self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
+        try:
+            index = np.load(self.directory / "index.npz")
+            self._offsets = index["offsets"]
+            self._at = {key.tobytes(): i for i, key in enumerate(index["keys"])}
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise self._spoilt(f"index.npz cannot be read ({error})") from error
         if (done := _done(self.directory)) < len(self._at):
             raise ValueError(
                 f"the teacher cache in {directory} has {done} of {len(self._at)} examples: write "
                 "it again, it goes on from there"
             )
         self.width = run["width"]
-        self._states = _open(self.directory, run["dtype"], (int(self._offsets[-1]), self.width))
+        shape = (int(self._offsets[-1]), self.width)
+        chunks = range(-(-shape[0] // _rows_a_chunk(shape)))
+        lost = [i for i in chunks if not (self.directory / "states" / f"c/{i}/0").exists()]
+        if lost:  # they would be read as zeros
+            raise self._spoilt(f"{len(lost)} of the {len(chunks)} files of its states are missing")
+        self._states = _open(self.directory, run["dtype"], shape)
         self.dtype = self._states.dtype.numpy_dtype
+
+    def _spoilt(self, how: str) -> ValueError:
+        return ValueError(
+            f"the teacher cache in {self.directory} is spoilt, as {how}: remove it and write it "
+            "again"
+        )
 
     def check(self, batch: Batch, about: Mapping[str, Any], *, width: int) -> None:
         """Makes sure that all examples of a batch are there, as the original has them.
@@ -158,7 +173,10 @@ class TeacherCache:
         # All reads are under way before the first is waited for.
         reads = [self._states[a:b].read() for _, (a, b) in found]
         for (segment, _), states in zip(found, reads, strict=True):
-            out[segment.row, segment.places] = states.result()
+            try:
+                out[segment.row, segment.places] = states.result()
+            except ValueError as error:
+                raise self._spoilt(f"a file of its states cannot be read ({error})") from error
         return out
 
     def _find(self, segment: _Segment) -> tuple[int, int]:
@@ -311,7 +329,7 @@ def _index(keys: list[bytes], offsets: np.ndarray) -> bytes:
 
 
 def _open(directory: Path, dtype: str, shape: tuple[int, int]) -> ts.TensorStore:
-    chunk = [min(shape[0], _ROWS_A_CHUNK), shape[1]]
+    chunk = [_rows_a_chunk(shape), shape[1]]
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str((directory / "states").absolute())},
@@ -320,12 +338,21 @@ def _open(directory: Path, dtype: str, shape: tuple[int, int]) -> ts.TensorStore
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         },
+        # States of nothing but 0 are written too, so that what is missing is lost.
+        "store_data_equal_to_fill_value": True,
         # Batches come back to the same chunks: keep them.
         "context": {"cache_pool": {"total_bytes_limit": 256 << 20}},
     }
     return ts.open(spec, open=True, create=True).result()
 
 
+def _rows_a_chunk(shape: tuple[int, int]) -> int:
+    return min(shape[0], _ROWS_A_CHUNK)
+
+
 def _done(directory: Path) -> int:
     path = directory / "done.json"
-    return json.loads(path.read_text())["examples"] if path.exists() else 0
+    done = read_object(path).get("examples") if path.exists() else 0
+    if type(done) is not int:
+        raise ValueError(f"{path} says that {done!r} examples are done: remove {directory}")
+    return done
