@@ -81,9 +81,25 @@ def test_gates_come_back_as_they_were_and_are_not_guessed(tmp_path, capsys):
     assert run("--model", other, "--output", t5x, "--step", 1) == 2
     assert "holds checkpoints of another model" in capsys.readouterr().err
     shutil.rmtree(t5x / "t5patches")  # as T5X's own have none
+    assert run("--model", other, "--output", t5x, "--step", 1) == 2
+    assert "holds checkpoints of which nothing says the model" in capsys.readouterr().err
     assert run("--model", t5x, "--output", back, *tokenizer) == 2
     assert "the model has gates, and its parameters do not show" in capsys.readouterr().err
     assert not back.exists()
+
+
+def test_the_record_of_a_conversion_beside_this_one_stays(tmp_path, monkeypatch, capsys):
+    """Of two to one place the second finds the first one's checkpoint."""
+    folder, t5x = with_gates(tmp_path / "there", "gated-silu"), tmp_path / "t5x"
+
+    def meanwhile(*_):
+        (t5x / "checkpoint_0").mkdir()
+        raise ValueError("checkpoint_0 exists")
+
+    monkeypatch.setattr("t5patches.model.t5x_format.save_t5x", meanwhile)
+    assert run("--model", folder, "--output", t5x, "--quiet") == 2
+    assert "checkpoint_0 exists" in capsys.readouterr().err
+    assert (t5x / "t5patches" / "config.json").exists()
 
 
 def test_what_t5xs_config_cannot_say_comes_back(tmp_path):

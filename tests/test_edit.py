@@ -829,6 +829,28 @@ def test_data_files_of_one_name_are_told_apart(tmp_path):
     assert list(edit_module._named(files)) == [str(files[0]), str(files[1]), "c.jsonl"]
 
 
+def test_a_model_that_was_changed_meanwhile_is_told(place, capsys, monkeypatch):
+    """An adapter goes with the weights that it was trained on, and with no others."""
+    place, trained, network = place(), edit_module._trained, TINY["T5"][0]
+    weights = place / "tiny" / "model.safetensors"
+    before = weights.read_bytes()
+
+    def and_changed(*given):
+        out = trained(*given)
+        changed = jax.tree.map(lambda x: x + 1, tiny_params("T5"))
+        save_checkpoint(place / "other", network, changed)
+        weights.write_bytes((place / "other" / "model.safetensors").read_bytes())
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edit_module, "_trained", and_changed)
+        assert run(place, "--lora", "2", "--quiet") == 2
+    assert "were changed while this run trained" in capsys.readouterr().err
+    assert not (place / "edited").exists()
+    weights.write_bytes(before)
+    assert run(place, "--lora", "2", "--quiet", "--resume") == 0
+
+
 def test_what_another_process_makes_meanwhile_is_kept_and_not_made_again(tmp_path):
     job = {"of": "this"}
     record = outputs_module.record_in(outputs_module.RECORD)

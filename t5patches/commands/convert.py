@@ -101,22 +101,23 @@ def _to_t5x(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"a T5X checkpoint holds a T5, and {options.model} a {model.family.name}")
     model, params = load_checkpoint(options.model)
     record = Path(options.output) / _RECORD / "config.json"
-    # Without a checkpoint it is of a conversion that was killed.
-    there = record.exists() and any(Path(options.output).glob("checkpoint_*"))
-    if there and read_config(record.parent) != model:
-        raise ValueError(
-            f"{options.output} holds checkpoints of another model, by {record}: give another "
-            "--output"
-        )
+
+    def there() -> bool:
+        """Whether there are checkpoints: a record without one is of a run that was killed."""
+        return any(Path(options.output).glob("checkpoint_*"))
+
+    if there() and not (record.exists() and read_config(record.parent) == model):
+        what = f"another model, by {record}" if record.exists() else "which nothing says the model"
+        raise ValueError(f"{options.output} holds checkpoints of {what}: give another --output")
     with folder_for_output(record.parent):
         # First, so that there is no checkpoint without it. Not the folder's own: part of what that
         # says, only the names of the folder's tensors show.
-        if not there:
+        if not there():
             write_file(record, config_file(model))
         try:
             output = save_t5x(options.output, params, options.step or 0)
         except BaseException:
-            if not there:
+            if not there():
                 record.unlink()
             raise
     return _result(output, model, params, options.step or 0)

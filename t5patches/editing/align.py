@@ -31,6 +31,7 @@ from t5patches.editing.outputs import (
     record_in,
     recorded,
     require_adapter_to_merge,
+    require_unchanged,
     result,
     room_for,
     save_result,
@@ -183,6 +184,7 @@ def align_folder(
             device=jax.devices()[0].device_kind,
         )
         files = {ALIGN_RECORD: json.dumps(record, indent=1), CARD: _card(job, record)}
+        require_unchanged(job.model, described["model"], named(job.model))
         made = result(job.model, aligned.params, lora, merge=job.merge)
         save_result(output.made, checked.model, made, job.model, files)
 

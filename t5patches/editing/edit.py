@@ -43,6 +43,7 @@ from t5patches.editing.outputs import (
     RECORD,
     Output,
     require_adapter_to_merge,
+    require_unchanged,
     result,
     room_for,
     save_result,
@@ -226,6 +227,7 @@ def edit(job: Job, *, resume: bool = False, console: Console | None = None) -> d
         began = time.monotonic()
         trained, done = _trained(job, checked, output.work, console)
         params = hosts.whole(trained.params)
+        require_unchanged(job.model, described["model"], _weights(job.model))
         made = result(job.model, params, done.settings.lora, merge=job.merge)
         trained = trained._replace(params=made[0])
         record = record_of(described, done.counts, done.plan, output.work / "run", trained)

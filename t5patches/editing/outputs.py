@@ -214,6 +214,24 @@ def require_adapter_to_merge(merge: bool, lora: Lora | None) -> None:
         raise ValueError("merge adds an adapter to the model, and there is none (--lora)")
 
 
+def require_unchanged(folder: PathLike, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to make anything of a model that is another one by now.
+
+    Args:
+        folder: of the model.
+        began: what tells the weights apart with which the run began.
+        now: the same of those that are there.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if began != now:
+        raise ValueError(
+            f"the weights in {folder} were changed while this run trained, and what it has trained "
+            "goes with the ones before: put those back and go on with it (--resume), or begin again"
+        )
+
+
 def result(
     folder: PathLike, trained: Params, lora: Lora | None, *, merge: bool
 ) -> tuple[Params, Lora | None]:

@@ -23,6 +23,7 @@ from t5patches.editing.outputs import (
     named,
     record_in,
     recorded,
+    require_unchanged,
     result,
     room_for,
     save_result,
@@ -147,6 +148,7 @@ def reward_folder(
         written = output.work / "written"
         if written.exists():
             remove(written)  # of a run that was killed as it measured
+        require_unchanged(job.model, described["model"], named(job.model))
         made = result(job.model, trained.params[BELOW], job.settings.lora, merge=True)
         save_result(written, checked.model, made, job.model, {})
         beneath = weights_fingerprint(written)

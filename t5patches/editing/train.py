@@ -968,10 +968,14 @@ def _share_of_newest(decay: float, step: jax.Array) -> jax.Array:
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
     """What the compiled update depends on: runs that differ in the rest share it."""
+    steps = settings.steps
+    if settings.schedule == "constant":
+        # As few as there can be for `until` and the warm-up.
+        steps = CHECK_EVERY * (settings.warmup_steps // CHECK_EVERY + 1)
     return dataclasses.replace(
         settings,
         seed=0,
-        steps=CHECK_EVERY if settings.schedule == "constant" else settings.steps,
+        steps=steps,
         until=None if settings.until is None else 0.5,
         batch_size=1,
         checkpoint_every=1,

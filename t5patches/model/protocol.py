@@ -194,7 +194,8 @@ def require_positions(config: ModelConfig, prompts: np.ndarray, outputs: np.ndar
     Raises:
       ValueError: one is too long.
     """
-    lengths = np.asarray(prompts) + np.maximum(outputs, 1) - 1
+    # An empty prompt is given a token to begin with.
+    lengths = np.maximum(prompts, 1) + np.maximum(outputs, 1) - 1
     if config.max_positions is None or lengths.max(initial=0) <= config.max_positions:
         return
     longest = int(lengths.argmax())
