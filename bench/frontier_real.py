@@ -97,15 +97,13 @@ CURVES: Curves = {
     "DPO": by_updates("dpo", FEW, *UPDATES),
     "FTPO, sets": by_updates("ftpo", FEW, *UPDATES, with_sets=True),
 }
-# The best of these and its rivals, with adapters.
+# The best of these and its nearest rivals, with adapters.
 ADAPTERS: Curves = {
     "TNFF, sets": by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
     "UL, sets, sampled": by_updates(
         "ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True, **ADAPTER),
-    "DPO": by_updates("dpo", FEW, UPDATES[0], **ADAPTER),
-    "NPO": by_updates("npo", FEW, UPDATES[0], **ADAPTER),
 }
 
 

@@ -302,9 +302,9 @@ def test_the_error_of_prevalence_is_over_inputs():
     said = [Example(text, "x", (), (), (5, 1), (text == "bad", False)) for text in ("bad", "good")]
     for samples in (1, 100):
         outputs = [example for example in said for _ in range(samples)]
-        found = _result(outputs, Rules({}), (1,))
+        found = _result(outputs, Rules({}), tokenizer())
         assert (found["prevalence"], found["prevalence_error"]) == (50, 50)
-    assert _result(said[:1] * 9, Rules({}), (1,))["prevalence_error"] is None
+    assert _result(said[:1] * 9, Rules({}), tokenizer())["prevalence_error"] is None
 
 
 def test_the_command_answers_scripts(folder, tmp_path, capsys):

@@ -70,14 +70,14 @@ def outcome(name, *rows):
 
 def test_a_baseline_that_is_as_good_is_said_to_be():
     assert outcome("TNFF, alpha 1", row(kl=0.010), row("ul", kl=0.011)) == (
-        "no different in KL, BLEU and exact match"
+        "not told apart in KL, BLEU and exact match"
     )
 
 
 def test_a_baseline_that_is_better_is_said_to_be():
     rows = row("tnrr", kl=0.020, bleu=80.0), row("ul", kl=0.004)
     assert outcome("TNRR, alpha 1", *rows) == (
-        "further from the original in KL and BLEU; no different in exact match"
+        "further from the original in KL and BLEU; not told apart in exact match"
     )
 
 
@@ -105,7 +105,7 @@ def test_baselines_that_remove_less_are_no_rivals():
     rows = row(prevalence=5.0), row("ul", prevalence=12.0, kl=0.0001)
     assert outcome("TNFF, alpha 1", *rows) == "They remove more than every baseline"
     rows = row(prevalence=15.0), row("ce", None, prevalence=2.0)
-    assert "no different in KL" in outcome("TNFF, alpha 1", *rows)
+    assert "not told apart in KL" in outcome("TNFF, alpha 1", *rows)
 
 
 def test_what_sets_and_alpha_change_is_said():
@@ -123,7 +123,7 @@ def test_what_sets_and_alpha_change_is_said():
     assert said[0].startswith("Before, 36.0% of the outputs have something unwanted")
     assert (
         "What is left when sets are pushed down instead of the emitted token only: TNFF less "
-        "(15.0% to 2.0%, KL 0.0100 to 0.0100); TNRR no different (5.0% to 4.0%, KL 0.0100 to "
+        "(15.0% to 2.0%, KL 0.0100 to 0.0100); TNRR not told apart (5.0% to 4.0%, KL 0.0100 to "
         "0.0100); TNRF more (2.0% to 9.0%, KL 0.0100 to 0.0100)."
     ) in said
     assert (
@@ -166,8 +166,8 @@ def test_rounds_are_compared_with_the_original():
     said = findings(shown)
     assert said[1] == (
         "first: unwanted 40.0 ±1.0 to 10.0 ±1.0 (less); unwanted when sampled 40.0 ±1.0 to 10.0 "
-        "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (no different); largest "
-        "score 0.500 ±1.000 to 0.500 ±1.000 (no different); KL 0.0100 ±0.0010; 97.0% of the clean "
+        "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (not told apart); largest "
+        "score 0.500 ±1.000 to 0.500 ±1.000 (not told apart); KL 0.0100 ±0.0010; 97.0% of the clean "
         "outputs unchanged."
     )
     assert said[2].startswith("TNFF, sets of 8, alpha 1, second: unwanted 40.0")
@@ -199,7 +199,7 @@ def test_without_rules_there_is_no_prevalence_to_tell_of(tmp_path):
 
 def test_numbers_without_errors_tell_nothing():
     rows = [row(kl=0.01, error=math.nan), row("ul", kl=0.02, error=math.nan)]
-    assert "no different in KL" in outcome("TNFF, alpha 1", *rows)
+    assert "not told apart in KL" in outcome("TNFF, alpha 1", *rows)
     assert findings(results()) == [findings(results(*rows))[0]]
 
 
@@ -425,7 +425,7 @@ def test_kls_are_told_in_digits_that_show_them(tmp_path):
 
 def test_a_few_edits_are_told_of_whole(page):
     seen = page.split("<details>", 1)[0]
-    assert "no different" in seen
+    assert "not told apart" in seen
     assert "<details open>" in page
     assert "More findings" not in page
 
@@ -443,7 +443,7 @@ def test_pushed_down_words_are_marked_before_and_after(page):
 
 
 def test_the_report_holds_table_findings_and_numbers(page):
-    for text in ("TNFF, alpha 1", "UL, alpha 1", "corrective", "0.0100 ±0.0010", "no different"):
+    for text in ("TNFF, alpha 1", "UL, alpha 1", "corrective", "0.0100 ±0.0010", "not told apart"):
         assert text in page
 
 

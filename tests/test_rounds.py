@@ -18,6 +18,7 @@ from t5patches.editing.outputs import RECORD
 from t5patches.model.t5.model import T5
 from t5patches.model.tokenizer import train_sentencepiece
 from t5patches.model.tokenizer_files import load_tokenizer
+from t5patches.runs.files import work_of
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -301,9 +302,16 @@ def test_a_report_is_written_where_it_can_be_and_replaces_nothing_unasked(
         ]:
             assert run(*arguments, str(place)) == 2
             assert message in capsys.readouterr().err
+    assert run(*arguments, str(report), "--force") == 2  # it may be anything
+    assert "r.html is no report of t5patches, and is not replaced" in capsys.readouterr().err
+    work_of(report).mkdir()  # of whom, nobody knows
+    assert run(*arguments, str(report)) == 2
+    work_of(report).rmdir()
     assert report.read_text() == "mine"
-    assert run(*arguments, str(report), "--force") == 0
-    assert "Edits of before" in report.read_text()
+    report.unlink()
+    for more in ((), ("--force",)):
+        assert run(*arguments, str(report), *more) == 0
+        assert "Edits of before" in report.read_text()
 
 
 def test_a_comparison_that_was_killed_as_it_cleaned_up_ends_when_it_is_repeated(

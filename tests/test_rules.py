@@ -6,9 +6,15 @@ import types
 
 import numpy as np
 import pytest
-from editing_samples import example
+from editing_samples import example, tokenizer
 
-from t5patches.editing.annotate import find_spans, word_list
+from t5patches.editing.annotate import (
+    absent_from_source,
+    annotate,
+    capitalized_names,
+    find_spans,
+    word_list,
+)
 from t5patches.editing.rules import Rules, load_callable, read_rules
 
 
@@ -52,12 +58,43 @@ def test_a_list_of_words_is_a_rule(name, rules, tmp_path):
     for output in ("Damn! Blast  it all", "damned", "nothing", "# 1 = x"):
         assert found(alone, output) == found(beside, output)
     assert found(alone, "Damn! Blast  it all") == ["Damn", "Blast  it"]
-    (counted,) = alone.counts([example("a", "damn it", "damn")])
+    (counted,) = alone.counts([example("a", "damn it", "damn")], tokenizer())
     assert counted == name
     before = alone.fingerprint
     path.write_text("damn\n")
     assert len(before) == 64
     assert read_rules(path).fingerprint != before
+
+
+def test_signs_may_stand_beside_words():
+    def found_of(words, text):
+        return [text[start:end] for start, end in word_list(words)("", text)]
+
+    assert found_of(["—"], "fast—and cheap — good") == ["—", "—"]
+    assert found_of(["!", "...", ":)"], "Great! Wow ! well... ok:)") == ["!", "!", "...", ":)"]
+    assert found_of(["C++"], "C++, C++11 and C") == ["C++", "C++"]
+    assert found_of(["Paris"], "in _Paris_, *Paris*, Parisian") == ["Paris", "Paris"]
+    assert list(absent_from_source(word_list(["Paris"]))("see _Paris_ here", "Paris is")) == []
+    said = "he said _Paris_ and **Rome**"
+    assert [said[start:end] for start, end in capitalized_names("", said)] == ["Paris", "Rome"]
+
+
+def test_files_of_rules_are_told_apart_by_where_a_line_stands(rules, tmp_path):
+    text = "[[rule]]\nwords_file = 'a.txt'\n[[rule]]\nwords_file = 'b.txt'\nignore_case = false\n"
+    seen = set()
+    for one, other in (("Oslo\nRome\n", "Bern\n"), ("Oslo\n", "Rome\nBern\n")):
+        (tmp_path / "a.txt").write_text(one)
+        (tmp_path / "b.txt").write_text(other)
+        seen.add(rules(text).fingerprint)
+    assert len(seen) == 2
+
+
+def test_a_rule_is_counted_on_what_was_judged(rules):
+    """A word that the length has cut off is none."""
+    last = rules("[[rule]]\npattern = '(\\w+)\\W*$'\ngroup = 1")
+    (judged,) = annotate(["x"], [tokenizer().encode("the mayor sold the").ids], tokenizer(), last)
+    assert any(judged.marked)
+    assert [*last.counts([judged], tokenizer()).values()] == [1]
 
 
 def test_what_is_no_list_of_words_is_told(tmp_path):
@@ -110,7 +147,7 @@ def test_rules_are_counted_by_name_and_tell_their_files_apart(rules, tmp_path):
     both = rules(text)
     outputs = [example("", "12 in Rome", "12", "Rome"), example("", "Rome", "Rome")]
     outputs += [example("", "a fire"), example("", "cut off in Rome")]
-    assert both.counts(outputs) == {"cities": 2, "rule 2": 1}
+    assert both.counts(outputs, tokenizer()) == {"cities": 2, "rule 2": 1}
     assert both.fingerprint == rules(text).fingerprint
     assert both.fingerprint != rules(text + "\n").fingerprint
     (tmp_path / "w.txt").write_text("Paris")
@@ -246,6 +283,11 @@ MODULES = {
         "def f(inputs, output):\n    yield {}['x']\n",
         r"failed: KeyError: 'x' \(.*generates.py, line 2\)",
     ),
+    "ends": (
+        "import sys\ndef f(inputs, output):\n    sys.exit(0)\n",
+        r"failed: RuntimeError: it calls sys.exit\(0\)",
+    ),
+    "ends_at_once": ("import sys; sys.exit()\n", r"RuntimeError: it calls sys.exit\(None\)"),
     "other_arguments": ("def f(text):\n    return []\n", "failed: TypeError: f.. takes 1"),
     "nothing": ("def f(inputs, output):\n    pass\n", "returned None: a list of spans"),
     "texts": ("def f(inputs, output):\n    return ['x']\n", "returned 'x': whole numbers"),

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from t5patches.editing.data import Example
     from t5patches.editing.discover import Phrase
     from t5patches.editing.rules import Rules
+    from t5patches.model.tokenizer import Tokenizer
 
 
 LESS_MEMORY = (
@@ -201,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
             common.print_result(options, result, _text_of_phrases(options, phrases))
             return 0
         examples = collect(model, inputs, rules, options.output, settings, progress)
-    result = _result(examples, rules, model.tokenizer.end_ids)
+    result = _result(examples, rules, model.tokenizer)
     shown = [_marked(e) for e in examples if e.spans][: options.examples]
     common.print_result(
         options,
@@ -211,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -> dict[str, Any]:
+def _result(examples: Sequence[Example], rules: Rules, tokenizer: Tokenizer) -> dict[str, Any]:
     from t5patches.editing.collect import marked_tokens
     from t5patches.editing.evaluate import prevalence
 
@@ -224,8 +225,8 @@ def _result(examples: Sequence[Example], rules: Rules, end_ids: Sequence[int]) -
         "tokens": sum(len(example.marked) for example in examples),
         "marked_tokens": marked_tokens(examples),
         "negatives": sum(len(ids) for e in examples for ids in e.negatives.values()),
-        "rules": rules.counts(examples),
-        "unfinished": sum(not {*end_ids} & {*e.output_ids} for e in examples),
+        "rules": rules.counts(examples, tokenizer),
+        "unfinished": sum(not {*tokenizer.end_ids} & {*e.output_ids} for e in examples),
     }
 
 

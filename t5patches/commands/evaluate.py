@@ -154,14 +154,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_report(path: Path, work: Path, force: bool) -> None:
     """Refuses a place where the report cannot be written."""
+    from t5patches.editing.report import is_report
+
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file for the report")
     # With its work beside it, it is of this comparison, which was killed as it cleaned up; where
     # that is of another one, it is refused.
-    if path.exists() and not force and not work.exists():
+    if path.exists() and not force and not (work / "run.json").exists():
         raise ValueError(
             f"{path} exists: nothing is overwritten. Give another name, or --force to replace it"
         )
+    if path.exists() and not is_report(path):
+        raise ValueError(f"{path} is no report of t5patches, and is not replaced: remove it first")
     folder = path.absolute().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"no report can be written to {folder}: it is no folder, or not writable")

@@ -90,8 +90,9 @@ def word_list(words: Iterable[str], *, ignore_case: bool = True) -> Rule:
 def whole_words(expression: str) -> str:
     """A regular expression whose matches do not begin or end inside a word.
 
-    Scripts that put no spaces between words do not show where one begins: there a match is only
-    kept from parting a character from its marks.
+    A sign, and `_` is one, may stand right beside a word: "—" and "!" are found there. Scripts that
+    put no spaces between words do not show where one begins: there a match is only kept from
+    parting a character from its marks.
 
     Args:
         expression: what to match.
@@ -100,8 +101,9 @@ def whole_words(expression: str) -> str:
         The expression for `pattern`.
     """
     unspaced = rf"(?:(?<=[{UNSPACED}])|(?=[{UNSPACED}]))(?![{MARKS}])"
-    begin = rf"(?:(?<![\w{MARKS}])|{unspaced})"
-    end = rf"(?:(?![\w{MARKS}])|{unspaced})"
+    behind, ahead = rf"(?<![^\W_])(?<![{MARKS}])", rf"(?![^\W_])(?![{MARKS}])"
+    begin = rf"(?:{behind}|{ahead}|{unspaced})"
+    end = rf"(?:{ahead}|{behind}|{unspaced})"
     return f"{begin}(?:{expression}){end}"
 
 
@@ -747,6 +749,6 @@ def _words(text: str, ignore_case: bool) -> str:
 
     A + or # belongs to the word before it: C++ and C# are not C.
     """
-    found = re.findall(rf"[\w{MARKS}]+[+#]*", spaced(unicodedata.normalize("NFC", text)))
+    found = re.findall(rf"(?:[^\W_]|[{MARKS}])+[+#]*", spaced(unicodedata.normalize("NFC", text)))
     words = " ".join(found)
     return f" {words.casefold() if ignore_case else words} "

@@ -668,7 +668,8 @@ def differs(a: Measure, b: Measure) -> int:
     degrees = math.inf if found.samples is None else len(found.samples) - 1
     if math.isnan(found.error) or not abs(found.value) > stats.t.ppf(0.975, degrees) * found.error:
         return 0
-    if found.error == 0 and degrees < 5:
+    # But for rounding.
+    if found.error <= 1e-9 * max(abs(a.value), abs(b.value)) and degrees < 5:
         return 0
     return 1 if found.value > 0 else -1
 

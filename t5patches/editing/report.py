@@ -244,6 +244,19 @@ def findings(results: Results) -> list[str]:
     ]
 
 
+def is_report(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of `write_html`.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Whether it says so at its beginning.
+    """
+    with open(path, "rb") as file:
+        return b'<meta name="generator" content="t5patches">' in file.read(1000)
+
+
 def write_html(path: str | os.PathLike[str], results: Results) -> None:
     """Writes the report.
 
@@ -426,7 +439,7 @@ def _gentle(rows: Sequence[Row]) -> list[Row]:
 
 _COMPARED = {"kl": ("KL", -1), "bleu": ("BLEU", 1), "exact_match": ("exact match", 1)}
 """The measures that edits are compared in, and whether more (1) or less (-1) is closer."""
-_VERDICTS = {1: "closer to the original", 0: "no different", -1: "further from the original"}
+_VERDICTS = {1: "closer to the original", 0: "not told apart", -1: "further from the original"}
 
 
 def _at_first(before: Measures) -> list[str]:
@@ -523,10 +536,10 @@ def _in_short(row: Row) -> str:
 
 
 def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
-    single = {(row.objective, row.alpha): row for row in rows if not row.negatives and not row.note}
+    single = {(row.objective, row.alpha, row.note): row for row in rows if not row.negatives}
     effects = []
     for row in rows:
-        other = single.get((row.objective, row.alpha))
+        other = single.get((row.objective, row.alpha, row.note))
         if not row.negatives or other is None:
             continue
         before, after = other.measures, row.measures
@@ -540,7 +553,7 @@ def _effect_of_sets(rows: Sequence[Row]) -> list[str]:
     return [f"{what}: {'; '.join(effects)}."] if effects else []
 
 
-_CHANGES = {1: "more", 0: "no different", -1: "less"}
+_CHANGES = {1: "more", 0: "not told apart", -1: "less"}
 
 
 def _effect_of_alpha(rows: Sequence[Row]) -> list[str]:
@@ -631,7 +644,8 @@ def _trade_off(results: Results) -> _Plot | None:
         "something unwanted. Further left, less is left; further down, less else was changed."
     )
     if results.ceiling:
-        text += " The original under the constraint is at the lower left: nothing left, KL 0."
+        remains = _percent(results.ceiling[LEFT])
+        text += f" The original under the constraint would be at the bottom: {remains} left, KL 0."
     if beyond:
         text += f" Not in the plot are strengths of {listed(beyond)}: see the numbers."
     return _Plot(_embedded(figure), text, numbers)
@@ -784,7 +798,7 @@ def _texts(results: Results) -> list[tuple[str, list[tuple[str, list[_Part]]]]]:
     models = [("before", results.outputs), *((row.name, row.outputs) for row in rows)]
     return [
         (
-            input_text(results.outputs[i].inputs),
+            _seen(input_text(results.outputs[i].inputs)),
             [(name, _parts(outputs[i])) for name, outputs in models],
         )
         for i in shown
@@ -799,4 +813,9 @@ def _parts(example: Example) -> list[_Part]:
         if start < end:
             parts += [(example.outputs[at:start], False), (example.outputs[start:end], True)]
             at = end
-    return [*parts, (example.outputs[at:], False)]
+    return [(_seen(text), marked) for text, marked in [*parts, (example.outputs[at:], False)]]
+
+
+def _seen(text: str) -> str:
+    """A text of which all is seen, line by line."""
+    return "\n".join(map(visible, text.split("\n")))

@@ -35,6 +35,7 @@ there wherever they stand.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -58,11 +59,12 @@ from t5patches.editing.annotate import (
     capitalized_names,
     find_spans,
     pattern,
+    whole_part,
     whole_words,
     word_list,
 )
 from t5patches.editing.data import TOLD, Example, read_lines, told
-from t5patches.model.tokenizer import Span
+from t5patches.model.tokenizer import Span, Tokenizer
 from t5patches.runs.files import require_regular
 
 _FINDERS = ("words", "words_file", "pattern", "names", "call")
@@ -118,20 +120,24 @@ class Rules:
                 raise ValueError(f"rule {name!r}: {error}") from error
         return spans
 
-    def counts(self, examples: Iterable[Example]) -> dict[str, int]:
+    def counts(self, examples: Iterable[Example], tokenizer: Tokenizer) -> dict[str, int]:
         """In how many outputs each rule finds something that is marked.
 
         Args:
             examples: outputs that these rules marked.
+            tokenizer: the model's.
 
         Returns:
             The numbers by name, in the order of the rules.
         """
 
+        def whole(example: Example) -> str:
+            return whole_part(example.outputs, example.output_ids, tokenizer)
+
         def finds(rule: Rule, example: Example) -> bool:
             return any(
                 start < marked_end and marked_start < end
-                for start, end in find_spans(rule, example.inputs, example.outputs)
+                for start, end in find_spans(rule, example.inputs, whole(example))
                 for marked_start, marked_end in example.spans
             )
 
@@ -194,7 +200,8 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     called = [sys.modules[t["call"].partition(":")[0]] for t in tables if "call" in t]
     named = [*lists, *(m.__file__ for m in called if getattr(m, "__file__", None))]
     contents = [content, *(Path(file).read_bytes() for file in named)]
-    return Rules(rules, hashlib.sha256(b"".join(contents)).hexdigest())
+    each = "".join(hashlib.sha256(of_file).hexdigest() for of_file in contents)
+    return Rules(rules, hashlib.sha256(each.encode()).hexdigest())
 
 
 def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[..., Any]:
@@ -224,7 +231,8 @@ def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[.
     if folder not in sys.path:
         sys.path.append(folder)
     try:
-        found: Any = importlib.import_module(module_name)
+        with exits_are_errors():
+            found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
             f"{spec!r}: {module_name} cannot be imported ({error}); it is looked for where Python "
@@ -241,6 +249,21 @@ def load_callable(spec: str, folder: str | os.PathLike[str] = ".") -> Callable[.
     if not callable(found):
         raise ValueError(f"{spec!r} is {found!r}, which cannot be called")
     return found
+
+
+@contextlib.contextmanager
+def exits_are_errors() -> Iterator[None]:
+    """Code of a user's that ends the program fails: the program would end as if all were well.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    try:
+        yield
+    except SystemExit as left:
+        if isinstance(left.code, int) and left.code >= 128:  # of a signal
+            raise
+        raise RuntimeError(f"it calls sys.exit({left.code!r})") from left
 
 
 class _Wrong(ValueError):  # noqa: N818 (never leaves this module)
@@ -396,8 +419,9 @@ def _call(table: Mapping[str, Any], folder: Path) -> Rule:
 
     def rule(inputs: str, output: str) -> Iterable[Span]:
         try:
-            found = function(inputs, output)
-            return list(found) if isinstance(found, Iterator) else found
+            with exits_are_errors():
+                found = function(inputs, output)
+                return list(found) if isinstance(found, Iterator) else found
         except Exception as error:
             raise ValueError(f"{table['call']} failed: {_failure(error)}") from error
 

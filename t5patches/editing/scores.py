@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from t5patches.editing.rules import exits_are_errors
 from t5patches.model.tokenizer import Inputs, input_text
 
 Scorer = Callable[..., Iterable[float]]
@@ -47,7 +48,8 @@ def score(scorer: Scorer, outputs: Sequence[str], inputs: Sequence[Inputs]) -> n
     """
     more = {"inputs": list(inputs)} if _asks_for_inputs(scorer) else {}
     try:
-        numbers = np.array(list(scorer(list(outputs), **more)), np.float64)
+        with exits_are_errors():
+            numbers = np.array(list(scorer(list(outputs), **more)), np.float64)
     except Exception as error:
         raise ScorerError(
             f"the scorer failed on {len(outputs)} outputs: {type(error).__name__}: {error}"

@@ -38,7 +38,7 @@ UNSPACED = (
 )
 """Scripts that put no spaces between words, to stand in a character class of `re`."""
 
-WORD = re.compile(rf"\w[\w{MARKS}'’\-]*")
+WORD = re.compile(rf"[^\W_](?:[^\W_]|[{MARKS}'’\-])*")
 """A word with the apostrophes and hyphens in it."""
 
 _UNSPACED_CHARACTER = re.compile(rf"(?=[{UNSPACED}])\w[{MARKS}]*")
