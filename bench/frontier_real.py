@@ -99,9 +99,12 @@ CURVES: Curves = {
 }
 # The best of these and its nearest rivals, with adapters.
 ADAPTERS: Curves = {
-    "TNFF, sets": by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
+    "TNFF, sets": (
+        *by_updates("tnff", LONG, alpha=3.0, with_sets=True, **ADAPTER),
+        *by_updates("tnff", LONG, alpha=10.0, with_sets=True, **ADAPTER),
+    ),
     "UL, sets, sampled": by_updates(
-        "ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
+        "ul", *UPDATES, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True, **ADAPTER),
 }

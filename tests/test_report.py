@@ -167,8 +167,8 @@ def test_rounds_are_compared_with_the_original():
     assert said[1] == (
         "first: unwanted 40.0 ±1.0 to 10.0 ±1.0 (less); unwanted when sampled 40.0 ±1.0 to 10.0 "
         "±1.0 (less); ROUGE-L with the references 70.0 ±1.0 to 70.5 ±1.0 (not told apart); largest "
-        "score 0.500 ±1.000 to 0.500 ±1.000 (not told apart); KL 0.0100 ±0.0010; 97.0% of the clean "
-        "outputs unchanged."
+        "score 0.500 ±1.000 to 0.500 ±1.000 (not told apart); KL 0.0100 ±0.0010; 97.0% of the "
+        "clean outputs unchanged."
     )
     assert said[2].startswith("TNFF, sets of 8, alpha 1, second: unwanted 40.0")
     assert not any("baseline" in sentence for sentence in said)
