@@ -324,6 +324,9 @@ def test_a_difference_is_claimed_in_one_case_of_twenty_where_there_is_none():
     # Without scatter the sign alone speaks, and it takes six to be right 19 times in 20.
     for count in (1, 2, 5):
         assert differs(ratio([0.0] * count), ratio([1.0] * count)) == 0
+    # Nor is rounding scatter.
+    assert differs(ratio([0.1, 0.2, 0.3]), ratio([0.2, 0.3, 0.4])) == 0
+    assert differs(ratio([1000 / 30, 1100 / 30]), ratio([900 / 30, 1000 / 30])) == 0
     assert differs(ratio([0.0] * 6), ratio([1.0] * 6)) == -1
 
 

@@ -20,6 +20,7 @@ from t5patches.editing.report import (
     Results,
     Row,
     findings,
+    is_report,
     show,
     side_by_side,
     terminal_table,
@@ -118,6 +119,8 @@ def test_what_sets_and_alpha_change_is_said():
         row("tnrf", prevalence=9.0, negatives=8),
         row("nl", alpha=100.0, kl=0.5, malformed=48.0, sampled=1.0),
         row("nl", alpha=0.3),
+        # Not only in its sets is it another edit.
+        dataclasses.replace(row("tnrr", sampled=5.0, negatives=8), note="900 updates"),
     ]
     said = findings(results(*rows))
     assert said[0].startswith("Before, 36.0% of the outputs have something unwanted")
@@ -333,6 +336,20 @@ def test_names_are_text_and_no_markup(tmp_path, drawn):
     assert "script" not in page.tags
     for name in names:
         assert name in page.texts
+
+
+def test_what_hides_in_outputs_is_seen_in_the_page(tmp_path):
+    said = example("a\x00\x1b[31m\u202ebc\nd", "in Paris\u202e\x07", "Paris")
+    write_html(
+        tmp_path / "x.html",
+        results(row("tnff", outputs=[said]), outputs=[said]),
+    )
+    page = (tmp_path / "x.html").read_text()
+    assert not {"\x00", "\x1b", "\u202e", "\x07"} & {*page}
+    assert r"a\x00\x1b[31m\u202ebc" in page
+    assert is_report(tmp_path / "x.html")
+    (tmp_path / "y.html").write_text("<html>")
+    assert not is_report(tmp_path / "y.html")
 
 
 @pytest.mark.parametrize("name", NAMES)
