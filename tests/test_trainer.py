@@ -150,19 +150,17 @@ def test_the_original_by_its_path(tmp_path):
             made.eval({"eval": iter([stack.batch()])})
 
 
-def test_the_original_of_a_training_by_the_models_path(tmp_path):
+def test_the_original_of_a_training_by_its_path(tmp_path):
     """Training begins from other parameters; evaluators have the path's before the first step."""
     trained = stack.model(stack.OURS, "TNFF", stack.tiny_network())
     with trainer(stack.OURS, trained, directory=tmp_path) as made:
         wanted = host(made.train_state.params)
     path = str(tmp_path / "original_params")
-    by_model = stack.model(stack.OURS, "TNFF", stack.tiny_network(), original_path=path)
-    for of, options in ((by_model, {}), (trained, {"original_path": path})):
-        with trainer(stack.OURS, of, seed=1, **options) as made:
-            same(of.original_params, wanted)
-            same(made.orig_train_state.params, wanted)
-            begun, there = jax.tree.leaves(host(made.train_state.params)), jax.tree.leaves(wanted)
-            assert not all(map(np.array_equal, begun, there))
+    with trainer(stack.OURS, trained, seed=1, original_path=path) as made:
+        same(trained.original_params, wanted)
+        same(made.orig_train_state.params, wanted)
+        begun, there = jax.tree.leaves(host(made.train_state.params)), jax.tree.leaves(wanted)
+        assert not all(map(np.array_equal, begun, there))
     with trainer(stack.OURS, trained, state=lambda _: None):
         assert trained.original_params is None  # and not those of an earlier trainer
 

@@ -76,7 +76,7 @@ def make_trainer(
     Args:
         model: the model to train.
         teacher_cache: directory of a teacher cache, see `SelfDistillationTrainer`.
-        **options: the trainer's other arguments.
+        **options: the trainer's other arguments; `original_path` is the model's if not given.
 
     Returns:
         `t5patches.trainer.SelfDistillationTrainer` for a targeted objective, else `Trainer`.
@@ -85,6 +85,7 @@ def make_trainer(
         ValueError: a teacher cache for an objective without an original model.
     """
     if isinstance(model, models.SelfDistillationModel):
+        options.setdefault("original_path", model.original_path)
         return trainer.SelfDistillationTrainer(model=model, teacher_cache=teacher_cache, **options)
     if teacher_cache is not None:
         raise ValueError(

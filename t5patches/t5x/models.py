@@ -471,10 +471,10 @@ class SelfDistillationModel(NegativeTrainingTransformer, abc.ABC):
         ``1e-3 / V`` keeps closer.
       divergence: report KL(q, p), whose minimum is 0, instead of T5Patches' CE(q, p).
       teacher_dropout: run the original model with the trained model's dropout, as T5Patches does.
-      original_path: where the trainer finds the original parameters, and where `score_batch` and
-        `eval_fn` do if they are not passed, as in T5X's infer and eval: the ``original_params`` in
-        the directory of the training run, or a T5X checkpoint. Of those two they become constants
-        of the compiled program.
+      original_path: where `score_batch` and `eval_fn` find the original parameters if they are not
+        passed, as in T5X's infer and eval: the ``original_params`` in the directory of the training
+        run, or a T5X checkpoint. They become constants of the compiled program. The trainer of
+        `t5patches.configs.make_trainer` takes them from there too.
       kwargs: as for `NegativeTrainingTransformer`.
     """
 

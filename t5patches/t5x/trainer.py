@@ -170,7 +170,7 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
     The original parameters are the first of these that is there:
 
     1. those of `orig_train_state`;
-    2. those at `original_path`, the trainer's or else the model's;
+    2. those at `original_path`;
     3. those that an earlier part of the run wrote to ``original_params`` in `summary_dir`;
     4. those of `train_state`, which are then written there. Without a `summary_dir`, and for a
        state made by hand of numpy arrays, they stay in memory only.
@@ -226,8 +226,6 @@ class SelfDistillationTrainer(t5x_trainer.Trainer):
             num_microbatches=num_microbatches,
             weight_metrics_computer=weight_metrics_computer,
         )
-        if original_path is None:
-            original_path = model.original_path
         self._original_path = original_path
         self._original: Any = None
         model.original_params = None  # those of an earlier trainer

@@ -137,13 +137,14 @@ def test_macros(bound):
 
 
 def test_each_objective_has_its_trainer(bound, monkeypatch):
-    made = bound("finetune", BASE)
+    made = bound("finetune", BASE, bindings=["ORIGINAL_PATH = '/run/original_params'"])
     made_with = []
     for kind in (trainer.SelfDistillationTrainer, t5x_trainer.Trainer):
         monkeypatch.setattr(kind, "__init__", lambda self, **kwargs: made_with.append(kwargs))
     assert type(made["trainer_cls"](model=made["model"])) is trainer.SelfDistillationTrainer
+    assert made_with[0]["original_path"] == "/run/original_params"
     with gin.unlock_config():
-        gin.parse_config("OBJECTIVE = 'ul'")
+        gin.parse_config("OBJECTIVE = 'ul'\nORIGINAL_PATH = None")
     plain = gin.get_configurable(configs.make_model)()
     assert type(made["trainer_cls"](model=plain)) is t5x_trainer.Trainer
     with pytest.raises(ValueError, match="no original model"):
