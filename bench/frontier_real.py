@@ -104,7 +104,7 @@ ADAPTERS: Curves = {
         *by_updates("tnff", LONG, alpha=10.0, with_sets=True, **ADAPTER),
     ),
     "UL, sets, sampled": by_updates(
-        "ul", *UPDATES, alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
+        "ul", UPDATES[0], alpha=3.0, with_sets=True, on_sampled=True, **ADAPTER
     ),
     "FTPO, sets": by_updates("ftpo", *UPDATES, with_sets=True, **ADAPTER),
 }

@@ -216,6 +216,23 @@ def test_a_linear_scaling_goes_by_an_old_name_and_without_its_kind(tmp_path):
         assert read_config(path / "out").config.rotaries[0] == Rotary(5e5, 1.0, "linear", 4.0)
 
 
+def test_what_a_file_says_as_usual_is_no_other(tmp_path):
+    """Of heads whose size has no round root too."""
+    odd = LLAMA.replace(head_dim=24, rotaries=(Rotary(5e5), Rotary(5e5)))
+
+    def change(writer):
+        writer.tensors[0].pop("rope_freqs.weight")
+        writer.add_rope_dimension_count(24)
+        writer.add_causal_attention(True)
+        for name in ("attention.scale", "logit_scale"):
+            writer.add_float32(f"llama.{name}", 24**-0.5 if name == "attention.scale" else 0.0)
+
+    write(tmp_path / "x.gguf", "llama", odd, params_of(odd), change)
+    given = ["convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out"]
+    assert cli.main([str(x) for x in given]) == 0
+    assert read_config(tmp_path / "out").config.head_dim == 24
+
+
 def test_a_gemmas_own_pattern_and_base(tmp_path):
     def change(writer):
         writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)

@@ -448,8 +448,6 @@ def test_cross_entropy_learns_with_adam_and_warm_up(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         trained = train(tiny_model(), tiny_params(), arrays, settings, tmp_path / "run")
     assert trained.history["loss"][-1] < 0.5 * trained.history["loss"][0]
-    # Runs that share a program may warm up for long.
-    assert train_module._compiled_with(dataclasses.replace(settings, warmup_steps=24)).steps == 30
     # The rate of the first update is 0.
     assert trained.history["loss"][1] == pytest.approx(trained.history["loss"][0], rel=1e-5)
 
@@ -650,7 +648,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_checkpoint(unbroke
         ),
         (
             {"steps": 1, "warmup_steps": 1},
-            "warmup_steps is 1 and steps 1: nothing is left for the constant schedule",
+            "warmup_steps is 1 and steps 1: the first update has a rate of 0",
         ),
         ({"average": 1.0}, "average is 1.0: a decay from 0 (none) to below 1"),
         ({"average": float("nan")}, "average is nan: a decay"),

@@ -215,9 +215,12 @@ def run(options: argparse.Namespace) -> int:
     """
     from t5patches.editing.align import Job, align_folder, plan
     from t5patches.editing.policy import PolicySettings, Stopped
+    from t5patches.model.huggingface import read_config
     from t5patches.model.lora import require_whole
 
-    require_whole(options.model)  # read_sources reads its tokenizer
+    # As read_sources reads its tokenizer.
+    require_whole(options.model)
+    read_config(options.model)
     given = {**vars(options), "lora": common.lora(options), "clip": tuple(options.clip)}
     given["value"] = _value(options)
     for name in ("pretraining_weight", "pretraining_length"):

@@ -162,7 +162,12 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
         require_ranges(self, _LEAST, above_0=("learning_rate", "spread"))
-        if self.warmup_steps >= self.steps:
+        if self.steps == 1 and self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and steps 1: the first update has a rate of "
+                "0, and would change nothing; make more steps, or leave the warm-up out"
+            )
+        if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and steps {self.steps}: nothing is left for "
                 f"the {self.schedule} schedule; make more steps, or warm up over fewer"
@@ -968,14 +973,10 @@ def _share_of_newest(decay: float, step: jax.Array) -> jax.Array:
 
 def _compiled_with(settings: TrainSettings) -> TrainSettings:
     """What the compiled update depends on: runs that differ in the rest share it."""
-    steps = settings.steps
-    if settings.schedule == "constant":
-        # As few as there can be for `until` and the warm-up.
-        steps = CHECK_EVERY * (settings.warmup_steps // CHECK_EVERY + 1)
     return dataclasses.replace(
         settings,
         seed=0,
-        steps=steps,
+        steps=CHECK_EVERY if settings.schedule == "constant" else settings.steps,
         until=None if settings.until is None else 0.5,
         batch_size=1,
         checkpoint_every=1,

@@ -204,9 +204,11 @@ def _config(family: str, said: Mapping[str, Any], found: dict[str, Any]) -> dict
         **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), 1.0),
     }
     for name, value in known.items():
+        there = of.get(name)
         # 0 stands for what is usual, but of a switch.
-        if not (value is not True and of.get(name) == 0) and of.get(name, value) != _decimal(value):
-            raise ValueError(f"{family}.{name} is {of[name]!r}; only {value} is known")
+        if there is None or there == _decimal(value) or (there == 0 and value is not True):
+            continue
+        raise ValueError(f"{family}.{name} is {there!r}; only {value} is known")
     return config
 
 
