@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -206,7 +207,9 @@ def _config(family: str, said: Mapping[str, Any], found: dict[str, Any]) -> dict
     for name, value in known.items():
         there = of.get(name)
         # 0 stands for what is usual, but of a switch.
-        if there is None or there == _decimal(value) or (there == 0 and value is not True):
+        if there is None or (there == 0 and value is not True):
+            continue
+        if isinstance(there, int | float) and math.isclose(there, value, rel_tol=1e-5):
             continue
         raise ValueError(f"{family}.{name} is {there!r}; only {value} is known")
     return config
